@@ -1,0 +1,188 @@
+r"""Group Relative Policy Optimization, by hand (DeepSeekMath, arXiv 2402.03300; VisPlay, section 3.1).
+
+G completions y_1 .. y_G of one prompt have rewards r_1 .. r_G. There is no value network: the group is its own baseline,
+
+    A_i     = (r_i - mean(r_1 .. r_G)) / (std(r_1 .. r_G) + eps)                           -> group_advantages
+    rho_i,t = exp(log pi(y_i,t) - log pi_old(y_i,t))
+    KL_i,t  = exp(log pi_ref - log pi) - (log pi_ref - log pi) - 1                           -> kl_estimate
+    L       = 1/N sum_i 1/|y_i| sum_t [ -min(rho A, clip(rho, 1 - eps, 1 + eps) A) + beta KL ]   -> grpo_loss
+
+`update` makes one step of AdamW out of it. What differs from the official code: it averages over all tokens of the
+batch at once (`token_mean=True` here) instead of over each completion first, and divides by the sample standard
+deviation of the group (G - 1) where this file takes the group's own (G).
+
+This file knows nothing of images, roles or files: a policy is anything with `logprobs(prompt, completions, temperature)`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Group:
+    """The G completions of one prompt, with all that an update needs to know of them.
+
+    old_logp, ref_logp: per completion a tensor [T_i] of log-probabilities under the policy that sampled it and under
+    the reference. The first `update` fills in old_logp, `add_reference` fills in ref_logp.
+    """
+
+    prompt: Any
+    completions: list[list[int]]
+    rewards: list[float]
+    ref_logp: list[Tensor] = field(default_factory=list)
+    old_logp: list[Tensor] = field(default_factory=list)
+
+
+# ---- The equations -----------------------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
+    """A_i = (r_i - mean) / (std + eps) over each group. rewards: [N, G], returns [N, G].
+
+    std is that of the group itself (divided by G). A group whose rewards are all equal has advantage 0, exactly.
+    """
+    rewards = rewards.float()
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # 0.1 + 0.1 + 0.1 has a mean that is not 0.1
+    return torch.where(equal, 0.0, centred / (rewards.std(dim=1, correction=0, keepdim=True) + eps))
+
+
+def kl_estimate(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """KL(pi || pi_ref) per token, estimated at a sample of pi: unbiased and never negative (Schulman's k3)."""
+    difference = ref_logp - logp
+    return difference.exp() - difference - 1.0
+
+
+def grpo_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    ref_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip: float = 0.2,
+    beta: float = 0.01,
+    token_mean: bool = False,
+) -> tuple[Tensor, dict[str, float]]:
+    """The GRPO loss of B completions of at most T tokens.
+
+    logp, old_logp, ref_logp: [B, T] log-probabilities; mask: [B, T], nonzero where there is a token (what stands in the
+    other places does not matter, NaN included); advantages: [B]. Averages over the tokens of each completion, then over
+    completions; with `token_mean` over all tokens at once. Returns the loss and its parts as numbers: policy_loss, kl,
+    clip_share (tokens whose ratio is clipped), ratio.
+    """
+    real = mask.bool()
+    logp, old_logp, ref_logp = (torch.where(real, x, 0.0) for x in (logp, old_logp, ref_logp))
+    advantage = advantages[:, None].to(logp.dtype)
+    rho = (logp - old_logp).exp()
+    unclipped, clipped = rho * advantage, rho.clamp(1 - clip, 1 + clip) * advantage
+    policy, kl = -torch.minimum(unclipped, clipped), kl_estimate(logp, ref_logp)
+
+    tokens = real.sum(dim=1, keepdim=True).clamp(min=1)
+    weight = real / (real.sum().clamp(min=1) if token_mean else tokens * max(1, len(logp)))
+    loss = ((policy + beta * kl) * weight).sum()
+    parts = {"policy_loss": policy, "kl": kl, "clip_share": (clipped < unclipped).float(), "ratio": rho}
+    metrics = {name: (part.detach() * weight).sum().item() for name, part in parts.items()}
+    return loss, {"loss": loss.item()} | metrics
+
+
+# ---- The update --------------------------------------------------------------------------------------------------------
+
+
+class MasterAdamW:
+    """AdamW on float32 master weights.
+
+    At a learning rate of 1e-6 a bfloat16 weight never moves: the step is far below the spacing of its values. So the
+    optimizer holds and moves a float32 copy and rounds it into the model after each step. Gradients are added up in
+    float32 too, as soon as each is ready. A float32 model is its own master.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float, weight_decay: float):
+        trained = [p for p in parameters if p.requires_grad]
+        self.pairs = [(p, p if p.dtype == torch.float32 else p.detach().float()) for p in trained]
+        self.adamw = torch.optim.AdamW([master for _, master in self.pairs], lr=lr, weight_decay=weight_decay)
+        self.hooks = []
+        for parameter, master in self.pairs:
+            if master is not parameter:
+                self.hooks.append(parameter.register_post_accumulate_grad_hook(_moves_gradient_to(master)))
+
+    def step(self, max_norm: float) -> float:
+        """Clips the gradient to `max_norm`, steps, clears it; returns its norm before clipping.
+
+        A gradient that is not finite changes nothing but is still cleared: the caller sees the norm.
+        """
+        masters = [master for _, master in self.pairs]
+        norm = torch.nn.utils.clip_grad_norm_(masters, max_norm).item()
+        if torch.isfinite(torch.tensor(norm)):
+            self.adamw.step()
+            with torch.no_grad():
+                for parameter, master in self.pairs:
+                    if master is not parameter:
+                        parameter.copy_(master)
+        self.adamw.zero_grad(set_to_none=True)
+        return norm
+
+    def close(self) -> None:
+        """Detaches from the model."""
+        for hook in self.hooks:
+            hook.remove()
+
+
+def _moves_gradient_to(master: Tensor):
+    def move(parameter: Tensor) -> None:
+        gradient = parameter.grad.float()
+        master.grad = gradient if master.grad is None else master.grad + gradient
+        parameter.grad = None
+
+    return move
+
+
+def add_reference(groups: list[Group], reference, temperature: float = 1.0) -> None:
+    """Fills in the reference's log-probabilities of every group."""
+    with torch.no_grad():
+        for group in groups:
+            group.ref_logp = reference.logprobs(group.prompt, group.completions, temperature)
+
+
+def update(
+    policy,
+    groups: list[Group],
+    optimizer: MasterAdamW,
+    clip: float = 0.2,
+    beta: float = 0.01,
+    temperature: float = 1.0,
+    max_norm: float = 1.0,
+    token_mean: bool = False,
+) -> dict[str, float]:
+    """One optimizer step on all groups, forwarded and differentiated one group at a time.
+
+    The gradient is that of one batch of all completions, whatever the groups' sizes. In the first update after a rollout
+    the policy is the one that sampled, so its log-probabilities are kept as log pi_old; later updates on the same groups
+    find them there. Returns the means of `grpo_loss`'s metrics, `grad_norm`, and `skipped`: 1 if the gradient was not finite.
+    """
+    totals: dict[str, float] = {}
+    counts = [sum(map(len, g.completions)) if token_mean else len(g.completions) for g in groups]
+    for group, count in zip(groups, counts):
+        share = count / max(1, sum(counts))
+        logp = policy.logprobs(group.prompt, group.completions, temperature)
+        if not group.old_logp:
+            group.old_logp = [x.detach() for x in logp]
+        padded, mask = _pad(logp)
+        old, ref = _pad(group.old_logp)[0], _pad(group.ref_logp)[0]
+        advantages = group_advantages(torch.tensor([group.rewards], device=padded.device))[0]
+        loss, metrics = grpo_loss(padded, old, ref, advantages, mask, clip, beta, token_mean)
+        (loss * share).backward()
+        for name, value in metrics.items():
+            totals[name] = totals.get(name, 0.0) + share * value
+    norm = optimizer.step(max_norm)
+    return totals | {"grad_norm": norm, "skipped": float(not torch.isfinite(torch.tensor(norm)))}
+
+
+def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Tensors [T_i] -> ([B, T], mask [B, T])."""
+    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]

@@ -1,0 +1,137 @@
+"""Images: from what the user points at to readable RGB pictures, with a reason for each file that is left out.
+
+Image collections hold everything: transparency, palettes, CMYK, 16-bit greys, animations, photographs stored lying on
+their side, files cut off in the middle, text named .png. Headers are checked when a run starts, pixels when an image is
+used; a file that fails either is skipped and counted, never fatal.
+"""
+
+import glob
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+MAX_RATIO = 200  # width / height and height / width that the image processor of Qwen2.5-VL accepts
+MAX_PIXELS = 89_478_485  # a larger image is taken for a decompression bomb (Pillow's own limit)
+
+
+class ImageError(ValueError):
+    """An image cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image and the path it came from."""
+
+    path: str
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class Found:
+    """The images found, and (path, reason) for each that was skipped."""
+
+    paths: list[str]
+    skipped: list[tuple[str, str]]
+
+
+def find_images(where: str) -> Found:
+    """The images in a folder (with its subfolders), matching a glob, or listed in a .txt or .jsonl file.
+
+    A .jsonl line is a path in quotes or an object with an "image" or "path". Listed paths may be relative to the list.
+    Raises ValueError, with a sentence for the user, if `where` does not exist or a list cannot be read.
+    """
+    place = Path(where)
+    if place.is_dir():
+        suffixes = Image.registered_extensions()
+        paths = sorted(str(p) for p in place.rglob("*") if p.suffix.lower() in suffixes)
+    elif place.is_file() and place.suffix.lower() in (".txt", ".jsonl"):
+        paths = _read_list(place)
+    elif place.is_file():
+        paths = [where]
+    else:
+        paths = sorted(glob.glob(where, recursive=True))
+        if not paths:
+            raise ValueError(f"--images: there is no folder, file or match of {where}")
+    good, skipped = [], []
+    for path in paths:
+        try:
+            with _open(path):
+                good.append(path)
+        except ImageError as error:
+            skipped.append((path, str(error)))
+    return Found(good, skipped)
+
+
+def _read_list(place: Path) -> list[str]:
+    paths = []
+    try:
+        for line in place.read_text(encoding="utf-8").splitlines():
+            if line.strip():
+                entry = json.loads(line) if place.suffix.lower() == ".jsonl" else line.strip()
+                paths.append(entry if isinstance(entry, str) else entry.get("image") or entry["path"])
+        return [str(p if Path(p).exists() else place.parent / p) for p in paths]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"--images: {place} is not a list of image paths ({error!r})") from error
+
+
+def _open(path: str) -> Image.Image:
+    """Opens an image and checks its header; the pixels are not read yet."""
+    try:
+        image = Image.open(path)
+    except Image.DecompressionBombError as error:
+        raise ImageError("more than twice 89 million pixels") from error
+    except Exception as error:  # Pillow's readers raise many kinds on broken files, struct.error and SyntaxError among them
+        raise ImageError(f"not a readable image ({type(error).__name__})") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{width} x {height} is more than 89 million pixels")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise ImageError(f"{width} x {height} is more than {MAX_RATIO} times as long as wide")
+    return image
+
+
+def load_image(path: str) -> Image.Image:
+    """Reads an image as RGB: the right way up, the first frame of an animation, what is transparent in white.
+
+    Raises ImageError for a file that cannot be read to its end.
+    """
+    try:
+        with _open(path) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+                low, high = image.getextrema()
+                scale = 255 / (65535 if image.mode != "F" and high > 255 else max(high, 1))
+                image = image.convert("F").point(lambda value: value * scale).convert("L")
+            if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
+            return image.convert("RGB")
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(f"cannot be read to its end ({type(error).__name__})") from error
+
+
+def shuffled(paths: list[str], rng: random.Random, skipped: list[tuple[str, str]]) -> Iterator[Picture]:
+    """Pictures in random order, over and over; a file that turns out unreadable is added to `skipped`, once.
+
+    Raises ImageError when no file is readable.
+    """
+    left_out = {path for path, _ in skipped}
+    while True:
+        order = [path for path in paths if path not in left_out]
+        if not order:
+            raise ImageError("none of the images can be read")
+        rng.shuffle(order)
+        for path in order:
+            try:
+                yield Picture(path, load_image(path))
+            except ImageError as error:
+                left_out.add(path)
+                skipped.append((path, str(error)))

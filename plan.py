@@ -1,0 +1,66 @@
+"""The plan: how much memory each phase will take, before anything is loaded.
+
+Per parameter, a phase that trains holds the trained weights, a float32 master, a float32 gradient and AdamW's two
+float32 moments; a float32 model is its own master. Beside them stand the reference (the KL's other side) and the other
+role, frozen. What is sampled at once is bounded by the cache budget of `generate.py`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from generate import cache_budget, cache_token_bytes
+from vlm import LOGIT_TOKENS, ROW_TOKENS
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase and what it holds in memory: name of the part -> bytes."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def count_parameters(config: Qwen2_5_VLConfig) -> int:
+    """The number of parameters of a model of this shape; no weights are made."""
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    return sum(p.numel() for p in model.parameters())
+
+
+def memory_plan(
+    config: Qwen2_5_VLConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    prompt_tokens: int,
+    new_tokens: int,
+    group_size: int,
+    rows: int,
+) -> list[Phase]:
+    """The memory of the three phases of one iteration.
+
+    prompt_tokens: a prompt with its image; new_tokens: the longest completion; rows: completions sampled in one step.
+    The activations of an update are estimated, not measured: about 16 hidden and 3 MLP vectors a layer and token.
+    """
+    parameters, text, size = count_parameters(config), config.text_config, dtype.itemsize
+    weights, single = parameters * size, dtype == torch.float32
+    cache = min(rows * (prompt_tokens + new_tokens) * cache_token_bytes(config, dtype), cache_budget(device))
+    row = min(max(ROW_TOKENS, prompt_tokens + new_tokens), prompt_tokens + group_size * new_tokens)
+    layer = row * (16 * text.hidden_size + 3 * text.intermediate_size) * size
+    activations = text.num_hidden_layers * layer + row * row + 3 * LOGIT_TOKENS * text.vocab_size * 4
+    training = {
+        "trained role": weights,
+        "float32 masters": 0 if single else 4 * parameters,
+        "gradients": 4 * parameters,
+        "AdamW moments": 8 * parameters,
+        "reference": weights,
+        "other role": weights,
+        "cache or activations": max(cache, activations),
+    }
+    sampling = {"both roles": 2 * weights, "cache": cache}
+    return [Phase("questioner", training), Phase("curation", sampling), Phase("reasoner", training)]

@@ -1,0 +1,74 @@
+r"""The Image-Conditioned Questioner: one image in, one hard but answerable question out.
+
+    x_i ~ Q_theta( . | image),  i = 1 .. G         written as  <type>..</type> <question>..</question> <answer>..</answer>
+
+A question is valid when the output has exactly these three blocks, in this order, with a known type and an answer
+in \boxed{}; a leading <think>..</think> is allowed, as MiMo-VL writes one. The Questioner's own answer is demanded
+because working it out makes better questions; the algorithm never uses it, the silver label is the Reasoner's majority.
+
+The prompt is our own and the same for every model; the paper's is longer and names example topics.
+"""
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+from generate import generate
+from reasoner import extract_answer, without_thinking
+from vlm import VLM, Prompt
+
+KINDS = ("multiple choice", "numerical", "regression")
+INSTRUCTION = (
+    "Ask one question about this image: hard, but with a single answer that the image alone can give. "
+    "Write nothing but these three blocks.\n"
+    "<type>multiple choice, numerical or regression</type>\n"
+    "<question>the question, with its options if it has any</question>\n"
+    "<answer>\\boxed{the answer}</answer>"
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A valid question: its kind (one of KINDS), its text, and the Questioner's own answer."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One sampled output of the Questioner: its token ids and the question in it, None if it is invalid."""
+
+    completion: list[int]
+    question: Question | None
+
+
+def ask_prompt(vlm: VLM, image: Image.Image) -> Prompt:
+    """The Questioner's prompt for an image."""
+    return vlm.prompt(INSTRUCTION, image)
+
+
+def propose(vlm: VLM, prompts: list[Prompt], n: int, **sampling) -> list[list[Proposal]]:
+    """Samples n questions a prompt; `sampling` goes to `generate.generate`."""
+    groups = generate(vlm, prompts, n, **sampling)
+    return [[Proposal(ids, parse_question(vlm.decode(ids))) for ids in group] for group in groups]
+
+
+def parse_question(text: str) -> Question | None:
+    """The question in an output of the Questioner, or None if it is not valid.
+
+    Takes time linear in the text, raises nothing and evaluates nothing, whatever the model wrote.
+    """
+    rest, blocks = without_thinking(text).strip(), {}
+    for name in ("type", "question", "answer"):
+        opening, closing = f"<{name}>", f"</{name}>"
+        if not rest.startswith(opening) or rest.count(opening) != 1 or rest.count(closing) != 1:
+            return None
+        blocks[name], _, rest = rest.removeprefix(opening).partition(closing)
+        rest = rest.lstrip()
+    kind, question = " ".join(blocks["type"].lower().replace("-", " ").split()), blocks["question"].strip()
+    answer = extract_answer(blocks["answer"])
+    if rest or kind not in KINDS or not question or answer is None or "<type>" in question or "<answer>" in question:
+        return None
+    return Question(kind, question, answer)

@@ -1,0 +1,197 @@
+r"""Rewards: what is a good question, and what is a good answer (VisPlay, arXiv 2511.15661, section 3).
+
+The Reasoner answers a question m times: y_1 .. y_m. The majority answer is the silver label, its share the confidence:
+
+    y~ = argmax_y  sum_j 1[y_j = y]          c = (1/m) sum_j 1[y_j = y~]              -> confidence
+
+The Questioner asks G questions x_1 .. x_G about one image; C_k is the BLEU cluster that x_i falls in:
+
+    r_unc(x_i) = 1 - |2 c_i - 1|                                                     -> uncertainty_reward
+    r_div(x_i) = lambda |C_k| / G                                                    -> diversity_penalty
+    r(x_i)     = 1[x_i valid] max(0, r_unc(x_i) - r_div(x_i))                        -> questioner_rewards
+
+The Reasoner's own reward for an answer y to a curated question is 1[y = y~]         -> answer_reward
+
+The official code differs from the paper: it scores min(c, 1 - c) in place of r_unc (the same tent, half as high),
+subtracts the cluster's share of the *whole batch* instead of one image's group, and does not clip at 0. This file
+follows the paper. The similarity is the official one: BLEU over words split at white space, smoothing method 1.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+from math import exp, log
+
+import numpy as np
+from nltk.translate.bleu_score import brevity_penalty
+from nltk.util import ngrams
+
+# ---- Answers ---------------------------------------------------------------------------------------------------------
+
+_WRAPPER = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|boxed)\s*\{([^{}]{0,200})\}")
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]{1,40})\}\s*\{([^{}]{1,40})\}")
+_NUMBER = re.compile(r"([+-]?)((?:\d{1,3}(?:,\d{3}){1,9}|\d{1,30})(?:\.\d{0,30})?|\.\d{1,30})")
+_LONGEST = 400  # characters; a longer answer is compared as it stands
+
+
+def same_answer(a: str, b: str) -> bool:
+    r"""Whether two answers say the same: 0.5 = 1/2 = \frac{1}{2} = 50\%, (B) = B. = b, 1,000 = 1000, \text{cat} = cat.
+
+    Two answers are equal when their canonical forms are, so this is an equivalence relation, as counting votes needs
+    (a numerical tolerance would not be one). Nothing is evaluated: numbers are matched by a pattern of bounded length.
+    """
+    return canonical(a) == canonical(b)
+
+
+def canonical(answer: str) -> Fraction | str:
+    """The value of an answer that is a number, a fraction or a percentage; else its words, stripped and lower-cased."""
+    if len(answer) > _LONGEST:
+        return answer.strip()
+    text = unicodedata.normalize("NFKC", answer).replace("\u2212", "-").replace("\u2044", "/")
+    text = _WRAPPER.sub(r"\1", text.strip().strip("$").replace(r"\$", "").replace(r"\%", "%"))
+    text = _FRACTION.sub(r"\1/\2", text).replace(r"\left", "").replace(r"\right", "")
+    text = " ".join(text.lower().split()).rstrip(" .,;:!?")
+    if text.startswith("(") and text.endswith(")") and not set("(),") & set(text[1:-1]):
+        text = text[1:-1].strip()
+    value = _value(text)
+    return text if value is None else value
+
+
+def _value(text: str) -> Fraction | None:
+    percent = text.endswith("%")
+    parts = text.removesuffix("%").strip().split("/")
+    numbers = [_number(part.strip()) for part in parts]
+    if len(parts) > 2 or None in numbers or (len(parts) == 2 and numbers[1] == 0):
+        return None
+    value = numbers[0] / numbers[1] if len(parts) == 2 else numbers[0]
+    return value / 100 if percent else value
+
+
+def _number(text: str) -> Fraction | None:
+    match = _NUMBER.fullmatch(text)
+    return Fraction(match[1] + match[2].replace(",", "")) if match and match[2].isascii() else None
+
+
+def confidence(answers: Sequence[str | None]) -> tuple[str | None, float]:
+    """The silver label y~ and its share c of the m answers (the paper's confidence).
+
+    None stands for an answer that could not be parsed: it counts in m and never wins. A tie goes to the answer that
+    appeared first, and the label is written as it was there. Without any answer: (None, 0.0).
+    """
+    votes, written = Counter(), {}
+    for answer in answers:
+        if answer is not None:
+            key = canonical(answer)
+            votes[key] += 1
+            written.setdefault(key, answer)
+    if not votes:
+        return None, 0.0
+    winner = max(written, key=lambda key: votes[key])  # max keeps the first of equals; `written` is in order of appearance
+    return written[winner], votes[winner] / len(answers)
+
+
+def answer_reward(answer: str | None, label: str) -> float:
+    """The Reasoner's reward: 1 if the answer equals the silver label, else 0."""
+    return float(answer is not None and same_answer(answer, label))
+
+
+# ---- Questions -------------------------------------------------------------------------------------------------------
+
+
+def uncertainty_reward(c: float) -> float:
+    """r_unc = 1 - |2c - 1|: 1 where the Reasoner is torn (c = 0.5), 0 where it is sure (1) or lost (0)."""
+    return 1.0 - abs(2.0 * c - 1.0)
+
+
+NGrams = list[Counter]  # the counts of a question's 1-grams .. 4-grams
+
+
+def count_ngrams(text: str) -> NGrams:
+    """A question's n-gram counts for n = 1 .. 4, over words split at white space; counted once, compared often."""
+    words = text.split()
+    return [Counter(ngrams(words, n)) for n in range(1, 5)]
+
+
+def _bleu(reference: NGrams, hypothesis: NGrams) -> float:
+    """BLEU-4 of one hypothesis against one reference, smoothing method 1 (a count of 0 becomes 0.1)."""
+    log_precision = 0.0
+    for n, (ref, hyp) in enumerate(zip(reference, hypothesis), start=1):
+        matches = sum(min(count, ref[gram]) for gram, count in hyp.items())
+        if n == 1 and matches == 0:
+            return 0.0
+        log_precision += log((matches or 0.1) / max(1, hyp.total())) / 4
+    return brevity_penalty(reference[0].total(), hypothesis[0].total()) * exp(log_precision)
+
+
+def _similarity(a: NGrams, b: NGrams) -> float:
+    return 1.0 if a == b else (_bleu(a, b) + _bleu(b, a)) / 2
+
+
+def bleu_similarity(a: str, b: str) -> float:
+    """The mean of BLEU(a | b) and BLEU(b | a): symmetric, in [0, 1]; 1 for the same words in the same order.
+
+    Equal to nltk's `sentence_bleu` with smoothing method 1, symmetrised; the exception is a question of fewer than
+    four words against itself, which nltk scores below 1 for want of 4-grams.
+    """
+    return 1.0 if a.split() == b.split() else _similarity(count_ngrams(a), count_ngrams(b))
+
+
+def cluster_questions(questions: Sequence[str], threshold: float = 0.5) -> list[int]:
+    """Average-linkage agglomerative clustering of the distances 1 - bleu_similarity.
+
+    The two nearest clusters are merged while their mean distance is below `threshold`. Returns a label per question:
+    0, 1, ... in order of first appearance. The work is done on the sorted texts, so that ties are broken by what the
+    questions say and the clusters do not depend on the order they come in.
+    """
+    texts = sorted(questions)
+    grams = [count_ngrams(text) for text in texts]
+    distance = np.full((len(texts), len(texts)), np.inf)
+    for i, a in enumerate(grams):
+        for j in range(i):
+            distance[i, j] = distance[j, i] = 1.0 - _similarity(a, grams[j])
+    members = _average_linkage(distance, threshold)
+    cluster_of = {texts[i]: number for number, cluster in enumerate(members) for i in cluster}
+    first_seen = list(dict.fromkeys(cluster_of[question] for question in questions))
+    return [first_seen.index(cluster_of[question]) for question in questions]
+
+
+def _average_linkage(distance: np.ndarray, threshold: float) -> list[list[int]]:
+    """Merges by mean distance (UPGMA). distance: [n, n], symmetric, infinite on the diagonal. Returns the clusters."""
+    members = [[i] for i in range(len(distance))]
+    while len(members) > 1:
+        a, b = divmod(int(distance.argmin()), len(members))
+        if not distance[a, b] < threshold:
+            break
+        a, b = min(a, b), max(a, b)
+        size_a, size_b = len(members[a]), len(members[b])
+        merged = (size_a * distance[a] + size_b * distance[b]) / (size_a + size_b)
+        merged[a] = np.inf
+        distance[a], distance[:, a] = merged, merged
+        distance = np.delete(np.delete(distance, b, axis=0), b, axis=1)
+        members[a] += members.pop(b)
+    return members
+
+
+def diversity_penalty(questions: Sequence[str], weight: float = 1.0) -> list[float]:
+    """r_div = lambda |C_k| / G for each of the G questions of one image; `weight` is the paper's lambda."""
+    labels = cluster_questions(questions)
+    sizes = Counter(labels)
+    return [weight * sizes[label] / len(questions) for label in labels]
+
+
+def questioner_rewards(
+    questions: Sequence[str | None], confidences: Sequence[float], weight: float = 1.0
+) -> list[float]:
+    """r = 1[valid] max(0, r_unc - r_div) for the G questions of one image; None is an invalid question.
+
+    Only valid questions are clustered, and G counts all of them, so an invalid neighbour changes nobody's penalty.
+    """
+    valid = [question for question in questions if question is not None]
+    share = len(valid) / len(questions) if questions else 0.0  # turns |C| / valid into |C| / G
+    penalties = iter(diversity_penalty(valid, weight * share))
+    return [
+        0.0 if question is None else max(0.0, uncertainty_reward(c) - next(penalties))
+        for question, c in zip(questions, confidences, strict=True)
+    ]

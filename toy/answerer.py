@@ -1,0 +1,72 @@
+"""The exact answerer: what the true answer to a question about a toy scene is.
+
+It understands the five kinds of question below and nothing else. Only `evaluate.py` (to measure) and `toy/build.py`
+(to teach the base checkpoint) import it; self-play never does, and `tests/test_loop.py` proves it.
+"""
+
+import random
+import re
+from dataclasses import dataclass
+
+from .scenes import COLOURS, SHAPES, Scene, Thing
+
+_colour, _shape = f"({'|'.join(COLOURS)})", f"({'|'.join(SHAPES)})"
+PATTERNS = {
+    "count colour shape": re.compile(rf"How many {_colour} {_shape}s are there\?"),
+    "count colour": re.compile(rf"How many {_colour} shapes are there\?"),
+    "count shape": re.compile(rf"How many {_shape}s are there\?"),
+    "exists": re.compile(rf"Is there a {_colour} {_shape}, yes or no\?"),
+    "more": re.compile(rf"Are there more {_colour} than {_colour} shapes, yes or no\?"),
+}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A question understood: its kind, the objects one must look at to answer it, and the answer."""
+
+    kind: str
+    things: tuple[Thing, ...]
+    answer: str
+
+
+def understand(question: str, scene: Scene) -> Fact | None:
+    """The true answer to `question` about `scene`, or None if it is not one of the five kinds."""
+    for kind, pattern in PATTERNS.items():
+        if match := pattern.fullmatch(question.strip()):
+            words = match.groups()
+            if kind == "more" and words[0] == words[1]:
+                return None
+            return _answer(kind, words, scene)
+    return None
+
+
+def _answer(kind: str, words: tuple[str, ...], scene: Scene) -> Fact:
+    colours, shapes = [w for w in words if w in COLOURS], [w for w in words if w in SHAPES]
+    things = tuple(t for t in scene if (not colours or t.colour in colours) and (not shapes or t.shape in shapes))
+    if kind == "exists":
+        answer = "yes" if things else "no"
+    elif kind == "more":
+        first, second = (sum(t.colour == colour for t in things) for colour in words)
+        answer = "yes" if first > second else "no"
+    else:
+        answer = str(len(things))
+    return Fact(kind, things, answer)
+
+
+def ask(scene: Scene, rng: random.Random) -> str:
+    """A random question about a scene: each kind equally often, mostly about something that is there."""
+    kind = rng.choice(list(PATTERNS))
+    seen = rng.choice(scene)
+    colour = seen.colour if rng.random() < 0.6 else rng.choice(list(COLOURS))
+    shape = seen.shape if rng.random() < 0.6 else rng.choice(SHAPES)
+    if kind == "count colour shape":
+        return f"How many {colour} {shape}s are there?"
+    if kind == "count colour":
+        return f"How many {colour} shapes are there?"
+    if kind == "count shape":
+        return f"How many {shape}s are there?"
+    if kind == "exists":
+        return f"Is there a {colour} {shape}, yes or no?"
+    other = rng.choice([c for c in COLOURS if c != colour])
+    first, second = rng.sample([colour, other], 2)
+    return f"Are there more {first} than {second} shapes, yes or no?"
