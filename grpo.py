@@ -82,7 +82,7 @@ def grpo_loss(
     policy, kl = -torch.minimum(unclipped, clipped), kl_estimate(logp, ref_logp)
 
     tokens = real.sum(dim=1, keepdim=True).clamp(min=1)
-    weight = real / (real.sum().clamp(min=1) if token_mean else tokens * max(1, len(logp)))
+    weight = real.to(logp.dtype) / (real.sum().clamp(min=1) if token_mean else tokens * max(1, len(logp)))
     loss = ((policy + beta * kl) * weight).sum()
     parts = {"policy_loss": policy, "kl": kl, "clip_share": (clipped < unclipped).float(), "ratio": rho}
     metrics = {name: (part.detach() * weight).sum().item() for name, part in parts.items()}

@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import logging
 import math
 import random
 import signal
@@ -28,6 +29,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 import curate
 import grpo
@@ -442,6 +444,9 @@ def print_plan(s: Settings, run: Run) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0: done, 2: a wrong argument or input, 1: anything else."""
     s, run = parse_arguments(argv), None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a mistyped model name is our sentence, not its retries
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     try:
         if s.resume is not None:
             s, run = resume(Path(s.resume))

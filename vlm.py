@@ -270,11 +270,13 @@ def load_config(name_or_path: str | Path) -> Qwen2_5_VLConfig:
         if not (Path(name) / "config.json").is_file():
             raise CheckpointError(f"the folder {name} is no checkpoint: it has no config.json")
     try:
-        fields = json.loads(_read(name, "config.json") or "")
+        fields = json.loads(_read(name, "config.json") or "null")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"no model {name} can be found on this machine or the hub: {_first_line(error)}") from error
-    if not isinstance(fields, dict) or fields.get("model_type") != "qwen2_5_vl":
-        kind = fields.get("model_type") if isinstance(fields, dict) else None
+    if fields is None:
+        raise CheckpointError(f"no model {name} can be found on this machine or the hub")
+    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    if kind != "qwen2_5_vl":
         raise CheckpointError(f"{name} is a model of type {kind!r}; only the Qwen2.5-VL family (qwen2_5_vl) is supported")
     if "auto_map" in fields:
         raise CheckpointError(f"{name} asks to run code of its own (auto_map), which is never done here")

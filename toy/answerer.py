@@ -8,13 +8,14 @@ import random
 import re
 from dataclasses import dataclass
 
-from .scenes import COLOURS, SHAPES, Scene, Thing
+from .scenes import COLOURS, PLURALS, SHAPES, Scene, Thing
 
-_colour, _shape = f"({'|'.join(COLOURS)})", f"({'|'.join(SHAPES)})"
+_colour, _shape, _shapes = (f"({'|'.join(words)})" for words in (COLOURS, SHAPES, PLURALS.values()))
+_SINGULAR = {plural: shape for shape, plural in PLURALS.items()}
 PATTERNS = {
-    "count colour shape": re.compile(rf"How many {_colour} {_shape}s are there\?"),
+    "count colour shape": re.compile(rf"How many {_colour} {_shapes} are there\?"),
     "count colour": re.compile(rf"How many {_colour} shapes are there\?"),
-    "count shape": re.compile(rf"How many {_shape}s are there\?"),
+    "count shape": re.compile(rf"How many {_shapes} are there\?"),
     "exists": re.compile(rf"Is there a {_colour} {_shape}, yes or no\?"),
     "more": re.compile(rf"Are there more {_colour} than {_colour} shapes, yes or no\?"),
 }
@@ -33,7 +34,7 @@ def understand(question: str, scene: Scene) -> Fact | None:
     """The true answer to `question` about `scene`, or None if it is not one of the five kinds."""
     for kind, pattern in PATTERNS.items():
         if match := pattern.fullmatch(question.strip()):
-            words = match.groups()
+            words = tuple(_SINGULAR.get(word, word) for word in match.groups())
             if kind == "more" and words[0] == words[1]:
                 return None
             return _answer(kind, words, scene)
@@ -60,11 +61,11 @@ def ask(scene: Scene, rng: random.Random) -> str:
     colour = seen.colour if rng.random() < 0.6 else rng.choice(list(COLOURS))
     shape = seen.shape if rng.random() < 0.6 else rng.choice(SHAPES)
     if kind == "count colour shape":
-        return f"How many {colour} {shape}s are there?"
+        return f"How many {colour} {PLURALS[shape]} are there?"
     if kind == "count colour":
         return f"How many {colour} shapes are there?"
     if kind == "count shape":
-        return f"How many {shape}s are there?"
+        return f"How many {PLURALS[shape]} are there?"
     if kind == "exists":
         return f"Is there a {colour} {shape}, yes or no?"
     other = rng.choice([c for c in COLOURS if c != colour])

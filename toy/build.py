@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 import questioner
 import reasoner
 from toy.answerer import Fact, ask, understand
-from toy.scenes import COLOURS, SHAPES, render, sample_scene
+from toy.scenes import COLOURS, PLURALS, SHAPES, render, sample_scene
 from vlm import VLM, Prompt
 
 FOLDER = Path(__file__).parent
@@ -52,7 +52,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer, as Qwen's is, in which every word of the toy world is one token."""
     rng = random.Random(0)
     corpus = ["user\n", "assistant\n", "system\n", "numerical", "multiple choice", "regression"]
-    corpus += [f" {colour} {shape} {shape}s" for colour in COLOURS for shape in SHAPES]
+    corpus += [f" {colour} {shape} {PLURALS[shape]}" for colour in COLOURS for shape in SHAPES]
     for _ in range(3000):
         scene = sample_scene(rng)
         corpus += [ask(scene, rng), " yes", "yes", " no", "no"]
@@ -211,7 +211,7 @@ def train(vlm: VLM, lessons: Lessons, steps: int, lr: float, guess_share: float,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=FOLDER, help="where the checkpoint goes (default: this folder)")
-    parser.add_argument("--steps", type=int, default=5000, help="steps of the first stage (default: 5000)")
+    parser.add_argument("--steps", type=int, default=4500, help="steps of the first stage (default: 4500)")
     parser.add_argument("--guess-steps", type=int, default=400, help="steps of the second stage (default: 400)")
     parser.add_argument("--guess-share", type=float, default=0.55, help="guesses in the second stage (default: 0.55)")
     parser.add_argument("--noise", type=float, default=0.1, help="objects misread in the second stage (default: 0.1)")
@@ -222,7 +222,7 @@ def main() -> None:
     vlm = VLM.load(args.start, dtype=torch.float32) if args.start else new_vlm(args.out)
     lessons = Lessons(vlm, 8000, random.Random("toy base"))
     if not args.start:
-        train(vlm, lessons, args.steps, 2e-3, guess_share=0.0, noise=0.0)
+        train(vlm, lessons, args.steps, 1e-3, guess_share=0.0, noise=0.0)
         if args.keep_first:
             vlm.save(args.keep_first)
     train(vlm, lessons, args.guess_steps, 5e-4, args.guess_share, args.noise)

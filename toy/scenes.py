@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 
 COLOURS = {"red": (214, 40, 40), "green": (42, 157, 66), "blue": (38, 84, 214), "yellow": (240, 196, 25)}
 SHAPES = ("disc", "ring", "cross")
+PLURALS = {"disc": "discs", "ring": "rings", "cross": "crosses"}
 BOARD = 3
 TRUTH_FILE = "scenes.jsonl"
 

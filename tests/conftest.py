@@ -1,0 +1,35 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+
+import checkpoints  # noqa: E402
+from vlm import VLM  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def toy() -> VLM:
+    """The embedded checkpoint. Shared: a test that changes its weights copies it first."""
+    return VLM.load(ROOT / "toy", "cpu", torch.float32)
+
+
+@pytest.fixture(scope="session", params=["qwen", "mimo"])
+def published(request, tmp_path_factory) -> Path:
+    """A tiny random checkpoint laid out like a published one."""
+    return checkpoints.publish(tmp_path_factory.mktemp("published"), request.param)
+
+
+@pytest.fixture(scope="session")
+def random_vlm(tmp_path_factory) -> VLM:
+    """A tiny random model whose greedy choices are varied and far apart, of the Qwen layout."""
+    return checkpoints.load_lively(checkpoints.publish(tmp_path_factory.mktemp("random"), "qwen"))

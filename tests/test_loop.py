@@ -1,0 +1,323 @@
+"""The loop and its command line: whole iterations on real files, wrong input, and who may see the truth."""
+
+import ast
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+import checkpoints
+import evaluate
+import loop
+import questioner
+from checkpoints import noise_image, plain_inputs
+from conftest import ROOT
+from curate import read_examples
+from vlm import VLM
+
+SMALL = "--iterations 1 --questioner-steps 2 --reasoner-steps 2 --images-per-step 2 --group-size 4 --answers 4".split()
+SMALL += "--candidates 8 --device cpu".split()
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty folder to run in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def records(folder, phase=None):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in lines if phase in (None, r["phase"])]
+
+
+def image_folder(folder):
+    """Real files of different sizes and modes, in a subfolder too, with some that cannot be used."""
+    (folder / "sub").mkdir(parents=True)
+    noise_image(100, 60).save(folder / "a.jpg")
+    noise_image(33, 210, 1).convert("RGBA").save(folder / "sub" / "b.png")
+    noise_image(300, 200, 2).convert("P").save(folder / "c.gif")
+    noise_image(64, 64, 3).convert("L").save(folder / "d.webp")
+    noise_image(20, 20, 4).convert("CMYK").save(folder / "e.tiff")
+    (folder / "broken.jpg").write_text("no image")
+    (folder / "cut.png").write_bytes((folder / "sub" / "b.png").read_bytes()[:2000])
+    return folder
+
+
+# ---- A published layout, end to end --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["qwen", "mimo"])
+def taught(request, tmp_path_factory):
+    folder = checkpoints.publish(tmp_path_factory.mktemp("taught"), request.param)
+    checkpoints.teach(folder, request.param)
+    return folder
+
+
+def test_a_published_checkpoint_on_a_folder_of_images(taught, workplace, capsys):
+    images = image_folder(workplace / "images")
+    args = ["--model", str(taught), "--images", str(images), "--name", "x", "--lr", "1e-3", "--max-new-tokens", "110", *SMALL]
+    assert loop.main(args) == 0
+    run, err = workplace / "runs" / "x", capsys.readouterr().err
+    assert "broken.jpg" in err and "Traceback" not in err
+
+    steps = records(run, "questioner") + records(run, "reasoner")
+    assert len(steps) == 4 and all(s["grad_norm"] > 0 and s["skipped"] == 0 for s in steps)
+    wanted = {"reward", "kl", "clip_share", "grad_norm", "length", "tokens_per_second", "seconds", "validity", "confidence"}
+    assert all(wanted <= s.keys() for s in steps)
+    assert all({"r_unc", "r_div", "clusters"} <= s.keys() for s in records(run, "questioner"))
+    assert records(run, "questioner")[0]["validity"] > 0, "a leading <think> block is allowed"
+
+    curated = read_examples(run / "curated" / "iteration-1.jsonl")
+    assert curated and all(0.25 <= e.confidence <= 0.75 and len(e.answers) == 4 for e in curated)
+    assert all(e.confidence == max(map(e.answers.count, e.answers)) / 4 and e.label in ("1", "2") for e in curated)
+    assert all("broken" not in e.image and "cut" not in e.image for e in curated)
+
+    for role in ("questioner", "reasoner"):
+        vlm = VLM.load(run / role, "cpu", torch.float32)
+        plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(run / role, dtype=torch.float32)
+        inputs = plain_inputs(vlm.prompt("How many?", noise_image(90, 60)))
+        with torch.no_grad():
+            assert torch.equal(plain(**inputs).logits, vlm.model(**inputs).logits)
+        base = VLM.load(taught, "cpu", torch.float32)
+        assert any(not torch.equal(a, b) for a, b in zip(vlm.model.parameters(), base.model.parameters())), "it was trained"
+
+
+# ---- The toy -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_reproducible_and_resumes_after_an_iteration(workplace, capsys, monkeypatch):
+    args = [a if a != "1" else "2" for a in SMALL] + ["--name"]
+    assert loop.main([*args, "whole"]) == 0
+    whole = capsys.readouterr().out
+    assert "base" in whole and "done" in whole and "\r" not in whole
+
+    save, calls = loop.Run.save_roles, []
+
+    def interrupted(self, *rest):
+        save(self, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Run, "save_roles", interrupted)
+    assert loop.main([*args, "cut"]) == 1
+    assert "--resume runs/cut" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    assert loop.main(["--resume", "runs/cut"]) == 0
+
+    def timeless(folder):
+        kept = [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records(folder)]
+        return [r for r in kept if not (r["phase"] == "measure" and r["iteration"] == 1)]  # cut before it was measured
+
+    runs = workplace / "runs"
+    assert timeless(runs / "whole") == timeless(runs / "cut")
+    for role in ("questioner", "reasoner"):
+        weights = [(runs / name / role / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+        assert weights[0] == weights[1]
+    assert calls == []
+
+
+def test_training_never_sees_the_truth(workplace, monkeypatch):
+    """Two runs alike but for the answerer, which in one knows only nonsense: everything but the measurements is equal."""
+    import toy.answerer
+
+    assert loop.main([*SMALL, "--name", "true"]) == 0
+    understand = toy.answerer.understand
+
+    def nonsense(question, scene):
+        fact = understand(question, scene)
+        return fact and dataclasses.replace(fact, answer="nonsense")
+
+    monkeypatch.setattr(evaluate, "understand", nonsense)
+    assert loop.main([*SMALL, "--name", "false"]) == 0
+    runs = workplace / "runs"
+    assert records(runs / "true", "measure")[-1]["sampled_accuracy"] > 0 == records(runs / "false", "measure")[-1]["sampled_accuracy"]
+    for file in ("questioner/model.safetensors", "reasoner/model.safetensors"):
+        assert (runs / "true" / file).read_bytes() == (runs / "false" / file).read_bytes()
+    texts = [(runs / name / "curated" / "iteration-1.jsonl").read_text().replace("/true/", "/false/") for name in ("true", "false")]
+    assert texts[0] == texts[1]
+
+
+def test_training_never_imports_the_answerer(workplace):
+    """In a fresh process where importing it fails, a whole run on unlabelled images goes through."""
+    image_folder(workplace / "images")
+    code = "import sys; sys.modules['toy.answerer'] = None; sys.modules['evaluate'] = None; import loop; sys.exit(loop.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "--images", "images", *SMALL]
+    done = subprocess.run(command, cwd=workplace, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    importers = {file.name for file in ROOT.glob("**/*.py") if ".venv" not in file.parts and "answerer" in _imports(file)}
+    assert importers - {"test_loop.py", "test_toy.py"} == {"evaluate.py", "build.py"}
+
+
+def _imports(file):
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {part for alias in node.names for part in alias.name.split(".")}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {part for part in (node.module or "").split(".")} | {alias.name for alias in node.names}
+    return names
+
+
+# ---- What must be survived -----------------------------------------------------------------------------------------------
+
+
+def test_invalid_questions_and_an_empty_curated_set(published, workplace, capsys):
+    """A random model never writes a valid question: no reward, nothing to curate, and no harm."""
+    image_folder(workplace / "images")
+    args = ["--model", str(published), "--images", "images", "--name", "x", "--max-new-tokens", "8", *SMALL]
+    assert loop.main(args) == 0
+    err = capsys.readouterr().err
+    assert "not one question was valid" in err and "the Reasoner is not trained" in err
+    run = workplace / "runs" / "x"
+    assert [s["validity"] for s in records(run, "questioner")] == [0, 0] and records(run, "reasoner") == []
+    assert all(s["equal_groups"] == 1 for s in records(run, "questioner"))
+    assert read_examples(run / "curated" / "iteration-1.jsonl") == []
+    vlm = VLM.load(run / "questioner", "cpu", torch.float32)
+    assert all(torch.isfinite(p).all() for p in vlm.model.parameters())
+
+
+def test_equal_rewards_and_a_gradient_that_is_not_finite(workplace, monkeypatch, capsys):
+    """Every answer gets the same reward, then every log-probability is NaN: the Reasoner ends with finite weights."""
+    s = loop.parse_arguments([*SMALL, "--name", "x"])
+    run = loop.prepare(s)
+    roles = run.load_roles(s)
+    run.open(s)
+    before = [p.clone() for p in roles[1].model.parameters()]
+    loop.visplay(s, run, *roles, answer_reward=lambda answer, label: 1.0)
+    steps = records(run.folder, "reasoner")
+    assert steps and all(r["equal_groups"] == 1 and r["policy_loss"] == 0 for r in steps)
+
+    logprobs = VLM.logprobs
+    monkeypatch.setattr(VLM, "logprobs", lambda *a: [x * float("nan") for x in logprobs(*a)])
+    s = dataclasses.replace(s, name="y")
+    run = loop.prepare(s)
+    run.open(s)
+    roles = run.load_roles(s)
+    loop.visplay(s, run, *roles)
+    assert all(r["skipped"] == 1 for r in records(run.folder, "reasoner") + records(run.folder, "questioner"))
+    assert all(torch.equal(a, b) for a, b in zip(before, roles[1].model.parameters()))
+    assert "not finite" in capsys.readouterr().err
+
+
+# ---- The command line ----------------------------------------------------------------------------------------------------
+
+
+def nothing(folder):
+    return []
+
+
+def no_checkpoint(folder):
+    (folder / "m").mkdir()
+    return ["--model", "m"]
+
+
+def pickle_only(folder):
+    shutil.copytree(ROOT / "toy", folder / "m", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    (folder / "m" / "model.safetensors").rename(folder / "m" / "pytorch_model.bin")
+    return ["--model", "m"]
+
+
+def other_architecture(folder):
+    (folder / "m").mkdir()
+    (folder / "m" / "config.json").write_text('{"model_type": "llama"}')
+    return ["--model", "m"]
+
+
+def no_images(folder):
+    (folder / "i").mkdir()
+    (folder / "i" / "x.png").write_text("no image")
+    return ["--images", "i"]
+
+
+def name_taken(folder):
+    (folder / "runs" / "taken").mkdir(parents=True)
+    return ["--name", "taken"]
+
+
+WRONG = [
+    ("--model ./nowhere", nothing), ("", no_checkpoint), ("", pickle_only), ("", other_architecture), ("", no_images),
+    ("", name_taken), ("--images nowhere", nothing), ("--group-size 1", nothing), ("--tau-low 0.8 --tau-high 0.3", nothing),
+    ("--tau-high 1.5", nothing), ("--questioner-steps 0", nothing), ("--reasoner-steps -3", nothing), ("--iterations 0", nothing),
+    ("--lr nan", nothing), ("--lr inf", nothing), ("--lr x", nothing), ("--temperature 0", nothing), ("--top-p 0", nothing),
+    ("--device abacus", nothing), ("--dtype int8", nothing), ("--no-such-flag", nothing), ("--resume nowhere", nothing),
+    ("--resume x --lr 1", nothing), ("--beta nan", nothing), ("--tau-low nan", nothing), ("--seed 1000000", nothing),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("args, setup", WRONG)
+def test_wrong_input_gets_one_sentence_and_exit_code_2(args, setup, workplace, capsys):
+    arguments = [*args.split(), *setup(workplace)]
+    before = sorted(workplace.rglob("*"))
+    try:
+        code = loop.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    err = capsys.readouterr().err.strip()
+    assert code == 2 and err.startswith("error: ") and "\n" not in err and len(err) < 400, err
+    assert sorted(workplace.rglob("*")) == before, "nothing is left behind"
+
+
+def test_a_missing_hub_model_gets_one_sentence(workplace):
+    """In a process of its own, offline as this test machine is."""
+    command = [sys.executable, str(ROOT / "loop.py"), "--model", "nobody/no-such-model"]
+    env = {"HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(workplace)}
+    done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and "no-such-model" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_every_hyper_parameter_is_a_flag_with_help_and_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        loop.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for field in dataclasses.fields(loop.Settings):
+        assert loop._flag(field.name) + " " in text
+        assert field.default in (None, False) or f"(default: {field.default}" in text, field.name
+    for symbol in ("S_Q", "S_R", "paper's G", "paper's m", "paper's N", "tau_low", "tau_high", "lambda", "beta", "epsilon"):
+        assert symbol in text, symbol
+
+
+def test_the_papers_values_are_the_defaults_for_a_real_model():
+    s = loop.parse_arguments(["--model", "Qwen/Qwen2.5-VL-3B-Instruct"])
+    assert (s.iterations, s.group_size, s.answers, s.questioner_steps, s.reasoner_steps) == (3, 8, 10, 20, 20)
+    assert (s.tau_low, s.tau_high, s.diversity_weight) == (0.25, 0.75, 1.0)
+    assert (s.lr, s.weight_decay, s.beta, s.clip, s.temperature, s.top_p) == (1e-6, 1e-2, 1e-2, 0.2, 1.0, 0.99)
+
+
+def test_dry_run_of_a_real_size(published, workplace, capsys):
+    """The published 3B shape: its weights are not there, and not needed."""
+    shape = dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, vocab_size=151936)
+    shutil.copytree(published, workplace / "3b")
+    config = json.loads((workplace / "3b" / "config.json").read_text())
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048)
+    config |= shape | dict(num_key_value_heads=2, tie_word_embeddings=True, vision_config=config["vision_config"] | vision)
+    (workplace / "3b" / "config.json").write_text(json.dumps(config))
+    image_folder(workplace / "images")
+    assert loop.main(["--model", "3b", "--images", "images", "--dry-run", "--dtype", "bfloat16"]) == 0
+    out = capsys.readouterr().out
+    assert "3,754,622,976 parameters" in out, "the number of the published 3B checkpoint"
+    assert "6 found, 1 skipped" in out and "broken.jpg" in out and "memory" in out
+    for part in ("AdamW moments 27.9", "float32 masters 13.9", "trained role 6.99"):
+        assert part in out, out
+    assert not (workplace / "runs").exists()
+
+
+def test_without_images_scenes_suit_the_model(published, workplace, capsys):
+    assert loop.main(["--dry-run"]) == 0 and "84 x 84 pixels, 9 tokens" in capsys.readouterr().out
+    config = json.loads((published / "preprocessor_config.json").read_text())
+    shutil.copytree(published, workplace / "m")
+    (workplace / "m" / "preprocessor_config.json").write_text(json.dumps(config | {"max_pixels": 12845056}))
+    assert loop.main(["--model", "m", "--dry-run"]) == 0 and "336 x 336 pixels, 144 tokens" in capsys.readouterr().out
+
+
+def test_instructions_are_the_same_for_every_model(toy, random_vlm):
+    for vlm in (toy, random_vlm):
+        prompt = questioner.ask_prompt(vlm, Image.new("RGB", (60, 60)))
+        assert questioner.INSTRUCTION in vlm.tokenizer.decode(prompt.ids)
