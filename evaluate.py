@@ -46,15 +46,15 @@ def held_out_questions(folder: Path, count: int, seed: int, size: int) -> list[L
     return labelled
 
 
-def accuracy(vlm: VLM, questions: list[Labelled], samples: int, greedy_and: dict, sampled: dict) -> dict[str, float]:
-    """Greedy and sampled accuracy of the Reasoner; `sampled` holds the sampling arguments, `greedy_and` the greedy ones.
+def accuracy(vlm: VLM, questions: list[Labelled], samples: int, **sampling) -> dict[str, float]:
+    """Greedy and sampled accuracy of the Reasoner, in [0, 1]; `sampling` goes to `generate.generate`.
 
-    Each question is sampled `samples` times. Returns greedy_accuracy and sampled_accuracy, in [0, 1].
+    Each question is answered once greedily and `samples` times at random.
     """
     prompts = [reasoner.answer_prompt(vlm, load_image(q.image), q.question) for q in questions]
     results = {}
-    for name, n, arguments in (("greedy", 1, greedy_and | {"temperature": 0.0}), ("sampled", samples, sampled)):
-        groups = reasoner.answer(vlm, prompts, n, **arguments)
+    for name, n, changed in (("greedy", 1, {"temperature": 0.0}), ("sampled", samples, {})):
+        groups = reasoner.answer(vlm, prompts, n, **sampling | changed)
         right = [answer_reward(a.answer, q.answer) for q, group in zip(questions, groups) for a in group]
         results[f"{name}_accuracy"] = sum(right) / len(right)
     return results

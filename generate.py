@@ -222,7 +222,10 @@ def cache_token_bytes(config, dtype: torch.dtype) -> int:
 
 def cache_budget(device: torch.device) -> int:
     """The bytes that caches may take: half of what is free on CUDA, a fixed amount on a CPU."""
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CPU_CACHE_BYTES
+    if device.type != "cuda":
+        return CPU_CACHE_BYTES
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch, but free
+    return (torch.cuda.mem_get_info(device)[0] + unused) // 2
 
 
 def _batches(vlm: VLM, prompts: list[Prompt], n: int, max_new_tokens: int) -> list[list[int]]:

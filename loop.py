@@ -124,8 +124,8 @@ def visplay(s: Settings, run: "Run", questioner: VLM, reasoner: VLM, answer_rewa
         curated = curate_questions(s, run, k, questioner, reasoner, pictures, generator)
         train_reasoner(s, run, k, reasoner, curated, answer_reward, generator)
 
-        run.save_roles(k, questioner, reasoner)
         run.report(k, measure(s, run, reasoner, curated))
+        run.save_roles(k, questioner, reasoner)
 
 
 def train_questioner(s, run, k, questioner: VLM, reasoner: VLM, pictures: Iterator[Picture], generator) -> None:
@@ -235,7 +235,7 @@ def measure(s: Settings, run: "Run", reasoner: VLM, curated: list[Example]) -> d
 
     questions = evaluate.held_out_questions(run.folder / "held-out", HELD_OUT_QUESTIONS, HELD_OUT_SEED, run.scene_size)
     seeded = torch.Generator(reasoner.device).manual_seed(s.seed)
-    results = evaluate.accuracy(reasoner, questions, 4, dict(max_new_tokens=s.max_new_tokens), s.sampling | {"generator": seeded})
+    results = evaluate.accuracy(reasoner, questions, 4, **s.sampling, generator=seeded)
     return results | evaluate.silver_label_accuracy(curated, run.folder / "images")
 
 

@@ -1,0 +1,73 @@
+"""The claim itself: the toy gets better with no label, and only because of the silver labels.
+
+Two whole runs of `python loop.py`, the slowest tests here (about five minutes on 2 cores). The README's table has more seeds.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import loop
+import rewards
+from conftest import ROOT
+
+
+def measured(folder, phase="measure"):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in lines if r["phase"] == phase]
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory):
+    """`python loop.py`, as a user starts it; the peak memory is its own report."""
+    folder = tmp_path_factory.mktemp("default")
+    code = "import resource, sys; sys.argv = sys.argv[1:]; import loop; code = loop.main(sys.argv[1:]); "
+    code += "print('peak KiB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+    command = [sys.executable, "-c", code, "loop.py", "--name", "x", "--device", "cpu"]
+    env = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "x", done
+
+
+def test_the_reasoner_learns(default_run):
+    run, _ = default_run
+    results = measured(run)
+    assert [r["iteration"] for r in results] == [0, 1, 2, 3]
+    for name in ("sampled_accuracy", "greedy_accuracy"):
+        values = [r[name] for r in results]
+        assert values[-1] - values[0] >= 0.25, (name, values)
+        assert all(b >= a - 0.03 for a, b in zip(values, values[1:])), (name, values)
+
+
+def test_the_questioner_stays_valid_and_varied_and_gets_harder(default_run):
+    run, _ = default_run
+    steps = measured(run, "questioner")
+    assert steps[-1]["validity"] >= 0.95 and measured(run, "curation")[-1]["validity"] >= 0.95
+    first = [s["r_unc"] for s in steps if s["iteration"] == 1]
+    assert sum(first[-3:]) / 3 > sum(first[:3]) / 3
+    assert sum(count > 0 for count in measured(run)[-1]["question_kinds"].values()) >= 4
+
+
+def test_it_stays_within_its_memory_and_is_quiet(default_run):
+    _, done = default_run
+    assert int(done.stdout.rsplit("peak KiB", 1)[1]) < 2 * 2**20
+    assert done.stderr == "", "no progress bar and no warning where there is no terminal"
+
+
+def test_random_rewards_teach_nothing(tmp_path, monkeypatch):
+    """The Reasoner's reward becomes a coin that knows nothing of the answer; one iteration, otherwise as above."""
+    import random
+
+    coin = random.Random(0)
+    monkeypatch.chdir(tmp_path)
+    s = loop.parse_arguments(["--iterations", "1", "--name", "x", "--device", "cpu"])
+    run = loop.prepare(s)
+    roles = run.load_roles(s)
+    run.open(s)
+    loop.visplay(s, run, *roles, answer_reward=lambda answer, label: float(coin.random() < 0.5))
+    before, after = measured(run.folder)
+    assert after["sampled_accuracy"] - before["sampled_accuracy"] < 0.05
+    assert rewards.answer_reward("1", "1") == 1.0
