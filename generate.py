@@ -22,6 +22,7 @@ from vlm import VLM, Prompt
 
 PREFILL_TOKENS = 16384  # prompts are forwarded so many tokens at a time
 CPU_CACHE_BYTES = 1 << 29  # memory for keys and values on a CPU; on CUDA it is derived from what is free
+SAMPLING_BYTES = 40  # per row and vocabulary entry: logits, probabilities, their order, noise
 CHECK_EVERY = {"cpu": 1, "cuda": 16}  # tokens between two looks at which rows are finished; a look waits for the GPU
 
 
@@ -39,7 +40,8 @@ def generate(
     """Samples n completions a prompt: [prompts][n][tokens], the end token included where one was reached.
 
     temperature 0 is greedy. top_p in (0, 1] keeps the smallest set of tokens with that much probability, top_k the k
-    likeliest (0: all). `generator` makes it reproducible; it is fastest on the model's own device.
+    likeliest (0: all). `generator` makes it reproducible, on CUDA as long as the free memory, and with it the batches,
+    stay the same; it is fastest on the model's own device.
     Raises ValueError for arguments out of range.
     """
     if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
@@ -199,8 +201,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generat
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        best, which = logits.topk(top_k, dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter(1, which, best)
     probs = logits.softmax(dim=-1)
     if top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True)
@@ -230,11 +232,13 @@ def cache_budget(device: torch.device) -> int:
 
 def _batches(vlm: VLM, prompts: list[Prompt], n: int, max_new_tokens: int) -> list[list[int]]:
     """Indices of prompts in batches of similar length whose caches fit into memory."""
-    room = cache_budget(vlm.device) // cache_token_bytes(vlm.model.config, vlm.model.dtype)
+    room, token_bytes = cache_budget(vlm.device), cache_token_bytes(vlm.model.config, vlm.model.dtype)
+    sampling = SAMPLING_BYTES * vlm.model.config.text_config.vocab_size
     batches: list[list[int]] = []
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):  # the longest of a batch comes first
         width = len(prompts[batches[-1][0]]) if batches else 0
-        if not batches or (len(batches[-1]) + 1) * n * (width + max_new_tokens) > room:
+        rows = (len(batches[-1]) + 1) * n if batches else n
+        if not batches or rows * ((width + max_new_tokens) * token_bytes + sampling) > room:
             batches.append([])
         batches[-1].append(i)
     return batches

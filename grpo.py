@@ -14,6 +14,7 @@ deviation of the group (G - 1) where this file takes the group's own (G).
 This file knows nothing of images, roles or files: a policy is anything with `logprobs(prompt, completions, temperature)`.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,30 +94,45 @@ def grpo_loss(
 
 
 class MasterAdamW:
-    """AdamW on float32 master weights.
+    """AdamW on float32 master weights; train inside `with optimizer:`.
 
     At a learning rate of 1e-6 a bfloat16 weight never moves: the step is far below the spacing of its values. So the
     optimizer holds and moves a float32 copy and rounds it into the model after each step. Gradients are added up in
     float32 too, as soon as each is ready. A float32 model is its own master.
+
+    Make one per role and keep it: what 20 steps change is mostly still below the rounding, and adds up over the phases in
+    the masters only. Each `with` is a phase: it starts with fresh moments, and at its end the masters are parked on the CPU.
     """
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, weight_decay: float):
+        self.settings = dict(lr=lr, weight_decay=weight_decay)
         trained = [p for p in parameters if p.requires_grad]
-        self.pairs = [(p, p if p.dtype == torch.float32 else p.detach().float()) for p in trained]
-        self.adamw = torch.optim.AdamW([master for _, master in self.pairs], lr=lr, weight_decay=weight_decay)
-        self.hooks = []
+        self.pairs = [(p, p if p.dtype == torch.float32 else p.detach().to("cpu", torch.float32)) for p in trained]
+
+    def __enter__(self) -> "MasterAdamW":
+        copies = [(parameter, master) for parameter, master in self.pairs if master is not parameter]
+        for parameter, master in copies:
+            master.data = master.data.to(parameter.device)
+        self.adamw = torch.optim.AdamW([master for _, master in self.pairs], **self.settings)
+        self.hooks = [p.register_post_accumulate_grad_hook(_moves_gradient_to(master)) for p, master in copies]
+        return self
+
+    def __exit__(self, *_) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.adamw.zero_grad(set_to_none=True)
+        del self.adamw
         for parameter, master in self.pairs:
             if master is not parameter:
-                self.hooks.append(parameter.register_post_accumulate_grad_hook(_moves_gradient_to(master)))
+                master.data = master.data.cpu()
 
     def step(self, max_norm: float) -> float:
         """Clips the gradient to `max_norm`, steps, clears it; returns its norm before clipping.
 
         A gradient that is not finite changes nothing but is still cleared: the caller sees the norm.
         """
-        masters = [master for _, master in self.pairs]
-        norm = torch.nn.utils.clip_grad_norm_(masters, max_norm).item()
-        if torch.isfinite(torch.tensor(norm)):
+        norm = torch.nn.utils.clip_grad_norm_([master for _, master in self.pairs], max_norm).item()
+        if math.isfinite(norm):
             self.adamw.step()
             with torch.no_grad():
                 for parameter, master in self.pairs:
@@ -124,11 +140,6 @@ class MasterAdamW:
                         parameter.copy_(master)
         self.adamw.zero_grad(set_to_none=True)
         return norm
-
-    def close(self) -> None:
-        """Detaches from the model."""
-        for hook in self.hooks:
-            hook.remove()
 
 
 def _moves_gradient_to(master: Tensor):
@@ -160,8 +171,9 @@ def update(
     """One optimizer step on all groups, forwarded and differentiated one group at a time.
 
     The gradient is that of one batch of all completions, whatever the groups' sizes. In the first update after a rollout
-    the policy is the one that sampled, so its log-probabilities are kept as log pi_old; later updates on the same groups
-    find them there. Returns the means of `grpo_loss`'s metrics, `grad_norm`, and `skipped`: 1 if the gradient was not finite.
+    the policy is the one that sampled, so its log-probabilities are kept as log pi_old, every ratio is 1 and nothing is
+    clipped; later updates on the same groups find them there. Returns the means of `grpo_loss`'s metrics, `grad_norm`,
+    and `skipped`: 1 if the gradient was not finite.
     """
     totals: dict[str, float] = {}
     counts = [sum(map(len, g.completions)) if token_mean else len(g.completions) for g in groups]
@@ -178,7 +190,7 @@ def update(
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + share * value
     norm = optimizer.step(max_norm)
-    return totals | {"grad_norm": norm, "skipped": float(not torch.isfinite(torch.tensor(norm)))}
+    return totals | {"grad_norm": norm, "skipped": float(not math.isfinite(norm))}
 
 
 def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:

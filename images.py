@@ -14,6 +14,10 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+# What Pillow itself decodes; not EPS, for which it starts Ghostscript.
+Image.init()
+KNOWN = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "ICO", "JPEG2000", "AVIF")
+FORMATS = tuple(name for name in KNOWN if name in Image.OPEN)
 MAX_RATIO = 200  # width / height and height / width that the image processor of Qwen2.5-VL accepts
 MAX_PIXELS = 89_478_485  # a larger image is taken for a decompression bomb (Pillow's own limit)
 
@@ -44,16 +48,18 @@ def find_images(where: str) -> Found:
     A .jsonl line is a path in quotes or an object with an "image" or "path". Listed paths may be relative to the list.
     Raises ValueError, with a sentence for the user, if `where` does not exist or a list cannot be read.
     """
-    place = Path(where)
+    place = Path(where).expanduser()
+    if not where.strip():
+        raise ValueError("--images: the name of a folder, file or glob is empty")
     if place.is_dir():
-        suffixes = Image.registered_extensions()
+        suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
         paths = sorted(str(p) for p in place.rglob("*") if p.suffix.lower() in suffixes)
     elif place.is_file() and place.suffix.lower() in (".txt", ".jsonl"):
         paths = _read_list(place)
     elif place.is_file():
-        paths = [where]
+        paths = [str(place)]
     else:
-        paths = sorted(glob.glob(where, recursive=True))
+        paths = sorted(glob.glob(str(place), recursive=True))
         if not paths:
             raise ValueError(f"--images: there is no folder, file or match of {where}")
     good, skipped = [], []
@@ -81,7 +87,7 @@ def _read_list(place: Path) -> list[str]:
 def _open(path: str) -> Image.Image:
     """Opens an image and checks its header; the pixels are not read yet."""
     try:
-        image = Image.open(path)
+        image = Image.open(path, formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageError("more than twice 89 million pixels") from error
     except Exception as error:  # Pillow's readers raise many kinds on broken files, struct.error and SyntaxError among them
@@ -99,7 +105,7 @@ def load_image(path: str) -> Image.Image:
 
     Raises ImageError for a file that cannot be read to its end.
     """
-    try:
+    try:  # a file can be cut off anywhere behind its header
         with _open(path) as image:
             image.load()
             image = ImageOps.exif_transpose(image)

@@ -5,12 +5,13 @@ float32 moments; a float32 model is its own master. Beside them stand the refere
 role, frozen. What is sampled at once is bounded by the cache budget of `generate.py`.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from generate import cache_budget, cache_token_bytes
+from generate import CPU_CACHE_BYTES, cache_token_bytes
 from vlm import LOGIT_TOKENS, ROW_TOKENS
 
 
@@ -36,7 +37,7 @@ def count_parameters(config: Qwen2_5_VLConfig) -> int:
 def memory_plan(
     config: Qwen2_5_VLConfig,
     dtype: torch.dtype,
-    device: torch.device,
+    device_bytes: int | None,
     prompt_tokens: int,
     new_tokens: int,
     group_size: int,
@@ -44,23 +45,27 @@ def memory_plan(
 ) -> list[Phase]:
     """The memory of the three phases of one iteration.
 
-    prompt_tokens: a prompt with its image; new_tokens: the longest completion; rows: completions sampled in one step.
-    The activations of an update are estimated, not measured: about 16 hidden and 3 MLP vectors a layer and token.
+    device_bytes: the memory of the GPU, None on a CPU. prompt_tokens: a prompt with its image; new_tokens: the longest
+    completion; rows: completions sampled in one step. The activations of an update are estimated, not measured: about
+    16 hidden and 3 MLP vectors a layer and token, for all rows of a group at once, and SDPA's bias a layer.
     """
     parameters, text, size = count_parameters(config), config.text_config, dtype.itemsize
-    weights, single = parameters * size, dtype == torch.float32
-    cache = min(rows * (prompt_tokens + new_tokens) * cache_token_bytes(config, dtype), cache_budget(device))
-    row = min(max(ROW_TOKENS, prompt_tokens + new_tokens), prompt_tokens + group_size * new_tokens)
-    layer = row * (16 * text.hidden_size + 3 * text.intermediate_size) * size
-    activations = text.num_hidden_layers * layer + row * row + 3 * LOGIT_TOKENS * text.vocab_size * 4
+    weights, copies = parameters * size, 0 if dtype == torch.float32 else 4 * parameters
     training = {
         "trained role": weights,
-        "float32 masters": 0 if single else 4 * parameters,
+        "float32 masters": copies,
         "gradients": 4 * parameters,
         "AdamW moments": 8 * parameters,
         "reference": weights,
         "other role": weights,
-        "cache or activations": max(cache, activations),
     }
-    sampling = {"both roles": 2 * weights, "cache": cache}
+    sampling = {"both roles": 2 * weights}
+    cache = rows * (prompt_tokens + new_tokens) * cache_token_bytes(config, dtype)
+    free = CPU_CACHE_BYTES if device_bytes is None else max(0, device_bytes - sum(training.values())) // 2
+    packed = math.ceil(group_size * new_tokens / max(1, ROW_TOKENS - prompt_tokens))  # rows of a group
+    tokens = packed * prompt_tokens + group_size * new_tokens
+    layer = tokens * (16 * text.hidden_size + 3 * text.intermediate_size) * size + tokens * min(tokens, ROW_TOKENS) * size
+    activations = text.num_hidden_layers * layer + 3 * LOGIT_TOKENS * text.vocab_size * 4
+    training["cache or activations"] = max(min(cache, free), activations)
+    sampling["cache"] = min(cache, free)
     return [Phase("questioner", training), Phase("curation", sampling), Phase("reasoner", training)]

@@ -30,7 +30,8 @@ from nltk.util import ngrams
 
 # ---- Answers ---------------------------------------------------------------------------------------------------------
 
-_WRAPPER = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|boxed)\s*\{([^{}]{0,200})\}")
+_WRAPPER = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|boxed)\s?\{([^{}]{0,200})\}")
+_LAYOUT = re.compile(r"\\left|\\right|\\[()\[\]$]|[$*]")  # marks of LaTeX and Markdown that say nothing
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]{1,40})\}\s*\{([^{}]{1,40})\}")
 _NUMBER = re.compile(r"([+-]?)((?:\d{1,3}(?:,\d{3}){1,9}|\d{1,30})(?:\.\d{0,30})?|\.\d{1,30})")
 _LONGEST = 400  # characters; a longer answer is compared as it stands
@@ -49,14 +50,22 @@ def canonical(answer: str) -> Fraction | str:
     """The value of an answer that is a number, a fraction or a percentage; else its words, stripped and lower-cased."""
     if len(answer) > _LONGEST:
         return answer.strip()
-    text = unicodedata.normalize("NFKC", answer).replace("\u2212", "-").replace("\u2044", "/")
-    text = _WRAPPER.sub(r"\1", text.strip().strip("$").replace(r"\$", "").replace(r"\%", "%"))
-    text = _FRACTION.sub(r"\1/\2", text).replace(r"\left", "").replace(r"\right", "")
+    text = "".join(map(_plain, answer)).replace("\u2212", "-").replace("\u2044", "/")
+    text = _LAYOUT.sub("", text.replace(r"\%", "%"))
+    text = _FRACTION.sub(r"\1/\2", _WRAPPER.sub(r"\1", _WRAPPER.sub(r"\1", text)))
     text = " ".join(text.lower().split()).rstrip(" .,;:!?")
-    if text.startswith("(") and text.endswith(")") and not set("(),") & set(text[1:-1]):
-        text = text[1:-1].strip()
+    inner = text.removeprefix("(").removesuffix(")").strip()
+    if not set("()") & set(inner) and (_value(inner) is not None or "," not in inner):  # (B), B) and (1,000), not (1,2)
+        text = inner
     value = _value(text)
     return text if value is None else value
+
+
+def _plain(character: str) -> str:
+    """A character in its plainest form, so that full-width and italic digits are digits, but 5² is not 52."""
+    kind = unicodedata.decomposition(character).split(" ")[0]
+    mark = {"<super>": "^", "<fraction>": " "}.get(kind, "")
+    return mark + unicodedata.normalize("NFKC", character)
 
 
 def _value(text: str) -> Fraction | None:
@@ -174,11 +183,14 @@ def _average_linkage(distance: np.ndarray, threshold: float) -> list[list[int]]:
     return members
 
 
-def diversity_penalty(questions: Sequence[str], weight: float = 1.0) -> list[float]:
-    """r_div = lambda |C_k| / G for each of the G questions of one image; `weight` is the paper's lambda."""
+def diversity_penalty(questions: Sequence[str], weight: float = 1.0, group_size: int | None = None) -> list[float]:
+    """r_div = lambda |C_k| / G for each valid question of one image; `weight` is the paper's lambda.
+
+    `group_size` is G, where it is larger than the number of valid questions.
+    """
     labels = cluster_questions(questions)
     sizes = Counter(labels)
-    return [weight * sizes[label] / len(questions) for label in labels]
+    return [weight * sizes[label] / (group_size or len(questions)) for label in labels]
 
 
 def questioner_rewards(
@@ -189,8 +201,7 @@ def questioner_rewards(
     Only valid questions are clustered, and G counts all of them, so an invalid neighbour changes nobody's penalty.
     """
     valid = [question for question in questions if question is not None]
-    share = len(valid) / len(questions) if questions else 0.0  # turns |C| / valid into |C| / G
-    penalties = iter(diversity_penalty(valid, weight * share))
+    penalties = iter(diversity_penalty(valid, weight, len(questions)))
     return [
         0.0 if question is None else max(0.0, uncertainty_reward(c) - next(penalties))
         for question, c in zip(questions, confidences, strict=True)

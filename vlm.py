@@ -37,6 +37,14 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
+class Patches:
+    """An image as the model reads it: `pixels` and `grid` of a Prompt. Prompts about one image share it."""
+
+    pixels: Tensor
+    grid: Tensor
+
+
+@dataclass(frozen=True)
 class Prompt:
     """An encoded prompt: text with one image in it, ending where the assistant starts to write (P tokens).
 
@@ -119,7 +127,12 @@ class VLM:
 
     # ---- Text and image -> prompt ----------------------------------------------------------------------------------
 
-    def prompt(self, text: str, image: Image.Image, system: str | None = None) -> Prompt:
+    def patches(self, image: Image.Image) -> Patches:
+        """Scales an image and cuts it into patches. Do it once and give it to `prompt` to ask many questions."""
+        made = self.image_processor(images=[image.convert("RGB")], size=self.image_size, return_tensors="pt")
+        return Patches(made["pixel_values"], made["image_grid_thw"])
+
+    def prompt(self, text: str, image: Image.Image | Patches, system: str | None = None) -> Prompt:
         """Encodes a user turn, the image and then the text, with the checkpoint's own chat template.
 
         `text` is data: a control token spelled out in it (`<|im_end|>`, `<|image_pad|>`) is encoded as plain
@@ -132,12 +145,12 @@ class VLM:
         rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         before, after = rendered.split(_USER_TEXT)
         ids = self._encode(before) + self._encode(text, plain=True) + self._encode(after)
-        patches = self.image_processor(images=[image.convert("RGB")], size=self.image_size, return_tensors="pt")
-        grid, merge = patches["image_grid_thw"], self.model.config.vision_config.spatial_merge_size
-        start, tokens = ids.index(self.model.config.image_token_id), int(grid.prod()) // merge**2
+        patches = image if isinstance(image, Patches) else self.patches(image)
+        merge = self.model.config.vision_config.spatial_merge_size
+        start, tokens = ids.index(self.model.config.image_token_id), int(patches.grid.prod()) // merge**2
         ids[start : start + 1] = [ids[start]] * tokens
-        positions = rope_positions(start, grid[0].tolist(), merge, len(ids) - start - tokens)
-        return Prompt(torch.tensor(ids), positions, patches["pixel_values"], grid, start, tokens)
+        positions = rope_positions(start, patches.grid[0].tolist(), merge, len(ids) - start - tokens)
+        return Prompt(torch.tensor(ids), positions, patches.pixels, patches.grid, start, tokens)
 
     def _encode(self, text: str, plain: bool = False) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
@@ -149,17 +162,18 @@ class VLM:
     # ---- Forward ---------------------------------------------------------------------------------------------------
 
     def embed(self, prompts: list[Prompt]) -> list[Tensor]:
-        """The input embeddings [P, hidden] of each prompt, all their images encoded in one pass.
+        """The input embeddings [P, hidden] of each prompt; all their images are encoded in one pass, each once.
 
         Image features are placed by the prompt's own positions, never by looking for the image token.
         """
-        pixels = torch.cat([p.pixels for p in prompts]).to(self.device)
-        grids = torch.cat([p.grid for p in prompts]).to(self.device)
-        features = self.model.model.get_image_features(pixels, grids).pooler_output
+        images = {id(p.pixels): p for p in prompts}  # prompts about one image share its pixels
+        pixels = torch.cat([p.pixels for p in images.values()]).to(self.device)
+        grids = torch.cat([p.grid for p in images.values()]).to(self.device)
+        features = dict(zip(images, self.model.model.get_image_features(pixels, grids).pooler_output))
         table, rows = self.model.get_input_embeddings(), []
-        for prompt, feature in zip(prompts, features):
+        for prompt in prompts:
             row, start, end = table(prompt.ids.to(self.device)), prompt.image_start, prompt.image_start + prompt.image_tokens
-            rows.append(torch.cat([row[:start], feature.to(row.dtype), row[end:]]))
+            rows.append(torch.cat([row[:start], features[id(prompt.pixels)].to(row.dtype), row[end:]]))
         return rows
 
     def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache=None) -> Tensor:
@@ -302,6 +316,13 @@ def load_processors(name_or_path: str | Path) -> tuple:
         raise CheckpointError(f"{name} has no usable tokenizer or image processor: {_first_line(error)}") from error
     if tokenizer.chat_template is None:
         raise CheckpointError(f"{name} has no chat template")
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _USER_TEXT}]}]
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        raise CheckpointError(f"the chat template of {name} cannot be used: {_first_line(error)}") from error
+    if rendered.count(_USER_TEXT) != 1:
+        raise CheckpointError(f"the chat template of {name} drops or repeats the user's text")
     return tokenizer, image_processor, preprocessor_config
 
 
@@ -327,6 +348,8 @@ def _end_ids(model) -> list[int]:
     ids = model.generation_config.eos_token_id
     if ids is None:
         ids = model.config.text_config.eos_token_id
+    if ids is None:
+        raise CheckpointError("the checkpoint names no token that ends a turn (eos_token_id)")
     return [ids] if isinstance(ids, int) else list(ids)
 
 

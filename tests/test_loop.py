@@ -134,7 +134,11 @@ def test_training_never_sees_the_truth(workplace, monkeypatch):
         return fact and dataclasses.replace(fact, answer="nonsense")
 
     monkeypatch.setattr(evaluate, "understand", nonsense)
+    monkeypatch.setattr(toy.answerer, "understand", nonsense)
+    truth, readers = evaluate.read_truth, []
+    monkeypatch.setattr(evaluate, "read_truth", lambda folder: readers.append(folder) or truth(folder))
     assert loop.main([*SMALL, "--name", "false"]) == 0
+    assert readers, "the truth is read, by evaluate alone"
     runs = workplace / "runs"
     assert records(runs / "true", "measure")[-1]["sampled_accuracy"] > 0 == records(runs / "false", "measure")[-1]["sampled_accuracy"]
     for file in ("questioner/model.safetensors", "reasoner/model.safetensors"):
@@ -186,8 +190,8 @@ def test_equal_rewards_and_a_gradient_that_is_not_finite(workplace, monkeypatch,
     """Every answer gets the same reward, then every log-probability is NaN: the Reasoner ends with finite weights."""
     s = loop.parse_arguments([*SMALL, "--name", "x"])
     run = loop.prepare(s)
-    roles = run.load_roles(s)
-    run.open(s)
+    roles = loop.load_roles(s, run)
+    loop.start(s, run)
     before = [p.clone() for p in roles[1].model.parameters()]
     loop.visplay(s, run, *roles, answer_reward=lambda answer, label: 1.0)
     steps = records(run.folder, "reasoner")
@@ -197,8 +201,8 @@ def test_equal_rewards_and_a_gradient_that_is_not_finite(workplace, monkeypatch,
     monkeypatch.setattr(VLM, "logprobs", lambda *a: [x * float("nan") for x in logprobs(*a)])
     s = dataclasses.replace(s, name="y")
     run = loop.prepare(s)
-    run.open(s)
-    roles = run.load_roles(s)
+    loop.start(s, run)
+    roles = loop.load_roles(s, run)
     loop.visplay(s, run, *roles)
     assert all(r["skipped"] == 1 for r in records(run.folder, "reasoner") + records(run.folder, "questioner"))
     assert all(torch.equal(a, b) for a, b in zip(before, roles[1].model.parameters()))

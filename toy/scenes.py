@@ -62,10 +62,7 @@ def render(scene: Scene, rng: random.Random, size: int = 84) -> Image.Image:
 
 
 def write_scenes(folder: Path, count: int, seed: int, size: int = 84) -> list[Path]:
-    """Renders `count` random scenes into `folder` as PNG files, with the truth beside them; returns their paths.
-
-    The same seed, count and size write the same files, so a folder that is already complete is left as it is.
-    """
+    """Renders `count` random scenes into `folder` as PNG files, with the truth beside them; returns their paths. The same seed, count and size give the same files."""
     rng = random.Random(f"scenes {seed}")
     folder.mkdir(parents=True, exist_ok=True)
     paths, records = [folder / f"scene-{i:05d}.png" for i in range(count)], []
