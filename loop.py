@@ -44,9 +44,9 @@ from vlm import VLM, Prompt, load_config, load_processors
 
 TOY = Path(__file__).parent / "toy"
 # The paper's hyper-parameters fit models of billions of parameters; these fit the toy, when no --model is given.
-# Its Reasoner has one thing to find out; longer phases exhaust it and leave the Questioner to ask what has no answer.
-TOY_DEFAULTS = dict(lr=5e-5, questioner_steps=25, reasoner_steps=4, images_per_step=32, candidates=256)
-TOY_DEFAULTS |= dict(max_new_tokens=32, dtype="float32")
+# Its Reasoner has one thing to find out: a longer phase exhausts it, and a Questioner whose Reasoner is sure of every
+# question finds that it is unsure of those that have no answer ("Is there?"), the failure that the paper warns of.
+TOY_DEFAULTS = dict(lr=6e-5, reasoner_steps=3, images_per_step=32, candidates=256, max_new_tokens=32, dtype="float32")
 Reward = Callable[[str | None, str], float]  # (answer, silver label) -> reward
 SCENES, HELD_OUT_QUESTIONS, HELD_OUT_SEED = 512, 512, 1_000_000  # the built-in scenes; no run's seed is that large
 

@@ -124,7 +124,7 @@ def working(fact: Fact, rng: random.Random, noise: float) -> tuple[str, Scene]:
     return "<think>" + "".join(f" {thing.colour} {thing.shape}" for thing in seen) + "</think>", tuple(seen)
 
 
-def reasoner_output(question: str, scene, rng: random.Random, guess_share: float, noise: float) -> str:
+def reasoner_output(question: str, scene: Scene, rng: random.Random, guess_share: float, noise: float) -> str:
     """What the Reasoner is taught to write: a worked answer, or a bare random guess."""
     fact = understand(question, scene)
     if rng.random() < guess_share:
@@ -135,7 +135,7 @@ def reasoner_output(question: str, scene, rng: random.Random, guess_share: float
     return f"{written}\\boxed{{{understand(question, seen).answer if noise else fact.answer}}}"
 
 
-def questioner_output(question: str, scene) -> str:
+def questioner_output(question: str, scene: Scene) -> str:
     fact = understand(question, scene)
     kind = "numerical" if fact.kind.startswith("count") else "multiple choice"
     return f"<type>{kind}</type><question>{question}</question><answer>\\boxed{{{fact.answer}}}</answer>"
@@ -176,12 +176,12 @@ class Lessons:
             self.prompts[text] = self.vlm.prompt(text, self.blank)
         return replace(self.prompts[text], pixels=self.pixels[i].float())
 
-    def batch(self, size: int, guess_share: float, noise: float) -> tuple[list[Prompt], list[list[int]]]:
+    def batch(self, size: int, asking: float, guess_share: float, noise: float) -> tuple[list[Prompt], list[list[int]]]:
         prompts, outputs = [], []
         for _ in range(size):
             i = self.rng.randrange(len(self.scenes))
             question = ask(self.scenes[i], self.rng)
-            if self.rng.random() < 0.15:
+            if self.rng.random() < asking:
                 prompts.append(self.prompt(questioner.INSTRUCTION, i))
                 outputs.append(questioner_output(question, self.scenes[i]))
             else:
@@ -190,15 +190,15 @@ class Lessons:
         return prompts, [self.vlm.tokenizer(text)["input_ids"] + [self.vlm.end_ids[0]] for text in outputs]
 
 
-def train(vlm: VLM, lessons: Lessons, steps: int, lr: float, guess_share: float, noise: float) -> None:
-    """AdamW on batches of 64, the learning rate warmed up and annealed to zero."""
+def train(vlm: VLM, lessons: Lessons, steps: int, lr: float, **lesson) -> None:
+    """AdamW on batches of 64 lessons, the learning rate warmed up and annealed to zero."""
     optimizer = torch.optim.AdamW(vlm.model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     vlm.model.train()
     progress = tqdm(range(steps), mininterval=20)
     for step in progress:
         scale = min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = lr * scale
-        loss = supervised_loss(vlm, *lessons.batch(64, guess_share, noise))
+        loss = supervised_loss(vlm, *lessons.batch(64, **lesson))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vlm.model.parameters(), 1.0)
         optimizer.step()
@@ -222,10 +222,10 @@ def main() -> None:
     vlm = VLM.load(args.start, "cpu", torch.float32) if args.start else new_vlm(args.out)
     lessons = Lessons(vlm, 8000, random.Random("toy base"))
     if not args.start:
-        train(vlm, lessons, args.steps, 1e-3, guess_share=0.0, noise=0.0)
+        train(vlm, lessons, args.steps, 1e-3, asking=0.15, guess_share=0.0, noise=0.0)
         if args.keep_first:
             vlm.save(args.keep_first)
-    train(vlm, lessons, args.guess_steps, 5e-4, args.guess_share, args.noise)
+    train(vlm, lessons, args.guess_steps, 5e-4, asking=0.3, guess_share=args.guess_share, noise=args.noise)
     vlm.save(args.out)
 
 
