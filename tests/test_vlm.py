@@ -252,3 +252,27 @@ def test_copies_are_independent(published):
     assert not torch.equal(twin.model.lm_head.weight, vlm.model.lm_head.weight)
     tied = vlm.model.lm_head.weight is vlm.model.get_input_embeddings().weight
     assert tied == (twin.model.lm_head.weight is twin.model.get_input_embeddings().weight)
+
+
+# ---- bfloat16, what a real run computes in -----------------------------------------------------------------------------------
+
+
+def test_bfloat16_end_to_end(random_vlm):
+    """Generation, reference and an update in bfloat16; log-probabilities near float32's, and the masters move the weights."""
+    import grpo
+    from generate import generate
+
+    half = random_vlm.copy()
+    half.model.to(torch.bfloat16)
+    prompt = half.prompt("How many?", noise_image(120, 60))
+    completions = generate(half, [prompt], 4, 12, generator=torch.Generator().manual_seed(0))[0]
+    with torch.no_grad():
+        exact, rounded = (torch.cat(v.logprobs(prompt, completions)) for v in (random_vlm, half))
+    assert rounded.dtype == torch.float32 and (exact - rounded).abs().mean() < 0.1  # 8 bits of mantissa, logits of size 10
+    before = half.model.lm_head.weight.detach().clone()
+    group = grpo.Group(prompt, completions, [1.0, 0.0, 0.0, 1.0])
+    grpo.add_reference([group], half.copy())
+    with grpo.MasterAdamW(half.model.parameters(), lr=1e-3, weight_decay=0.01) as optimizer:
+        metrics = grpo.update(half, [group], optimizer)
+    assert metrics["skipped"] == 0 and metrics["grad_norm"] > 0
+    assert half.model.dtype == torch.bfloat16 and not torch.equal(before, half.model.lm_head.weight)
