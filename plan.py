@@ -47,7 +47,8 @@ def memory_plan(
 
     device_bytes: the memory of the GPU, None on a CPU. prompt_tokens: a prompt with its image; new_tokens: the longest
     completion; rows: completions sampled in one step. The activations of an update are estimated, not measured: about
-    16 hidden and 3 MLP vectors a layer and token, for all rows of a group at once, and SDPA's bias a layer.
+    16 hidden and 3 MLP vectors a layer and token, for all rows of a group at once, and SDPA's bias a layer; those of the
+    image encoder are left out.
     """
     parameters, text, size = count_parameters(config), config.text_config, dtype.itemsize
     weights, copies = parameters * size, 0 if dtype == torch.float32 else 4 * parameters
@@ -60,12 +61,16 @@ def memory_plan(
         "other role": weights,
     }
     sampling = {"both roles": 2 * weights}
-    cache = rows * (prompt_tokens + new_tokens) * cache_token_bytes(config, dtype)
-    free = CPU_CACHE_BYTES if device_bytes is None else max(0, device_bytes - sum(training.values())) // 2
+    wanted = rows * (prompt_tokens + new_tokens) * cache_token_bytes(config, dtype)
+
+    def cache(parts: dict[str, int]) -> int:
+        free = CPU_CACHE_BYTES if device_bytes is None else max(0, device_bytes - sum(parts.values())) // 2
+        return min(wanted, free)
+
     packed = math.ceil(group_size * new_tokens / max(1, ROW_TOKENS - prompt_tokens))  # rows of a group
     tokens = packed * prompt_tokens + group_size * new_tokens
     layer = tokens * (16 * text.hidden_size + 3 * text.intermediate_size) * size + tokens * min(tokens, ROW_TOKENS) * size
     activations = text.num_hidden_layers * layer + 3 * LOGIT_TOKENS * text.vocab_size * 4
-    training["cache or activations"] = max(min(cache, free), activations)
-    sampling["cache"] = min(cache, free)
+    training["cache or activations"] = max(cache(training), activations)
+    sampling["cache"] = cache(sampling)
     return [Phase("questioner", training), Phase("curation", sampling), Phase("reasoner", training)]
