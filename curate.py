@@ -35,11 +35,13 @@ def curate(candidates: Iterable[Example], low: float = 0.25, high: float = 0.75)
 
 
 def write_examples(path: Path, examples: Iterable[Example]) -> None:
-    """Writes examples as JSON lines."""
+    """Writes examples as JSON lines; the bytes of a path that are not UTF-8 are kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in examples), encoding="utf-8")
+    lines = [json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in examples]
+    path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
 
 
 def read_examples(path: Path) -> list[Example]:
     """Reads what `write_examples` wrote."""
-    return [Example(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    return [Example(**json.loads(line)) for line in text.split("\n") if line]

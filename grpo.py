@@ -46,7 +46,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
 
     std is that of the group itself (divided by G). A group whose rewards are all equal has advantage 0, exactly.
     """
-    rewards = rewards.float()
+    rewards = rewards if rewards.is_floating_point() else rewards.float()
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # 0.1 + 0.1 + 0.1 has a mean that is not 0.1
     return torch.where(equal, 0.0, centred / (rewards.std(dim=1, correction=0, keepdim=True) + eps))

@@ -39,7 +39,7 @@ import rewards
 from curate import Example
 from images import Found, ImageError, Picture, find_images, load_image, shuffled
 from questioner import Proposal
-from run import Run, mean
+from run import Run, mean, printable
 from vlm import VLM, Prompt, load_config, load_processors
 
 TOY = Path(__file__).parent / "toy"
@@ -344,14 +344,13 @@ def resume(folder: Path) -> tuple[Settings, Run]:
 
 def load_roles(s: Settings, run: Run) -> tuple[VLM, VLM]:
     """Both roles: copies of the base model, or what the last complete iteration left."""
-    dtype = getattr(torch, s.dtype) if s.dtype else None
     if run.completed:
-        return tuple(VLM.load(run.folder / role, s.device, dtype, s.max_pixels) for role in ("questioner", "reasoner"))
-    base = VLM.load(model_of(s), s.device, dtype, s.max_pixels)
+        return tuple(VLM.load(run.folder / role, s.device, s.dtype, s.max_pixels) for role in ("questioner", "reasoner"))
+    base = VLM.load(model_of(s), s.device, s.dtype, s.max_pixels)
     return base, base.copy()
 
 
-def start(s: Settings, run: Run) -> None:
+def start_run(s: Settings, run: Run) -> None:
     """Makes the run folder, and renders the built-in scenes if there are no other images."""
     run.create(dataclasses.asdict(s) | {"scene_size": run.scene_size})
     if s.images is None:
@@ -372,7 +371,7 @@ def print_plan(s: Settings, run: Run) -> None:
     else:
         print(f"images   {len(found.paths)} found, {len(found.skipped)} skipped, up to about {image_tokens} tokens each")
         for path, reason in found.skipped:
-            print(f"         skipped {path}: {reason}")
+            print(f"         skipped {printable(path)}: {reason}")
     questions = s.images_per_step * s.group_size
     print(f"model    {s.model or 'the toy'}: {plan.count_parameters(config):,} parameters, {dtype}, on {device}")
     print(f"steps    {s.iterations} iterations of {s.questioner_steps} Questioner and {s.reasoner_steps} Reasoner steps")
@@ -402,7 +401,7 @@ def main(argv: list[str] | None = None) -> int:
         if s.dry_run:
             return 0
         roles = load_roles(s, run)
-        start(s, run)
+        start_run(s, run)
     except (ValueError, OSError) as error:  # CheckpointError and ImageError are ValueErrors
         print(f"error: {error}", file=sys.stderr)
         return 2

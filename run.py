@@ -118,10 +118,15 @@ class Run:
         new = self.images.skipped[self.skips_told :]
         self.skips_told += len(new)
         if new:
-            with open(self.folder / "skipped.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
+            with open(self.folder / "skipped.txt", "a", encoding="utf-8") as file:
                 for path, reason in new:
-                    self.say(f"skipped {path}: {reason}")
-                    file.write(f"{path}\t{reason}\n")
+                    self.say(f"skipped {printable(path)}: {reason}")
+                    file.write(f"{printable(path)}\t{reason}\n")
+
+
+def printable(path: str) -> str:
+    """A path whose bytes are not UTF-8, with those bytes spelled out."""
+    return path.encode("utf-8", errors="backslashreplace").decode()
 
 
 def replace_text(path: Path, text: str) -> None:

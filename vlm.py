@@ -90,12 +90,13 @@ class VLM:
     def load(cls, name_or_path: str | Path, device=None, dtype=None, max_pixels: int | None = None) -> "VLM":
         """Loads a local folder or a hub id; safetensors only, and no code from the checkpoint is ever run.
 
-        device: default "cuda" if there is one, else "cpu". dtype: default bfloat16 on CUDA, else float32.
+        device: default "cuda" if there is one, else "cpu". dtype: default bfloat16 on CUDA, else float32; a torch.dtype or its name.
         max_pixels: images are scaled down to so many pixels, if the checkpoint's own limit is not lower.
         Raises CheckpointError with a sentence for the user.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         load_config(name_or_path)
         _require_safetensors(name_or_path)
         try:

@@ -65,7 +65,7 @@ def test_random_rewards_teach_nothing(tmp_path, monkeypatch):
     s = loop.parse_arguments(["--iterations", "1", "--name", "x", "--device", "cpu"])
     run = loop.prepare(s)
     roles = loop.load_roles(s, run)
-    loop.start(s, run)
+    loop.start_run(s, run)
     loop.visplay(s, run, *roles, answer_reward=lambda answer, label: float(coin.random() < 0.5))
     before, after = measured(run.folder)
     steps = measured(run.folder, "reasoner")

@@ -191,7 +191,7 @@ def test_equal_rewards_and_a_gradient_that_is_not_finite(workplace, monkeypatch,
     s = loop.parse_arguments([*SMALL, "--name", "x"])
     run = loop.prepare(s)
     roles = loop.load_roles(s, run)
-    loop.start(s, run)
+    loop.start_run(s, run)
     before = [p.clone() for p in roles[1].model.parameters()]
     loop.visplay(s, run, *roles, answer_reward=lambda answer, label: 1.0)
     steps = records(run.folder, "reasoner")
@@ -201,7 +201,7 @@ def test_equal_rewards_and_a_gradient_that_is_not_finite(workplace, monkeypatch,
     monkeypatch.setattr(VLM, "logprobs", lambda *a: [x * float("nan") for x in logprobs(*a)])
     s = dataclasses.replace(s, name="y")
     run = loop.prepare(s)
-    loop.start(s, run)
+    loop.start_run(s, run)
     roles = loop.load_roles(s, run)
     loop.visplay(s, run, *roles)
     assert all(r["skipped"] == 1 for r in records(run.folder, "reasoner") + records(run.folder, "questioner"))
@@ -324,3 +324,11 @@ def test_instructions_are_the_same_for_every_model(toy, random_vlm):
     for vlm in (toy, random_vlm):
         prompt = questioner.ask_prompt(vlm, Image.new("RGB", (60, 60)))
         assert questioner.INSTRUCTION in vlm.tokenizer.decode(prompt.ids)
+
+
+def test_the_readmes_commands_are_understood():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    commands = [line.split("python loop.py", 1)[1] for line in lines if line.startswith(("python loop.py", "pip install")) and "python loop.py" in line]
+    assert len(commands) >= 3
+    for command in commands:
+        loop.parse_arguments(command.split())

@@ -162,7 +162,7 @@ def test_questioner_rewards_are_within_bounds(group, weight):
 def test_curation(tmp_path):
     assert [keep(c) for c in (0.24, 0.25, 0.5, 0.75, 0.76)] == [False, True, True, True, False]
     rng = random.Random(0)
-    made = [Example(f"a/{i}.png", f"q{i}\u2028 ünï", "numerical", None if i == 3 else "1", rng.random(), ["1", None]) for i in range(40)]
+    made = [Example(f"a/{i}\udcff.png", f"q{i}\u2028 ünï", "numerical", None if i == 3 else "1", rng.random(), ["1", None]) for i in range(40)]
     kept = curate(made)
     assert kept == [e for e in made if 0.25 <= e.confidence <= 0.75 and e.label is not None] and 0 < len(kept) < 40
     write_examples(tmp_path / "sub" / "x.jsonl", kept)
