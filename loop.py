@@ -19,6 +19,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import random
 import signal
 import sys
@@ -275,7 +276,7 @@ def parse_arguments(argv: list[str] | None = None) -> Settings:
             continue
         text = field.metadata["help"].replace("%", "%%")
         if field.default is not None:
-            toy = f"; for the toy {TOY_DEFAULTS[field.name]}" if field.name in TOY_DEFAULTS else ""
+            toy = f"; without --model {TOY_DEFAULTS[field.name]}" if field.name in TOY_DEFAULTS else ""
             text += f" (default: {field.default}{toy})"
         kind = field.type if field.type in (int, float) else str
         choices = ("float32", "bfloat16") if field.name == "dtype" else None
@@ -292,6 +293,10 @@ def prepare(s: Settings) -> Run:
     """Checks the settings and finds the images; writes nothing. Raises ValueError with a sentence for the user."""
     s.check()
     check_device(s.device)
+    if s.images is not None:
+        s.images = os.path.abspath(os.path.expanduser(s.images))  # so that a run can be resumed from anywhere
+    if s.model is not None and Path(s.model).is_dir():
+        s.model = os.path.abspath(s.model)
     load_config(model_of(s))
     _, image_processor, _ = load_processors(model_of(s))
     folder = Path("runs") / (s.name or f"{Path(model_of(s)).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -377,7 +382,7 @@ def print_plan(s: Settings, run: Run) -> None:
     print(f"steps    {s.iterations} iterations of {s.questioner_steps} Questioner and {s.reasoner_steps} Reasoner steps")
     print(f"         a Questioner step samples {questions} questions and {questions * s.answers} answers,")
     print(f"         a curation {s.candidates} questions and {s.candidates * s.answers} answers,")
-    print(f"         and a Reasoner step {questions} answers")
+    print(f"         and a Reasoner step up to {questions} answers")
     prompt_tokens, rows = image_tokens + 100, questions * s.answers  # 100: the instruction, or a question
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     for phase in plan.memory_plan(config, dtype, total, prompt_tokens, s.max_new_tokens, s.group_size, rows):
@@ -395,6 +400,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if s.resume is not None:
             s, run = resume(Path(s.resume))
+            if run.completed >= s.iterations:
+                print(f"{run.folder} is complete: all of its {s.iterations} iterations are done")
+                return 0
         else:
             run = prepare(s)
         print_plan(s, run)

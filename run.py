@@ -43,6 +43,7 @@ class Run:
         """Makes the folder and writes the settings."""
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
+        (self.folder / "skipped.txt").unlink(missing_ok=True)  # of the run that is resumed; the same are found again
         self.tell_skips()
 
     def reopen(self) -> None:

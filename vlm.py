@@ -289,7 +289,7 @@ def load_config(name_or_path: str | Path) -> Qwen2_5_VLConfig:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"no model {name} can be found on this machine or the hub: {_first_line(error)}") from error
     if fields is None:
-        raise CheckpointError(f"no model {name} can be found on this machine or the hub")
+        raise CheckpointError(f"no model {name} is in the local cache, and the hub has none or cannot be reached from here")
     kind = fields.get("model_type") if isinstance(fields, dict) else None
     if kind != "qwen2_5_vl":
         raise CheckpointError(f"{name} is a model of type {kind!r}; only the Qwen2.5-VL family (qwen2_5_vl) is supported")
