@@ -1,9 +1,10 @@
 """The claim itself: the toy gets better with no label, and only because of the silver labels.
 
-Two whole runs of `python loop.py`, the slowest tests here (about five minutes on 2 cores). The README's table has more seeds.
+A whole run of `python loop.py` and parts of six more, the slowest tests here (about three minutes on 2 cores). The README's table has more seeds.
 """
 
 import json
+import random
 import subprocess
 import sys
 
@@ -57,18 +58,25 @@ def test_it_stays_within_its_memory_and_is_quiet(default_run):
     assert done.stderr == "", "no progress bar and no warning where there is no terminal"
 
 
-def test_random_rewards_teach_nothing(tmp_path, monkeypatch):
-    """The Reasoner's reward becomes a coin that knows nothing of the answer; one iteration, otherwise as above."""
-    import random
+def test_random_rewards_teach_nothing(default_run, tmp_path, monkeypatch):
+    """The Reasoner's reward becomes a coin that knows nothing of the answer, for one iteration.
 
-    coin = random.Random(0)
+    A few steps of noise still move the weights, and accuracy with them, up or down by some 0.08 (16 coins gave a mean of
+    0.012 with a standard error of 0.019). So the claim is about the mean of several coins: less than half of what
+    silver labels gain.
+    """
     monkeypatch.chdir(tmp_path)
-    s = loop.parse_arguments(["--iterations", "1", "--name", "x", "--device", "cpu"])
-    run = loop.prepare(s)
-    roles = loop.load_roles(s, run)
-    loop.start_run(s, run)
-    loop.visplay(s, run, *roles, answer_reward=lambda answer, label: float(coin.random() < 0.5))
-    before, after = measured(run.folder)
-    steps = measured(run.folder, "reasoner")
-    assert len(steps) == s.reasoner_steps and all(r["equal_groups"] < 0.5 and r["grad_norm"] > 0 for r in steps), "it was trained"
-    assert after["sampled_accuracy"] - before["sampled_accuracy"] < 0.05
+    gains = []
+    for seed in range(6):
+        coin, seeded = random.Random(f"coin {seed}"), f"--seed {seed} --name {seed}"
+        s = loop.parse_arguments(f"--iterations 1 --questioner-steps 1 --device cpu {seeded}".split())
+        run = loop.prepare(s)
+        roles = loop.load_roles(s, run)
+        loop.start_run(s, run)
+        loop.visplay(s, run, *roles, answer_reward=lambda answer, label, coin=coin: float(coin.random() < 0.5))
+        before, after = measured(run.folder)
+        steps = measured(run.folder, "reasoner")
+        assert len(steps) == s.reasoner_steps and all(r["equal_groups"] < 0.5 and r["grad_norm"] > 0 for r in steps), "it was trained"
+        gains.append(after["sampled_accuracy"] - before["sampled_accuracy"])
+    base, first = measured(default_run[0])[:2]
+    assert sum(gains) / len(gains) < (first["sampled_accuracy"] - base["sampled_accuracy"]) / 2, gains
