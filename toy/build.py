@@ -11,6 +11,9 @@ downloaded. It is taught with labels here, before self-play, in two stages:
    It then guesses wrong in many ways and works out right in one, so a majority vote is right more often than a
    single answer. A base whose mistakes were systematic would be made worse by self-play.
 
+The committed checkpoint was made in two calls, the first stage kept with --keep-first and the second run again from it
+with --start; one call draws other lessons in the second stage and gives a sibling of it, not the same bytes.
+
 It is taught to ask the five kinds of question of `answerer.py` too. It cannot read: each role's instruction is a single
 token of its vocabulary, which is also what makes it fast.
 """
