@@ -2,18 +2,25 @@
 
     y_t ~ top-p( softmax( logits(image, x, y_<t) / temperature ) )        until an end token or max_new_tokens.
 
-Three steps, each a function:
+`model.generate(num_return_sequences=n)` repeats image and prompt n times, copies the whole cache at every token and
+carries rows that are finished. Here a prompt is paid for once:
 
-    prefill   encodes the image and forwards the prompt once per prompt, however many completions are wanted
-    branch    gives each of the n completions a row of a cache that is allocated once, at its full length
-    decode    forwards one token per row, writing its keys and values in place; finished rows leave the batch
+    admit    encodes images, forwards prompts, and keeps their keys and values once, however many samples they get
+    sample   draws the next token of every row
+    step     forwards one token per row; a row attends to its prompt's keys and to its own (see `attend`)
+    retire   rows that are finished leave; waiting prompts take their place
 
-`model.generate(num_return_sequences=n)` repeats image and prompt n times and copies the whole cache at every token.
-Differs from it in one more point: a token that stands for image data is never sampled, because a completion that holds
-one could not be fed back (R1-V issue 91).
+All tensors are allocated once and written in place, so a step is a fixed sequence of kernels on fixed addresses. On a
+GPU it is therefore recorded once as a CUDA graph and replayed: launching a thousand small kernels from Python takes
+longer than running them.
+
+Differs from `model.generate` in one more point: a token that stands for image data is never sampled, because a
+completion that holds one could not be fed back (R1-V issue 91).
 """
 
-from dataclasses import dataclass
+import math
+import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,8 +29,11 @@ from vlm import VLM, Prompt
 
 PREFILL_TOKENS = 16384  # prompts are forwarded so many tokens at a time
 CPU_CACHE_BYTES = 1 << 29  # memory for keys and values on a CPU; on CUDA it is derived from what is free
-SAMPLING_BYTES = 40  # per row and vocabulary entry: logits, probabilities, their order, noise
+SAMPLING_BYTES = 24  # per row and vocabulary entry: logits, probabilities, noise, what is likelier
 CHECK_EVERY = {"cpu": 1, "cuda": 16}  # tokens between two looks at which rows are finished; a look waits for the GPU
+LEAVE_BELOW = 0.8  # finished rows leave when this share is still being written: leaving copies the cache
+# Rows, slots, prompt tokens and new tokens of a step are rounded up to multiples of these: a GPU records few graphs.
+BUCKETS = {"cpu": (1, 1, 1, 1), "cuda": (64, 8, 256, 128)}
 
 
 @torch.no_grad()
@@ -39,185 +49,159 @@ def generate(
 ) -> list[list[list[int]]]:
     """Samples n completions a prompt: [prompts][n][tokens], the end token included where one was reached.
 
-    temperature 0 is greedy. top_p in (0, 1] keeps the smallest set of tokens with that much probability, top_k the k
-    likeliest (0: all). `generator` makes it reproducible, on CUDA as long as the free memory, and with it the batches,
-    stay the same; it is fastest on the model's own device.
+    temperature 0 is greedy. top_p in (0, 1] keeps the likeliest tokens up to that much probability, top_k the k
+    likeliest (0: all). `generator` makes it reproducible, on CUDA as long as the free memory, and with it the number of
+    rows at once, stays the same; it is fastest on the model's own device.
     Raises ValueError for arguments out of range.
     """
     if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
         raise ValueError("need n >= 1, max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
-    results: list = [None] * len(prompts)
-    for batch in _batches(vlm, prompts, n, max_new_tokens):
-        rows, logits = branch(*prefill(vlm, [prompts[i] for i in batch]), n, max_new_tokens)
-        tokens = decode(vlm, rows, logits, max_new_tokens, temperature, top_p, top_k, generator)
-        completions = [_cut(ids, vlm.end_ids) for ids in tokens.tolist()]
-        for k, i in enumerate(batch):
-            results[i] = completions[k * n : (k + 1) * n]
+    if not prompts:
+        return []
+    results: list[list] = [[None] * n for _ in prompts]
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the longest come first: all others fit
+    longest = len(prompts[waiting[-1]])
+    slots = min(len(prompts), slots_in_memory(vlm, longest, n, max_new_tokens))
+    rows = Rows(vlm, slots, n, longest, max_new_tokens)
+    graphs: dict[tuple, Callable[[], None]] = {}
+    while rows.owners or waiting:
+        if waiting and len(rows.prompt_lengths) <= 0.75 * slots:
+            chosen = [waiting.pop() for _ in range(min(len(waiting), slots - len(rows.prompt_lengths)))]
+            admit(vlm, rows, prompts, chosen)
+        live = slice(len(rows.owners))
+        rows.take(sample(rows.logits[live], temperature, top_p, top_k, generator))
+        if rows.time % CHECK_EVERY[vlm.device.type] == 0:
+            retire(rows, results)
+        if rows.owners:
+            shape = rows.shape()
+            if shape not in graphs:
+                graphs[shape] = recorded(lambda shape=shape: step(vlm, rows, *shape), vlm.device)
+            graphs[shape]()
     return results
 
 
-# ---- The cache -------------------------------------------------------------------------------------------------------
+# ---- The state: rows and the prompts they share ------------------------------------------------------------------------
 
 
-class Cache:
-    """Keys and values of every layer, [rows, heads, columns, head_dim], allocated once and written in place.
-
-    transformers' attention calls `update` with the keys and values of the new tokens and attends to what comes back.
-    """
-
-    def __init__(self, config, rows: int, columns: int, device, dtype):
-        text = config.text_config
-        shape = (rows, text.num_key_value_heads, columns, text.hidden_size // text.num_attention_heads)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(text.num_hidden_layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(text.num_hidden_layers)]
-        self.column = 0  # where the next token is written
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
-        end = self.column + keys.shape[2]
-        self.keys[layer][:, :, self.column : end] = keys
-        self.values[layer][:, :, self.column : end] = values
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps the rows of these indices, in this order."""
-        for layer in range(len(self.keys)):
-            self.keys[layer] = self.keys[layer][rows]
-            self.values[layer] = self.values[layer][rows]
-
-
-@dataclass
 class Rows:
-    """The rows that are still being written.
+    """The rows being written and the prompts they belong to, in tensors that are allocated once.
 
-    index: [R] which completion of the batch a row is. visible: [R, columns] bool, False where the cache holds
-    padding. position: [R] the position of the next token.
+    A prompt sits in a *slot*; sample i of the prompt in slot s has the *cell* s * n + i. Rows are kept dense: when some
+    leave, the others move up. With R rows, S slots, P tokens in the longest prompt and T new tokens:
+
+    prompt_keys, prompt_values: a layer each, [S, heads, P, head_dim]; prompt_length: [S].
+    keys, values: a layer each, [R, heads, T, head_dim], of the tokens that the row has written.
+    row_of_cell: [S * n], cell_of_row: [R]; written: [R] tokens written; first: [R] the position of the first of them.
+    tokens: [R, T + 1] (the last column is scrap: where finished rows go on writing); logits: [R, vocabulary], float32.
     """
 
-    cache: Cache
-    index: Tensor
-    visible: Tensor
-    position: Tensor
+    def __init__(self, vlm: VLM, slots: int, n: int, prompt_tokens: int, new_tokens: int):
+        text, device, dtype, rows = vlm.model.config.text_config, vlm.device, vlm.model.dtype, slots * n
+        heads, head_dim = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
 
-    def select(self, rows: Tensor) -> None:
-        self.cache.select(rows)
-        self.index, self.visible, self.position = self.index[rows], self.visible[rows], self.position[rows]
+        def per_layer(*shape) -> list[Tensor]:
+            return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(text.num_hidden_layers)]
 
+        def integers(*shape) -> Tensor:
+            return torch.zeros(shape, device=device, dtype=torch.long)
 
-# ---- Prefill, branch, decode -------------------------------------------------------------------------------------------
+        self.prompt_keys, self.prompt_values = (per_layer(slots, heads, prompt_tokens, head_dim) for _ in range(2))
+        self.keys, self.values = (per_layer(rows, heads, new_tokens, head_dim) for _ in range(2))
+        self.prompt_length, self.row_of_cell, self.cell_of_row = integers(slots), integers(rows), integers(rows)
+        self.written, self.first, self.tokens = integers(rows), integers(rows), integers(rows, new_tokens + 1)
+        self.finished = torch.ones(rows, device=device, dtype=torch.bool)
+        self.logits = torch.zeros(rows, text.vocab_size, device=device)
+        self.end_ids, self.vision_ids = integers(0).new_tensor(vlm.end_ids), integers(0).new_tensor(vlm.vision_ids)
+        self.n, self.new_tokens, self.buckets = n, new_tokens, BUCKETS[device.type]
+        # What the host knows, so that it need not ask the GPU:
+        self.owners: list[tuple[int, int, int]] = []  # of each row: its prompt, which sample of it, when it began
+        self.prompt_lengths: list[int] = []  # of each slot in use
+        self.time = 0  # tokens drawn so far
 
+    def take(self, token: Tensor) -> None:
+        """Writes down the token [R] drawn for each row."""
+        live, self.time = slice(len(self.owners)), self.time + 1
+        self.tokens[live].scatter_(1, self.written[live, None].clamp(max=self.new_tokens), token[:, None])
+        self.written[live] += 1
+        self.finished[live] |= torch.isin(token, self.end_ids) | (self.written[live] >= self.new_tokens)
 
-def prefill(vlm: VLM, prompts: list[Prompt]) -> tuple[Rows, Tensor]:
-    """Forwards every prompt once. Returns a row per prompt and the logits [prompts, vocabulary] of the first token.
+    def shape(self) -> tuple[int, int, int, int]:
+        """Rows, slots, prompt tokens and new tokens that the next step has to deal with, rounded up to buckets."""
+        longest = self.time - min(born for _, _, born in self.owners)
+        used = len(self.owners), len(self.prompt_lengths), max(self.prompt_lengths), longest
+        most = len(self.written), len(self.prompt_length), self.prompt_keys[0].shape[2], self.new_tokens
+        return tuple(min(limit, -(-x // bucket) * bucket) for x, limit, bucket in zip(used, most, self.buckets))
 
-    Prompts are padded on the right, to the longest; a causal mask keeps padding out of sight of what is real.
-    """
-    length, device = max(map(len, prompts)), vlm.device
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    cache = Cache(vlm.model.config, len(prompts), length, device, vlm.model.dtype)
-    visible = torch.arange(length, device=device) < lengths[:, None]
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    last, step = [], max(1, PREFILL_TOKENS // length)
-    for i in range(0, len(prompts), step):
-        chunk = slice(i, i + step)
-        embeds = torch.nn.utils.rnn.pad_sequence(vlm.embed(prompts[chunk]), batch_first=True)
-        embeds = torch.nn.functional.pad(embeds, (0, 0, 0, length - embeds.shape[1]))
-        positions = torch.zeros(3, len(embeds), length, dtype=torch.long)
-        for row, prompt in enumerate(prompts[chunk]):
-            positions[:, row, : len(prompt)] = prompt.positions
-        mask = (causal & visible[chunk, None, :])[:, None]
-        hidden = vlm.forward(embeds, positions.to(device), mask, _View(cache, chunk))
-        last.append(hidden[torch.arange(len(hidden), device=device), lengths[chunk] - 1])
-    cache.column = length
-    position = torch.tensor([p.next_position for p in prompts], device=device)
-    rows = Rows(cache, torch.arange(len(prompts), device=device), visible, position)
-    return rows, vlm.model.lm_head(torch.cat(last)).float()
+    def keep(self, rows: list[int]) -> None:
+        """Moves these rows, and the prompts that they need, up to the front; all others are gone."""
+        cells = self.cell_of_row.tolist()
+        slots = sorted({cells[row] // self.n for row in rows})
+        moved = {slot: new for new, slot in enumerate(slots)}
+        _move_up(rows, self.keys + self.values + [self.written, self.first, self.finished, self.tokens])
+        _move_up(slots, self.prompt_keys + self.prompt_values + [self.prompt_length])
+        self.owners, self.prompt_lengths = [self.owners[i] for i in rows], [self.prompt_lengths[i] for i in slots]
+        self.cell_of_row.zero_(), self.row_of_cell.zero_()  # rows and cells that nobody uses must still point inside
+        self.place([moved[cells[row] // self.n] * self.n + cells[row] % self.n for row in rows], 0)
 
-
-class _View:
-    """Some rows of a cache, written from column 0 on."""
-
-    def __init__(self, cache: Cache, rows: slice):
-        self.cache, self.rows = cache, rows
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
-        self.cache.keys[layer][self.rows] = keys
-        self.cache.values[layer][self.rows] = values
-        return keys, values
-
-
-def branch(prompt_rows: Rows, logits: Tensor, n: int, max_new_tokens: int) -> tuple[Rows, Tensor]:
-    """Copies each prompt's keys and values into n rows with room for max_new_tokens more columns."""
-    cache = prompt_rows.cache
-    for tensors in (cache.keys, cache.values):
-        for layer, old in enumerate(tensors):
-            rows, heads, columns, head_dim = old.shape
-            new = old.new_zeros(rows, n, heads, columns + max_new_tokens, head_dim)
-            new[:, :, :, :columns] = old[:, None]
-            tensors[layer] = new.flatten(0, 1)
-    room = prompt_rows.visible.new_ones(len(logits), max_new_tokens)
-    visible = torch.cat([prompt_rows.visible, room], dim=1).repeat_interleave(n, dim=0)
-    index = torch.arange(len(visible), device=visible.device)
-    return Rows(cache, index, visible, prompt_rows.position.repeat_interleave(n)), logits.repeat_interleave(n, dim=0)
+    def place(self, cells: list[int], start: int) -> None:
+        """Puts the rows from `start` on into these cells."""
+        cell = self.cell_of_row.new_tensor(cells)
+        row = torch.arange(start, start + len(cells), device=cell.device)
+        self.cell_of_row[row], self.row_of_cell[cell] = cell, row
 
 
-def decode(vlm: VLM, rows: Rows, logits: Tensor, max_new_tokens: int, temperature, top_p, top_k, generator) -> Tensor:
-    """Writes all rows to their end. Returns [rows, max_new_tokens] int64; after a row's end token, anything."""
-    tokens = torch.full((len(logits), max_new_tokens), vlm.end_ids[0], device=logits.device)
-    end_ids = torch.tensor(vlm.end_ids, device=logits.device)
-    banned = torch.tensor(vlm.vision_ids, device=logits.device)
-    finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    for t in range(max_new_tokens):
-        token = sample(logits.index_fill(1, banned, -torch.inf), temperature, top_p, top_k, generator)
-        tokens[rows.index, t] = token
-        if t == max_new_tokens - 1:
-            break
-        finished |= torch.isin(token, end_ids)
-        if t % CHECK_EVERY.get(logits.device.type, 16) == 0 and (left := int((~finished).sum())) < 0.8 * len(token):
-            if left == 0:  # dropping rows copies the cache, so it waits until a fifth of them is finished
-                break
-            alive = (~finished).nonzero()[:, 0]
-            rows.select(alive)
-            token, finished = token[alive], finished[alive]
-        logits = decode_step(vlm, rows, token)
-    return tokens
+def _move_up(which: list[int], tensors: list[Tensor]) -> None:
+    if which != list(range(len(which))):
+        index = torch.tensor(which, device=tensors[0].device)
+        for tensor in tensors:
+            tensor[: len(which)] = tensor[index]
 
 
-def decode_step(vlm: VLM, rows: Rows, token: Tensor) -> Tensor:
-    """Forwards one token [R] a row; returns the logits [R, vocabulary] of the next. A CUDA graph would capture this."""
-    embeds = vlm.model.get_input_embeddings()(token)[:, None]
-    mask = rows.visible[:, None, None, : rows.cache.column + 1]
-    hidden = vlm.forward(embeds, rows.position.expand(3, -1)[:, :, None], mask, rows.cache)
-    rows.cache.column += 1
-    rows.position = rows.position + 1
-    return vlm.model.lm_head(hidden[:, 0]).float()
+def admit(vlm: VLM, rows: Rows, prompts: list[Prompt], chosen: list[int]) -> None:
+    """Forwards the chosen prompts and opens n rows for each; chosen: indices of prompts, the longest first."""
+    while chosen:
+        batch = chosen[: max(1, PREFILL_TOKENS // len(prompts[chosen[0]]))]
+        chosen = chosen[len(batch) :]
+        logits, layers = prefill(vlm, [prompts[i] for i in batch])
+        start, slot, n = len(rows.owners), len(rows.prompt_lengths), rows.n
+        new, into = slice(start, start + len(batch) * n), slice(slot, slot + len(batch))
+        for layer, (keys, values) in enumerate(layers):
+            rows.prompt_keys[layer][into, :, : keys.shape[2]] = keys
+            rows.prompt_values[layer][into, :, : keys.shape[2]] = values
+        lengths = [len(prompts[i]) for i in batch]
+        first = rows.first.new_tensor([prompts[i].next_position for i in batch])
+        rows.prompt_length[into] = rows.prompt_length.new_tensor(lengths)
+        rows.logits[new] = logits.index_fill(1, rows.vision_ids, -torch.inf).repeat_interleave(n, dim=0)
+        rows.first[new], rows.written[new], rows.finished[new] = first.repeat_interleave(n), 0, False
+        rows.place(list(range(slot * n, (slot + len(batch)) * n)), start)
+        rows.owners += [(i, sample, rows.time) for i in batch for sample in range(n)]
+        rows.prompt_lengths += lengths
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generator) -> Tensor:
-    """Draws one token a row from logits [R, vocabulary]; temperature 0 takes the likeliest.
-
-    A draw is argmax(p / e) with e ~ Exp(1): the same distribution as `torch.multinomial`, without waiting for the GPU.
-    """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        best, which = logits.topk(top_k, dim=-1)
-        logits = torch.full_like(logits, -torch.inf).scatter(1, which, best)
-    probs = logits.softmax(dim=-1)
-    if top_p < 1:
-        ordered, order = probs.sort(dim=-1, descending=True)
-        likelier = ordered.cumsum(dim=-1) - ordered  # the probability of all tokens before this one
-        probs = torch.zeros_like(probs).scatter(1, order, ordered * (likelier < top_p))
-    device = probs.device if generator is None else generator.device
-    noise = torch.empty(probs.shape, device=device).exponential_(generator=generator).clamp_min(1e-30)
-    return (probs / noise.to(probs.device)).argmax(dim=-1)
+def retire(rows: Rows, results: list[list]) -> None:
+    """Hands over what finished rows have written and drops them, once they are enough for it to pay."""
+    finished = rows.finished[: len(rows.owners)].tolist()
+    if finished.count(False) >= LEAVE_BELOW * len(finished):
+        return
+    leaving = [row for row, done in enumerate(finished) if done]
+    end_ids = set(rows.end_ids.tolist())
+    for row, ids in zip(leaving, rows.tokens[torch.tensor(leaving), : rows.new_tokens].tolist()):
+        prompt, sample, _ = rows.owners[row]
+        end = next((t for t, token in enumerate(ids) if token in end_ids), len(ids))
+        results[prompt][sample] = ids[: end + 1]
+    rows.keep([row for row, done in enumerate(finished) if not done])
 
 
-# ---- Batches -----------------------------------------------------------------------------------------------------------
+def slots_in_memory(vlm: VLM, prompt_tokens: int, n: int, new_tokens: int) -> int:
+    """How many prompts, with n rows each, fit into the memory there is: the token budget."""
+    row = new_tokens * cache_token_bytes(vlm.model.config, vlm.model.dtype)
+    row += SAMPLING_BYTES * vlm.model.config.text_config.vocab_size
+    slot = prompt_tokens * cache_token_bytes(vlm.model.config, vlm.model.dtype) + n * row
+    return max(1, cache_budget(vlm.device) // slot)
 
 
 def cache_token_bytes(config, dtype: torch.dtype) -> int:
-    """The bytes that one token of one row takes in the cache."""
+    """The bytes that the keys and values of one token take."""
     text = config.text_config
     return 2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * dtype.itemsize
 
@@ -230,21 +214,162 @@ def cache_budget(device: torch.device) -> int:
     return (torch.cuda.mem_get_info(device)[0] + unused) // 2
 
 
-def _batches(vlm: VLM, prompts: list[Prompt], n: int, max_new_tokens: int) -> list[list[int]]:
-    """Indices of prompts in batches of similar length whose caches fit into memory."""
-    room, token_bytes = cache_budget(vlm.device), cache_token_bytes(vlm.model.config, vlm.model.dtype)
-    sampling = SAMPLING_BYTES * vlm.model.config.text_config.vocab_size
-    batches: list[list[int]] = []
-    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):  # the longest of a batch comes first
-        width = len(prompts[batches[-1][0]]) if batches else 0
-        rows = (len(batches[-1]) + 1) * n if batches else n
-        if not batches or rows * ((width + max_new_tokens) * token_bytes + sampling) > room:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
+# ---- Forward: a prompt at once, then a token at a time -------------------------------------------------------------------
 
 
-def _cut(ids: list[int], end_ids: list[int]) -> list[int]:
-    """The tokens up to and including the first end token."""
-    end = next((t for t, token in enumerate(ids) if token in end_ids), len(ids))
-    return ids[: end + 1]
+class Recorder:
+    """Stands where transformers expects a cache; keeps the keys and values [prompts, heads, P, head_dim] of each layer."""
+
+    def __init__(self):
+        self.layers: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, keys: Tensor, values: Tensor, *_) -> tuple[Tensor, Tensor]:
+        self.layers.append((keys, values))
+        return keys, values
+
+
+def prefill(vlm: VLM, prompts: list[Prompt]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Forwards prompts: the logits [prompts, vocabulary] of their first tokens, and each layer's keys and values.
+
+    Prompts are padded on the right, to the longest; causal attention keeps padding out of sight of what is real.
+    """
+    embeds = torch.nn.utils.rnn.pad_sequence(vlm.embed(prompts), batch_first=True)
+    positions = torch.zeros(3, *embeds.shape[:2], dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        positions[:, row, : len(prompt)] = prompt.positions
+    recorder = Recorder()
+    hidden = vlm.forward(embeds, positions.to(vlm.device), None, recorder)
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=vlm.device)
+    return vlm.model.lm_head(hidden[torch.arange(len(prompts), device=vlm.device), last]).float(), recorder.layers
+
+
+def step(vlm: VLM, rows: Rows, R: int, S: int, P: int, T: int) -> None:
+    """Forwards the last token of the first R rows; leaves the logits of the next in `rows.logits`.
+
+    This is the transformer, a token a row: everything but attention treats the R tokens like any [R, hidden] batch.
+    Done twice it gives the same, and it never asks the GPU for a number, so it can be recorded as a graph.
+    """
+    model, index = vlm.model.model.language_model, (rows.written[:R] - 1).clamp(0, rows.new_tokens - 1)
+    x = model.embed_tokens(rows.tokens[:R].gather(1, index[:, None])[:, 0])
+    cos, sin = rotation(model.rotary_emb, rows.first[:R] + index, x.dtype)
+    seen = torch.arange(P, device=x.device) < rows.prompt_length[:S, None, None, None]
+    own = torch.arange(T, device=x.device) <= index[:, None, None, None]
+    everyone = torch.arange(R, device=x.device)
+    for layer, block in enumerate(model.layers):
+        h, attention = block.input_layernorm(x), block.self_attn
+        q, k, v = (f(h).unflatten(1, (-1, cos.shape[-1])) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
+        rows.keys[layer][everyone, :, index] = rotate(k, cos, sin)
+        rows.values[layer][everyone, :, index] = v
+        x = x + attention.o_proj(attend(rotate(q, cos, sin), rows, layer, seen, own))
+        x = x + block.mlp(block.post_attention_layernorm(x))
+    logits = vlm.model.lm_head(model.norm(x)).float()
+    rows.logits[:R] = logits.index_fill_(1, rows.vision_ids, -torch.inf)
+
+
+def rotation(rotary, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [R, 1, head_dim] for text at position [R]: the same position in time, height and width."""
+    angle = position[:, None, None].float() * rotary.inv_freq.float()
+    angle = torch.cat([angle, angle], dim=-1)
+    return (angle.cos() * rotary.attention_scaling).to(dtype), (angle.sin() * rotary.attention_scaling).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x [R, heads, head_dim]; cos, sin: [R, 1, head_dim]."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+def attend(q: Tensor, rows: Rows, layer: int, seen: Tensor, own: Tensor) -> Tensor:
+    """Attention of q [R, heads, head_dim] to the row's prompt and to its own tokens; returns [R, heads * head_dim].
+
+    The softmax over both is the mean of the two softmaxes, weighted with their sums (Hydragen, arXiv 2402.05099), so
+    the n samples of a prompt can read its keys together, as one matrix product, and none needs a copy of them.
+    seen: [S, 1, 1, P], own: [R, 1, 1, T]: True where there is a token.
+    """
+    (R, heads, d), (S, P), T = q.shape, (len(seen), seen.shape[-1]), own.shape[-1]
+    q = (q * d**-0.5).view(R, rows.keys[layer].shape[1], -1, d)  # [R, key heads, query heads of each, d]
+    kv, g = q.shape[1:3]
+    cells = q[rows.row_of_cell[: S * rows.n]].view(S, rows.n, kv, g, d).transpose(1, 2).reshape(S, kv, rows.n * g, d)
+    parts = partial_attention(cells, rows.prompt_keys[layer][:S, :, :P], rows.prompt_values[layer][:S, :, :P], seen)
+    parts = [x.view(S, kv, rows.n, g, -1).transpose(1, 2).flatten(0, 1)[rows.cell_of_row[:R]] for x in parts]
+    prompt_sum, prompt_weight, prompt_top = parts
+    own_sum, own_weight, own_top = partial_attention(q, rows.keys[layer][:R, :, :T], rows.values[layer][:R, :, :T], own)
+    a, b = (prompt_top - own_top).sigmoid(), (own_top - prompt_top).sigmoid()  # e^top over the sum of both: no overflow
+    out = (a * prompt_sum + b * own_sum) / (a * prompt_weight + b * own_weight)
+    return out.to(q.dtype).flatten(1)
+
+
+def partial_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """sum_j e^(s_j - top) v_j, sum_j e^(s_j - top) and top = max_j s_j over the visible keys, s = q . k."""
+    scores = (q @ keys.transpose(-1, -2)).float().masked_fill_(~visible, -torch.inf)
+    top = scores.amax(dim=-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    return (weights.to(values.dtype) @ values).float(), weights.sum(dim=-1, keepdim=True), top
+
+
+def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """On CUDA, the step as a graph to replay; on a CPU, or where recording fails, the step itself.
+
+    The first run, on a stream of its own, is a rehearsal: libraries allocate their workspaces then, which they may not
+    do during the recording. The recording itself computes nothing.
+    """
+    if device.type != "cuda":
+        return step
+    try:
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+    except RuntimeError as error:
+        print(f"decoding without a CUDA graph: {error}", file=sys.stderr)
+        return step
+
+
+# ---- Sampling ------------------------------------------------------------------------------------------------------------
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generator) -> Tensor:
+    """Draws one token a row from logits [R, vocabulary]; temperature 0 takes the likeliest.
+
+    The nucleus is every token that has less than top_p of probability in likelier ones. Sorting 151,936 probabilities
+    to find it takes longer than the transformer's step, so a token is drawn first, and drawn again from the likelier
+    ones if it was outside: that is the distribution of the nucleus alone. A token of probability 0 never comes out.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        best, which = logits.topk(top_k, dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter(1, which, best)
+    probs = logits.softmax(dim=-1)
+    token, outside = probs.new_zeros(len(probs), 1, dtype=torch.long), probs.new_ones(len(probs), 1, dtype=torch.bool)
+    for _ in range(_rounds(top_p)):
+        token = torch.where(outside, draw(probs, generator), token)
+        drawn = probs.gather(1, token)
+        likelier = torch.where(probs > drawn, probs, 0).sum(dim=1, keepdim=True)
+        outside = (likelier >= (top_p if top_p < 1 else torch.inf)) | (drawn == 0)
+        if probs.device.type == "cpu" and not outside.any():
+            break
+        probs = torch.where(outside & (probs <= drawn), 0, probs)
+    return torch.where(outside, probs.argmax(dim=1, keepdim=True), token)[:, 0]
+
+
+def draw(probs: Tensor, generator) -> Tensor:
+    """One token a row [R, 1]: the first whose cumulative probability exceeds a uniform number; probs need not sum to 1."""
+    device = probs.device if generator is None else generator.device
+    uniform = torch.rand(len(probs), 1, device=device, generator=generator).to(probs.device)
+    cumulative = probs.cumsum(dim=1)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp_(max=probs.shape[1] - 1)
+
+
+def _rounds(top_p: float) -> int:
+    """Draws after which less than one row in a billion is still outside the nucleus (it gets its likeliest token).
+
+    The first draw is outside with probability 1 - top_p at most, and what is left outside shrinks by half on average.
+    """
+    return 1 if top_p == 1 else min(64, math.ceil(math.log(1e-9) / math.log1p(-top_p)))

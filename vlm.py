@@ -177,10 +177,10 @@ class VLM:
             rows.append(torch.cat([row[:start], features[id(prompt.pixels)].to(row.dtype), row[end:]]))
         return rows
 
-    def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor, cache=None) -> Tensor:
+    def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache=None) -> Tensor:
         """Last hidden states [B, T, hidden] of embeds [B, T, hidden] at positions [3, B, T].
 
-        mask: [B, 1, T, K] bool, True where a query (T) may see a key (K; T of them, or a cache's).
+        mask: [B, 1, T, T] bool, True where a query (row) may see a key (column); None: all that stand before it.
         The positions are always given: transformers would otherwise keep `rope_deltas` of an earlier call.
         """
         return self.model.model.language_model(

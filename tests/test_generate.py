@@ -44,8 +44,8 @@ def test_rows_stop_at_every_end_token_and_leave_the_batch(random_vlm, monkeypatc
     free = [reference(random_vlm, p, 24) for p in prompts]
     ends = [free[0][3], free[1][9]]
     monkeypatch.setattr(random_vlm, "end_ids", ends)
-    sizes, step = [], generate_module.decode_step
-    monkeypatch.setattr(generate_module, "decode_step", lambda *a: sizes.append(len(a[2])) or step(*a))
+    sizes, step = [], generate_module.step
+    monkeypatch.setattr(generate_module, "step", lambda *a: sizes.append(a[2]) or step(*a))
     got = [g[0] for g in generate(random_vlm, prompts, 1, 24, temperature=0)]
     want = [ids[: next((t for t, i in enumerate(ids) if i in ends), len(ids)) + 1] for ids in free]
     assert got == want and len(set(map(len, want))) > 1
@@ -57,8 +57,7 @@ def test_batches_do_not_change_the_result(random_vlm, monkeypatch):
     whole = generate(random_vlm, prompts, 3, 12, temperature=0)
     monkeypatch.setattr(generate_module, "CPU_CACHE_BYTES", 1)
     monkeypatch.setattr(generate_module, "PREFILL_TOKENS", 1)
-    batches = generate_module._batches(random_vlm, prompts, 3, 12)
-    assert sorted(i for b in batches for i in b) == list(range(5)) and len(batches) == 5
+    assert generate_module.slots_in_memory(random_vlm, 100, 3, 12) == 1
     assert generate(random_vlm, prompts, 3, 12, temperature=0) == whole
     monkeypatch.undo()
     monkeypatch.setattr(generate_module, "PREFILL_TOKENS", 1)
@@ -68,7 +67,7 @@ def test_batches_do_not_change_the_result(random_vlm, monkeypatch):
 def test_the_image_matters(random_vlm):
     """Against silently fed empty image features: another image, other first-token logits."""
     a, b = (random_vlm.prompt("How many?", noise_image(60, 60, seed=s)) for s in (1, 2))
-    logits = generate_module.prefill(random_vlm, [a, b])[1]
+    logits = generate_module.prefill(random_vlm, [a, b])[0]
     assert (logits[0] - logits[1]).abs().max() > 1e-2
 
 
@@ -86,7 +85,7 @@ def test_vision_tokens_are_never_sampled(random_vlm):
     with torch.no_grad():  # make the image token by far the likeliest, whatever the state
         hidden = torch.cat([vlm.forward(vlm.embed([prompt])[0][None], prompt.positions[:, None], _causal(len(prompt)))[0, -1:]])
         weight[vlm.vision_ids] = 50 * hidden[0] / hidden[0].norm() ** 2 * 10
-    logits = generate_module.prefill(vlm, [prompt])[1]
+    logits = generate_module.prefill(vlm, [prompt])[0]
     assert logits[0].argmax().item() in vlm.vision_ids, "the trap is set"
     for temperature in (0, 1.0):
         ids = {i for c in generate(vlm, [prompt], 8, 6, temperature=temperature)[0] for i in c}
