@@ -233,12 +233,10 @@ def prefill(vlm: VLM, prompts: list[Prompt]) -> tuple[Tensor, list[tuple[Tensor,
 
     Prompts are padded on the right, to the longest; causal attention keeps padding out of sight of what is real.
     """
-    embeds = torch.nn.utils.rnn.pad_sequence(vlm.embed(prompts), batch_first=True)
-    positions = torch.zeros(3, *embeds.shape[:2], dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        positions[:, row, : len(prompt)] = prompt.positions
+    ids = torch.nn.utils.rnn.pad_sequence([p.ids for p in prompts], batch_first=True)
+    positions = torch.nn.utils.rnn.pad_sequence([p.positions.T for p in prompts], batch_first=True).permute(2, 0, 1)
     recorder = Recorder()
-    hidden = vlm.forward(embeds, positions.to(vlm.device), None, recorder)
+    hidden = vlm.forward(vlm.embed(ids.to(vlm.device), prompts), positions.to(vlm.device), None, recorder)
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=vlm.device)
     return vlm.model.lm_head(hidden[torch.arange(len(prompts), device=vlm.device), last]).float(), recorder.layers
 

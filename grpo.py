@@ -11,7 +11,8 @@ G completions y_1 .. y_G of one prompt have rewards r_1 .. r_G. There is no valu
 batch at once (`token_mean=True` here) instead of over each completion first, and divides by the sample standard
 deviation of the group (G - 1) where this file takes the group's own (G).
 
-This file knows nothing of images, roles or files: a policy is anything with `logprobs(prompt, completions, temperature)`.
+This file knows nothing of images, roles or files: a policy is anything with `packed_logprobs(groups, temperature)`, which
+yields the log-probabilities of some completions after the other (see `vlm.VLM`).
 """
 
 import math
@@ -27,15 +28,15 @@ from torch import Tensor
 class Group:
     """The G completions of one prompt, with all that an update needs to know of them.
 
-    old_logp, ref_logp: per completion a tensor [T_i] of log-probabilities under the policy that sampled it and under
+    old_logp, ref_logp: of completion i a tensor [T_i] of log-probabilities under the policy that sampled it and under
     the reference. The first `update` fills in old_logp, `add_reference` fills in ref_logp.
     """
 
     prompt: Any
     completions: list[list[int]]
     rewards: list[float]
-    ref_logp: list[Tensor] = field(default_factory=list)
-    old_logp: list[Tensor] = field(default_factory=list)
+    ref_logp: dict[int, Tensor] = field(default_factory=dict)
+    old_logp: dict[int, Tensor] = field(default_factory=dict)
 
 
 # ---- The equations -----------------------------------------------------------------------------------------------------
@@ -154,8 +155,9 @@ def _moves_gradient_to(master: Tensor):
 def add_reference(groups: list[Group], reference, temperature: float = 1.0) -> None:
     """Fills in the reference's log-probabilities of every group."""
     with torch.no_grad():
-        for group in groups:
-            group.ref_logp = reference.logprobs(group.prompt, group.completions, temperature)
+        for which, logps in reference.packed_logprobs([(g.prompt, g.completions) for g in groups], temperature):
+            for (g, i), logp in zip(which, logps):
+                groups[g].ref_logp[i] = logp
 
 
 def update(
@@ -168,29 +170,40 @@ def update(
     max_norm: float = 1.0,
     token_mean: bool = False,
 ) -> dict[str, float]:
-    """One optimizer step on all groups, forwarded and differentiated one group at a time.
+    """One optimizer step on all groups.
 
-    The gradient is that of one batch of all completions, whatever the groups' sizes. In the first update after a rollout
-    the policy is the one that sampled, so its log-probabilities are kept as log pi_old, every ratio is 1 and nothing is
-    clipped; later updates on the same groups find them there. Returns the means of `grpo_loss`'s metrics, `grad_norm`,
-    and `skipped`: 1 if the gradient was not finite.
+    In the first update after a rollout the policy is the one that sampled, so its log-probabilities are kept as
+    log pi_old, every ratio is 1 and nothing is clipped; later updates on the same groups find them there. Returns the
+    means of `grpo_loss`'s metrics, `grad_norm`, and `skipped`: 1 if the gradient was not finite.
     """
+    metrics = backward(policy, groups, clip, beta, temperature, token_mean)
+    norm = optimizer.step(max_norm)
+    return metrics | {"grad_norm": norm, "skipped": float(not math.isfinite(norm))}
+
+
+def backward(
+    policy, groups: list[Group], clip: float = 0.2, beta: float = 0.01, temperature: float = 1.0, token_mean: bool = False
+) -> dict[str, float]:
+    """Adds the gradient of the loss of all groups, as many completions at a time as the policy forwards together.
+
+    It is that of one batch of all completions: each part counts by its share of the completions (or of the tokens).
+    """
+    advantages = [group_advantages(torch.tensor([g.rewards]))[0].tolist() for g in groups]
+    size = max(1, sum(sum(map(len, g.completions)) if token_mean else len(g.completions) for g in groups))
     totals: dict[str, float] = {}
-    counts = [sum(map(len, g.completions)) if token_mean else len(g.completions) for g in groups]
-    for group, count in zip(groups, counts):
-        share = count / max(1, sum(counts))
-        logp = policy.logprobs(group.prompt, group.completions, temperature)
-        if not group.old_logp:
-            group.old_logp = [x.detach() for x in logp]
-        padded, mask = _pad(logp)
-        old, ref = _pad(group.old_logp)[0], _pad(group.ref_logp)[0]
-        advantages = group_advantages(torch.tensor([group.rewards], device=padded.device))[0]
-        loss, metrics = grpo_loss(padded, old, ref, advantages, mask, clip, beta, token_mean)
+    for which, logps in policy.packed_logprobs([(g.prompt, g.completions) for g in groups], temperature):
+        for (g, i), logp in zip(which, logps):
+            groups[g].old_logp.setdefault(i, logp.detach())
+        logp, mask = _pad(logps)
+        old, _ = _pad([groups[g].old_logp[i] for g, i in which])
+        ref, _ = _pad([groups[g].ref_logp[i] for g, i in which])
+        advantage = torch.tensor([advantages[g][i] for g, i in which], device=logp.device)
+        loss, metrics = grpo_loss(logp, old, ref, advantage, mask, clip, beta, token_mean)
+        share = (sum(map(len, logps)) if token_mean else len(logps)) / size
         (loss * share).backward()
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + share * value
-    norm = optimizer.step(max_norm)
-    return totals | {"grad_norm": norm, "skipped": float(not math.isfinite(norm))}
+    return totals
 
 
 def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:

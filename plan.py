@@ -12,7 +12,7 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from generate import CPU_CACHE_BYTES, cache_token_bytes
-from vlm import LOGIT_TOKENS, ROW_TOKENS
+from vlm import LOGITS, ROW_TOKENS
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def memory_plan(
     packed = math.ceil(group_size * new_tokens / max(1, ROW_TOKENS - prompt_tokens))  # rows of a group
     tokens = packed * prompt_tokens + group_size * new_tokens
     layer = tokens * (16 * text.hidden_size + 3 * text.intermediate_size) * size + tokens * min(tokens, ROW_TOKENS) * size
-    activations = text.num_hidden_layers * layer + 3 * LOGIT_TOKENS * text.vocab_size * 4
+    activations = text.num_hidden_layers * layer + 3 * LOGITS * 4
     training["cache or activations"] = max(cache(training), activations)
     sampling["cache"] = cache(sampling)
     return [Phase("questioner", training), Phase("curation", sampling), Phase("reasoner", training)]

@@ -17,6 +17,7 @@ arXiv 2506.05433; the official VisPlay code forwards image and prompt once per c
 
 import copy
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,8 @@ from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForCondition
 from transformers.utils import cached_file
 
 ROW_TOKENS = 8192  # a longer group is split into several rows: the attention mask of a row takes its length squared
-LOGIT_TOKENS = 512  # logits are made for so many tokens at a time: 512 x 151,936 x 4 bytes = 311 MB
+BATCH_TOKENS = 8192  # rows are forwarded and differentiated together up to so many tokens
+LOGITS = 512 * 151_936  # so many logits are made at a time: 311 MB of float32
 _USER_TEXT = "\x01user text\x01"  # stands for the user's text while the chat template is rendered
 
 
@@ -162,20 +164,21 @@ class VLM:
 
     # ---- Forward ---------------------------------------------------------------------------------------------------
 
-    def embed(self, prompts: list[Prompt]) -> list[Tensor]:
-        """The input embeddings [P, hidden] of each prompt; all their images are encoded in one pass, each once.
+    def embed(self, ids: Tensor, prompts: list[Prompt]) -> Tensor:
+        """Input embeddings [B, T, hidden] of ids [B, T], whose rows start with these prompts.
 
-        Image features are placed by the prompt's own positions, never by looking for the image token.
+        All images are encoded in one pass, each once. Their features are placed by the prompts' own positions, never by
+        looking for the image token.
         """
         images = {id(p.pixels): p for p in prompts}  # prompts about one image share its pixels
         pixels = torch.cat([p.pixels for p in images.values()]).to(self.device)
         grids = torch.cat([p.grid for p in images.values()]).to(self.device)
         features = dict(zip(images, self.model.model.get_image_features(pixels, grids).pooler_output))
-        table, rows = self.model.get_input_embeddings(), []
-        for prompt in prompts:
-            row, start, end = table(prompt.ids.to(self.device)), prompt.image_start, prompt.image_start + prompt.image_tokens
-            rows.append(torch.cat([row[:start], features[id(prompt.pixels)].to(row.dtype), row[end:]]))
-        return rows
+        embeds = self.model.get_input_embeddings()(ids)
+        row = torch.cat([torch.full((p.image_tokens,), r) for r, p in enumerate(prompts)]).to(self.device)
+        column = torch.cat([torch.arange(p.image_start, p.image_start + p.image_tokens) for p in prompts]).to(self.device)
+        values = torch.cat([features[id(p.pixels)] for p in prompts]).to(embeds.dtype)
+        return embeds.index_put((row, column), values)
 
     def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache=None) -> Tensor:
         """Last hidden states [B, T, hidden] of embeds [B, T, hidden] at positions [3, B, T].
@@ -198,27 +201,44 @@ class VLM:
 
         `temperature` divides the logits, as it did in sampling. Differentiable unless under `torch.no_grad`.
         """
-        embeds, results = self.embed([prompt])[0], []
-        for row in _split_into_rows(len(prompt), completions):
-            results += self._packed_logprobs(prompt, embeds, row, temperature)
+        results: list = [None] * len(completions)
+        for which, logps in self.packed_logprobs([(prompt, completions)], temperature):
+            for (_, i), logp in zip(which, logps):
+                results[i] = logp
         return results
 
-    def _packed_logprobs(self, prompt: Prompt, prompt_embeds: Tensor, completions, temperature) -> list[Tensor]:
-        """One row [prompt | completion_1 | ... ]; the last token of a completion is predicted, never an input."""
-        inputs = [torch.tensor(ids[:-1], dtype=torch.long) for ids in completions]
-        segment = torch.cat([torch.zeros(len(prompt))] + [torch.full((len(x),), i + 1.0) for i, x in enumerate(inputs)])
-        positions = [prompt.positions] + [(prompt.next_position + torch.arange(len(x))).expand(3, -1) for x in inputs]
-        embeds = torch.cat([prompt_embeds, self.model.get_input_embeddings()(torch.cat(inputs).to(self.device))])
-        hidden = self.forward(
-            embeds[None], torch.cat(positions, dim=1)[:, None].to(self.device), packed_mask(segment.to(self.device))
-        )[0]
-        where, start = [], len(prompt)  # the state that predicts each token: the prompt's last, then the token before
-        for ids, x in zip(completions, inputs):
-            where += ([len(prompt) - 1] + list(range(start, start + len(x)))) if ids else []
-            start += len(x)
-        targets = torch.tensor([token for ids in completions for token in ids], dtype=torch.long, device=self.device)
-        logp = self._token_logprobs(hidden[torch.tensor(where, dtype=torch.long, device=self.device)], targets, temperature)
-        return list(logp.split([len(ids) for ids in completions]))
+    def packed_logprobs(self, groups: list[tuple[Prompt, list[list[int]]]], temperature: float = 1.0) -> Iterator:
+        """The same for many groups, a batch at a time: yields ([(group, completion), ...], [logp [T_i], ...]).
+
+        Differentiate a batch before asking for the next: then only one batch's activations are in memory at a time.
+        """
+        for batch in pack(groups):
+            which = [(row.group, i) for row in batch for i in row.completions]
+            yield which, self._batch_logprobs(groups, batch, temperature)
+
+    def _batch_logprobs(self, groups, batch: list["PackedRow"], temperature: float) -> list[Tensor]:
+        """A batch of rows [prompt | completion_1 | ...], padded on the right.
+
+        The last token of a completion is predicted, never an input; its first is predicted by the prompt's last.
+        """
+        length = -(-max(row.length for row in batch) // 8) * 8  # kernels want masks whose rows are multiples of 8
+        ids, positions = torch.zeros(len(batch), length, dtype=torch.long), torch.zeros(3, len(batch), length, dtype=torch.long)
+        segment, where, targets, sizes = torch.full((len(batch), length), -1), [], [], []
+        for r, row in enumerate(batch):
+            prompt, end = groups[row.group][0], len(groups[row.group][0])
+            ids[r, :end], positions[:, r, :end], segment[r, :end] = prompt.ids, prompt.positions, 0
+            for number, i in enumerate(row.completions, start=1):
+                completion, start = groups[row.group][1][i], end
+                end = start + max(0, len(completion) - 1)
+                ids[r, start:end], segment[r, start:end] = torch.tensor(completion[:-1], dtype=torch.long), number
+                positions[:, r, start:end] = prompt.next_position + torch.arange(end - start)
+                where += [r * length + t for t in [len(prompt) - 1, *range(start, end)]][: len(completion)]
+                targets += completion
+                sizes.append(len(completion))
+        embeds = self.embed(ids.to(self.device), [groups[row.group][0] for row in batch])
+        hidden = self.forward(embeds, positions.to(self.device), packed_mask(segment.to(self.device))).flatten(0, 1)
+        where, targets = torch.tensor([where, targets], dtype=torch.long, device=self.device)
+        return list(self._token_logprobs(hidden[where], targets, temperature).split(sizes))
 
     def _token_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
         """[N] log-probabilities of targets [N] from hidden [N, hidden].
@@ -230,7 +250,8 @@ class VLM:
             logits = self.model.lm_head(hidden).float() / temperature
             return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
 
-        chunks = zip(hidden.split(LOGIT_TOKENS), targets.split(LOGIT_TOKENS))
+        size = max(1, LOGITS // self.model.config.text_config.vocab_size)
+        chunks = zip(hidden.split(size), targets.split(size))
         if torch.is_grad_enabled():
             return torch.cat([checkpoint(chunk_logprobs, h, t, use_reentrant=False) for h, t in chunks])
         return torch.cat([chunk_logprobs(h, t) for h, t in chunks])
@@ -255,22 +276,43 @@ def rope_positions(text_before: int, grid: list[int], merge: int, text_after: in
 
 
 def packed_mask(segment: Tensor) -> Tensor:
-    """[1, 1, T, T] bool: a token sees what stands before it in the prompt (segment 0) and in its own completion."""
-    order = torch.arange(len(segment), device=segment.device)
-    shared_or_own = (segment[None, :] == 0) | (segment[None, :] == segment[:, None])
-    return (shared_or_own & (order[None, :] <= order[:, None]))[None, None]
+    """[B, 1, T, T] bool for segment [B, T]: 0 is the prompt, 1, 2, ... its completions, -1 padding.
+
+    A token sees what stands before it in the prompt and in its own completion. Padding sees at least itself: a softmax
+    over nothing would be NaN.
+    """
+    order = torch.arange(segment.shape[1], device=segment.device)
+    shared_or_own = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
+    return (shared_or_own & (order[None, :] <= order[:, None]))[:, None]
 
 
-def _split_into_rows(prompt_tokens: int, completions: list[list[int]]) -> list[list[list[int]]]:
-    """Cuts a group into rows of at most ROW_TOKENS tokens, prompt included; a row has at least one completion."""
-    rows, room = [], 0
-    for ids in completions:
-        if not rows or len(ids) > room:
-            rows.append([])
-            room = ROW_TOKENS - prompt_tokens
-        rows[-1].append(ids)
-        room -= len(ids)
-    return rows
+@dataclass(frozen=True)
+class PackedRow:
+    """Which completions of which group share a row, and how many tokens it has."""
+
+    group: int
+    completions: list[int]
+    length: int
+
+
+def pack(groups: list[tuple[Prompt, list[list[int]]]]) -> list[list[PackedRow]]:
+    """Cuts groups into rows of at most ROW_TOKENS tokens, and gathers rows into batches of at most BATCH_TOKENS.
+
+    A row has at least one completion and a batch at least one row, however long. Rows of similar length go together,
+    as the shorter ones are padded to the longest.
+    """
+    rows, batches = [], []
+    for g, (prompt, completions) in enumerate(groups):
+        fresh = len(rows)
+        for i, ids in enumerate(completions):
+            if len(rows) == fresh or rows[-1].length + len(ids) > ROW_TOKENS:
+                rows.append(PackedRow(g, [], len(prompt)))
+            rows[-1] = PackedRow(g, [*rows[-1].completions, i], rows[-1].length + max(0, len(ids) - 1))
+    for row in sorted(rows, key=lambda row: -row.length):
+        if not batches or (len(batches[-1]) + 1) * batches[-1][0].length > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
 
 
 # ---- Reading a checkpoint ------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What the benchmarks have in common: random models of the published shapes, prompts of a given length, timing."""
 
 import argparse
+import ctypes
 import json
 import platform
 import statistics
@@ -135,6 +136,7 @@ def peak_extra_bytes(work: Callable[[], object], device: str) -> int:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but kept would hide what the work takes
     Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the peak to what is in use now
     before = _status("VmRSS")
     work()

@@ -83,7 +83,7 @@ def test_vision_tokens_are_never_sampled(random_vlm):
     weight = vlm.model.get_output_embeddings().weight
     prompt = vlm.prompt("How many?", noise_image(60, 60))
     with torch.no_grad():  # make the image token by far the likeliest, whatever the state
-        hidden = torch.cat([vlm.forward(vlm.embed([prompt])[0][None], prompt.positions[:, None], _causal(len(prompt)))[0, -1:]])
+        hidden = torch.cat([vlm.forward(vlm.embed(prompt.ids[None], [prompt]), prompt.positions[:, None], _causal(len(prompt)))[0, -1:]])
         weight[vlm.vision_ids] = 50 * hidden[0] / hidden[0].norm() ** 2 * 10
     logits = generate_module.prefill(vlm, [prompt])[0]
     assert logits[0].argmax().item() in vlm.vision_ids, "the trap is set"

@@ -197,8 +197,8 @@ def test_equal_rewards_and_a_gradient_that_is_not_finite(workplace, monkeypatch,
     steps = records(run.folder, "reasoner")
     assert steps and all(r["equal_groups"] == 1 and r["policy_loss"] == 0 for r in steps)
 
-    logprobs = VLM.logprobs
-    monkeypatch.setattr(VLM, "logprobs", lambda *a: [x * float("nan") for x in logprobs(*a)])
+    logprobs = VLM._token_logprobs
+    monkeypatch.setattr(VLM, "_token_logprobs", lambda *a: logprobs(*a) * float("nan"))
     s = dataclasses.replace(s, name="y")
     run = loop.prepare(s)
     loop.start_run(s, run)

@@ -91,7 +91,7 @@ def test_the_checkpoint_is_what_the_script_builds(toy, tmp_path):
 def test_a_scene_cell_is_one_visual_token(toy):
     prompt = toy.prompt("x", render(SCENE, random.Random(0)))
     assert prompt.image_tokens == 9
-    vectors = toy.embed([prompt])[0][prompt.image_start : prompt.image_start + 9]
+    vectors = toy.embed(prompt.ids[None], [prompt])[0][prompt.image_start : prompt.image_start + 9]
     assert vectors.shape == (9, 96) and torch.isfinite(vectors).all()
 
 

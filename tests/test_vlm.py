@@ -77,7 +77,7 @@ def completions_for(vlm, lengths, seed=0):
 def test_packed_logprobs_and_gradients_against_the_plain_forward(random_vlm, temperature, row_tokens, monkeypatch):
     """One row (or, at 60 tokens, several) for the group against one plain forward a completion, image included."""
     monkeypatch.setattr(vlm_module, "ROW_TOKENS", row_tokens)
-    monkeypatch.setattr(vlm_module, "LOGIT_TOKENS", 7)
+    monkeypatch.setattr(vlm_module, "LOGITS", 7 * 1000)
     prompt = random_vlm.prompt("How many?", noise_image(120, 60))
     completions = completions_for(random_vlm, [5, 1, 12, 3, 9])
     model = random_vlm.model

@@ -148,19 +148,9 @@ def questioner_output(question: str, scene: Scene) -> str:
 
 
 def supervised_loss(vlm: VLM, prompts: list[Prompt], completions: list[list[int]]) -> torch.Tensor:
-    """Mean negative log-likelihood of the completions' tokens, one row an example, padded on the right."""
-    table, pad = vlm.model.get_input_embeddings(), torch.nn.utils.rnn.pad_sequence
-    embeds = [torch.cat([e, table(torch.tensor(c[:-1]))]) for e, c in zip(vlm.embed(prompts), completions)]
-    positions = [
-        torch.cat([p.positions.T, (p.next_position + torch.arange(len(c) - 1))[:, None].expand(-1, 3)])
-        for p, c in zip(prompts, completions)
-    ]
-    embeds = pad(embeds, batch_first=True)
-    causal = torch.ones(embeds.shape[1], embeds.shape[1], dtype=torch.bool).tril().expand(len(prompts), 1, -1, -1)
-    hidden = vlm.forward(embeds, pad(positions, batch_first=True).permute(2, 0, 1), causal)
-    states = torch.cat([h[len(p) - 1 : len(p) - 1 + len(c)] for h, p, c in zip(hidden, prompts, completions)])
-    targets = torch.tensor([token for c in completions for token in c])
-    return torch.nn.functional.cross_entropy(vlm.model.lm_head(states), targets)
+    """Mean negative log-likelihood of the completions' tokens."""
+    batches = vlm.packed_logprobs([(prompt, [ids]) for prompt, ids in zip(prompts, completions)])
+    return -torch.cat([logp for _, logps in batches for logp in logps]).mean()
 
 
 class Lessons:
