@@ -20,12 +20,10 @@ follows the paper. The similarity is the official one: BLEU over words split at 
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from math import exp, log
 
 import numpy as np
-from nltk.translate.bleu_score import brevity_penalty
 from nltk.util import ngrams
 
 # ---- Answers ---------------------------------------------------------------------------------------------------------
@@ -114,28 +112,51 @@ def uncertainty_reward(c: float) -> float:
     return 1.0 - abs(2.0 * c - 1.0)
 
 
-NGrams = list[Counter]  # the counts of a question's 1-grams .. 4-grams
+def bleu_similarities(texts: Sequence[str]) -> np.ndarray:
+    """The matrix [n, n] of `bleu_similarity` of all pairs of texts.
+
+    Each question's n-grams are counted once. The k-th occurrence of an n-gram in a text is one item, so the clipped
+    count of common n-grams, sum_g min(count_a(g), count_b(g)), is the number of common items: with a text's items as a
+    row of zeros and ones, one matrix product gives it for all pairs.
+    """
+    words = [text.split() for text in texts]
+    length = np.array([len(w) for w in words], dtype=float)
+    log_precision = np.zeros((len(texts), len(texts)))  # [hypothesis, reference]
+    for n in range(1, 5):
+        common, total = _common_items([_occurrences(ngrams(w, n)) for w in words]), np.maximum(1, length - n + 1)
+        log_precision += np.log(np.where(common > 0, common, 0.1) / total[:, None]) / 4  # smoothing method 1: 0 becomes 0.1
+        if n == 1:
+            nothing_in_common = common == 0
+    brevity = np.exp(np.minimum(0, 1 - length[None, :] / np.maximum(1, length)[:, None]))
+    bleu = np.where(nothing_in_common, 0.0, brevity * np.exp(log_precision))
+    similarity, (same, _) = (bleu + bleu.T) / 2, _numbered(map(tuple, words))
+    same = np.array(same)
+    return np.where(same[:, None] == same[None, :], 1.0, similarity)
 
 
-def count_ngrams(text: str) -> NGrams:
-    """A question's n-gram counts for n = 1 .. 4, over words split at white space; counted once, compared often."""
-    words = text.split()
-    return [Counter(ngrams(words, n)) for n in range(1, 5)]
+def _common_items(items: list[list]) -> np.ndarray:
+    """[n, n]: how many items two of n lists have in common; the items of a list are all different."""
+    columns, count = _numbered(item for row in items for item in row)
+    rows = np.repeat(np.arange(len(items)), [len(row) for row in items])
+    occurs = np.zeros((len(items), count), dtype=np.float32)  # whole numbers are exact up to 2^24
+    occurs[rows, columns] = 1
+    return (occurs @ occurs.T).astype(float)
 
 
-def _bleu(reference: NGrams, hypothesis: NGrams) -> float:
-    """BLEU-4 of one hypothesis against one reference, smoothing method 1 (a count of 0 becomes 0.1)."""
-    log_precision = 0.0
-    for n, (ref, hyp) in enumerate(zip(reference, hypothesis), start=1):
-        matches = sum(min(count, ref[gram]) for gram, count in hyp.items())
-        if n == 1 and matches == 0:
-            return 0.0
-        log_precision += log((matches or 0.1) / max(1, hyp.total())) / 4
-    return brevity_penalty(reference[0].total(), hypothesis[0].total()) * exp(log_precision)
+def _occurrences(grams: Iterable) -> list[tuple]:
+    """[a, b, a] -> [(a, 1), (b, 1), (a, 2)]"""
+    seen: Counter = Counter()
+    items = []
+    for gram in grams:
+        seen[gram] += 1
+        items.append((gram, seen[gram]))
+    return items
 
 
-def _similarity(a: NGrams, b: NGrams) -> float:
-    return 1.0 if a == b else (_bleu(a, b) + _bleu(b, a)) / 2
+def _numbered(items: Iterable) -> tuple[list[int], int]:
+    """A number for each item, equal for equal ones, and how many numbers there are."""
+    number: dict = {}
+    return [number.setdefault(item, len(number)) for item in items], len(number)
 
 
 def bleu_similarity(a: str, b: str) -> float:
@@ -144,7 +165,7 @@ def bleu_similarity(a: str, b: str) -> float:
     Equal to nltk's `sentence_bleu` with smoothing method 1, symmetrised; the exception is a question of fewer than
     four words against itself, which nltk scores below 1 for want of 4-grams.
     """
-    return 1.0 if a.split() == b.split() else _similarity(count_ngrams(a), count_ngrams(b))
+    return float(bleu_similarities([a, b])[0, 1])
 
 
 def cluster_questions(questions: Sequence[str], threshold: float = 0.5) -> list[int]:
@@ -155,11 +176,8 @@ def cluster_questions(questions: Sequence[str], threshold: float = 0.5) -> list[
     questions say and the clusters do not depend on the order they come in.
     """
     texts = sorted(questions)
-    grams = [count_ngrams(text) for text in texts]
-    distance = np.full((len(texts), len(texts)), np.inf)
-    for i, a in enumerate(grams):
-        for j in range(i):
-            distance[i, j] = distance[j, i] = 1.0 - _similarity(a, grams[j])
+    distance = 1.0 - bleu_similarities(texts)
+    np.fill_diagonal(distance, np.inf)
     members = _average_linkage(distance, threshold)
     cluster_of = {texts[i]: number for number, cluster in enumerate(members) for i in cluster}
     first_seen = list(dict.fromkeys(cluster_of[question] for question in questions))
