@@ -88,6 +88,8 @@ class Settings:
     top_p: float = setting(0.99, "nucleus sampling: the smallest set of tokens with this probability")
     max_new_tokens: int = setting(1024, "longest completion, in tokens")
     max_pixels: int = setting(802_816, "larger images are scaled down to this; 28 x 28 pixels make one token")
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
+    offload: bool = setting(False, "keep master weights, moments and idle models in CPU memory, for a GPU that is too small")
     dry_run: bool = setting(False, "print what would run and how much memory it takes, then stop")
 
     def check(self) -> None:
@@ -122,16 +124,19 @@ class Settings:
 
 def visplay(s: Settings, run: Run, questioner: VLM, reasoner: VLM, answer_reward: Reward = rewards.answer_reward) -> None:
     """Runs iterations until s.iterations are complete. `answer_reward` is the Reasoner's; a test replaces it."""
-    optimizers = [grpo.MasterAdamW(role.model.parameters(), s.lr, s.weight_decay) for role in (questioner, reasoner)]
+    settings = dict(lr=s.lr, weight_decay=s.weight_decay, offload=s.offload)
+    optimizers = [grpo.MasterAdamW(role.model.parameters(), **settings) for role in (questioner, reasoner)]
     if run.completed == 0:
         run.report(0, measure(s, run, reasoner, []))
     for k in range(run.completed + 1, s.iterations + 1):
-        generator = torch.Generator(questioner.device).manual_seed(s.seed * 1000 + k)
+        generator = torch.Generator(device_of(s)).manual_seed(s.seed * 1000 + k)
         pictures = shuffled(run.images.paths, random.Random(f"{s.seed} {k}"), run.images.skipped)
 
+        settle(s, questioner, reasoner)
         with optimizers[0] as optimizer:
             train_questioner(s, run, k, questioner, reasoner, optimizer, pictures, generator)
         curated = curate_questions(s, run, k, questioner, reasoner, pictures, generator)
+        settle(s, reasoner, questioner)
         with optimizers[1] as optimizer:
             train_reasoner(s, run, k, reasoner, optimizer, curated, answer_reward, generator)
 
@@ -139,9 +144,24 @@ def visplay(s: Settings, run: Run, questioner: VLM, reasoner: VLM, answer_reward
         run.save_roles(k, questioner, reasoner)
 
 
+def settle(s: Settings, trained: VLM, frozen: VLM) -> None:
+    """The role that is trained lives on the device; with --offload the other lives on the CPU and is lent when it works."""
+    trained.model.to(device_of(s))
+    if s.offload:
+        frozen.park()
+
+
+def reference_of(s: Settings, role: VLM) -> VLM:
+    """The role as it is now, the start of its phase: what the KL is taken to."""
+    reference = role.copy()
+    if s.offload:
+        reference.park()
+    return reference
+
+
 def train_questioner(s, run, k, questioner: VLM, reasoner: VLM, optimizer, pictures: Iterator[Picture], generator) -> None:
     """Phase 1: GRPO on the Questioner; the Reasoner only answers."""
-    reference = questioner.copy()
+    reference = reference_of(s, questioner)
     for step in run.progress(s.questioner_steps, f"iteration {k}: Questioner"):
         start, batch = time.time(), list(itertools.islice(pictures, s.images_per_step))
         prompts, proposals, voted = ask_and_vote(s, questioner, reasoner, batch, s.group_size, generator)
@@ -177,7 +197,7 @@ def train_reasoner(s, run, k, reasoner: VLM, optimizer, curated: list[Example], 
     if not curated:
         run.say(f"iteration {k}: no question has a confidence in [{s.tau_low}, {s.tau_high}]; the Reasoner is not trained")
         return
-    reference = reasoner.copy()
+    reference = reference_of(s, reasoner)
     examples = itertools.cycle(random.Random(f"{s.seed} {k} curated").sample(curated, len(curated)))
     for step in run.progress(s.reasoner_steps, f"iteration {k}: Reasoner"):
         start, batch = time.time(), list(itertools.islice(examples, min(s.images_per_step, len(curated))))
@@ -210,7 +230,8 @@ def ask_and_vote(
         for proposal in group
         if proposal.question
     ]
-    answered = iter(reasoner_role.answer(reasoner, asked, s.answers, **s.sampling, generator=generator))
+    with reasoner.on(device_of(s)):
+        answered = iter(reasoner_role.answer(reasoner, asked, s.answers, **s.sampling, generator=generator))
 
     def vote(picture: Picture, proposal: Proposal) -> Example | None:
         if proposal.question is None:
@@ -223,7 +244,8 @@ def ask_and_vote(
 
 def update(s: Settings, policy: VLM, reference: VLM, optimizer, groups: list[grpo.Group]) -> dict[str, float]:
     """One GRPO update of a role."""
-    grpo.add_reference(groups, reference, s.temperature)
+    with reference.on(device_of(s)):
+        grpo.add_reference(groups, reference, s.temperature)
     return grpo.update(policy, groups, optimizer, s.clip, s.beta, s.temperature)
 
 
@@ -250,7 +272,7 @@ def measure(s: Settings, run: Run, reasoner: VLM, curated: list[Example]) -> dic
     import evaluate  # imports the exact answerer, which self-play must not
 
     questions = evaluate.held_out_questions(run.folder / "held-out", HELD_OUT_QUESTIONS, HELD_OUT_SEED, run.scene_size)
-    seeded = torch.Generator(reasoner.device).manual_seed(s.seed)
+    seeded = torch.Generator(device_of(s)).manual_seed(s.seed)
     results = evaluate.accuracy(reasoner, questions, 4, **s.sampling, generator=seeded)
     return results | evaluate.silver_label_accuracy(curated, run.folder / "images")
 
@@ -312,6 +334,10 @@ def model_of(s: Settings) -> str:
     return str(TOY) if s.model is None else s.model
 
 
+def device_of(s: Settings) -> torch.device:
+    return torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def check_device(name: str | None) -> None:
     """Raises ValueError if torch has no such device here."""
     try:
@@ -350,9 +376,14 @@ def resume(folder: Path) -> tuple[Settings, Run]:
 def load_roles(s: Settings, run: Run) -> tuple[VLM, VLM]:
     """Both roles: copies of the base model, or what the last complete iteration left."""
     if run.completed:
-        return tuple(VLM.load(run.folder / role, s.device, s.dtype, s.max_pixels) for role in ("questioner", "reasoner"))
-    base = VLM.load(model_of(s), s.device, s.dtype, s.max_pixels)
-    return base, base.copy()
+        roles = tuple(VLM.load(run.folder / role, s.device, s.dtype, s.max_pixels) for role in ("questioner", "reasoner"))
+    else:
+        base = VLM.load(model_of(s), s.device, s.dtype, s.max_pixels)
+        roles = base, base.copy()
+    for role in roles:
+        if s.gradient_checkpointing:
+            role.checkpoint_activations()
+    return roles
 
 
 def start_run(s: Settings, run: Run) -> None:
@@ -367,7 +398,7 @@ def start_run(s: Settings, run: Run) -> None:
 
 def print_plan(s: Settings, run: Run) -> None:
     """What will run: images, tokens, steps and the memory of each phase."""
-    device = torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(s)
     dtype = getattr(torch, s.dtype) if s.dtype else (torch.bfloat16 if device.type == "cuda" else torch.float32)
     config, found, image_tokens = load_config(model_of(s)), run.images, s.max_pixels // (28 * 28)
     if s.images is None:
@@ -383,12 +414,12 @@ def print_plan(s: Settings, run: Run) -> None:
     print(f"         a Questioner step samples {questions} questions and {questions * s.answers} answers,")
     print(f"         a curation {s.candidates} questions and {s.candidates * s.answers} answers,")
     print(f"         and a Reasoner step up to {questions} answers")
-    prompt_tokens, rows = image_tokens + 100, questions * s.answers  # 100: the instruction, or a question
+    work = plan.Work(image_tokens, 100, s.max_new_tokens, s.group_size, questions, s.answers)  # 100: an instruction, a question
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    for phase in plan.memory_plan(config, dtype, total, prompt_tokens, s.max_new_tokens, s.group_size, rows):
-        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in phase.parts.items() if size)
-        verdict = "" if total is None or phase.total < total else f"; MORE than the {total / 2**30:.0f} GiB of {device}"
-        print(f"memory   {phase.name}: {phase.total / 2**30:.2f} GiB ({parts}){verdict}")
+    for moment in plan.memory_plan(config, dtype, total, work, s.gradient_checkpointing, s.offload):
+        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in moment.parts.items() if size)
+        verdict = "" if total is None or moment.total < total else f"; MORE than the {total / 2**30:.0f} GiB of {device}"
+        print(f"memory   {moment.name}: {moment.total / 2**30:.2f} GiB ({parts}){verdict}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,23 +1,43 @@
-"""The plan: how much memory each phase will take, before anything is loaded.
+"""The plan: how much memory each moment of an iteration takes, before anything is loaded.
 
-Per parameter, a phase that trains holds the trained weights, a float32 master, a float32 gradient and AdamW's two
-float32 moments; a float32 model is its own master. Beside them stand the reference (the KL's other side) and the other
-role, frozen. What is sampled at once is bounded by the cache budget of `generate.py`.
+Per parameter, a role that is trained has its weight, a float32 master, a float32 gradient and AdamW's two float32 moments;
+a float32 weight is its own master. Beside it stand the reference (the KL's other side) and the other role, frozen. With
+--offload masters, moments and whatever does not work at the moment are on the CPU.
+
+Activations are counted from what autograd keeps (measured with `saved_tensors_hooks`, transformers 5.23): of a token or
+patch each layer keeps 8 vectors of its width and 4 of its MLP's, and 2 more of its width in float32, from the norms; the
+image encoder, which cuts its windows out and puts them together again, keeps 12 in place of 8.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from generate import CPU_CACHE_BYTES, cache_token_bytes
-from vlm import LOGITS, ROW_TOKENS
+from generate import CPU_CACHE_BYTES, PREFILL_TOKENS, SAMPLING_BYTES, cache_token_bytes
+from vlm import BATCH_TOKENS, LOGITS, ROW_TOKENS
 
 
 @dataclass(frozen=True)
-class Phase:
-    """A phase and what it holds in memory: name of the part -> bytes."""
+class Work:
+    """What a step deals with: tokens of an image, of the text around it and of the longest completion, G, and how many
+    questions (each of them answered `answers` times)."""
+
+    image_tokens: int
+    text_tokens: int
+    new_tokens: int
+    group_size: int
+    questions: int
+    answers: int
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.image_tokens + self.text_tokens
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is in memory at a moment of the loop: name of the part -> bytes."""
 
     name: str
     parts: dict[str, int]
@@ -35,42 +55,49 @@ def count_parameters(config: Qwen2_5_VLConfig) -> int:
 
 
 def memory_plan(
-    config: Qwen2_5_VLConfig,
-    dtype: torch.dtype,
-    device_bytes: int | None,
-    prompt_tokens: int,
-    new_tokens: int,
-    group_size: int,
-    rows: int,
-) -> list[Phase]:
-    """The memory of the three phases of one iteration.
+    config: Qwen2_5_VLConfig, dtype: torch.dtype, device_bytes: int | None, work: Work, checkpointing: bool, offload: bool
+) -> list[Moment]:
+    """The memory of the moments of one iteration that take most. device_bytes: the memory of the GPU, None on a CPU."""
+    parameters = count_parameters(config)
+    weights = parameters * dtype.itemsize
+    trained, other, reference = {"trained role": weights}, {"other role": weights}, {"reference": weights}
+    optimizer = {"float32 masters": 0 if dtype == torch.float32 else 4 * parameters, "AdamW moments": 8 * parameters}
+    gradients = {"gradients": 4 * parameters, "activations": activation_bytes(config, dtype, work, checkpointing)}
+    always = trained if offload else trained | other | reference | optimizer
 
-    device_bytes: the memory of the GPU, None on a CPU. prompt_tokens: a prompt with its image; new_tokens: the longest
-    completion; rows: completions sampled in one step. The activations of an update are estimated, not measured: about
-    16 hidden and 3 MLP vectors a layer and token, for all rows of a group at once, and SDPA's bias a layer; those of the
-    image encoder are left out.
-    """
-    parameters, text, size = count_parameters(config), config.text_config, dtype.itemsize
-    weights, copies = parameters * size, 0 if dtype == torch.float32 else 4 * parameters
-    training = {
-        "trained role": weights,
-        "float32 masters": copies,
-        "gradients": 4 * parameters,
-        "AdamW moments": 8 * parameters,
-        "reference": weights,
-        "other role": weights,
-    }
-    sampling = {"both roles": 2 * weights}
-    wanted = rows * (prompt_tokens + new_tokens) * cache_token_bytes(config, dtype)
-
-    def cache(parts: dict[str, int]) -> int:
+    def with_cache(parts: dict[str, int], rows: int, n: int) -> dict[str, int]:
         free = CPU_CACHE_BYTES if device_bytes is None else max(0, device_bytes - sum(parts.values())) // 2
-        return min(wanted, free)
+        return parts | {"rollouts": min(rollout_bytes(config, dtype, work, rows, n), free)}
 
-    packed = math.ceil(group_size * new_tokens / max(1, ROW_TOKENS - prompt_tokens))  # rows of a group
-    tokens = packed * prompt_tokens + group_size * new_tokens
-    layer = tokens * (16 * text.hidden_size + 3 * text.intermediate_size) * size + tokens * min(tokens, ROW_TOKENS) * size
-    activations = text.num_hidden_layers * layer + 3 * LOGITS * 4
-    training["cache or activations"] = max(cache(training), activations)
-    sampling["cache"] = cache(sampling)
-    return [Phase("questioner", training), Phase("curation", sampling), Phase("reasoner", training)]
+    return [
+        Moment("Questioner's rollouts", with_cache(always | other, work.questions * work.answers, work.answers)),
+        Moment("Questioner's update", always | gradients),
+        Moment("curation", with_cache(trained | other, work.questions * work.answers, work.answers)),
+        Moment("Reasoner's rollouts", with_cache(always, work.questions, work.group_size)),
+        Moment("Reasoner's update", always | gradients),
+    ]
+
+
+def rollout_bytes(config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, rows: int, n: int) -> int:
+    """Keys and values of all rows and their prompts, what sampling needs, and one layer of a prefill's activations."""
+    text, tokens = config.text_config, rows * work.new_tokens + rows // n * work.prompt_tokens
+    prefill = min(PREFILL_TOKENS, rows // n * work.prompt_tokens) * (6 * text.hidden_size + 3 * text.intermediate_size)
+    return tokens * cache_token_bytes(config, dtype) + rows * text.vocab_size * SAMPLING_BYTES + prefill * dtype.itemsize
+
+
+def activation_bytes(config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, checkpointing: bool) -> int:
+    """What the backward pass of the largest batch keeps: see this file's docstring, and `vlm.pack` for the batch."""
+    group = work.prompt_tokens + work.group_size * (work.new_tokens - 1)
+    row = min(group, max(ROW_TOKENS, work.prompt_tokens + work.new_tokens - 1))
+    rows = min(max(1, BATCH_TOKENS // row), work.questions)
+    text, vision = config.text_config, config.vision_config
+    patches = vision.spatial_merge_size**2 * rows * work.image_tokens
+
+    def stack(tokens: int, depth: int, width: int, mlp: int, vectors: int) -> int:
+        layer = tokens * ((vectors * width + 4 * mlp) * dtype.itemsize + 2 * width * 4)
+        return layer + depth * tokens * width * dtype.itemsize if checkpointing else depth * layer
+
+    mask = rows * row * row * dtype.itemsize
+    logits = 4 * 4 * min(LOGITS, rows * row * text.vocab_size)  # float32: logits, their softmax, their gradient and its sum
+    towers = stack(patches, vision.depth, vision.hidden_size, vision.intermediate_size, 12)
+    return mask + logits + towers + stack(rows * row, text.num_hidden_layers, text.hidden_size, text.intermediate_size, 8)

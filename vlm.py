@@ -18,6 +18,7 @@ arXiv 2506.05433; the official VisPlay code forwards image and prompt once per c
 import copy
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,7 @@ class VLM:
         if max_pixels is not None:
             self.image_size["longest_edge"] = min(max_pixels, self.image_size["longest_edge"])
             self.image_size["shortest_edge"] = min(self.image_size["shortest_edge"], self.image_size["longest_edge"])
+        self.checkpointing = False
         self.end_ids = _end_ids(model)
         self.vision_ids = _vision_ids(model.config, tokenizer)
 
@@ -128,6 +130,32 @@ class VLM:
     def device(self) -> torch.device:
         return self.model.device
 
+    def park(self) -> None:
+        """Moves the weights to CPU memory: pinned, where there is a GPU to lend them to, which then reads them faster."""
+        self.model.to("cpu")
+        if torch.cuda.is_available():
+            for tensor in (*self.model.parameters(), *self.model.buffers()):
+                tensor.data = tensor.data.pin_memory()
+
+    @contextmanager
+    def on(self, device: torch.device | str):
+        """Lends frozen weights to a device for the length of a `with` block; nothing is copied back, as nothing changes."""
+        tensors = [] if self.device == torch.device(device) else [*self.model.parameters(), *self.model.buffers()]
+        home = [tensor.data for tensor in tensors]
+        try:
+            for tensor in tensors:
+                tensor.data = tensor.data.to(device, non_blocking=True)
+            yield self
+        finally:
+            for tensor, data in zip(tensors, home):
+                tensor.data = data
+
+    def checkpoint_activations(self) -> None:
+        """From now on the backward pass computes a layer's activations again instead of keeping them: one more forward."""
+        self.checkpointing = True
+        old_name = self.model.gradient_checkpointing_enable  # of transformers before 5.2x
+        getattr(self.model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+
     # ---- Text and image -> prompt ----------------------------------------------------------------------------------
 
     def patches(self, image: Image.Image) -> Patches:
@@ -170,6 +198,9 @@ class VLM:
         All images are encoded in one pass, each once. Their features are placed by the prompts' own positions, never by
         looking for the image token.
         """
+        if self.checkpointing:  # only of use for gradients, and transformers would drop a cache for it
+            for layer in (*self.model.model.visual.blocks, *self.model.model.language_model.layers):
+                layer.training = torch.is_grad_enabled()
         images = {id(p.pixels): p for p in prompts}  # prompts about one image share its pixels
         pixels = torch.cat([p.pixels for p in images.values()]).to(self.device)
         grids = torch.cat([p.grid for p in images.values()]).to(self.device)
@@ -186,6 +217,8 @@ class VLM:
         mask: [B, 1, T, T] bool, True where a query (row) may see a key (column); None: all that stand before it.
         The positions are always given: transformers would otherwise keep `rope_deltas` of an earlier call.
         """
+        if mask is not None:  # as numbers, made once: each layer would make and keep its own
+            mask = torch.zeros(mask.shape, dtype=embeds.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
         return self.model.model.language_model(
             inputs_embeds=embeds,
             position_ids=positions,

@@ -115,12 +115,9 @@ def test_micro_batches_give_the_gradient_of_one_batch(token_mean, monkeypatch):
         reference.logits.add_(0.3 * torch.randn_like(reference.logits))
     grpo.add_reference(groups, reference)
     seen = {}
-    monkeypatch.setattr(grpo.MasterAdamW, "step", lambda self, norm: seen.setdefault("grad", policy.logits.grad.clone()).norm().item())
+    monkeypatch.setattr(grpo.MasterAdamW, "step", lambda self, norm: seen.setdefault("grad", self.gradients[policy.logits].clone()).norm().item())
     with grpo.MasterAdamW(policy.parameters(), 0.1, 0) as optimizer:
         metrics = grpo.update(policy, groups, optimizer, token_mean=token_mean)
-        assert policy.logits.grad is not None
-
-    policy.logits.grad = None
     rows = [x for g in groups for x in policy.logprobs(g.prompt, g.completions)]
     logp, mask = grpo._pad(rows)
     ref = grpo._pad([x for g in groups for _, x in sorted(g.ref_logp.items())])[0]
@@ -165,12 +162,46 @@ def test_bfloat16_weights_move_through_float32_masters():
     assert policy.logits.grad is not None, "outside a phase the model is as it was"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offloading_changes_nothing_but_the_place(dtype):
+    """Two phases of three updates with masters and moments here or there: the same weights, bit for bit; not the start's."""
+    ends = []
+    for offload in (False, True):
+        policy, groups = Table(dtype), random_groups()
+        start = policy.logits.detach().clone()
+        grpo.add_reference(groups, Table(dtype))
+        optimizer = grpo.MasterAdamW(policy.parameters(), lr=0.05, weight_decay=0.01, offload=offload)
+        for _ in range(2):
+            with optimizer:
+                norms = [grpo.update(policy, groups, optimizer, max_norm=0.05)["grad_norm"] for _ in range(3)]
+        ends.append(policy.logits.detach().clone())
+        assert (optimizer.pairs[0][1] is policy.logits) == (dtype == torch.float32 and not offload)
+        assert min(norms) > 0.05, "clipping is part of it"
+    assert torch.equal(*ends) and not torch.equal(start, ends[0])
+
+
+def test_the_step_is_torchs_adamw():
+    """Against torch's own clipping and AdamW on the same gradients, three steps."""
+    policy, plain = Table(), Table()
+    adamw = torch.optim.AdamW(plain.parameters(), lr=0.05, weight_decay=0.1)
+    with grpo.MasterAdamW(policy.parameters(), lr=0.05, weight_decay=0.1) as optimizer:
+        for seed in range(3):
+            weights = torch.randn(policy.logits.shape, generator=torch.Generator().manual_seed(seed))
+            for p in (policy, plain):
+                (p.logits * weights).sum().backward()
+            norm = optimizer.step(0.5)
+            assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5).item(), rel=1e-6) and norm > 0.5
+            adamw.step()
+            adamw.zero_grad()
+    assert torch.allclose(policy.logits, plain.logits, atol=1e-6)
+
+
 def test_bfloat16_gradients_add_up_in_float32():
     parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
     with grpo.MasterAdamW([parameter], lr=0.1, weight_decay=0.0) as optimizer:
         for value in [256.0] + [0.5] * 8:  # in bfloat16, 256 + 0.5 = 256
             (parameter * value).sum().backward()
-        assert optimizer.pairs[0][1].grad.item() == 260.0 and parameter.grad is None
+        assert optimizer.gradients[parameter].item() == 260.0 and parameter.grad is None
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():

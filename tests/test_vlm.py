@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 from transformers.video_processing_utils import BaseVideoProcessor
@@ -73,10 +75,17 @@ def completions_for(vlm, lengths, seed=0):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("row_tokens", [vlm_module.ROW_TOKENS, 60])
-def test_packed_logprobs_and_gradients_against_the_plain_forward(random_vlm, temperature, row_tokens, monkeypatch):
-    """One row (or, at 60 tokens, several) for the group against one plain forward a completion, image included."""
+@pytest.mark.parametrize("row_tokens, batch_tokens", [(vlm_module.ROW_TOKENS, 0), (60, 0), (60, 10**6)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_logprobs_and_gradients_against_the_plain_forward(
+    random_vlm, temperature, row_tokens, batch_tokens, checkpointing, monkeypatch
+):
+    """One row (or, at 60 tokens, several, alone or as a batch) for the group against one plain forward a completion."""
+    if checkpointing:
+        random_vlm = random_vlm.copy()
+        random_vlm.checkpoint_activations()
     monkeypatch.setattr(vlm_module, "ROW_TOKENS", row_tokens)
+    monkeypatch.setattr(vlm_module, "BATCH_TOKENS", batch_tokens)
     monkeypatch.setattr(vlm_module, "LOGITS", 7 * 1000)
     prompt = random_vlm.prompt("How many?", noise_image(120, 60))
     completions = completions_for(random_vlm, [5, 1, 12, 3, 9])
@@ -98,6 +107,51 @@ def test_packed_logprobs_and_gradients_against_the_plain_forward(random_vlm, tem
     scale = max(g.abs().max() for g in theirs.values())
     for name in ours:  # relative to each parameter's largest gradient, or to 1e-4 of the model's where it is all but zero
         assert (ours[name] - theirs[name]).abs().max() <= 2e-5 * max(theirs[name].abs().max(), 1e-4 * scale), name
+
+
+@pytest.mark.parametrize("batch_tokens, batches", [(1, 3), (10**6, 1)])
+def test_groups_share_batches(random_vlm, batch_tokens, batches, monkeypatch):
+    """Three groups with other prompts, images and lengths, one without a token: in one batch or each alone, the same."""
+    monkeypatch.setattr(vlm_module, "BATCH_TOKENS", batch_tokens)
+    sizes, lengths = [(120, 60), (60, 60), (60, 90)], [[5, 1, 12], [0, 3], [0]]
+    prompts = [random_vlm.prompt("How many?" * (i + 1), noise_image(*size, seed=i)) for i, size in enumerate(sizes)]
+    groups = [(p, completions_for(random_vlm, n, seed=i)) for i, (p, n) in enumerate(zip(prompts, lengths))]
+    with torch.no_grad():
+        parts = list(random_vlm.packed_logprobs(groups, 0.8))
+        got = {where: logp for which, logps in parts for where, logp in zip(which, logps)}
+        assert len(parts) == batches and len(got) == 6
+        for (g, i), logp in got.items():
+            want = plain_logprobs(random_vlm, groups[g][0], groups[g][1][i], 0.8)
+            assert logp.shape == want.shape and torch.allclose(logp, want, atol=1e-5)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 50), st.lists(st.integers(0, 40), min_size=1, max_size=9)), max_size=6), st.integers(1, 200), st.integers(1, 400))
+def test_packing_loses_nothing_and_keeps_to_the_budget(shapes, row_tokens, batch_tokens):
+    groups = [(range(prompt), [[0] * n for n in lengths]) for prompt, lengths in shapes]  # a prompt is only asked for its length
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vlm_module, "ROW_TOKENS", row_tokens)
+        patch.setattr(vlm_module, "BATCH_TOKENS", batch_tokens)
+        batches = vlm_module.pack(groups)
+    rows = [row for batch in batches for row in batch]
+    assert sorted((row.group, i) for row in rows for i in row.completions) == [(g, i) for g, (_, c) in enumerate(groups) for i in range(len(c))]
+    for row in rows:
+        prompt, completions = groups[row.group]
+        assert row.length == len(prompt) + sum(max(0, len(completions[i]) - 1) for i in row.completions)
+        assert len(row.completions) == 1 or row.length <= row_tokens
+    assert all(len(batch) == 1 or len(batch) * max(row.length for row in batch) <= batch_tokens for batch in batches)
+
+
+def test_weights_can_be_lent(random_vlm):
+    """To the meta device, as there is no other here: away inside the block, back and unchanged after it, also on an error."""
+    vlm = random_vlm.copy()
+    before = [p.clone() for p in vlm.model.parameters()]
+    with pytest.raises(RuntimeError), vlm.on("meta"):
+        assert {p.device.type for p in (*vlm.model.parameters(), *vlm.model.buffers())} == {"meta"}
+        raise RuntimeError
+    assert all(torch.equal(a, b) for a, b in zip(before, vlm.model.parameters()))
+    with vlm.on("cpu"):
+        assert vlm.device.type == "cpu"
 
 
 def test_completions_do_not_see_each_other(random_vlm):
