@@ -284,7 +284,7 @@ def attend(q: Tensor, rows: Rows, layer: int, seen: Tensor, own: Tensor) -> Tens
     the n samples of a prompt can read its keys together, as one matrix product, and none needs a copy of them.
     seen: [S, 1, 1, P], own: [R, 1, 1, T]: True where there is a token.
     """
-    (R, heads, d), (S, P), T = q.shape, (len(seen), seen.shape[-1]), own.shape[-1]
+    (R, _, d), (S, P), T = q.shape, (len(seen), seen.shape[-1]), own.shape[-1]
     q = (q * d**-0.5).view(R, rows.keys[layer].shape[1], -1, d)  # [R, key heads, query heads of each, d]
     kv, g = q.shape[1:3]
     cells = q[rows.row_of_cell[: S * rows.n]].view(S, rows.n, kv, g, d).transpose(1, 2).reshape(S, kv, rows.n * g, d)

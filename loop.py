@@ -89,7 +89,7 @@ class Settings:
     max_new_tokens: int = setting(1024, "longest completion, in tokens")
     max_pixels: int = setting(802_816, "larger images are scaled down to this; 28 x 28 pixels make one token")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
-    offload: bool = setting(False, "keep master weights, moments and idle models in CPU memory, for a GPU that is too small")
+    offload: bool = setting(False, "keep float32 master weights and AdamW's moments in CPU memory, for a GPU that is too small")
     dry_run: bool = setting(False, "print what would run and how much memory it takes, then stop")
 
     def check(self) -> None:
@@ -126,6 +126,7 @@ def visplay(s: Settings, run: Run, questioner: VLM, reasoner: VLM, answer_reward
     """Runs iterations until s.iterations are complete. `answer_reward` is the Reasoner's; a test replaces it."""
     settings = dict(lr=s.lr, weight_decay=s.weight_decay, offload=s.offload)
     optimizers = [grpo.MasterAdamW(role.model.parameters(), **settings) for role in (questioner, reasoner)]
+    settle(s, reasoner, questioner)
     if run.completed == 0:
         run.report(0, measure(s, run, reasoner, []))
     for k in range(run.completed + 1, s.iterations + 1):
@@ -145,17 +146,15 @@ def visplay(s: Settings, run: Run, questioner: VLM, reasoner: VLM, answer_reward
 
 
 def settle(s: Settings, trained: VLM, frozen: VLM) -> None:
-    """The role that is trained lives on the device; with --offload the other lives on the CPU and is lent when it works."""
+    """The role that is trained lives on the device; the other one in CPU memory, and is lent to the device when it works."""
+    frozen.park()
     trained.model.to(device_of(s))
-    if s.offload:
-        frozen.park()
 
 
 def reference_of(s: Settings, role: VLM) -> VLM:
     """The role as it is now, the start of its phase: what the KL is taken to."""
     reference = role.copy()
-    if s.offload:
-        reference.park()
+    reference.park()
     return reference
 
 

@@ -1,8 +1,8 @@
 """The plan: how much memory each moment of an iteration takes, before anything is loaded.
 
 Per parameter, a role that is trained has its weight, a float32 master, a float32 gradient and AdamW's two float32 moments;
-a float32 weight is its own master. Beside it stand the reference (the KL's other side) and the other role, frozen. With
---offload masters, moments and whatever does not work at the moment are on the CPU.
+a float32 weight is its own master. The other role and the reference (the KL's other side) are frozen: on a GPU they are
+only while they work. With --offload masters and moments are on the CPU.
 
 Activations are counted from what autograd keeps (measured with `saved_tensors_hooks`, transformers 5.23): of a token or
 patch each layer keeps 8 vectors of its width and 4 of its MLP's, and 2 more of its width in float32, from the norms; the
@@ -63,7 +63,9 @@ def memory_plan(
     trained, other, reference = {"trained role": weights}, {"other role": weights}, {"reference": weights}
     optimizer = {"float32 masters": 0 if dtype == torch.float32 else 4 * parameters, "AdamW moments": 8 * parameters}
     gradients = {"gradients": 4 * parameters, "activations": activation_bytes(config, dtype, work, checkpointing)}
-    always = trained if offload else trained | other | reference | optimizer
+    always = trained | ({} if offload else optimizer)
+    if device_bytes is None:  # one memory for all
+        always = trained | other | reference | optimizer
 
     def with_cache(parts: dict[str, int], rows: int, n: int) -> dict[str, int]:
         free = CPU_CACHE_BYTES if device_bytes is None else max(0, device_bytes - sum(parts.values())) // 2
@@ -85,11 +87,16 @@ def rollout_bytes(config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, rows
     return tokens * cache_token_bytes(config, dtype) + rows * text.vocab_size * SAMPLING_BYTES + prefill * dtype.itemsize
 
 
-def activation_bytes(config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, checkpointing: bool) -> int:
-    """What the backward pass of the largest batch keeps: see this file's docstring, and `vlm.pack` for the batch."""
+def largest_batch(work: Work) -> tuple[int, int]:
+    """How many rows of how many tokens are forwarded and differentiated together at most (see `vlm.pack`)."""
     group = work.prompt_tokens + work.group_size * (work.new_tokens - 1)
     row = min(group, max(ROW_TOKENS, work.prompt_tokens + work.new_tokens - 1))
-    rows = min(max(1, BATCH_TOKENS // row), work.questions)
+    return min(max(1, BATCH_TOKENS // row), work.questions), row
+
+
+def activation_bytes(config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, checkpointing: bool) -> int:
+    """What the backward pass of the largest batch keeps: see this file's docstring."""
+    rows, row = largest_batch(work)
     text, vision = config.text_config, config.vision_config
     patches = vision.spatial_merge_size**2 * rows * work.image_tokens
 

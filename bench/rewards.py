@@ -8,23 +8,12 @@ and nothing else; ours includes the clustering.
 
 import argparse
 import itertools
-import random
 
 import numpy as np
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-from shapes import compare, show
+from shapes import compare, random_questions, show
 
 import rewards
-
-TEMPLATES = ("How many {c} {s} are {p} the {d} {s}?", "Is the {s} {p} the {c} {s} {d}?", "What is the {c} thing {p} the {d} {s} called?")
-WORDS = dict(c=["red", "green", "blue", "small", "large"], s=["dog", "car", "tree", "sign", "house"], p=["left of", "above", "behind"])
-WORDS["d"] = ["old", "new", "broken", "open", "closed", "wet"]
-
-
-def questions(count: int) -> list[str]:
-    rng = random.Random(0)
-    return [rng.choice(TEMPLATES).format(**{k: rng.choice(v) for k, v in WORDS.items()}) for _ in range(count)]
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -33,7 +22,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args()
     args.device = "cpu"
-    texts, smooth = questions(args.questions), SmoothingFunction().method1
+    texts, smooth = random_questions(args.questions), SmoothingFunction().method1
 
     def nltk_pairs() -> np.ndarray:
         words, similarity = [text.split() for text in texts], np.eye(len(texts))

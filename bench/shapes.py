@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import json
 import platform
+import random
 import statistics
 import sys
 import time
@@ -103,6 +104,16 @@ def random_prompt(vlm: VLM, tokens: int, seed: int) -> Prompt:
 def random_completions(vlm: VLM, group_size: int, tokens: int, seed: int) -> list[list[int]]:
     rng = torch.Generator().manual_seed(seed)
     return torch.randint(10, vlm.model.config.text_config.vocab_size - 10, (group_size, tokens), generator=rng).tolist()
+
+
+TEMPLATES = ("How many {c} {s} are {p} the {d} {s}?", "Is the {s} {p} the {c} {s} {d}?", "What is the {c} thing {p} the {d} {s} called?")
+WORDS = dict(c=["red", "green", "blue", "small", "large"], s=["dog", "car", "tree", "sign", "house"], p=["left of", "above", "behind"])
+WORDS["d"] = ["old", "new", "broken", "open", "closed", "wet"]
+
+
+def random_questions(count: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [rng.choice(TEMPLATES).format(**{k: rng.choice(v) for k, v in WORDS.items()}) for _ in range(count)]
 
 
 # ---- Measuring -----------------------------------------------------------------------------------------------------------

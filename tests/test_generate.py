@@ -1,7 +1,11 @@
 """Generation against `model.generate`, against itself one prompt at a time, and against the distribution it samples."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 import generate as generate_module
@@ -64,6 +68,112 @@ def test_batches_do_not_change_the_result(random_vlm, monkeypatch):
     assert generate(random_vlm, prompts, 3, 12, temperature=0) == whole
 
 
+@pytest.fixture(scope="module")
+def ending_vlm(random_vlm):
+    """The random model with a third of its vocabulary declared end tokens: completions of all lengths."""
+    vlm = random_vlm.copy()
+    vlm.end_ids = [vlm.end_ids[0], *range(3, 330, 9)]
+    return vlm
+
+
+def masked_logits(vlm, prompt, completion):
+    """[tokens, vocabulary] by the plain forward, vision tokens out of the question."""
+    vlm.model.model.rope_deltas = None
+    with torch.no_grad():
+        logits = vlm.model(**plain_inputs(prompt, completion)).logits[0, len(prompt) - 1 : -1]
+    return logits.index_fill(1, torch.tensor(vlm.vision_ids), -torch.inf)
+
+
+@pytest.mark.parametrize("slots, every, buckets", [(7, 1, (1, 1, 1, 1)), (2, 1, (1, 1, 1, 1)), (3, 4, (8, 2, 16, 5)), (1, 7, (64, 8, 256, 128))])
+def test_every_row_is_the_plain_forwards_while_rows_come_and_go(ending_vlm, slots, every, buckets, monkeypatch):
+    """Sampled rows end at any time, leave, move up, and waiting prompts take their slots, as on a CPU and as with a GPU's
+    buckets. The logits each token was drawn from must be those of the plain forward of its own prompt and tokens."""
+    vlm, drawn, shapes, refilled = ending_vlm, {}, set(), []
+    prompts = ragged_prompts(vlm) + ragged_prompts(vlm)[:2]
+    monkeypatch.setattr(generate_module, "slots_in_memory", lambda *a: slots)
+    monkeypatch.setitem(generate_module.CHECK_EVERY, "cpu", every)
+    monkeypatch.setitem(generate_module.BUCKETS, "cpu", buckets)
+    take, admit, step = generate_module.Rows.take, generate_module.admit, generate_module.step
+
+    def watched_take(rows, token):
+        for i, (prompt, sample_number, _) in enumerate(rows.owners):
+            drawn.setdefault((prompt, sample_number), []).append((token[i].item(), rows.logits[i].clone()))
+        take(rows, token)
+
+    monkeypatch.setattr(generate_module.Rows, "take", watched_take)
+    monkeypatch.setattr(generate_module, "admit", lambda vlm, rows, *a: refilled.append(len(rows.owners)) or admit(vlm, rows, *a))
+    monkeypatch.setattr(generate_module, "step", lambda vlm, rows, *shape: shapes.add(shape) or step(vlm, rows, *shape))
+    groups = generate(vlm, prompts, 4, 14, top_p=0.95, generator=torch.Generator().manual_seed(3))
+    assert len({len(ids) for group in groups for ids in group}) > 5, "completions end at different times"
+    for p, group in enumerate(groups):
+        for i, ids in enumerate(group):
+            assert [token for token, _ in drawn[p, i]][: len(ids)] == ids
+            assert not set(ids[:-1]) & set(vlm.end_ids) and (len(ids) == 14 or ids[-1] in vlm.end_ids)
+            got = torch.stack([logits for _, logits in drawn[p, i][: len(ids)]])
+            assert torch.allclose(got, masked_logits(vlm, prompts[p], ids), atol=2e-4)  # logits of size 10, in float32
+    if slots in (2, 3):
+        assert len(refilled) > 1 and any(refilled[1:]), "prompts were admitted while other rows were being written"
+    assert all(x % b == 0 or x == limit for s in shapes for x, b, limit in zip(s, buckets, (slots * 4, slots, max(map(len, prompts)), 14)))
+
+
+def test_a_step_can_be_recorded(ending_vlm, monkeypatch):
+    """What a CUDA graph needs: a step done twice gives the same, and reads and writes at addresses that never change."""
+    addresses = []
+
+    def recorded(step, device):
+        def replay():
+            (rows,) = {cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, generate_module.Rows)}
+            step(), step()
+            tensors = [x for value in vars(rows).values() for x in (value if isinstance(value, list) else [value])]
+            addresses.append([x.data_ptr() for x in tensors if isinstance(x, torch.Tensor)])
+
+        return replay
+
+    prompts = ragged_prompts(ending_vlm)
+    want = generate(ending_vlm, prompts, 4, 14, generator=torch.Generator().manual_seed(3))
+    monkeypatch.setattr(generate_module, "recorded", recorded)
+    assert generate(ending_vlm, prompts, 4, 14, generator=torch.Generator().manual_seed(3)) == want
+    assert len(addresses) > 5 and len(addresses[0]) > 15 and all(a == addresses[0] for a in addresses)
+
+
+def test_few_shapes_are_recorded(ending_vlm, monkeypatch):
+    """With a GPU's buckets a whole generation needs few graphs, whatever the lengths."""
+    shapes, step = [], generate_module.step
+    monkeypatch.setitem(generate_module.BUCKETS, "cpu", (8, 4, 256, 8))
+    monkeypatch.setattr(generate_module, "slots_in_memory", lambda *a: 4)
+    monkeypatch.setattr(generate_module, "step", lambda vlm, rows, *shape: shapes.append(shape) or step(vlm, rows, *shape))
+    generate(ending_vlm, ragged_prompts(ending_vlm) * 4, 8, 16, generator=torch.Generator().manual_seed(0))
+    assert len(shapes) > 20 and len(set(shapes)) <= 4 * 2
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 7), st.integers(1, 6), st.floats(0.1, 60), st.integers(0, 10**6))
+def test_attention_in_two_parts_is_attention(slots, n, prompt_tokens, own_tokens, size, seed):
+    """`attend` against a softmax over prompt and own tokens at once, row by row; scores large enough to overflow exp."""
+    rng, kv, groups, d = torch.Generator().manual_seed(seed), 2, 3, 4
+    count = int(torch.randint(1, slots * n + 1, (), generator=rng))
+    rows, normal = SimpleNamespace(n=n), lambda *shape: torch.randn(shape, generator=rng)
+    rows.prompt_keys, rows.prompt_values = ([normal(slots, kv, prompt_tokens, d)] for _ in range(2))
+    rows.keys, rows.values = ([normal(slots * n, kv, own_tokens, d)] for _ in range(2))
+    cells = torch.randperm(slots * n, generator=rng)[:count]
+    rows.cell_of_row, rows.row_of_cell = torch.zeros(slots * n, dtype=torch.long), torch.zeros(slots * n, dtype=torch.long)
+    rows.cell_of_row[:count], rows.row_of_cell[cells] = cells, torch.arange(count)
+    prompt_length = torch.randint(1, prompt_tokens + 1, (slots,), generator=rng)
+    written = torch.randint(1, own_tokens + 1, (count,), generator=rng)
+    seen = torch.arange(prompt_tokens) < prompt_length[:, None, None, None]
+    own = torch.arange(own_tokens) < written[:, None, None, None]
+    q = normal(count, kv * groups, d) * size
+    got = generate_module.attend(q, rows, 0, seen, own).view(count, kv * groups, d)
+    for r in range(count):
+        slot = int(cells[r]) // n
+        for head in range(kv * groups):
+            h = head // groups
+            keys = torch.cat([rows.prompt_keys[0][slot, h, : prompt_length[slot]], rows.keys[0][r, h, : written[r]]])
+            values = torch.cat([rows.prompt_values[0][slot, h, : prompt_length[slot]], rows.values[0][r, h, : written[r]]])
+            want = (keys @ q[r, head] * d**-0.5).softmax(0) @ values
+            assert torch.allclose(got[r, head], want, atol=1e-4)  # a score of 100 has 1e-5 of rounding
+
+
 def test_the_image_matters(random_vlm):
     """Against silently fed empty image features: another image, other first-token logits."""
     a, b = (random_vlm.prompt("How many?", noise_image(60, 60, seed=s)) for s in (1, 2))
@@ -124,6 +234,16 @@ def test_sampling_frequencies(temperature, top_p, top_k):
     support = [i for i, w in enumerate(want) if w > 0]
     if len(support) > 1:
         assert chisquare([counts[i] for i in support], [n * want[i] for i in support]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("extreme", [0.0, 1 - 2**-24])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_token_without_probability_never_comes_out(extreme, top_p, monkeypatch):
+    """Banned tokens first, last and in the middle, and a uniform number at either end of its range, again and again."""
+    logits = torch.tensor([-torch.inf, -torch.inf, 1.0, -torch.inf, 0.5, -torch.inf, -torch.inf]).expand(5, -1)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, extreme))
+    assert set(sample(logits, 1.0, top_p, 0, None).tolist()) <= {2, 4}
+    assert generate_module.draw(torch.tensor([[0.0, 3e-8, 0.0]]), None).tolist() == [[1]], "whatever the sum"
 
 
 def test_first_tokens_follow_the_model(random_vlm):

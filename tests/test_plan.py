@@ -1,0 +1,86 @@
+"""The memory plan against what autograd really keeps, what a cache really takes, and what is known of the published models."""
+
+import sys
+
+import pytest
+import torch
+
+import generate as generate_module
+import plan
+import vlm as vlm_module
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "bench"))
+from shapes import random_completions, random_prompt, random_vlm  # noqa: E402
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def small(request):
+    return random_vlm("small", "cpu", request.param)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_against_what_autograd_keeps(small, checkpointing, monkeypatch):
+    """Bytes of all tensors saved for the backward pass, each storage once; the logits, which are recomputed, are left out."""
+    vlm = small.copy()
+    if checkpointing:
+        vlm.checkpoint_activations()
+    prompt, completions = random_prompt(vlm, 300, 0), random_completions(vlm, 8, 33, 0)
+    weights = {p.untyped_storage().data_ptr() for p in vlm.model.parameters()}
+    kept = {}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), storage)  # held, so that no address is used twice
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        list(vlm.packed_logprobs([(prompt, completions)]))
+    measured = sum(size for size, _ in kept.values())
+    monkeypatch.setattr(plan, "LOGITS", 0)
+    work = plan.Work(prompt.image_tokens, len(prompt) - prompt.image_tokens, 33, 8, 1, 1)
+    planned = plan.activation_bytes(vlm.model.config, vlm.model.dtype, work, checkpointing)
+    if checkpointing:  # the plan adds the layer that is recomputed, the text's and the image encoder's largest
+        planned -= plan.activation_bytes(vlm.model.config, vlm.model.dtype, work, False) // 8
+        assert measured < 0.2 * plan.activation_bytes(vlm.model.config, vlm.model.dtype, work, False)
+    assert planned == pytest.approx(measured, rel=0.15 if not checkpointing else 0.4)
+
+
+def test_rollouts_against_the_tensors_of_a_rollout(small):
+    vlm, n, new_tokens = small, 4, 20
+    rows = generate_module.Rows(vlm, 3, n, 300, new_tokens)
+    caches = rows.prompt_keys + rows.prompt_values + rows.keys + rows.values
+    token = generate_module.cache_token_bytes(vlm.model.config, vlm.model.dtype)
+    assert sum(x.nbytes for x in caches) == 3 * (300 + n * new_tokens) * token
+    work = plan.Work(250, 50, new_tokens, n, 3, n)
+    assert plan.rollout_bytes(vlm.model.config, vlm.model.dtype, work, 3 * n, n) > 3 * (300 + n * new_tokens) * token
+
+
+def test_a_larger_group_than_a_row_is_planned_as_it_is_packed(small):
+    """A batch never holds more tokens than the plan says, whatever the group."""
+    for new_tokens in (10, 600, 3000):
+        groups = [(range(1000), [[0] * new_tokens] * 8) for _ in range(4)]
+        largest = max(len(batch) * batch[0].length for batch in vlm_module.pack(groups))
+        planned = plan.largest_batch(plan.Work(900, 100, new_tokens, 8, 4, 1))
+        assert largest <= planned[0] * planned[1] <= max(vlm_module.BATCH_TOKENS, 1000 + new_tokens)
+
+
+def test_published_shapes():
+    """Parameters as published (3.75 and 8.29 billion), and what the design promises: 3B within 80 GB, 48 GB with --offload."""
+    work = plan.Work(1024, 100, 1024, 8, 1024, 10)
+    for size, billions in (("3b", 3.75), ("7b", 8.29)):
+        with torch.device("meta"):
+            config = random_vlm(size, "meta", "bfloat16").model.config
+        assert plan.count_parameters(config) / 1e9 == pytest.approx(billions, rel=0.005)
+        for offload, most in ((False, {"3b": 78 * 2**30, "7b": 160e9}), (True, {"3b": 48e9, "7b": 78 * 2**30})):
+            for moment in plan.memory_plan(config, torch.bfloat16, int(most[size]), work, True, offload):
+                assert moment.total < most[size], (size, offload, moment)
+
+
+def test_more_rows_or_tokens_take_more():
+    config = random_vlm("tiny", "meta", "float32").model.config
+    base = plan.Work(200, 50, 40, 8, 4, 10)
+    grown = [plan.Work(400, 50, 40, 8, 4, 10), plan.Work(200, 50, 80, 8, 4, 10), plan.Work(200, 50, 40, 16, 4, 10)]
+    update = lambda work: plan.memory_plan(config, torch.float32, None, work, False, False)[1].total  # noqa: E731
+    assert all(update(work) > update(base) for work in grown)
