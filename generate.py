@@ -29,7 +29,7 @@ from vlm import VLM, Prompt
 
 PREFILL_TOKENS = 16384  # prompts are forwarded so many tokens at a time
 CPU_CACHE_BYTES = 1 << 29  # memory for keys and values on a CPU; on CUDA it is derived from what is free
-SAMPLING_BYTES = 24  # per row and vocabulary entry: logits, probabilities, noise, what is likelier
+SAMPLING_BYTES = 32  # per row and vocabulary entry: logits, probabilities and their sums, in all their copies
 CHECK_EVERY = {"cpu": 1, "cuda": 16}  # tokens between two looks at which rows are finished; a look waits for the GPU
 LEAVE_BELOW = 0.8  # finished rows leave when this share is still being written: leaving copies the cache
 # Rows, slots, prompt tokens and new tokens of a step are rounded up to multiples of these: a GPU records few graphs.
@@ -64,6 +64,7 @@ def generate(
     slots = min(len(prompts), slots_in_memory(vlm, longest, n, max_new_tokens))
     rows = Rows(vlm, slots, n, longest, max_new_tokens)
     graphs: dict[tuple, Callable[[], None]] = {}
+    pool = torch.cuda.graph_pool_handle() if vlm.device.type == "cuda" else None
     while rows.owners or waiting:
         if waiting and len(rows.prompt_lengths) <= 0.75 * slots:
             chosen = [waiting.pop() for _ in range(min(len(waiting), slots - len(rows.prompt_lengths)))]
@@ -75,7 +76,7 @@ def generate(
         if rows.owners:
             shape = rows.shape()
             if shape not in graphs:
-                graphs[shape] = recorded(lambda shape=shape: step(vlm, rows, *shape), vlm.device)
+                graphs[shape] = recorded(lambda shape=shape: step(vlm, rows, *shape), vlm.device, pool)
             graphs[shape]()
     return results
 
@@ -185,7 +186,7 @@ def retire(rows: Rows, results: list[list]) -> None:
         return
     leaving = [row for row, done in enumerate(finished) if done]
     end_ids = set(rows.end_ids.tolist())
-    for row, ids in zip(leaving, rows.tokens[torch.tensor(leaving), : rows.new_tokens].tolist()):
+    for row, ids in zip(leaving, rows.tokens[torch.tensor(leaving, device=rows.tokens.device), : rows.new_tokens].tolist()):
         prompt, sample, _ = rows.owners[row]
         end = next((t for t, token in enumerate(ids) if token in end_ids), len(ids))
         results[prompt][sample] = ids[: end + 1]
@@ -305,22 +306,19 @@ def partial_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) 
     return (weights.to(values.dtype) @ values).float(), weights.sum(dim=-1, keepdim=True), top
 
 
-def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+def recorded(step: Callable[[], None], device: torch.device, pool) -> Callable[[], None]:
     """On CUDA, the step as a graph to replay; on a CPU, or where recording fails, the step itself.
 
-    The first run, on a stream of its own, is a rehearsal: libraries allocate their workspaces then, which they may not
-    do during the recording. The recording itself computes nothing.
+    The step is done once before it is recorded, because libraries set themselves up in their first call, which they may
+    not do during a recording. Recording computes nothing. All graphs take their scratch memory from one pool: no two run
+    at the same time, and nothing in it outlives a step.
     """
     if device.type != "cuda":
         return step
     try:
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream(device).wait_stream(side)
+        step()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             step()
         return graph.replay
     except RuntimeError as error:

@@ -120,7 +120,7 @@ def test_a_step_can_be_recorded(ending_vlm, monkeypatch):
     """What a CUDA graph needs: a step done twice gives the same, and reads and writes at addresses that never change."""
     addresses = []
 
-    def recorded(step, device):
+    def recorded(step, device, pool):
         def replay():
             (rows,) = {cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, generate_module.Rows)}
             step(), step()
