@@ -1,6 +1,7 @@
 """The loop and its command line: whole iterations on real files, wrong input, and who may see the truth."""
 
 import ast
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -120,6 +121,46 @@ def test_a_run_is_reproducible_and_resumes_at_the_last_complete_iteration(workpl
     for role in ("questioner", "reasoner"):
         weights = [(runs / name / role / "model.safetensors").read_bytes() for name in ("whole", "cut")]
         assert weights[0] == weights[1]
+
+
+def test_saving_memory_changes_no_number(workplace):
+    """Checkpointed activations are the same numbers computed twice, offloaded masters the same numbers elsewhere."""
+    for name, flags in (("plain", []), ("small", ["--gradient-checkpointing", "--offload"])):
+        assert loop.main([*SMALL, "--name", name, *flags]) == 0
+    timings = ("seconds", "tokens_per_second")
+    plain, small = ([{k: v for k, v in r.items() if k not in timings} for r in records(workplace / "runs" / n)] for n in ("plain", "small"))
+    assert plain == small
+    for role in ("questioner", "reasoner"):
+        a, b = (VLM.load(workplace / "runs" / n / role, "cpu", torch.float32).model.state_dict() for n in ("plain", "small"))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_no_model_works_while_it_is_parked(workplace, monkeypatch):
+    """On a GPU a model that does not work at the moment is on the CPU. Here that is played: each use must be inside a loan."""
+    parked, used, settle, forward = set(), [], loop.settle, VLM.embed
+
+    @contextlib.contextmanager
+    def on(self, device):
+        was = id(self) in parked
+        parked.discard(id(self))
+        yield self
+        parked.update({id(self)} if was else ())
+
+    def settled(s, trained, frozen):
+        settle(s, trained, frozen)
+        parked.discard(id(trained))
+
+    def embed(self, *args):
+        assert id(self) not in parked
+        used.append(id(self))
+        return forward(self, *args)
+
+    monkeypatch.setattr(VLM, "park", lambda self: parked.add(id(self)))
+    monkeypatch.setattr(VLM, "on", on)
+    monkeypatch.setattr(VLM, "embed", embed)
+    monkeypatch.setattr(loop, "settle", settled)
+    assert loop.main([*SMALL, "--name", "x", "--iterations", "2"]) == 0
+    assert len(set(used)) >= 4 and parked, "two roles and their references"
 
 
 def test_training_never_sees_the_truth(workplace, monkeypatch):
