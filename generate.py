@@ -245,8 +245,9 @@ def prefill(vlm: VLM, prompts: list[Prompt]) -> tuple[Tensor, list[tuple[Tensor,
 def step(vlm: VLM, rows: Rows, R: int, S: int, P: int, T: int) -> None:
     """Forwards the last token of the first R rows; leaves the logits of the next in `rows.logits`.
 
-    S slots, P tokens of each prompt and T written tokens of each row are looked at (see `Rows.shape`). This is the transformer, a token a row: everything but attention treats the R tokens like any [R, hidden] batch.
-    Done twice it gives the same, and it never asks the GPU for a number, so it can be recorded as a graph.
+    This is the transformer, a token a row: everything but attention treats the R tokens like any [R, hidden] batch. It
+    looks at S slots, P tokens of each prompt and T written tokens of each row (see `Rows.shape`). Done twice it gives the
+    same, and it never asks the GPU for a number, so it can be recorded as a graph.
     """
     model, index = vlm.model.model.language_model, (rows.written[:R] - 1).clamp(0, rows.new_tokens - 1)
     x = model.embed_tokens(rows.tokens[:R].gather(1, index[:, None])[:, 0])
