@@ -13,6 +13,7 @@ SMALLEST = {
     "update": ["--size", "tiny", "--prompt-tokens", "60", "--group-size", "2", "--new-tokens", "4", "--prompts", "2", "--repeats", "1"],
     "iteration": ["--size", "tiny", "--prompt-tokens", "60", "--group-size", "2", "--new-tokens", "4", "--prompts", "2", "--answers", "2"],
     "scaling": ["--size", "tiny", "--prompt-tokens", "60", "--group-size", "2", "--new-tokens", "4", "--prompts", "1", "--repeats", "1"],
+    "tricks": ["--size", "tiny", "--prompt-tokens", "60", "--group-size", "2", "--new-tokens", "4", "--prompts", "2", "--repeats", "1", "--vocab-size", "600"],
     "rewards": ["--questions", "20", "--repeats", "1"],
 }
 
