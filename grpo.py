@@ -135,7 +135,7 @@ class MasterAdamW:
                 master.data = master.data.cpu()
 
     def _add_gradient(self, parameter: Tensor) -> None:
-        gradient, parameter.grad = parameter.grad.float(), None
+        gradient, parameter.grad = parameter.grad.to_dense().float(), None
         self.gradients[parameter] = self.gradients[parameter].add_(gradient) if parameter in self.gradients else gradient
 
     def step(self, max_norm: float) -> float:

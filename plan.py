@@ -4,9 +4,10 @@ Per parameter, a role that is trained has its weight, a float32 master, a float3
 a float32 weight is its own master. The other role and the reference (the KL's other side) are frozen: on a GPU they are
 only while they work. With --offload masters and moments are on the CPU.
 
-Activations are counted from what autograd keeps (measured with `saved_tensors_hooks`, transformers 5.23): of a token or
+Activations are counted from what autograd keeps (found with `saved_tensors_hooks` in transformers 5.23): of a token or
 patch each layer keeps 8 vectors of its width and 4 of its MLP's, and 2 more of its width in float32, from the norms; the
-image encoder, which cuts its windows out and puts them together again, keeps 12 in place of 8.
+image encoder, which cuts its windows out and puts them together again, keeps 12 in place of 8. A test compares the total
+with the peak of an update: 15% at most between them.
 """
 
 from dataclasses import dataclass
@@ -62,7 +63,8 @@ def memory_plan(
     weights = parameters * dtype.itemsize
     trained, other, reference = {"trained role": weights}, {"other role": weights}, {"reference": weights}
     optimizer = {"float32 masters": 0 if dtype == torch.float32 else 4 * parameters, "AdamW moments": 8 * parameters}
-    gradients = {"gradients": 4 * parameters, "activations": activation_bytes(config, dtype, work, checkpointing)}
+    device = "cpu" if device_bytes is None else "cuda"
+    gradients = {"gradients": 4 * parameters, "activations": activation_bytes(config, dtype, work, checkpointing, device)}
     always = trained | ({} if offload else optimizer)
     if device_bytes is None:  # one memory for all
         always = trained | other | reference | optimizer
@@ -94,17 +96,21 @@ def largest_batch(work: Work) -> tuple[int, int]:
     return min(max(1, BATCH_TOKENS // row), work.questions), row
 
 
-def activation_bytes(config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, checkpointing: bool) -> int:
+def activation_bytes(config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, checkpointing: bool, device: str) -> int:
     """What the backward pass of the largest batch keeps: see this file's docstring."""
     rows, row = largest_batch(work)
     text, vision = config.text_config, config.vision_config
     patches = vision.spatial_merge_size**2 * rows * work.image_tokens
 
-    def stack(tokens: int, depth: int, width: int, mlp: int, vectors: int) -> int:
-        layer = tokens * ((vectors * width + 4 * mlp) * dtype.itemsize + 2 * width * 4)
-        return layer + depth * tokens * width * dtype.itemsize if checkpointing else depth * layer
+    def layer(tokens: int, width: int, mlp: int, vectors: int) -> int:
+        return tokens * ((vectors * width + 4 * mlp) * dtype.itemsize + 2 * width * 4)
 
+    text_layer = layer(rows * row, text.hidden_size, text.intermediate_size, 8)
+    vision_layer = layer(patches, vision.hidden_size, vision.intermediate_size, 12)
     mask = rows * row * row * dtype.itemsize
-    logits = 4 * 4 * min(LOGITS, rows * row * text.vocab_size)  # float32: logits, their softmax, their gradient and its sum
-    towers = stack(patches, vision.depth, vision.hidden_size, vision.intermediate_size, 12)
-    return mask + logits + towers + stack(rows * row, text.num_hidden_layers, text.hidden_size, text.intermediate_size, 8)
+    matrix = text.vocab_size * text.hidden_size * dtype.itemsize  # the gradient of the matrix that makes the logits
+    logits = min(LOGITS[device], rows * row * text.vocab_size) * (4 + dtype.itemsize)  # in float32, and before that
+    if not checkpointing:
+        return mask + text.num_hidden_layers * text_layer + vision.depth * vision_layer + logits + matrix
+    inputs = (text.num_hidden_layers * rows * row * text.hidden_size + vision.depth * patches * vision.hidden_size) * dtype.itemsize
+    return mask + inputs + matrix + max(text_layer, vision_layer, logits, matrix)

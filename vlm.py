@@ -25,13 +25,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 from transformers.utils import cached_file
 
 ROW_TOKENS = 8192  # a longer group is split into several rows: the attention mask of a row takes its length squared
 BATCH_TOKENS = 8192  # rows are forwarded and differentiated together up to so many tokens
-LOGITS = 512 * 151_936  # so many logits are made at a time: 311 MB of float32
+# So many logits are made at a time: 39 MB of float32 on a CPU; a GPU wants larger matrices, and has room for them.
+LOGITS = {"cpu": 64 * 151_936, "cuda": 512 * 151_936}
 _USER_TEXT = "\x01user text\x01"  # stands for the user's text while the chat template is rendered
 
 
@@ -205,7 +205,8 @@ class VLM:
         pixels = torch.cat([p.pixels for p in images.values()]).to(self.device)
         grids = torch.cat([p.grid for p in images.values()]).to(self.device)
         features = dict(zip(images, self.model.model.get_image_features(pixels, grids).pooler_output))
-        embeds = self.model.get_input_embeddings()(ids)
+        # The gradient of 151,936 embeddings is zero but for the few tokens here: a sparse one does not make the zeros.
+        embeds = torch.nn.functional.embedding(ids, self.model.get_input_embeddings().weight, sparse=True)
         row = torch.cat([torch.full((p.image_tokens,), r) for r, p in enumerate(prompts)]).to(self.device)
         column = torch.cat([torch.arange(p.image_start, p.image_start + p.image_tokens) for p in prompts]).to(self.device)
         values = torch.cat([features[id(p.pixels)] for p in prompts]).to(embeds.dtype)
@@ -274,20 +275,46 @@ class VLM:
         return list(self._token_logprobs(hidden[where], targets, temperature).split(sizes))
 
     def _token_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        """[N] log-probabilities of targets [N] from hidden [N, hidden].
+        """[N] log-probabilities of targets [N] from hidden [N, hidden]."""
+        size = max(1, LOGITS[self.device.type] // self.model.config.text_config.vocab_size)
+        return TargetLogprobs.apply(hidden, self.model.lm_head.weight, targets, temperature, size)
 
-        151,936 logits take 0.6 MB a token, so they are made in chunks and, for the backward pass, made again.
-        """
 
-        def chunk_logprobs(hidden, targets):
-            logits = self.model.lm_head(hidden).float() / temperature
-            return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
+class TargetLogprobs(torch.autograd.Function):
+    """log softmax(hidden W^T / temperature) at N targets, `size` of them at a time.
 
-        size = max(1, LOGITS // self.model.config.text_config.vocab_size)
-        chunks = zip(hidden.split(size), targets.split(size))
-        if torch.is_grad_enabled():
-            return torch.cat([checkpoint(chunk_logprobs, h, t, use_reentrant=False) for h, t in chunks])
-        return torch.cat([chunk_logprobs(h, t) for h, t in chunks])
+    151,936 logits take 0.6 MB a token, so all of them are never there at once: forward keeps only each token's
+    log-sum-exp; backward makes a chunk's logits z again, turns them in place into
+
+        d log p(target) / d z_v = 1[v = target] - softmax(z)_v
+
+    and multiplies that into the gradients of hidden and W.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, size: int) -> Tensor:
+        logps, totals = [], []
+        for h, target in zip(hidden.split(size), targets.split(size)):
+            logits = (h @ weight.T).float().div_(temperature)
+            totals.append(logits.logsumexp(dim=1))
+            logps.append(logits.gather(1, target[:, None])[:, 0] - totals[-1])
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(totals))
+        ctx.temperature, ctx.size = temperature, size
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple:
+        hidden, weight, targets, totals = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        pieces = zip(*(x.split(ctx.size) for x in (hidden, targets[:, None], totals[:, None], gradient[:, None], grad_hidden)))
+        for h, target, total, g, out in pieces:
+            g = g / ctx.temperature
+            z = (h @ weight.T).float().div_(ctx.temperature).sub_(total).exp_().mul_(-g)
+            z = z.scatter_add_(1, target, g).to(weight.dtype)
+            torch.mm(z, weight, out=out)
+            if grad_weight is not None:
+                grad_weight.addmm_(z.T, h)
+        return grad_hidden, grad_weight, None, None, None
 
 
 # ---- Positions and masks -----------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def vocabulary_trick(args) -> dict[str, float]:
 
     update()  # so that the gradients themselves are there before and after
     chunks = peak_extra_bytes(update, args.device)
-    at_once = peak_extra_bytes(changed(update, vlm_module, LOGITS=1 << 60), args.device)
+    at_once = peak_extra_bytes(changed(update, vlm_module, LOGITS={args.device: 1 << 60}), args.device)
     return {"logits in chunks: peak, MB": chunks / 1e6, "logits at once: peak, MB": at_once / 1e6}
 
 

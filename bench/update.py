@@ -71,7 +71,7 @@ def difference(gradient, policies, vlm) -> float:
     both = []
     for policy in policies.values():
         gradient(policy)
-        both.append([p.grad.float().clone() for p in vlm.model.parameters() if p.grad is not None])
+        both.append([p.grad.to_dense().float().clone() for p in vlm.model.parameters() if p.grad is not None])
     norm = torch.stack([g.norm() for g in both[1]]).norm().item()
     return torch.stack([(a - b).norm() for a, b in zip(*both)]).norm().item() / norm
 

@@ -86,7 +86,7 @@ def test_packed_logprobs_and_gradients_against_the_plain_forward(
         random_vlm.checkpoint_activations()
     monkeypatch.setattr(vlm_module, "ROW_TOKENS", row_tokens)
     monkeypatch.setattr(vlm_module, "BATCH_TOKENS", batch_tokens)
-    monkeypatch.setattr(vlm_module, "LOGITS", 7 * 1000)
+    monkeypatch.setattr(vlm_module, "LOGITS", {"cpu": 7 * 1000})
     prompt = random_vlm.prompt("How many?", noise_image(120, 60))
     completions = completions_for(random_vlm, [5, 1, 12, 3, 9])
     model = random_vlm.model
