@@ -8,8 +8,8 @@ used; a file that fails either is skipped and counted, never fatal.
 import glob
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -124,20 +124,43 @@ def load_image(path: str) -> Image.Image:
         raise ImageError(f"cannot be read to its end ({type(error).__name__})") from error
 
 
-def shuffled(paths: list[str], rng: random.Random, skipped: list[tuple[str, str]]) -> Iterator[Picture]:
-    """Pictures in random order, over and over; a file that turns out unreadable is added to `skipped`, once.
+@dataclass
+class Pictures:
+    """The images in random order, over and over.
 
-    Raises ImageError when no file is readable.
+    Each pass over the paths is a permutation that depends on `seed` and the number of the pass alone, so `position`, how
+    many places have been passed, is all that an interrupted run has to remember.
     """
-    left_out = {path for path, _ in skipped}
-    while True:
-        order = [path for path in paths if path not in left_out]
-        if not order:
-            raise ImageError("none of the images can be read")
-        rng.shuffle(order)
-        for path in order:
+
+    found: Found
+    seed: str
+    position: int = 0
+
+    def take(self, count: int) -> list[Picture]:
+        """The next `count` pictures; one that turns out unreadable is added to `found.skipped`, and the next takes its place.
+
+        Raises ImageError when no file is readable.
+        """
+        pictures, left_out, missed = [], {path for path, _ in self.found.skipped}, 0
+        while len(pictures) < count:
+            if missed == len(self.found.paths):
+                raise ImageError("none of the images can be read")
+            path, self.position, missed = self._path(self.position), self.position + 1, missed + 1
+            if path in left_out:
+                continue
             try:
-                yield Picture(path, load_image(path))
+                pictures.append(Picture(path, load_image(path)))
+                missed = 0
             except ImageError as error:
                 left_out.add(path)
-                skipped.append((path, str(error)))
+                self.found.skipped.append((path, str(error)))
+        return pictures
+
+    def _path(self, position: int) -> str:
+        number, place = divmod(position, len(self.found.paths))
+        return self.found.paths[_permutation(len(self.found.paths), f"{self.seed} {number}")[place]]
+
+
+@lru_cache(maxsize=2)
+def _permutation(length: int, seed: str) -> list[int]:
+    return random.Random(seed).sample(range(length), length)

@@ -15,6 +15,7 @@ see rewards.py, curate.py and grpo.py, each at its top.
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
 import logging
@@ -24,7 +25,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,7 @@ import questioner as questioner_role
 import reasoner as reasoner_role
 import rewards
 from curate import Example
-from images import Found, ImageError, Picture, find_images, load_image, shuffled
+from images import Found, ImageError, Picture, Pictures, find_images, load_image
 from questioner import Proposal
 from run import Run, mean, printable
 from vlm import VLM, Prompt, load_config, load_processors
@@ -130,19 +131,23 @@ def visplay(s: Settings, run: Run, questioner: VLM, reasoner: VLM, answer_reward
     if run.completed == 0:
         run.report(0, measure(s, run, reasoner, []))
     for k in range(run.completed + 1, s.iterations + 1):
-        generator = torch.Generator(device_of(s)).manual_seed(s.seed * 1000 + k)
-        pictures = shuffled(run.images.paths, random.Random(f"{s.seed} {k}"), run.images.skipped)
-
+        pictures = Pictures(run.images, f"{s.seed} {k}")
         settle(s, questioner, reasoner)
         with optimizers[0] as optimizer:
-            train_questioner(s, run, k, questioner, reasoner, optimizer, pictures, generator)
-        curated = curate_questions(s, run, k, questioner, reasoner, pictures, generator)
+            train_questioner(s, run, k, questioner, reasoner, optimizer, pictures)
+        curated = curate_questions(s, run, k, questioner, reasoner, pictures)
         settle(s, reasoner, questioner)
         with optimizers[1] as optimizer:
-            train_reasoner(s, run, k, reasoner, optimizer, curated, answer_reward, generator)
+            train_reasoner(s, run, k, reasoner, optimizer, curated, answer_reward)
 
         run.report(k, measure(s, run, reasoner, curated))
         run.save_roles(k, questioner, reasoner)
+
+
+def seeded(s: Settings, k: int, phase: str, step: int) -> torch.Generator:
+    """The random numbers of one step depend on nothing but its place in the run, so that it can be done again."""
+    digest = hashlib.sha256(f"{s.seed} {k} {phase} {step}".encode()).digest()
+    return torch.Generator(device_of(s)).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def settle(s: Settings, trained: VLM, frozen: VLM) -> None:
@@ -158,11 +163,11 @@ def reference_of(s: Settings, role: VLM) -> VLM:
     return reference
 
 
-def train_questioner(s, run, k, questioner: VLM, reasoner: VLM, optimizer, pictures: Iterator[Picture], generator) -> None:
+def train_questioner(s, run, k, questioner: VLM, reasoner: VLM, optimizer, pictures: Pictures) -> None:
     """Phase 1: GRPO on the Questioner; the Reasoner only answers."""
     reference = reference_of(s, questioner)
     for step in run.progress(s.questioner_steps, f"iteration {k}: Questioner"):
-        start, batch = time.time(), list(itertools.islice(pictures, s.images_per_step))
+        start, batch, generator = time.time(), pictures.take(s.images_per_step), seeded(s, k, "questioner", step)
         prompts, proposals, voted = ask_and_vote(s, questioner, reasoner, batch, s.group_size, generator)
         groups = []
         for prompt, group, votes in zip(prompts, proposals, voted):
@@ -175,11 +180,11 @@ def train_questioner(s, run, k, questioner: VLM, reasoner: VLM, optimizer, pictu
             run.say(f"step {step}: not one question was valid; rewards and advantages are 0")
 
 
-def curate_questions(s, run, k, questioner: VLM, reasoner: VLM, pictures: Iterator[Picture], generator) -> list[Example]:
+def curate_questions(s, run, k, questioner: VLM, reasoner: VLM, pictures: Pictures) -> list[Example]:
     """Phase 2: the updated Questioner proposes, the Reasoner votes, and questions of middling confidence are kept."""
     start, candidates = time.time(), []
     for done in range(0, s.candidates, s.images_per_step):  # in batches: decoded images are large
-        batch = list(itertools.islice(pictures, min(s.images_per_step, s.candidates - done)))
+        batch, generator = pictures.take(min(s.images_per_step, s.candidates - done)), seeded(s, k, "curation", done)
         _, _, voted = ask_and_vote(s, questioner, reasoner, batch, 1, generator)
         candidates += [v for (v,) in voted if v]
     curated = curate.curate(candidates, s.tau_low, s.tau_high)
@@ -191,7 +196,7 @@ def curate_questions(s, run, k, questioner: VLM, reasoner: VLM, pictures: Iterat
     return curated
 
 
-def train_reasoner(s, run, k, reasoner: VLM, optimizer, curated: list[Example], answer_reward, generator) -> None:
+def train_reasoner(s, run, k, reasoner: VLM, optimizer, curated: list[Example], answer_reward) -> None:
     """Phase 3: GRPO on the Reasoner with the silver labels; a step takes the next curated questions, round and round."""
     if not curated:
         run.say(f"iteration {k}: no question has a confidence in [{s.tau_low}, {s.tau_high}]; the Reasoner is not trained")
@@ -199,7 +204,8 @@ def train_reasoner(s, run, k, reasoner: VLM, optimizer, curated: list[Example], 
     reference = reference_of(s, reasoner)
     examples = itertools.cycle(random.Random(f"{s.seed} {k} curated").sample(curated, len(curated)))
     for step in run.progress(s.reasoner_steps, f"iteration {k}: Reasoner"):
-        start, batch = time.time(), list(itertools.islice(examples, min(s.images_per_step, len(curated))))
+        start, generator = time.time(), seeded(s, k, "reasoner", step)
+        batch = list(itertools.islice(examples, min(s.images_per_step, len(curated))))
         prompts = [reasoner_role.answer_prompt(reasoner, load_image(e.image), e.question) for e in batch]
         answers = reasoner_role.answer(reasoner, prompts, s.group_size, **s.sampling, generator=generator)
         groups = [
@@ -271,8 +277,7 @@ def measure(s: Settings, run: Run, reasoner: VLM, curated: list[Example]) -> dic
     import evaluate  # imports the exact answerer, which self-play must not
 
     questions = evaluate.held_out_questions(run.folder / "held-out", HELD_OUT_QUESTIONS, HELD_OUT_SEED, run.scene_size)
-    seeded = torch.Generator(device_of(s)).manual_seed(s.seed)
-    results = evaluate.accuracy(reasoner, questions, 4, **s.sampling, generator=seeded)
+    results = evaluate.accuracy(reasoner, questions, 4, **s.sampling, generator=seeded(s, 0, "measure", 0))
     return results | evaluate.silver_label_accuracy(curated, run.folder / "images")
 
 
