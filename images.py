@@ -143,7 +143,7 @@ class Pictures:
         """
         pictures, left_out, missed = [], {path for path, _ in self.found.skipped}, 0
         while len(pictures) < count:
-            if missed == len(self.found.paths):
+            if missed == 2 * len(self.found.paths):  # a whole pass, wherever this began
                 raise ImageError("none of the images can be read")
             path, self.position, missed = self._path(self.position), self.position + 1, missed + 1
             if path in left_out:
