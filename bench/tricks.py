@@ -2,8 +2,8 @@
 
     python bench/tricks.py --size small
 
---vocab-size is that of the last part, whose subject is memory; completions of the part on finished rows have geometric
-lengths with a mean of a quarter of their limit, which is 4 times --new-tokens.
+--vocab-size is that of the last part, whose subject is memory. In the part on finished rows, --new-tokens is the mean of
+geometric lengths.
 """
 
 from contextlib import contextmanager
@@ -33,14 +33,23 @@ def rollout_tricks(args, vlm) -> dict[str, float]:
     vlm.end_ids = [-1]  # nothing ends early
     results = ratio("prompt once a group", rollout, lambda: rollout([p for p in prompts for _ in range(n)], 1), args)
     results |= ratio("top-p without a sort", rollout, changed(rollout, generate, sample=sample_by_sorting), args)
-    vocabulary = vlm.model.config.text_config.vocab_size
-    vlm.end_ids = list(range(0, vocabulary, args.new_tokens))  # a random model draws one of these every so many tokens
+    take, lengths = generate.Rows.take, geometric_lengths(len(prompts) * n, args.new_tokens)
 
-    def uneven() -> None:
-        rng.manual_seed(0)
-        rollout(new_tokens=4 * args.new_tokens)
+    def take_until(rows, token) -> None:
+        """Ends each row at its own length, the same with and without the trick."""
+        take(rows, token)
+        goals = torch.tensor([lengths[prompt * n + sample] for prompt, sample, _ in rows.owners], device=token.device)
+        rows.finished[: len(goals)] |= rows.written[: len(goals)] >= goals
 
+    uneven = changed(lambda: rollout(new_tokens=4 * args.new_tokens), generate.Rows, take=take_until)
     return results | ratio("finished rows leave", uneven, changed(uneven, generate, LEAVE_BELOW=1e-9), args)
+
+
+def geometric_lengths(count: int, mean: int) -> list[int]:
+    """As answers have them: most are short, one is four times the mean."""
+    rng = torch.Generator().manual_seed(0)
+    drawn = torch.empty(count).geometric_(1 / mean, generator=rng).clamp(max=4 * mean).int().tolist()
+    return [4 * mean, *drawn[1:]]
 
 
 def update_tricks(args, vlm) -> dict[str, float]:
