@@ -18,6 +18,7 @@ Differs from `model.generate` in one more point: a token that stands for image d
 completion that holds one could not be fed back (R1-V issue 91).
 """
 
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -30,7 +31,9 @@ from vlm import VLM, Prompt
 PREFILL_TOKENS = 16384  # prompts are forwarded so many tokens at a time
 CPU_CACHE_BYTES = 1 << 29  # memory for keys and values on a CPU; on CUDA it is derived from what is free
 SAMPLING_BYTES = 32  # per row and vocabulary entry: logits, probabilities and their sums, in all their copies
-CHECK_EVERY = {"cpu": 1, "cuda": 16}  # tokens between two looks at which rows are finished; a look waits for the GPU
+# Tokens between two looks at which rows are finished; a look waits for the GPU. Until then finished rows go on writing, in
+# a column that nobody reads.
+CHECK_EVERY = {"cpu": 1, "cuda": 16}
 LEAVE_BELOW = 0.8  # finished rows leave when this share is still being written: leaving copies the cache
 # Rows, slots, prompt tokens and new tokens of a step are rounded up to multiples of these: a GPU records few graphs.
 BUCKETS = {"cpu": (1, 1, 1, 1), "cuda": (64, 8, 256, 128)}
@@ -64,7 +67,7 @@ def generate(
     slots = min(len(prompts), slots_in_memory(vlm, longest, n, max_new_tokens))
     rows = Rows(vlm, slots, n, longest, max_new_tokens)
     graphs: dict[tuple, Callable[[], None]] = {}
-    pool = torch.cuda.graph_pool_handle() if vlm.device.type == "cuda" else None
+    pool, record = torch.cuda.graph_pool_handle() if vlm.device.type == "cuda" else None, True
     while rows.owners or waiting:
         if waiting and len(rows.prompt_lengths) <= 0.75 * slots:
             chosen = [waiting.pop() for _ in range(min(len(waiting), slots - len(rows.prompt_lengths)))]
@@ -76,7 +79,10 @@ def generate(
         if rows.owners:
             shape = rows.shape()
             if shape not in graphs:
-                graphs[shape] = recorded(lambda shape=shape: step(vlm, rows, *shape), vlm.device, pool)
+                graphs[shape] = eager = functools.partial(step, vlm, rows, *shape)
+                if record:
+                    graphs[shape] = recorded(eager, vlm.device, pool)
+                    record = graphs[shape] is not eager  # what failed once is not tried again
             graphs[shape]()
     return results
 
@@ -284,7 +290,9 @@ def attend(q: Tensor, rows: Rows, layer: int, seen: Tensor, own: Tensor) -> Tens
 
     The softmax over both is the mean of the two softmaxes, weighted with their sums (Hydragen, arXiv 2402.05099), so
     the n samples of a prompt can read its keys together, as one matrix product, and none needs a copy of them.
-    seen: [S, 1, 1, P], own: [R, 1, 1, T]: True where there is a token.
+    seen: [S, 1, 1, P], own: [R, 1, 1, T]: True where there is a token. With 2 prompts, n = 2 and one row gone, rows 0, 1, 2
+    may stand in cells 0, 2, 3: their queries are laid out by cell, [2 slots, 2 samples], for the prompts (cell 1 holds a
+    query that nobody asked), and what comes of it is laid out by row again.
     """
     (R, _, d), (S, P), T = q.shape, (len(seen), seen.shape[-1]), own.shape[-1]
     q = (q * d**-0.5).view(R, rows.keys[layer].shape[1], -1, d)  # [R, key heads, query heads of each, d]
@@ -301,14 +309,25 @@ def attend(q: Tensor, rows: Rows, layer: int, seen: Tensor, own: Tensor) -> Tens
 
 def partial_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """sum_j e^(s_j - top) v_j, sum_j e^(s_j - top) and top = max_j s_j over the visible keys, s = q . k."""
-    scores = (q @ keys.transpose(-1, -2)).float().masked_fill_(~visible, -torch.inf)
+    scores = float_scores(q, keys).masked_fill_(~visible, -torch.inf)
     top = scores.amax(dim=-1, keepdim=True)
     weights = scores.sub_(top).exp_()
     return (weights.to(values.dtype) @ values).float(), weights.sum(dim=-1, keepdim=True), top
 
 
+def float_scores(q: Tensor, keys: Tensor) -> Tensor:
+    """q . k in float32, also of bfloat16 [A, B, Q, d] and [A, B, K, d]: a score of 100 rounded to bfloat16 is off by up to 0.25."""
+    if q.is_cuda and q.dtype != torch.float32:
+        return torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32).unflatten(0, q.shape[:2])
+    return q.float() @ keys.float().transpose(-1, -2)
+
+
 def recorded(step: Callable[[], None], device: torch.device, pool) -> Callable[[], None]:
-    """On CUDA, the step as a graph to replay; on a CPU, or where recording fails, the step itself.
+    """The step as a CUDA graph to replay; the step itself on a CPU, and where recording fails.
+
+    A graph is the list of kernels that a function launches, with their addresses and all numbers that Python worked out
+    (here R, S, P and T) frozen into it. A replay launches the list at once and runs no Python, so everything that
+    changes from step to step must be in tensors that stay where they are: hence `Rows`, and hence a graph for each shape.
 
     The step is done once before it is recorded, because libraries set themselves up in their first call, which they may
     not do during a recording. Recording computes nothing. All graphs take their scratch memory from one pool: no two run
@@ -316,13 +335,20 @@ def recorded(step: Callable[[], None], device: torch.device, pool) -> Callable[[
     """
     if device.type != "cuda":
         return step
+    stream = None
     try:
-        step()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream()
             step()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                step()
         return graph.replay
-    except RuntimeError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        if stream is not None:
+            torch.cuda.set_stream(stream)  # a recording that breaks off leaves its own stream current
         print(f"decoding without a CUDA graph: {error}", file=sys.stderr)
         return step
 
@@ -333,13 +359,14 @@ def recorded(step: Callable[[], None], device: torch.device, pool) -> Callable[[
 def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generator) -> Tensor:
     """Draws one token a row from logits [R, vocabulary]; temperature 0 takes the likeliest.
 
-    The nucleus is every token that has less than top_p of probability in likelier ones. Sorting 151,936 probabilities
+    The nucleus is every token that has less than top_p of probability in likelier ones (equally likely tokens are in it
+    together, where a sort would cut between them). Sorting 151,936 probabilities
     to find it takes longer than the transformer's step, so a token is drawn first, and drawn again from the likelier
     ones if it was outside: that is the distribution of the nucleus alone. A token of probability 0 never comes out.
     """
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: nothing overflows
     if 0 < top_k < logits.shape[-1]:
         best, which = logits.topk(top_k, dim=-1)
         logits = torch.full_like(logits, -torch.inf).scatter(1, which, best)
@@ -369,4 +396,4 @@ def _rounds(top_p: float) -> int:
 
     The first draw is outside with probability 1 - top_p at most, and what is left outside shrinks by half on average.
     """
-    return 1 if top_p == 1 else min(64, math.ceil(math.log(1e-9) / math.log1p(-top_p)))
+    return 1 if top_p == 1 else math.ceil(min(64.0, math.log(1e-9) / math.log1p(-top_p)))

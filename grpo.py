@@ -161,8 +161,11 @@ class MasterAdamW:
         master.grad = gradient
         adamw.step()
         master.grad = None
-        if master is not parameter:
-            parameter.copy_(master if staged is None else staged.copy_(master))
+        if staged is not None:  # in the parameter's own dtype: a copy that converts would not read pinned memory
+            staged = self.buffer.view(parameter.dtype)[: parameter.numel()].view_as(parameter)
+            parameter.copy_(staged.copy_(master))
+        elif master is not parameter:
+            parameter.copy_(master)
 
 
 def add_reference(groups: list[Group], reference, temperature: float = 1.0) -> None:

@@ -10,13 +10,13 @@ image encoder, which cuts its windows out and puts them together again, keeps 12
 with the peak of an update: 15% at most between them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from generate import CPU_CACHE_BYTES, PREFILL_TOKENS, SAMPLING_BYTES, cache_token_bytes
-from vlm import BATCH_TOKENS, LOGITS, ROW_TOKENS
+from vlm import BATCH_IMAGE_TOKENS, BATCH_TOKENS, LOGITS, ROW_TOKENS
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,17 @@ def largest_batch(work: Work) -> tuple[int, int]:
     """How many rows of how many tokens are forwarded and differentiated together at most (see `vlm.pack`)."""
     group = work.prompt_tokens + work.group_size * (work.new_tokens - 1)
     row = min(group, max(ROW_TOKENS, work.prompt_tokens + work.new_tokens - 1))
-    return min(max(1, BATCH_TOKENS // row), work.questions), row
+    return min(max(1, min(BATCH_TOKENS // row, BATCH_IMAGE_TOKENS // work.image_tokens)), work.questions), row
 
 
 def activation_bytes(config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, checkpointing: bool, device: str) -> int:
-    """What the backward pass of the largest batch keeps: see this file's docstring."""
+    """What the backward pass keeps at most, see this file's docstring: shorter completions put more images in a batch."""
+    lengths = sorted({max(1, work.new_tokens * i // 32) for i in range(1, 33)})
+    return max(batch_bytes(config, dtype, replace(work, new_tokens=length), checkpointing, device) for length in lengths)
+
+
+def batch_bytes(config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, checkpointing: bool, device: str) -> int:
+    """The same for the largest batch of completions that all have `work.new_tokens` tokens."""
     rows, row = largest_batch(work)
     text, vision = config.text_config, config.vision_config
     patches = vision.spatial_merge_size**2 * rows * work.image_tokens

@@ -29,7 +29,8 @@ from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForCondition
 from transformers.utils import cached_file
 
 ROW_TOKENS = 8192  # a longer group is split into several rows: the attention mask of a row takes its length squared
-BATCH_TOKENS = 8192  # rows are forwarded and differentiated together up to so many tokens
+BATCH_TOKENS = 8192  # rows are forwarded and differentiated together up to so many tokens,
+BATCH_IMAGE_TOKENS = 2048  # and so many image tokens: in the image encoder each is four patches, and costs more than text
 # So many logits are made at a time: 39 MB of float32 on a CPU; a GPU wants larger matrices, and has room for them.
 LOGITS = {"cpu": 64 * 151_936, "cuda": 512 * 151_936}
 _USER_TEXT = "\x01user text\x01"  # stands for the user's text while the chat template is rendered
@@ -131,9 +132,10 @@ class VLM:
         return self.model.device
 
     def park(self) -> None:
-        """Moves the weights to CPU memory: pinned, where there is a GPU to lend them to, which then reads them faster."""
+        """Moves the weights to CPU memory; pinned, if they come from a GPU, which then reads them faster."""
+        pinned = self.device.type == "cuda"
         self.model.to("cpu")
-        if torch.cuda.is_available():
+        if pinned:
             for tensor in (*self.model.parameters(), *self.model.buffers()):
                 tensor.data = tensor.data.pin_memory()
 
@@ -205,8 +207,10 @@ class VLM:
         pixels = torch.cat([p.pixels for p in images.values()]).to(self.device)
         grids = torch.cat([p.grid for p in images.values()]).to(self.device)
         features = dict(zip(images, self.model.model.get_image_features(pixels, grids).pooler_output))
-        # The gradient of 151,936 embeddings is zero but for the few tokens here: a sparse one does not make the zeros.
-        embeds = torch.nn.functional.embedding(ids, self.model.get_input_embeddings().weight, sparse=True)
+        table = self.model.get_input_embeddings().weight
+        # The gradient of 151,936 embeddings is zero but for the few tokens here. Where the output matrix is the same
+        # tensor and gives it a dense gradient anyway, a sparse one is added to that without making the zeros.
+        embeds = torch.nn.functional.embedding(ids, table, sparse=table is self.model.lm_head.weight)
         row = torch.cat([torch.full((p.image_tokens,), r) for r, p in enumerate(prompts)]).to(self.device)
         column = torch.cat([torch.arange(p.image_start, p.image_start + p.image_tokens) for p in prompts]).to(self.device)
         values = torch.cat([features[id(p.pixels)] for p in prompts]).to(embeds.dtype)
@@ -356,7 +360,8 @@ class PackedRow:
 
 
 def pack(groups: list[tuple[Prompt, list[list[int]]]]) -> list[list[PackedRow]]:
-    """Cuts groups into rows of at most ROW_TOKENS tokens, and gathers rows into batches of at most BATCH_TOKENS.
+    """Cuts groups into rows of at most ROW_TOKENS tokens, and gathers rows into batches of at most BATCH_TOKENS and
+    BATCH_IMAGE_TOKENS.
 
     A row has at least one completion and a batch at least one row, however long. Rows of similar length go together,
     as the shorter ones are padded to the longest.
@@ -368,9 +373,12 @@ def pack(groups: list[tuple[Prompt, list[list[int]]]]) -> list[list[PackedRow]]:
             if len(rows) == fresh or rows[-1].length + len(ids) > ROW_TOKENS:
                 rows.append(PackedRow(g, [], len(prompt)))
             rows[-1] = PackedRow(g, [*rows[-1].completions, i], rows[-1].length + max(0, len(ids) - 1))
+    images = 0
     for row in sorted(rows, key=lambda row: -row.length):
-        if not batches or (len(batches[-1]) + 1) * batches[-1][0].length > BATCH_TOKENS:
+        images += groups[row.group][0].image_tokens
+        if not batches or (len(batches[-1]) + 1) * batches[-1][0].length > BATCH_TOKENS or images > BATCH_IMAGE_TOKENS:
             batches.append([])
+            images = groups[row.group][0].image_tokens
         batches[-1].append(row)
     return batches
 

@@ -3,8 +3,9 @@
     python bench/iteration.py --size small --prompts 4 --answers 10
 
 --prompts images get --group-size questions each; each question gets --answers answers; then --prompts curated questions
-get --group-size answers. Every completion has exactly --new-tokens tokens; the loop's own functions do the work. Parts
-are timed exclusively (an image encoded during a prefill counts as encode), with the GPU made to finish at each border.
+get --group-size answers. Every completion has exactly --new-tokens tokens. The loop's own functions for generation,
+rewards and updates do the work; reading images, tokenising, parsing and counting votes are left out. Parts are timed
+exclusively (an image encoded during a prefill counts as encode), with the GPU made to finish at each border.
 """
 
 import time

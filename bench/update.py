@@ -3,9 +3,9 @@
     python bench/update.py --size small --prompt-tokens 300 --group-size 8 --new-tokens 48
     python bench/update.py --vocab-size 151936          for the peak memory
 
-The plain side does what TRL and the official code do: a batch of G rows, each with its own copy of the image and the
-prompt, logits for the completion tokens only (`logits_to_keep`), log-softmax, gather. Both sides take the same GRPO
-loss of the same groups and differentiate one group at a time.
+The plain side is a batch of G rows for each group, each row with its own copy of the image and the prompt, as in TRL and
+the official code; logits for the completion tokens only (`logits_to_keep`), log-softmax, gather (TRL spares one copy of
+the logits there). It differentiates a group at a time, ours a batch of packed rows. Both take the same GRPO loss.
 """
 
 import torch

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate as generate_module
 from checkpoints import load_lively, noise_image, plain_inputs
@@ -122,7 +123,7 @@ def test_a_step_can_be_recorded(ending_vlm, monkeypatch):
 
     def recorded(step, device, pool):
         def replay():
-            (rows,) = {cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, generate_module.Rows)}
+            (rows,) = (argument for argument in step.args if isinstance(argument, generate_module.Rows))
             step(), step()
             tensors = [x for value in vars(rows).values() for x in (value if isinstance(value, list) else [value])]
             addresses.append([x.data_ptr() for x in tensors if isinstance(x, torch.Tensor)])
@@ -134,6 +135,55 @@ def test_a_step_can_be_recorded(ending_vlm, monkeypatch):
     monkeypatch.setattr(generate_module, "recorded", recorded)
     assert generate(ending_vlm, prompts, 4, 14, generator=torch.Generator().manual_seed(3)) == want
     assert len(addresses) > 5 and len(addresses[0]) > 15 and all(a == addresses[0] for a in addresses)
+
+
+def test_a_step_never_asks_the_device(ending_vlm, monkeypatch):
+    """No operation of a step has a result whose size or value the host must wait for: a recording would break off there."""
+    operations, step = set(), generate_module.step
+
+    class Listen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            operations.add(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    def listened(*args):
+        with Listen():
+            step(*args)
+
+    monkeypatch.setattr(generate_module, "step", listened)
+    generate(ending_vlm, ragged_prompts(ending_vlm), 2, 6)
+    assert {"mm", "bmm"} <= operations and len(operations) > 20
+    assert not operations & {"_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero", "equal"}
+
+
+def test_what_cannot_be_recorded_is_done_eagerly(ending_vlm, monkeypatch, capsys):
+    """Here nothing can be: this torch has no CUDA, or this machine has no GPU. One try, one line."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU records")
+    done, recorded = [], generate_module.recorded
+    step = lambda: done.append(1)  # noqa: E731
+    assert recorded(step, torch.device("cuda:0"), None) is step
+    assert "without a CUDA graph" in capsys.readouterr().err
+    tries = []
+    monkeypatch.setattr(generate_module, "recorded", lambda step, *_: tries.append(1) or recorded(step, torch.device("cuda:0"), None))
+    generate(ending_vlm, ragged_prompts(ending_vlm), 2, 6)
+    assert len(tries) == 1
+
+
+def test_bfloat16_attention_is_as_exact_as_torchs(size=30.0):
+    """Against float64: scores are not rounded to bfloat16 (that made errors ten times as large as torch's)."""
+    rng, n, d, prompt, own = torch.Generator().manual_seed(0), 4, 64, 300, 20
+    normal = lambda *shape: torch.randn(shape, generator=rng).bfloat16()  # noqa: E731
+    rows = SimpleNamespace(n=n, prompt_keys=[normal(1, 2, prompt, d)], prompt_values=[normal(1, 2, prompt, d)])
+    rows.keys, rows.values, rows.row_of_cell = [normal(n, 2, own, d)], [normal(n, 2, own, d)], torch.arange(n)
+    rows.cell_of_row, q = torch.arange(n), normal(n, 6, d) * size / 8
+    seen, mine = torch.ones(1, 1, 1, prompt, dtype=torch.bool), torch.ones(n, 1, 1, own, dtype=torch.bool)
+    got = generate_module.attend(q, rows, 0, seen, mine).view(n, 6, d)
+    keys, values = (torch.cat([a.expand(n, -1, -1, -1), b], 2) for a, b in ((rows.prompt_keys[0], rows.keys[0]), (rows.prompt_values[0], rows.values[0])))
+    attention = torch.nn.functional.scaled_dot_product_attention
+    exact = attention(q.double()[:, :, None], keys.double(), values.double(), enable_gqa=True)[:, :, 0]
+    torchs = attention(q[:, :, None], keys, values, enable_gqa=True)[:, :, 0]
+    assert (got - exact).square().mean() < 2 * (torchs - exact).square().mean() + 1e-6
 
 
 def test_few_shapes_are_recorded(ending_vlm, monkeypatch):
@@ -234,6 +284,12 @@ def test_sampling_frequencies(temperature, top_p, top_k):
     support = [i for i, w in enumerate(want) if w > 0]
     if len(support) > 1:
         assert chisquare([counts[i] for i in support], [n * want[i] for i in support]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-38, 1e-46])
+@pytest.mark.parametrize("top_p", [1.0, 0.5, 1e-310])
+def test_extreme_settings_take_the_likeliest(temperature, top_p):
+    assert sample(torch.tensor([[5.0, 1.0, 0.0, -torch.inf]] * 3), temperature, top_p, 0, None).tolist() == [0] * 3
 
 
 @pytest.mark.parametrize("extreme", [0.0, 1 - 2**-24])

@@ -38,6 +38,33 @@ def test_activations_against_the_peak_of_an_update(small, checkpointing, prompt_
     assert planned == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.parametrize("small", ["float32"], indirect=True)
+def test_short_completions_take_no_more_than_was_planned_for_long_ones(small, monkeypatch):
+    """Six groups in batches of several: completions may all turn out short, and more images then share a batch."""
+    for name in ("ROW_TOKENS", "BATCH_TOKENS"):
+        monkeypatch.setattr(vlm_module, name, 2048), monkeypatch.setattr(plan, name, 2048)
+    prompts = [random_prompt(small, 300, seed) for seed in range(6)]
+    work = plan.Work(prompts[0].image_tokens, 300 - prompts[0].image_tokens, 200, 8, 6, 1)
+    planned = plan.activation_bytes(small.model.config, torch.float32, work, False, "cpu")
+    for new_tokens in (20, 60):
+        completions = [random_completions(small, 8, new_tokens, seed) for seed in range(6)]
+        groups = [grpo.Group(p, c, [float(i % 2) for i in range(8)]) for p, c in zip(prompts, completions)]
+        grpo.add_reference(groups, small)
+        grpo.backward(small, groups)
+        assert peak_extra_bytes(lambda groups=groups: grpo.backward(small, groups), "cpu") < 1.05 * planned
+    small.model.zero_grad()
+
+
+def test_the_peak_of_known_allocations():
+    def work():
+        a = torch.empty(10_000_000, dtype=torch.uint8)
+        b = torch.empty(5_000_000, dtype=torch.uint8)
+        del a
+        return torch.empty(8_000_000, dtype=torch.uint8), b
+
+    assert peak_extra_bytes(work, "cpu") == pytest.approx(15_000_000, rel=0.01)
+
+
 def test_rollouts_against_the_tensors_of_a_rollout(small):
     vlm, n, new_tokens = small, 4, 20
     rows = generate_module.Rows(vlm, 3, n, 300, new_tokens)
@@ -51,10 +78,12 @@ def test_rollouts_against_the_tensors_of_a_rollout(small):
 def test_a_larger_group_than_a_row_is_planned_as_it_is_packed(small):
     """A batch never holds more tokens than the plan says, whatever the group."""
     for new_tokens in (10, 600, 3000):
-        groups = [(range(1000), [[0] * new_tokens] * 8) for _ in range(4)]
-        largest = max(len(batch) * batch[0].length for batch in vlm_module.pack(groups))
-        planned = plan.largest_batch(plan.Work(900, 100, new_tokens, 8, 4, 1))
+        groups = [(random_prompt(small, 1000, 0), [[0] * new_tokens] * 8) for _ in range(4)]
+        batches, image = vlm_module.pack(groups), groups[0][0].image_tokens
+        largest = max(len(batch) * batch[0].length for batch in batches)
+        planned = plan.largest_batch(plan.Work(image, 1000 - image, new_tokens, 8, 4, 1))
         assert largest <= planned[0] * planned[1] <= max(vlm_module.BATCH_TOKENS, 1000 + new_tokens)
+        assert max(len(batch) for batch in batches) * image <= vlm_module.BATCH_IMAGE_TOKENS
 
 
 def test_published_shapes():

@@ -74,6 +74,19 @@ def completions_for(vlm, lengths, seed=0):
     return [torch.randint(0, 400, (n,), generator=g).tolist() for n in lengths]
 
 
+def test_gradients_can_be_stepped_on_with_either_kind_of_head(published):
+    """A tied output matrix and one of its own: every gradient is dense, as optimizers and clipping want it, and the plain one's."""
+    vlm = VLM.load(published, "cpu", torch.float32)
+    prompt, completions = vlm.prompt("How many?", noise_image(60, 60)), completions_for(vlm, [4, 7])
+    both = []
+    for logps in (vlm.logprobs(prompt, completions), [plain_logprobs(vlm, prompt, c, 1.0) for c in completions]):
+        vlm.model.zero_grad()
+        sum(x.sum() for x in logps).backward()
+        both.append({name: p.grad for name, p in vlm.model.named_parameters() if p.grad is not None})
+    assert both[0].keys() == both[1].keys() and all(g.layout == torch.strided for g in both[0].values())
+    assert all(torch.allclose(both[0][name], both[1][name], atol=1e-4) for name in both[0])
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("row_tokens, batch_tokens", [(vlm_module.ROW_TOKENS, 0), (60, 0), (60, 10**6)])
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -128,10 +141,14 @@ def test_groups_share_batches(random_vlm, batch_tokens, batches, monkeypatch):
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 50), st.lists(st.integers(0, 40), min_size=1, max_size=9)), max_size=6), st.integers(1, 200), st.integers(1, 400))
 def test_packing_loses_nothing_and_keeps_to_the_budget(shapes, row_tokens, batch_tokens):
-    groups = [(range(prompt), [[0] * n for n in lengths]) for prompt, lengths in shapes]  # a prompt is only asked for its length
+    class Prompt(list):  # is only asked for its length and how much of it is image
+        image_tokens = property(lambda self: len(self) // 2)
+
+    groups = [(Prompt([0] * prompt), [[0] * n for n in lengths]) for prompt, lengths in shapes]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vlm_module, "ROW_TOKENS", row_tokens)
         patch.setattr(vlm_module, "BATCH_TOKENS", batch_tokens)
+        patch.setattr(vlm_module, "BATCH_IMAGE_TOKENS", batch_tokens // 3)
         batches = vlm_module.pack(groups)
     rows = [row for batch in batches for row in batch]
     assert sorted((row.group, i) for row in rows for i in row.completions) == [(g, i) for g, (_, c) in enumerate(groups) for i in range(len(c))]
@@ -140,6 +157,7 @@ def test_packing_loses_nothing_and_keeps_to_the_budget(shapes, row_tokens, batch
         assert row.length == len(prompt) + sum(max(0, len(completions[i]) - 1) for i in row.completions)
         assert len(row.completions) == 1 or row.length <= row_tokens
     assert all(len(batch) == 1 or len(batch) * max(row.length for row in batch) <= batch_tokens for batch in batches)
+    assert all(len(batch) == 1 or sum(groups[row.group][0].image_tokens for row in batch) <= batch_tokens // 3 for batch in batches)
 
 
 def test_weights_can_be_lent(random_vlm):
