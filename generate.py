@@ -93,8 +93,8 @@ def generate(
 class Rows:
     """The rows being written and the prompts they belong to, in tensors that are allocated once.
 
-    A prompt sits in a *slot*; sample i of the prompt in slot s has the *cell* s * n + i. Rows are kept dense: when some
-    leave, the others move up. With R rows, S slots, P tokens in the longest prompt and T new tokens:
+    A prompt sits in a *slot*; sample i of the prompt in slot s has the *cell* s * n + i, by which `attend` finds its
+    prompt. Rows are kept dense: when some leave, the others move up. With R rows, S slots, P tokens in the longest prompt and T new tokens:
 
     prompt_keys, prompt_values: a layer each, [S, heads, P, head_dim]; prompt_length: [S].
     keys, values: a layer each, [R, heads, T, head_dim], of the tokens that the row has written.
@@ -253,7 +253,7 @@ def step(vlm: VLM, rows: Rows, R: int, S: int, P: int, T: int) -> None:
 
     This is the transformer, a token a row: everything but attention treats the R tokens like any [R, hidden] batch. It
     looks at S slots, P tokens of each prompt and T written tokens of each row (see `Rows.shape`). Done twice it gives the
-    same, and it never asks the GPU for a number, so it can be recorded as a graph.
+    same, and it never asks the GPU for a number, as `recorded` needs.
     """
     model, index = vlm.model.model.language_model, (rows.written[:R] - 1).clamp(0, rows.new_tokens - 1)
     x = model.embed_tokens(rows.tokens[:R].gather(1, index[:, None])[:, 0])

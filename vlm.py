@@ -208,8 +208,8 @@ class VLM:
         grids = torch.cat([p.grid for p in images.values()]).to(self.device)
         features = dict(zip(images, self.model.model.get_image_features(pixels, grids).pooler_output))
         table = self.model.get_input_embeddings().weight
-        # The gradient of 151,936 embeddings is zero but for the few tokens here. Where the output matrix is the same
-        # tensor and gives it a dense gradient anyway, a sparse one is added to that without making the zeros.
+        # Of 151,936 embeddings only those of the tokens here have a gradient: a sparse one spares a matrix of zeros. Only
+        # where the output matrix is the same tensor, though: its own gradient is dense, and the sum of both is.
         embeds = torch.nn.functional.embedding(ids, table, sparse=table is self.model.lm_head.weight)
         row = torch.cat([torch.full((p.image_tokens,), r) for r, p in enumerate(prompts)]).to(self.device)
         column = torch.cat([torch.arange(p.image_start, p.image_start + p.image_tokens) for p in prompts]).to(self.device)

@@ -11,14 +11,15 @@ import itertools
 
 import numpy as np
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-from shapes import compare, random_questions, show
+from shapes import compare, count, random_questions, show
 
 import rewards
 
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--questions", type=int, default=512, help="how many questions")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each side")
+    parser.add_argument("--questions", type=count, default=512, help="how many questions")
+    parser.add_argument("--repeats", type=count, default=5, help="measurements of each side")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args()
     args.device = "cpu"

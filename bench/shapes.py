@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from vlm import VLM, Prompt, load_processors, rope_positions  # noqa: E402
 
 VISION = dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, fullatt_block_indexes=[7, 15, 23, 31])
-SHAPES = {  # "3b" and "7b" as in the config.json of Qwen2.5-VL; "small" has their proportions and 22 million parameters
+SHAPES = {  # "3b" and "7b" as in the config.json of Qwen2.5-VL; "small" has their proportions and 25 million parameters
     "tiny": dict(
         text=dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2),
         vision=dict(depth=2, hidden_size=32, num_heads=2, intermediate_size=64, fullatt_block_indexes=[1]),
@@ -54,12 +54,25 @@ def arguments(description: str, **extra) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser.add_argument("--size", choices=SHAPES, default="small", help="shape of the randomly initialised model")
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32", help="float32 or bfloat16")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32", help="of the weights")
     defaults = dict(prompt_tokens=300, group_size=8, new_tokens=48, prompts=4, repeats=5) | extra
     for name, value in defaults.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=int, default=value, help=name.replace("_", " "))
+        parser.add_argument("--" + name.replace("_", "-"), type=count, default=value, help=name.replace("_", " "))
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.device.startswith("cuda") and not cuda:
+        parser.error("--device cuda: there is no GPU here")
+    if args.prompt_tokens < 20:
+        parser.error("--prompt-tokens must be at least 20: an image and some text")
+    return args
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1, from a command line."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
 
 
 def random_vlm(size: str, device: str, dtype: str, vocab_size: int = 0) -> VLM:

@@ -46,3 +46,9 @@ def test_benchmarks(name):
 def test_a_table_for_people():
     printed = run("rewards")
     assert "ratio" in printed and "questions=20" in printed and not printed.startswith("{")
+
+
+@pytest.mark.parametrize("wrong", [["--group-size", "0"], ["--dtype", "int8"], ["--prompt-tokens", "5"], ["--repeats", "x"]])
+def test_wrong_arguments_get_a_sentence(wrong):
+    done = subprocess.run([sys.executable, str(ROOT / "bench" / "rollout.py"), *wrong], capture_output=True, text=True)
+    assert done.returncode == 2 and wrong[0] in done.stderr and "Traceback" not in done.stderr
