@@ -167,7 +167,7 @@ def _move_up(which: list[int], tensors: list[Tensor]) -> None:
 def admit(vlm: VLM, rows: Rows, prompts: list[Prompt], chosen: list[int]) -> None:
     """Forwards the chosen prompts and opens n rows for each; chosen: indices of prompts, the longest first."""
     while chosen:
-        batch = chosen[: max(1, PREFILL_TOKENS // len(prompts[chosen[0]]))]
+        batch = chosen[: max(1, int(PREFILL_TOKENS * vlm.budget) // len(prompts[chosen[0]]))]
         chosen = chosen[len(batch) :]
         logits, layers = prefill(vlm, [prompts[i] for i in batch])
         start, slot, n = len(rows.owners), len(rows.prompt_lengths), rows.n
@@ -204,7 +204,7 @@ def slots_in_memory(vlm: VLM, prompt_tokens: int, n: int, new_tokens: int) -> in
     row = new_tokens * cache_token_bytes(vlm.model.config, vlm.model.dtype)
     row += SAMPLING_BYTES * vlm.model.config.text_config.vocab_size
     slot = prompt_tokens * cache_token_bytes(vlm.model.config, vlm.model.dtype) + n * row
-    return max(1, cache_budget(vlm.device) // slot)
+    return max(1, int(cache_budget(vlm.device) * vlm.budget) // slot)
 
 
 def cache_token_bytes(config, dtype: torch.dtype) -> int:

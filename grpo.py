@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ranks import Ranks
+
 
 @dataclass
 class Group:
@@ -107,22 +109,32 @@ class MasterAdamW:
     With `offload` masters and moments stay on the CPU throughout, 12 bytes a parameter that the GPU does not hold. A
     phase has so few steps that carrying each gradient over and the weights back is no great matter. They pass one tensor
     at a time (hence an AdamW for each) through one pinned buffer, which the GPU reads and writes at full speed.
+
+    Of several `ranks` each owns some of the tensors, and has masters and moments of these alone (see ranks.py).
     """
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float, weight_decay: float, offload: bool = False):
-        self.settings, self.offload = dict(lr=lr, weight_decay=weight_decay, fused=True), offload
-        trained = [p for p in parameters if p.requires_grad]
-        own = [p.dtype == torch.float32 and not offload for p in trained]
-        self.pairs = [(p, p if is_own else p.detach().to("cpu", torch.float32, copy=True)) for p, is_own in zip(trained, own)]
+    def __init__(
+        self, named: Iterable[tuple[str, Tensor]], lr: float, weight_decay: float, offload: bool = False, ranks: Ranks | None = None
+    ):
+        self.settings, self.offload, self.ranks = dict(lr=lr, weight_decay=weight_decay, fused=True), offload, ranks or Ranks()
+        self.parameters = {name: p for name, p in named if p.requires_grad}
+        self.owner = self.ranks.owners({name: p.numel() for name, p in self.parameters.items()})
+        self.masters = {
+            name: p if p.dtype == torch.float32 and not offload else p.detach().to("cpu", torch.float32, copy=True)
+            for name, p in self.parameters.items()
+            if self.owner[name] == self.ranks.rank
+        }
 
     def __enter__(self) -> "MasterAdamW":
-        for parameter, master in self.pairs:
-            if master is not parameter and not self.offload:
-                master.data = master.data.to(parameter.device)
-        self.adamw = [torch.optim.AdamW([master], **self.settings) for _, master in self.pairs]
-        self.gradients: dict[Tensor, Tensor] = {}
-        self.hooks = [p.register_post_accumulate_grad_hook(self._add_gradient) for p, _ in self.pairs]
-        largest, cuda = max(p.numel() for p, _ in self.pairs), any(p.is_cuda for p, _ in self.pairs)
+        for name, master in self.masters.items():
+            if master is not self.parameters[name] and not self.offload:
+                master.data = master.data.to(self.parameters[name].device)
+        self.adamw = {name: torch.optim.AdamW([master], **self.settings) for name, master in self.masters.items()}
+        self.gradients: dict[str, Tensor] = {}
+        self.hooks = [
+            p.register_post_accumulate_grad_hook(lambda p, name=name: self._add_gradient(name, p)) for name, p in self.parameters.items()
+        ]
+        largest, cuda = max(p.numel() for p in self.parameters.values()), any(p.is_cuda for p in self.parameters.values())
         self.buffer = torch.empty(largest, pin_memory=cuda) if self.offload else None
         return self
 
@@ -130,42 +142,86 @@ class MasterAdamW:
         for hook in self.hooks:
             hook.remove()
         del self.adamw, self.gradients, self.buffer
-        for parameter, master in self.pairs:
-            if master is not parameter:
+        for name, master in self.masters.items():
+            if master is not self.parameters[name]:
                 master.data = master.data.cpu()
 
-    def _add_gradient(self, parameter: Tensor) -> None:
+    def _add_gradient(self, name: str, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad.to_dense().float(), None
-        self.gradients[parameter] = self.gradients[parameter].add_(gradient) if parameter in self.gradients else gradient
+        self.gradients[name] = self.gradients[name].add_(gradient) if name in self.gradients else gradient
 
     def step(self, max_norm: float) -> float:
         """Clips the gradient to `max_norm`, steps, clears it; returns its norm before clipping.
 
         A gradient that is not finite changes nothing but is still cleared: the caller sees the norm.
         """
+        used = self._reduce()
         norms = [gradient.norm() for gradient in self.gradients.values()]
-        norm = torch.stack(norms).norm().item() if norms else 0.0
+        norm = math.hypot(*self.ranks.gather([torch.stack(norms).norm().item() if norms else 0.0]))
         if math.isfinite(norm):
-            for (parameter, master), adamw in zip(self.pairs, self.adamw):
-                if parameter in self.gradients:
-                    self._step_one(parameter, master, adamw, min(1.0, max_norm / (norm + 1e-6)))
+            for name in list(self.gradients):
+                self._step_one(name, min(1.0, max_norm / (norm + 1e-6)))
+            for name in used:
+                self.ranks.broadcast(self.parameters[name].data, self.owner[name])
         self.gradients.clear()
         return norm
 
+    def _reduce(self) -> list[str]:
+        """Makes the gradients of the tensors that this rank owns the sum over all ranks; returns which have any."""
+        if self.ranks.size == 1:
+            return list(self.gradients)
+        somewhere = set(self.ranks.gather(list(self.gradients)))
+        used = [name for name in self.parameters if name in somewhere]
+        for name in used:
+            gradient = self.gradients.pop(name, None)
+            if gradient is None:
+                gradient = torch.zeros_like(self.parameters[name], dtype=torch.float32)
+            self.ranks.reduce(gradient, self.owner[name])
+            if name in self.masters:
+                self.gradients[name] = gradient
+        return used
+
     @torch.no_grad()
-    def _step_one(self, parameter: Tensor, master: Tensor, adamw: torch.optim.AdamW, scale: float) -> None:
-        gradient, staged = self.gradients.pop(parameter).mul_(scale), None
+    def _step_one(self, name: str, scale: float) -> None:
+        parameter, master, gradient, staged = self.parameters[name], self.masters[name], self.gradients.pop(name).mul_(scale), None
         if self.offload:
             staged = self.buffer[: gradient.numel()].view_as(gradient)
             gradient = staged.copy_(gradient)
         master.grad = gradient
-        adamw.step()
+        self.adamw[name].step()
         master.grad = None
         if staged is not None:  # in the parameter's own dtype: a copy that converts would not read pinned memory
             staged = self.buffer.view(parameter.dtype)[: parameter.numel()].view_as(parameter)
             parameter.copy_(staged.copy_(master))
         elif master is not parameter:
             parameter.copy_(master)
+
+    # What an interrupted run needs, of the tensors that this rank owns:
+
+    def weights(self) -> dict[str, Tensor]:
+        """The masters by name."""
+        return {name: master.detach() for name, master in self.masters.items()}
+
+    def moments(self) -> dict[str, Tensor]:
+        """AdamW's moments and step counts, named NAME:exp_avg and so on."""
+        kinds = {name: adamw.state[self.masters[name]] for name, adamw in self.adamw.items()}
+        return {f"{name}:{kind}": tensor for name, state in kinds.items() for kind, tensor in state.items()}
+
+    @torch.no_grad()
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Puts float32 weights by name into the model, all of them, and into the masters."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
+            if name in self.masters and self.masters[name] is not parameter:
+                self.masters[name].copy_(weights[name])
+
+    def load_moments(self, moments: dict[str, Tensor]) -> None:
+        """Goes on with these moments, inside a `with`."""
+        for key, tensor in moments.items():
+            name, kind = key.rsplit(":", 1)
+            if name in self.masters:
+                device = self.masters[name].device
+                self.adamw[name].state[self.masters[name]][kind] = tensor.to(device)
 
 
 def add_reference(groups: list[Group], reference, temperature: float = 1.0) -> None:
@@ -186,26 +242,31 @@ def update(
     max_norm: float = 1.0,
     token_mean: bool = False,
 ) -> dict[str, float]:
-    """One optimizer step on all groups.
+    """One optimizer step on all groups; of several ranks each gives its own.
 
     In the first update after a rollout the policy is the one that sampled, so its log-probabilities are kept as
     log pi_old, every ratio is 1 and nothing is clipped; later updates on the same groups find them there. Returns the
     means of `grpo_loss`'s metrics, `grad_norm`, and `skipped`: 1 if the gradient was not finite.
     """
-    metrics = backward(policy, groups, clip, beta, temperature, token_mean)
-    norm = optimizer.step(max_norm)
-    return metrics | {"grad_norm": norm, "skipped": float(not math.isfinite(norm))}
+    return take_step(optimizer, backward(policy, groups, clip, beta, temperature, token_mean), max_norm)
 
 
 def backward(
-    policy, groups: list[Group], clip: float = 0.2, beta: float = 0.01, temperature: float = 1.0, token_mean: bool = False
+    policy,
+    groups: list[Group],
+    clip: float = 0.2,
+    beta: float = 0.01,
+    temperature: float = 1.0,
+    token_mean: bool = False,
+    total: int | None = None,
 ) -> dict[str, float]:
     """Adds the gradient of the loss of all groups, as many completions at a time as the policy forwards together.
 
     It is that of one batch of all completions: each part counts by its share of the completions (or of the tokens).
+    total: how many completions (or tokens) there are, if other ranks have some of them: then what all ranks get adds up.
     """
     advantages = [group_advantages(torch.tensor([g.rewards]))[0].tolist() for g in groups]
-    size = max(1, sum(sum(map(len, g.completions)) if token_mean else len(g.completions) for g in groups))
+    here = sum(sum(map(len, g.completions)) if token_mean else len(g.completions) for g in groups)
     totals: dict[str, float] = {}
     for which, logps in policy.packed_logprobs([(g.prompt, g.completions) for g in groups], temperature):
         for (g, i), logp in zip(which, logps):
@@ -215,11 +276,17 @@ def backward(
         ref, _ = _pad([groups[g].ref_logp[i] for g, i in which])
         advantage = torch.tensor([advantages[g][i] for g, i in which], device=logp.device)
         loss, metrics = grpo_loss(logp, old, ref, advantage, mask, clip, beta, token_mean)
-        share = (sum(map(len, logps)) if token_mean else len(logps)) / size
+        share = (sum(map(len, logps)) if token_mean else len(logps)) / max(1, total or here)
         (loss * share).backward()
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + share * value
     return totals
+
+
+def take_step(optimizer: MasterAdamW, metrics: dict[str, float], max_norm: float = 1.0) -> dict[str, float]:
+    """The optimizer step after `backward`, whose metrics are completed: over all ranks, with `grad_norm` and `skipped`."""
+    norm = optimizer.step(max_norm)
+    return optimizer.ranks.add(metrics) | {"grad_norm": norm, "skipped": float(not math.isfinite(norm))}
 
 
 def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:

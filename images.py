@@ -14,6 +14,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from ranks import Ranks
+
 # What Pillow itself decodes; not EPS, for which it starts Ghostscript.
 Image.init()
 KNOWN = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "ICO", "JPEG2000", "AVIF")
@@ -136,25 +138,36 @@ class Pictures:
     seed: str
     position: int = 0
 
-    def take(self, count: int) -> list[Picture]:
-        """The next `count` pictures; one that turns out unreadable is added to `found.skipped`, and the next takes its place.
+    def take(self, count: int, ranks: Ranks) -> list[Picture]:
+        """The next `count` pictures, of several ranks this one's share of them.
 
+        A file that turns out unreadable is added to `found.skipped`, on all ranks, and the next one takes its place.
         Raises ImageError when no file is readable.
         """
-        pictures, left_out, missed = [], {path for path, _ in self.found.skipped}, 0
-        while len(pictures) < count:
-            if missed == 2 * len(self.found.paths):  # a whole pass, wherever this began
-                raise ImageError("none of the images can be read")
-            path, self.position, missed = self._path(self.position), self.position + 1, missed + 1
-            if path in left_out:
-                continue
-            try:
-                pictures.append(Picture(path, load_image(path)))
-                missed = 0
-            except ImageError as error:
-                left_out.add(path)
-                self.found.skipped.append((path, str(error)))
+        pictures, missing = [], count
+        while missing:
+            good, bad = [], []
+            for path in ranks.share(self._next_paths(missing)):
+                try:
+                    good.append(Picture(path, load_image(path)))
+                except ImageError as error:
+                    bad.append((path, str(error)))
+            bad = [tuple(b) for b in ranks.gather(bad)]
+            self.found.skipped.extend(dict.fromkeys(bad))
+            pictures, missing = pictures + good, len(bad)
         return pictures
+
+    def _next_paths(self, count: int) -> list[str]:
+        """The next `count` paths that are not known to be unreadable."""
+        left_out, paths, passed = {path for path, _ in self.found.skipped}, [], 0
+        while len(paths) < count:
+            if passed == 2 * len(self.found.paths):  # a whole pass, wherever this began
+                raise ImageError("none of the images can be read")
+            path, self.position, passed = self._path(self.position), self.position + 1, passed + 1
+            if path not in left_out:
+                paths.append(path)
+                passed = 0
+        return paths
 
     def _path(self, position: int) -> str:
         number, place = divmod(position, len(self.found.paths))

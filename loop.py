@@ -13,16 +13,19 @@ Differs from the paper: both roles live in one process, with no server between t
 see rewards.py, curate.py and grpo.py, each at its top.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the long imports below ends without a traceback
+
 import argparse
 import dataclasses
 import hashlib
-import itertools
 import json
 import logging
 import math
 import os
 import random
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -39,9 +42,10 @@ import questioner as questioner_role
 import reasoner as reasoner_role
 import rewards
 from curate import Example
-from images import Found, ImageError, Picture, Pictures, find_images, load_image
+from images import Found, ImageError, Picture, find_images, load_image
 from questioner import Proposal
-from run import Run, mean, printable
+from ranks import Ranks, started
+from run import Run, RunError, Stopped, mean, printable
 from vlm import VLM, Prompt, load_config, load_processors
 
 TOY = Path(__file__).parent / "toy"
@@ -67,7 +71,7 @@ class Settings:
     model: str | None = setting(None, "folder or hub id of a Qwen2.5-VL or MiMo-VL checkpoint (default: the toy here)")
     images: str | None = setting(None, "folder (with subfolders), glob, or .txt/.jsonl list of images (default: built-in scenes)")
     name: str | None = setting(None, "the run's folder under runs/ (default: the model's name and the time)")
-    resume: str | None = setting(None, "continue the run in this folder after its last complete iteration; takes no other flag")
+    resume: str | None = setting(None, "continue the run in this folder where it was stopped or killed; takes no other flag")
     seed: int = setting(0, "seed of everything random")
     device: str | None = setting(None, "cpu, cuda or cuda:N (default: cuda if there is one)")
     dtype: str | None = setting(None, "float32 or bfloat16 (default: bfloat16 on cuda, float32 on cpu)")
@@ -91,13 +95,14 @@ class Settings:
     max_pixels: int = setting(802_816, "larger images are scaled down to this; 28 x 28 pixels make one token")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
     offload: bool = setting(False, "keep float32 master weights and AdamW's moments in CPU memory, for a GPU that is too small")
+    save_every: int = setting(5, "steps between two saved states of a run; a state is also saved when a phase ends")
     dry_run: bool = setting(False, "print what would run and how much memory it takes, then stop")
 
     def check(self) -> None:
         """Raises ValueError, with a sentence for the user, for a value out of range."""
         least = dict(iterations=1, questioner_steps=1, reasoner_steps=1, images_per_step=1, group_size=2, answers=1)
         least |= dict(candidates=1, max_new_tokens=1, max_pixels=28 * 28, seed=0, lr=0.0, weight_decay=0.0)
-        least |= dict(beta=0.0, diversity_weight=0.0, tau_low=0.0)
+        least |= dict(beta=0.0, diversity_weight=0.0, tau_low=0.0, save_every=1)
         for name, value in least.items():
             if not getattr(self, name) >= value or math.isinf(getattr(self, name)):
                 raise ValueError(f"{_flag(name)} must be a number of at least {value}, not {getattr(self, name)}")
@@ -124,29 +129,37 @@ class Settings:
 
 
 def visplay(s: Settings, run: Run, questioner: VLM, reasoner: VLM, answer_reward: Reward = rewards.answer_reward) -> None:
-    """Runs iterations until s.iterations are complete. `answer_reward` is the Reasoner's; a test replaces it."""
-    settings = dict(lr=s.lr, weight_decay=s.weight_decay, offload=s.offload)
-    optimizers = [grpo.MasterAdamW(role.model.parameters(), **settings) for role in (questioner, reasoner)]
-    settle(s, reasoner, questioner)
-    if run.completed == 0:
-        run.report(0, measure(s, run, reasoner, []))
-    for k in range(run.completed + 1, s.iterations + 1):
-        pictures = Pictures(run.images, f"{s.seed} {k}")
-        settle(s, questioner, reasoner)
-        with optimizers[0] as optimizer:
-            train_questioner(s, run, k, questioner, reasoner, optimizer, pictures)
-        curated = curate_questions(s, run, k, questioner, reasoner, pictures)
+    """Goes on from the state of the run until s.iterations are complete. `answer_reward` is the Reasoner's; a test replaces it."""
+    roles = {"questioner": questioner, "reasoner": reasoner}
+    settings = dict(lr=s.lr, weight_decay=s.weight_decay, offload=s.offload, ranks=run.ranks)
+    optimizers = {name: grpo.MasterAdamW(role.model.named_parameters(), **settings) for name, role in roles.items()}
+    run.restore(optimizers)
+    if run.at(0, "measure"):
         settle(s, reasoner, questioner)
-        with optimizers[1] as optimizer:
-            train_reasoner(s, run, k, reasoner, optimizer, curated, answer_reward)
-
+        run.report(0, measure(s, run, reasoner, []))
+        run.advance()
+    for k in range(run.state.iteration, s.iterations + 1):
+        if run.at(k, "questioner"):
+            settle(s, questioner, reasoner)
+            with optimizers["questioner"] as optimizer:
+                train_questioner(s, run, k, questioner, reasoner, optimizer)
+        if run.at(k, "curation"):
+            settle(s, questioner, reasoner)
+            curate_questions(s, run, k, questioner, reasoner)
+        settle(s, reasoner, questioner)
+        curated = curate.read_examples(run.curated(k))
+        if run.at(k, "reasoner"):
+            with optimizers["reasoner"] as optimizer:
+                train_reasoner(s, run, k, reasoner, optimizer, curated, answer_reward)
         run.report(k, measure(s, run, reasoner, curated))
-        run.save_roles(k, questioner, reasoner)
+        run.export(roles)
+        run.advance()
 
 
-def seeded(s: Settings, k: int, phase: str, step: int) -> torch.Generator:
-    """The random numbers of one step depend on nothing but its place in the run, so that it can be done again."""
-    digest = hashlib.sha256(f"{s.seed} {k} {phase} {step}".encode()).digest()
+def seeded(s: Settings, run: Run, k: int, phase: str, step: int) -> torch.Generator:
+    """The random numbers of one step depend on nothing but its place in the run (and the rank), so that it can be done again."""
+    place = f"{s.seed} {k} {phase} {step}" + (f" rank {run.ranks.rank}" if run.ranks.rank else "")
+    digest = hashlib.sha256(place.encode()).digest()
     return torch.Generator(device_of(s)).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
@@ -156,66 +169,104 @@ def settle(s: Settings, trained: VLM, frozen: VLM) -> None:
     trained.model.to(device_of(s))
 
 
-def reference_of(s: Settings, role: VLM) -> VLM:
-    """The role as it is now, the start of its phase: what the KL is taken to."""
-    reference = role.copy()
-    reference.park()
-    return reference
-
-
-def train_questioner(s, run, k, questioner: VLM, reasoner: VLM, optimizer, pictures: Pictures) -> None:
+def train_questioner(s, run, k, questioner: VLM, reasoner: VLM, optimizer) -> None:
     """Phase 1: GRPO on the Questioner; the Reasoner only answers."""
-    reference = reference_of(s, questioner)
-    for step in run.progress(s.questioner_steps, f"iteration {k}: Questioner"):
-        start, batch, generator = time.time(), pictures.take(s.images_per_step), seeded(s, k, "questioner", step)
-        prompts, proposals, voted = ask_and_vote(s, questioner, reasoner, batch, s.group_size, generator)
-        groups = []
-        for prompt, group, votes in zip(prompts, proposals, voted):
-            texts, confidences = [v and v.question for v in votes], [v.confidence if v else 0.0 for v in votes]
-            reward = rewards.questioner_rewards(texts, confidences, s.diversity_weight)
-            groups.append(grpo.Group(prompt, [p.completion for p in group], reward))
-        metrics = update(s, questioner, reference, optimizer, groups)
-        run.log(k, "questioner", step, metrics | questioner_metrics(s, voted), groups, start, questioner.end_ids)
+    reference = run.begin("questioner", questioner, optimizer)
+    for step in run.steps("questioner", s.questioner_steps, optimizer):
+        start, batch = time.time(), run.pictures.take(s.images_per_step, run.ranks)
+
+        def work():
+            generator = seeded(s, run, k, "questioner", step)
+            prompts, proposals, voted = ask_and_vote(s, questioner, reasoner, batch, s.group_size, generator)
+            groups = []
+            for prompt, group, votes in zip(prompts, proposals, voted):
+                texts, confidences = [v and v.question for v in votes], [v.confidence if v else 0.0 for v in votes]
+                reward = rewards.questioner_rewards(texts, confidences, s.diversity_weight)
+                groups.append(grpo.Group(prompt, [p.completion for p in group], reward))
+            return gradient(s, questioner, reference, groups, s.images_per_step), groups, voted
+
+        metrics, groups, voted = with_less_memory(run.ranks, (questioner, reasoner, reference), optimizer, work)
+        metrics, voted = grpo.take_step(optimizer, metrics), gather_examples(run, voted)
+        run.log(metrics | questioner_metrics(s, voted), groups, start, questioner.end_ids)
         if not any(v for votes in voted for v in votes):
             run.say(f"step {step}: not one question was valid; rewards and advantages are 0")
 
 
-def curate_questions(s, run, k, questioner: VLM, reasoner: VLM, pictures: Pictures) -> list[Example]:
+def curate_questions(s, run, k, questioner: VLM, reasoner: VLM) -> None:
     """Phase 2: the updated Questioner proposes, the Reasoner votes, and questions of middling confidence are kept."""
     start, candidates = time.time(), []
     for done in range(0, s.candidates, s.images_per_step):  # in batches: decoded images are large
-        batch, generator = pictures.take(min(s.images_per_step, s.candidates - done)), seeded(s, k, "curation", done)
-        _, _, voted = ask_and_vote(s, questioner, reasoner, batch, 1, generator)
-        candidates += [v for (v,) in voted if v]
+        batch = run.pictures.take(min(s.images_per_step, s.candidates - done), run.ranks)
+
+        def work():
+            return ask_and_vote(s, questioner, reasoner, batch, 1, seeded(s, run, k, "curation", done))[2]
+
+        voted = with_less_memory(run.ranks, (questioner, reasoner), None, work)
+        candidates += [v for (v,) in gather_examples(run, voted) if v]
+        run.stop_if_asked()
     curated = curate.curate(candidates, s.tau_low, s.tau_high)
-    curate.write_examples(run.folder / "curated" / f"iteration-{k}.jsonl", curated)
     run.write(
         dict(iteration=k, phase="curation", candidates=s.candidates, validity=len(candidates) / s.candidates)
         | dict(curated=len(curated), confidence=mean([e.confidence for e in candidates]), seconds=time.time() - start)
     )
-    return curated
+    if run.ranks.first:
+        curate.write_examples(run.curated(k), curated)
+    run.advance(files={"curated": run.curated(k)})
 
 
 def train_reasoner(s, run, k, reasoner: VLM, optimizer, curated: list[Example], answer_reward) -> None:
     """Phase 3: GRPO on the Reasoner with the silver labels; a step takes the next curated questions, round and round."""
     if not curated:
         run.say(f"iteration {k}: no question has a confidence in [{s.tau_low}, {s.tau_high}]; the Reasoner is not trained")
-        return
-    reference = reference_of(s, reasoner)
-    examples = itertools.cycle(random.Random(f"{s.seed} {k} curated").sample(curated, len(curated)))
-    for step in run.progress(s.reasoner_steps, f"iteration {k}: Reasoner"):
-        start, generator = time.time(), seeded(s, k, "reasoner", step)
-        batch = list(itertools.islice(examples, min(s.images_per_step, len(curated))))
+        return run.advance()
+    reference = run.begin("reasoner", reasoner, optimizer)
+    order, size = random.Random(f"{s.seed} {k} curated").sample(curated, len(curated)), min(s.images_per_step, len(curated))
+    for step in run.steps("reasoner", s.reasoner_steps, optimizer):
+        start = time.time()
+        batch = run.ranks.share([order[i % len(order)] for i in range((step - 1) * size, step * size)])
         prompts = [reasoner_role.answer_prompt(reasoner, load_image(e.image), e.question) for e in batch]
-        answers = reasoner_role.answer(reasoner, prompts, s.group_size, **s.sampling, generator=generator)
-        groups = [
-            grpo.Group(prompt, [a.completion for a in group], [answer_reward(a.answer, e.label) for a in group])
-            for prompt, group, e in zip(prompts, answers, batch)
-        ]
-        metrics = update(s, reasoner, reference, optimizer, groups)
-        metrics["validity"] = mean([a.answer is not None for group in answers for a in group])
-        metrics["confidence"] = mean([rewards.confidence([a.answer for a in group])[1] for group in answers])
-        run.log(k, "reasoner", step, metrics, groups, start, reasoner.end_ids)
+
+        def work():
+            generator = seeded(s, run, k, "reasoner", step)
+            answers = reasoner_role.answer(reasoner, prompts, s.group_size, **s.sampling, generator=generator)
+            groups = [
+                grpo.Group(prompt, [a.completion for a in group], [answer_reward(a.answer, e.label) for a in group])
+                for prompt, group, e in zip(prompts, answers, batch)
+            ]
+            return gradient(s, reasoner, reference, groups, size), groups, [[a.answer for a in group] for group in answers]
+
+        metrics, groups, answers = with_less_memory(run.ranks, (reasoner, reference), optimizer, work)
+        metrics, answers = grpo.take_step(optimizer, metrics), run.ranks.gather(answers)
+        metrics["validity"] = mean([a is not None for group in answers for a in group])
+        metrics["confidence"] = mean([rewards.confidence(group)[1] for group in answers])
+        run.log(metrics, groups, start, reasoner.end_ids)
+
+
+def with_less_memory(ranks: Ranks, models: tuple[VLM, ...], optimizer, work: Callable):
+    """Does this rank's part of a step; if a GPU runs out of memory, once more on all, with half as many tokens at a time."""
+    for attempt in (1, 2):
+        failed, result = False, None
+        try:
+            result = work()
+        except torch.OutOfMemoryError:
+            failed = True
+        if not ranks.any(failed):
+            return result
+        torch.cuda.empty_cache()
+        for model in models if attempt == 1 else ():
+            model.budget /= 2
+        if optimizer is not None:
+            optimizer.gradients.clear()
+    raise RunError(
+        "the GPU has too little memory even for half as many tokens at a time: try --gradient-checkpointing, --offload, "
+        "a lower --max-new-tokens or a lower --max-pixels"
+    )
+
+
+def gather_examples(run: Run, voted: list[list[Example | None]]) -> list[list[Example | None]]:
+    """The questions and votes of all ranks."""
+    everywhere = run.ranks.gather([[v and dataclasses.asdict(v) for v in votes] for votes in voted])
+    return [[v and Example(**v) for v in votes] for votes in everywhere]
 
 
 def ask_and_vote(
@@ -247,11 +298,11 @@ def ask_and_vote(
     return prompts, proposals, [[vote(picture, p) for p in group] for picture, group in zip(batch, proposals)]
 
 
-def update(s: Settings, policy: VLM, reference: VLM, optimizer, groups: list[grpo.Group]) -> dict[str, float]:
-    """One GRPO update of a role."""
+def gradient(s: Settings, policy: VLM, reference: VLM, groups: list[grpo.Group], all_groups: int) -> dict[str, float]:
+    """Adds these groups' part of the gradient to the policy's; all_groups: how many there are on all ranks."""
     with reference.on(device_of(s)):
         grpo.add_reference(groups, reference, s.temperature)
-    return grpo.update(policy, groups, optimizer, s.clip, s.beta, s.temperature)
+    return grpo.backward(policy, groups, s.clip, s.beta, s.temperature, total=all_groups * s.group_size)
 
 
 def questioner_metrics(s: Settings, voted: list[list[Example | None]]) -> dict:
@@ -276,9 +327,12 @@ def measure(s: Settings, run: Run, reasoner: VLM, curated: list[Example]) -> dic
         return {}
     import evaluate  # imports the exact answerer, which self-play must not
 
-    questions = evaluate.held_out_questions(run.folder / "held-out", HELD_OUT_QUESTIONS, HELD_OUT_SEED, run.scene_size)
-    results = evaluate.accuracy(reasoner, questions, 4, **s.sampling, generator=seeded(s, 0, "measure", 0))
-    return results | evaluate.silver_label_accuracy(curated, run.folder / "images")
+    results = {}
+    if run.ranks.first:
+        questions = evaluate.held_out_questions(run.folder / "held-out", HELD_OUT_QUESTIONS, HELD_OUT_SEED, run.scene_size)
+        results = evaluate.accuracy(reasoner, questions, 4, **s.sampling, generator=seeded(s, run, 0, "measure", 0))
+        results |= evaluate.silver_label_accuracy(curated, run.folder / "images")
+    return run.ranks.gather([results])[0]
 
 
 # ---- The command line --------------------------------------------------------------------------------------------------
@@ -315,7 +369,7 @@ def parse_arguments(argv: list[str] | None = None) -> Settings:
     return Settings(**(given if "model" in given else TOY_DEFAULTS | given))
 
 
-def prepare(s: Settings) -> Run:
+def prepare(s: Settings, ranks: Ranks) -> Run:
     """Checks the settings and finds the images; writes nothing. Raises ValueError with a sentence for the user."""
     s.check()
     check_device(s.device)
@@ -325,13 +379,40 @@ def prepare(s: Settings) -> Run:
         s.model = os.path.abspath(s.model)
     load_config(model_of(s))
     _, image_processor, _ = load_processors(model_of(s))
-    folder = Path("runs") / (s.name or f"{Path(model_of(s)).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if folder.exists() and not s.dry_run:
-        raise ValueError(f"{folder} exists already; continue it with --resume {folder}, or choose another --name")
+    name = s.name or f"{Path(model_of(s)).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path("runs") / ranks.gather([name])[0]  # the first rank's clock counts
     # A scene has 3 x 3 cells: 84 pixels suit the toy, 336 (144 image tokens) a real model.
     s.max_pixels = min(s.max_pixels, image_processor.size["longest_edge"])
     scene_size = max(84, min(336, math.isqrt(s.max_pixels)) // 84 * 84)
-    return Run(folder, find(s), scene_size)
+    exists = ranks.any((folder / "config.json").exists())  # asked before any rank makes it
+    if exists and not s.dry_run:
+        check_same_settings(s, folder)
+        return reopened(s, folder, scene_size, ranks)
+    if folder.exists() and not s.dry_run and {p.name for p in folder.iterdir()} - {"state", "lock", "images.json", "config.json.new"}:
+        raise ValueError(f"{folder} exists already and is not the folder of a run; choose another --name")
+    return Run(folder, find(s), scene_size, s.seed, s.save_every, ranks)
+
+
+def check_same_settings(s: Settings, folder: Path) -> None:
+    """Raises ValueError naming the first setting that is not what the run in `folder` was started with."""
+    before, _ = saved_settings(folder)
+    for field in dataclasses.fields(Settings):
+        was, now = getattr(before, field.name), getattr(s, field.name)
+        if field.name not in ("name", "resume", "dry_run") and was != now:
+            raise ValueError(
+                f"{folder} was started with {_flag(field.name)} {was}, not {now}; "
+                f"--resume {folder} goes on with its own settings, another --name starts a new run"
+            )
+
+
+def saved_settings(folder: Path) -> tuple[Settings, int]:
+    """The settings of the run in `folder` and the size of its scenes. Raises ValueError with a sentence for the user."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        scene_size = config.pop("scene_size")
+        return Settings(**config), scene_size
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"--resume {folder}: this is not the folder of a run of loop.py") from error
 
 
 def model_of(s: Settings) -> str:
@@ -362,41 +443,45 @@ def find(s: Settings) -> Found:
     return found
 
 
-def resume(folder: Path) -> tuple[Settings, Run]:
-    """The settings and the state of an interrupted run. Raises ValueError with a sentence for the user."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        scene_size = config.pop("scene_size")
-        s = Settings(**config)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"--resume {folder}: this is not the folder of a run of loop.py") from error
+def resume(folder: Path, ranks: Ranks) -> tuple[Settings, Run]:
+    """The settings and the run in a folder. Raises ValueError with a sentence for the user."""
+    s, scene_size = saved_settings(folder)
     s.check()
     check_device(s.device)
-    run = Run(folder, find(s), scene_size)
+    return s, reopened(s, folder, scene_size, ranks)
+
+
+def reopened(s: Settings, folder: Path, scene_size: int, ranks: Ranks) -> Run:
+    """A run that goes on with the images that it began with."""
+    try:
+        found = json.loads((folder / "images.json").read_text())
+        images = Found(found["paths"], [(path, why) for path, why in found["skipped"]])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/images.json, the list of the run's images, cannot be read") from error
+    run = Run(folder, images, scene_size, s.seed, s.save_every, ranks)
     run.reopen()
-    return s, run
+    return run
 
 
-def load_roles(s: Settings, run: Run) -> tuple[VLM, VLM]:
-    """Both roles: copies of the base model, or what the last complete iteration left."""
-    if run.completed:
-        roles = tuple(VLM.load(run.folder / role, s.device, s.dtype, s.max_pixels) for role in ("questioner", "reasoner"))
-    else:
-        base = VLM.load(model_of(s), s.device, s.dtype, s.max_pixels)
-        roles = base, base.copy()
-    for role in roles:
-        if s.gradient_checkpointing:
-            role.checkpoint_activations()
-    return roles
+def load_roles(s: Settings) -> tuple[VLM, VLM]:
+    """Both roles, as copies of the base model."""
+    base = VLM.load(model_of(s), s.device, s.dtype, s.max_pixels)
+    if s.gradient_checkpointing:
+        base.checkpoint_activations()
+    return base, base.copy()
 
 
 def start_run(s: Settings, run: Run) -> None:
-    """Makes the run folder, and renders the built-in scenes if there are no other images."""
-    run.create(dataclasses.asdict(s) | {"scene_size": run.scene_size})
-    if s.images is None:
-        from toy.scenes import write_scenes  # draws; what the answers are, only toy/answerer.py knows
+    """Makes the run folder if it is new, and renders the built-in scenes if there are no other images."""
+    if run.number == 0:
+        run.create(dataclasses.asdict(s) | {"scene_size": run.scene_size})
+    if s.images is not None:
+        return
+    from toy.scenes import write_scenes  # draws; what the answers are, only toy/answerer.py knows
 
-        run.images.paths.extend(map(str, write_scenes(run.folder / "images", SCENES, s.seed, run.scene_size)))
+    mine = write_scenes(run.folder / "images", SCENES, s.seed, run.scene_size) if run.ranks.first else []
+    run.images.paths[:] = run.ranks.gather([list(map(str, mine))])[0]
+    if run.number == 0 and run.ranks.first:
         print(f"no --images given: built-in scenes are in {run.folder / 'images'}")
 
 
@@ -432,32 +517,66 @@ def main(argv: list[str] | None = None) -> int:
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     s = parse_arguments(argv)
+    with started() as ranks:
+        return start(s, ranks)
+
+
+def start(s: Settings, ranks: Ranks) -> int:
+    """Checks everything, then runs; returns the exit code."""
     try:
         if s.resume is not None:
-            s, run = resume(Path(s.resume))
-            if run.completed >= s.iterations:
-                print(f"{run.folder} is complete: all of its {s.iterations} iterations are done")
-                return 0
+            s, run = resume(Path(s.resume), ranks)
         else:
-            run = prepare(s)
-        print_plan(s, run)
+            run = prepare(s, ranks)
+        if run.state.iteration > s.iterations:
+            print(f"{run.folder} is complete: all of its {s.iterations} iterations are done")
+            return 0
+        if ranks.first:
+            print_plan(s, run)
         if s.dry_run:
             return 0
-        roles = load_roles(s, run)
+        roles = load_roles(s)
         start_run(s, run)
     except (ValueError, OSError) as error:  # CheckpointError and ImageError are ValueErrors
         print(f"error: {error}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is treated like Ctrl-C
+    return carry_out(s, run, roles)
+
+
+def carry_out(s: Settings, run: Run, roles: tuple[VLM, VLM]) -> int:
+    """Runs the loop; turns what can stop it into a sentence and an exit code."""
+
+    def stop(signum, frame):
+        run.stopping = True
+        run.say("stopping after this step (Ctrl-C again: at once)")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, stop)
+    go_on = f"continue with: python loop.py --resume {run.folder}"
     try:
         visplay(s, run, *roles)
     except ImageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"interrupted; continue with: python loop.py --resume {run.folder}", file=sys.stderr)
+    except (Stopped, KeyboardInterrupt) as reason:
+        if run.ranks.first:
+            print(f"{'stopped, its state is saved' if isinstance(reason, Stopped) else 'interrupted'}; {go_on}", file=sys.stderr)
         return 1
-    print(f"done: metrics, curated questions and both checkpoints are in {run.folder}")
+    except (RunError, OSError) as error:  # a full disk is an OSError
+        print(f"error: {error}; then {go_on}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if run.ranks.size == 1:
+            raise
+        print(f"error: a process of this run has ended or cannot be reached ({str(error).splitlines()[0]}); {go_on}", file=sys.stderr)
+        return 1
+    finally:
+        run.unlock()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if run.ranks.first:
+        print(f"done: metrics, curated questions and both checkpoints are in {run.folder}")
     return 0
 
 

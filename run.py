@@ -1,16 +1,17 @@
-"""The folder of a run: plain files that a person can open, and a state that survives a stop at any moment.
+"""The folder of a run: plain files that a person can open, and how far the run is.
 
     config.json                  every setting
     metrics.jsonl                one record a GRPO step, curation or measurement
     curated/iteration-K.jsonl    the Reasoner's training set of iteration K
     questioner/, reasoner/       both roles after the last complete iteration, as Hugging Face checkpoints
-    state.json                   how many iterations are complete
     skipped.txt                  images that could not be used, and why
+    state/                       what an interrupted run goes on from (see state.py)
 
-Checkpoints are written to saving/ first. When both are there in full, saving/state.json says so in one atomic step;
-only then do they take the place of the old ones. A stop before that moment leaves iteration k - 1, one after it k.
+An iteration has four phases. The state is saved at the border of two phases, every few steps, and when the user stops the
+run. Of several ranks the first writes, and all wait for it.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -20,76 +21,215 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
 from tqdm import tqdm
 
-from grpo import Group
-from images import Found
+from grpo import Group, MasterAdamW
+from images import Found, Pictures
+from ranks import Ranks
+from state import State, entry, read_tensors, recover, replace_text, write_state, write_tensors
 from vlm import VLM
 
+PHASES = ("questioner", "curation", "reasoner", "measure")
 HEADER = " iteration  greedy  sampled | valid  r_unc first-last  clusters | curated  silver right  seconds"
+BAD_STEPS = 3  # in a row whose gradient is not finite: then the run stops
+
+
+class RunError(Exception):
+    """The run cannot go on; the message is a sentence for the user that says why and what to do."""
+
+
+class Stopped(Exception):
+    """The user has stopped the run, and its state is saved."""
 
 
 class Run:
-    """What a run writes: its files and its lines on the console."""
+    """What a run writes, its files and its lines on the console, and where in its loop it is."""
 
-    def __init__(self, folder: Path, images: Found, scene_size: int):
-        self.folder, self.images, self.scene_size = folder, images, scene_size
-        self.completed = 0  # iterations
+    def __init__(self, folder: Path, images: Found, scene_size: int, seed: int, save_every: int, ranks: Ranks):
+        self.folder, self.images, self.scene_size, self.save_every, self.ranks = folder, images, scene_size, save_every, ranks
+        self.state, self.number = State(), 0  # the state, and how many were written
+        self.seed, self.pictures = seed, Pictures(images, "")
         self.records: list[dict] = []
-        self.skips_told = 0
-        self.header_printed = False
+        self.skips_told = self.bad_steps = 0
+        self.header_printed = self.stopping = False
+        self.locked = None
+
+    # ---- Beginning, and going on ---------------------------------------------------------------------------------------
 
     def create(self, config: dict) -> None:
-        """Makes the folder and writes the settings."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        replace_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
-        (self.folder / "skipped.txt").unlink(missing_ok=True)  # of the run that is resumed; the same are found again
+        """Makes the folder and writes the settings, and which images there are: a resumed run has the same."""
+        if self.ranks.first:
+            self.lock()
+            found = {"paths": self.images.paths, "skipped": self.images.skipped}
+            replace_text(self.folder / "images.json", json.dumps(found) + "\n")
+            replace_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         self.tell_skips()
+        self.ranks.any(False)  # the others wait until the folder is there
+
+    def lock(self) -> None:
+        """Raises ValueError if another process works on this run. However this process ends, its lock ends with it."""
+        if self.locked:
+            return
+        (self.folder / "state").mkdir(parents=True, exist_ok=True)
+        self.locked = open(self.folder / "lock", "w")
+        try:
+            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.locked.close()
+            raise ValueError(f"another process is working on {self.folder}") from error
+
+    def unlock(self) -> None:
+        """Lets another process work on this run."""
+        if self.locked:
+            self.locked.close()
 
     def reopen(self) -> None:
-        """Goes back to the end of the last complete iteration: its checkpoints, and no record of a later one."""
-        finish_saving(self.folder)
-        state, metrics = self.folder / "state.json", self.folder / "metrics.jsonl"
-        self.completed = json.loads(state.read_text())["completed_iterations"] if state.exists() else 0
-        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break  # the last line, cut off in the middle
-            if self.completed and record["iteration"] <= self.completed:
-                self.records.append(record)
-        replace_text(metrics, "".join(json.dumps(record) + "\n" for record in self.records))
+        """Goes back to the newest state that is whole; what was written after it is forgotten. Raises ValueError if none is."""
+        if self.ranks.first:
+            self.lock()
+            number, state, complaints = recover(self.folder)
+            if complaints and state is None:
+                raise ValueError(f"no state of {self.folder} is whole: {complaints[0]}")
+            for complaint in complaints:
+                self.say(f"{complaint}; going on from the state before it")
+            metrics = self.folder / "metrics.jsonl"
+            if metrics.exists():
+                os.truncate(metrics, state.metrics if state else 0)
+        self.ranks.any(False)
+        self.number, state, _ = recover(self.folder)
+        self.state = state or State()
+        self.pictures = Pictures(self.images, f"{self.seed} {self.state.iteration}", self.state.pictures)
+        self.images.skipped[:] = [(path, why) for path, why in self.state.skipped] or self.images.skipped
+        if (self.folder / "metrics.jsonl").exists():
+            lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            self.records = [json.loads(line) for line in lines]
+        self.skips_told = 0
+        self.tell_skips()
 
-    def save_roles(self, k: int, questioner: VLM, reasoner: VLM) -> None:
-        """Saves both roles and says that iteration k is complete."""
-        staging = self.folder / "saving"
-        shutil.rmtree(staging, ignore_errors=True)
-        for role, vlm in (("questioner", questioner), ("reasoner", reasoner)):
-            vlm.save(staging / role)
-        replace_text(staging / "state.json", json.dumps({"completed_iterations": k}) + "\n")
-        finish_saving(self.folder)
-        self.completed = k
+    def at(self, k: int, phase: str) -> bool:
+        """Whether this phase of iteration k is what comes next."""
+        return (self.state.iteration, self.state.phase) == (k, phase)
+
+    # ---- The state -------------------------------------------------------------------------------------------------------
+
+    def steps(self, role: str, count: int, optimizer: MasterAdamW) -> Iterator[int]:
+        """The steps of a training phase that are still to do, from 1 to `count`; saves on the way, and at the end.
+
+        Raises Stopped when the user has asked for it, after the step, and RunError if no gradient is finite any more.
+        """
+        for step in self.progress(count, f"iteration {self.state.iteration}: {role}"):
+            yield step
+            self.state.step, stop = step, self.ranks.any(self.stopping)
+            if self.bad_steps == BAD_STEPS:
+                raise RunError(
+                    f"the gradient was not finite {BAD_STEPS} times in a row: try a lower --lr or --dtype float32; "
+                    f"the weights are those of before, in {self.folder}"
+                )
+            if (step % self.save_every == 0 and step < count) or stop:
+                self.save({role: optimizer.weights(), "moments": optimizer.moments()})
+            if stop:
+                raise Stopped
+        self.advance({role: optimizer.weights()})
+
+    def advance(self, tensors: dict[str, dict[str, Tensor]] | None = None, files: dict[str, Path] | None = None) -> None:
+        """The phase is done: on to the next, with a saved state."""
+        phase = PHASES.index(self.state.phase) + 1
+        self.state.iteration, self.state.phase, self.state.step = self.state.iteration + phase // 4, PHASES[phase % 4], 0
+        for name in ("moments", "reference"):
+            self.state.files.pop(name, None)
+        if self.state.phase == "questioner":
+            self.pictures = Pictures(self.images, f"{self.seed} {self.state.iteration}")  # each iteration has its own order
+        self.save(tensors or {}, files)
+        self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
+        """Raises Stopped on all ranks if the user has asked any of them to stop."""
+        if self.ranks.any(self.stopping):
+            raise Stopped
+
+    def curated(self, k: int) -> Path:
+        """Where the Reasoner's training set of iteration k is."""
+        return self.folder / "curated" / f"iteration-{k}.jsonl"
+
+    def save(self, tensors: dict[str, dict[str, Tensor]], files: dict[str, Path] | None = None) -> None:
+        """Saves the state, with new tensors (each rank those it owns) and files under their names; others stay as they are."""
+        self.number += 1
+        for name, owned in tensors.items():
+            part = write_tensors(self.folder, f"{self.number:06}-{name}-{self.ranks.rank}", owned)
+            self.state.files[name] = [tuple(part) for part in self.ranks.gather([part])]
+        if self.ranks.first:
+            for name, path in (files or {}).items():
+                self.state.files[name] = [entry(self.folder, path)]
+            metrics = self.folder / "metrics.jsonl"
+            self.state.metrics = entry(self.folder, metrics)[1] if metrics.exists() else 0
+            self.state.pictures, self.state.skipped = self.pictures.position, self.images.skipped
+            write_state(self.folder, self.number, self.state)
+        self.ranks.any(False)  # nobody goes on before it is there
+
+    @torch.no_grad()
+    def begin(self, role: str, vlm: VLM, optimizer: MasterAdamW) -> VLM:
+        """The reference of this phase: the role as it was when the phase began. Goes on with the moments if it was cut short."""
+        reference = vlm.copy()
+        if self.state.step == 0:
+            self.state.files["reference"] = self.state.files[role]
+        else:
+            optimizer.load_moments(read_tensors(self.folder, self.state.files["moments"]))
+            weights = read_tensors(self.folder, self.state.files["reference"])
+            for name, parameter in reference.model.named_parameters():
+                parameter.copy_(weights[name])
+        reference.park()
+        return reference
+
+    def restore(self, optimizers: dict[str, MasterAdamW]) -> None:
+        """Gives both roles the weights of the state; in a new run they are the base model's, and saved as such."""
+        if "questioner" not in self.state.files:
+            self.save({"base": optimizers["questioner"].weights()})
+            base = self.state.files.pop("base")
+            self.state.files |= {"questioner": base, "reasoner": base}
+        for role, optimizer in optimizers.items():
+            optimizer.load_weights(read_tensors(self.folder, self.state.files[role]))
+
+    def export(self, roles: dict[str, VLM]) -> None:
+        """Writes both roles as Hugging Face checkpoints, each in the place of the one before."""
+        for role, vlm in roles.items() if self.ranks.first else ():
+            new, old = self.folder / f"{role}.new", self.folder / f"{role}.old"
+            for leftover in (new, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            try:
+                vlm.save(new)
+            except SafetensorError as error:
+                raise OSError(f"{new} cannot be written: {error}") from error
+            if (self.folder / role).exists():
+                os.replace(self.folder / role, old)
+            os.replace(new, self.folder / role)
+            shutil.rmtree(old, ignore_errors=True)
+
+    # ---- Records and lines ------------------------------------------------------------------------------------------------
 
     def write(self, record: dict) -> None:
         """Adds a record to metrics.jsonl; a number that is not finite becomes null."""
         record = {k: (round(v, 6) if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in record.items()}
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        if self.ranks.first:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
         self.records.append(record)
         self.tell_skips()
 
-    def log(self, k: int, phase: str, step: int, metrics: dict, groups: list[Group], start: float, end_ids: list[int]) -> None:
-        """The record of one GRPO step that began at time `start`."""
-        completions = [c for group in groups for c in group.completions]
-        tokens, seconds = sum(map(len, completions)), time.time() - start
-        record = dict(iteration=k, phase=phase, step=step, reward=mean([r for group in groups for r in group.rewards]))
-        record |= dict(equal_groups=mean([len(set(group.rewards)) == 1 for group in groups]))
-        record |= metrics | dict(length=tokens / len(completions), seconds=seconds, tokens_per_second=tokens / seconds)
-        record |= dict(truncated=mean([not c or c[-1] not in end_ids for c in completions]))
-        self.write(record)
+    def log(self, metrics: dict, groups: list[Group], start: float, end_ids: list[int]) -> None:
+        """The record of the GRPO step that began at time `start`; `groups` are this rank's, `metrics` those of all."""
+        mine = [[g.rewards, [len(c) for c in g.completions], [not c or c[-1] not in end_ids for c in g.completions]] for g in groups]
+        rewards, lengths, truncated = zip(*self.ranks.gather(mine))
+        lengths, seconds = [length for group in lengths for length in group], time.time() - start
+        record = dict(iteration=self.state.iteration, phase=self.state.phase, step=self.state.step + 1)
+        record |= dict(reward=mean([r for group in rewards for r in group]), equal_groups=mean([len(set(group)) == 1 for group in rewards]))
+        record |= metrics | dict(length=mean(lengths), seconds=seconds, tokens_per_second=sum(lengths) / seconds)
+        self.write(record | dict(truncated=mean([t for group in truncated for t in group])))
+        self.bad_steps = self.bad_steps + 1 if metrics["skipped"] else 0
         if metrics["skipped"]:
-            self.say(f"step {step}: the gradient is not finite; the step is skipped and the weights are unchanged")
+            self.say(f"step {self.state.step + 1}: the gradient is not finite; the step is skipped and the weights are unchanged")
 
     def report(self, k: int, results: dict) -> None:
         """Writes and prints what was measured after iteration k (0: before the first): one row of the table."""
@@ -97,6 +237,8 @@ class Run:
         mine = [r for r in self.records if r["iteration"] == k]
         asking = [r for r in mine if r["phase"] == "questioner"]
         curation = next((r for r in mine if r["phase"] == "curation"), {})
+        if not self.ranks.first:
+            return
         if not self.header_printed:
             print(HEADER)
             self.header_printed = True
@@ -107,46 +249,29 @@ class Run:
         print(*cells, _cell(results.get("silver_accuracy"), 13), _cell(sum(r.get("seconds", 0.0) for r in mine) if k else None, 8, 0), flush=True)
 
     def progress(self, steps: int, what: str) -> Iterator[int]:
-        """1 .. steps, with a progress bar if standard error is a terminal."""
-        return tqdm(range(1, steps + 1), desc=what, leave=False, disable=None)
+        """The steps that are still to do, with a progress bar if standard error is a terminal."""
+        done = self.state.step
+        hidden = None if self.ranks.first else True
+        return tqdm(range(done + 1, steps + 1), desc=what, leave=False, disable=hidden, initial=done, total=steps)
 
     def say(self, message: str) -> None:
         """A line for the user that does not break a progress bar."""
-        tqdm.write(message, file=sys.stderr)
+        if self.ranks.first:
+            tqdm.write(message, file=sys.stderr)
 
     def tell_skips(self) -> None:
         """Names the images that were skipped since the last call."""
         new = self.images.skipped[self.skips_told :]
         self.skips_told += len(new)
-        if new:
-            with open(self.folder / "skipped.txt", "a", encoding="utf-8") as file:
-                for path, reason in new:
-                    self.say(f"skipped {printable(path)}: {reason}")
-                    file.write(f"{printable(path)}\t{reason}\n")
+        for path, reason in new:
+            self.say(f"skipped {printable(path)}: {reason}")
+        if new and self.ranks.first:
+            replace_text(self.folder / "skipped.txt", "".join(f"{printable(p)}\t{why}\n" for p, why in self.images.skipped))
 
 
 def printable(path: str) -> str:
     """A path whose bytes are not UTF-8, with those bytes spelled out."""
     return path.encode("utf-8", errors="backslashreplace").decode()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file so that it is there in full or as it was before."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
-
-
-def finish_saving(folder: Path) -> None:
-    """Moves checkpoints that were written in full to their place; deletes what was cut short. May be cut short itself."""
-    staging = folder / "saving"
-    if (staging / "state.json").exists():
-        for role in ("questioner", "reasoner"):
-            if (staging / role).exists():
-                shutil.rmtree(folder / role, ignore_errors=True)
-                os.replace(staging / role, folder / role)
-        os.replace(staging / "state.json", folder / "state.json")
-    shutil.rmtree(staging, ignore_errors=True)
 
 
 def mean(values: list) -> float:

@@ -88,6 +88,7 @@ class VLM:
             self.image_size["longest_edge"] = min(max_pixels, self.image_size["longest_edge"])
             self.image_size["shortest_edge"] = min(self.image_size["shortest_edge"], self.image_size["longest_edge"])
         self.checkpointing = False
+        self.budget = 1.0  # share of the token budgets that is used; halved when a GPU runs out of memory
         self.end_ids = _end_ids(model)
         self.vision_ids = _vision_ids(model.config, tokenizer)
 
@@ -250,7 +251,7 @@ class VLM:
 
         Differentiate a batch before asking for the next: then only one batch's activations are in memory at a time.
         """
-        for batch in pack(groups):
+        for batch in pack(groups, self.budget):
             which = [(row.group, i) for row in batch for i in row.completions]
             yield which, self._batch_logprobs(groups, batch, temperature)
 
@@ -359,9 +360,11 @@ class PackedRow:
     length: int
 
 
-def pack(groups: list[tuple[Prompt, list[list[int]]]]) -> list[list[PackedRow]]:
+def pack(groups: list[tuple[Prompt, list[list[int]]]], budget: float = 1.0) -> list[list[PackedRow]]:
     """Cuts groups into rows of at most ROW_TOKENS tokens, and gathers rows into batches of at most BATCH_TOKENS and
     BATCH_IMAGE_TOKENS.
+
+    budget: the share of these that is used.
 
     A row has at least one completion and a batch at least one row, however long. Rows of similar length go together,
     as the shorter ones are padded to the longest.
@@ -370,13 +373,14 @@ def pack(groups: list[tuple[Prompt, list[list[int]]]]) -> list[list[PackedRow]]:
     for g, (prompt, completions) in enumerate(groups):
         fresh = len(rows)
         for i, ids in enumerate(completions):
-            if len(rows) == fresh or rows[-1].length + len(ids) > ROW_TOKENS:
+            if len(rows) == fresh or rows[-1].length + len(ids) > ROW_TOKENS * budget:
                 rows.append(PackedRow(g, [], len(prompt)))
             rows[-1] = PackedRow(g, [*rows[-1].completions, i], rows[-1].length + max(0, len(ids) - 1))
     images = 0
     for row in sorted(rows, key=lambda row: -row.length):
         images += groups[row.group][0].image_tokens
-        if not batches or (len(batches[-1]) + 1) * batches[-1][0].length > BATCH_TOKENS or images > BATCH_IMAGE_TOKENS:
+        full = batches and (len(batches[-1]) + 1) * batches[-1][0].length > BATCH_TOKENS * budget
+        if not batches or full or images > BATCH_IMAGE_TOKENS * budget:
             batches.append([])
             images = groups[row.group][0].image_tokens
         batches[-1].append(row)

@@ -64,7 +64,7 @@ def main() -> None:
     policy = random_vlm(args.size, args.device, args.dtype)
     reference, policy.end_ids = policy.copy(), [-1]
     reference.end_ids = [-1]
-    with grpo.MasterAdamW(policy.model.parameters(), 1e-6, 1e-2) as optimizer:
+    with grpo.MasterAdamW(policy.model.named_parameters(), 1e-6, 1e-2) as optimizer:
         iteration(args, policy, reference, optimizer)  # warm-up: libraries, allocators, moments
         watch.lap()
         watch.spent.clear()

@@ -115,8 +115,8 @@ def test_micro_batches_give_the_gradient_of_one_batch(token_mean, monkeypatch):
         reference.logits.add_(0.3 * torch.randn_like(reference.logits))
     grpo.add_reference(groups, reference)
     seen = {}
-    monkeypatch.setattr(grpo.MasterAdamW, "step", lambda self, norm: seen.setdefault("grad", self.gradients[policy.logits].clone()).norm().item())
-    with grpo.MasterAdamW(policy.parameters(), 0.1, 0) as optimizer:
+    monkeypatch.setattr(grpo.MasterAdamW, "step", lambda self, norm: seen.setdefault("grad", self.gradients["logits"].clone()).norm().item())
+    with grpo.MasterAdamW(policy.named_parameters(), 0.1, 0) as optimizer:
         metrics = grpo.update(policy, groups, optimizer, token_mean=token_mean)
     rows = [x for g in groups for x in policy.logprobs(g.prompt, g.completions)]
     logp, mask = grpo._pad(rows)
@@ -132,7 +132,7 @@ def test_later_updates_keep_the_old_policy():
     policy, groups = Table(), random_groups()
     grpo.add_reference(groups, Table())
     before = [x.detach().clone() for g in groups for x in policy.logprobs(g.prompt, g.completions)]
-    with grpo.MasterAdamW(policy.parameters(), lr=0.3, weight_decay=0.0) as optimizer:
+    with grpo.MasterAdamW(policy.named_parameters(), lr=0.3, weight_decay=0.0) as optimizer:
         first = grpo.update(policy, groups, optimizer)
         second = grpo.update(policy, groups, optimizer)
     assert all(torch.equal(a, b) for a, b in zip(before, (x for g in groups for _, x in sorted(g.old_logp.items()))))
@@ -145,7 +145,7 @@ def test_bfloat16_weights_move_through_float32_masters():
     policy, groups = Table(torch.bfloat16), random_groups()
     grpo.add_reference(groups, Table(torch.bfloat16))
     start, naive = policy.logits.detach().clone(), policy.logits.detach().clone()
-    optimizer = grpo.MasterAdamW(policy.parameters(), lr=1e-5, weight_decay=0.0)
+    optimizer = grpo.MasterAdamW(policy.named_parameters(), lr=1e-5, weight_decay=0.0)
     for _ in range(15):
         with optimizer:
             for _ in range(20):
@@ -155,7 +155,7 @@ def test_bfloat16_weights_move_through_float32_masters():
                 naive -= 1e-5 * torch.ones_like(naive)
     big = start.abs() > 0.05
     assert torch.equal(naive[big], start[big]), "without a master, these weights stand still"
-    ((_, master),) = optimizer.pairs
+    (master,) = optimizer.masters.values()
     assert master.dtype == torch.float32 and (master - start.float()).abs().max() > 1e-3
     assert torch.equal(policy.logits.detach(), master.bfloat16()) and not torch.equal(policy.logits[big], start[big])
     policy.logits.float().sum().backward()
@@ -170,12 +170,12 @@ def test_offloading_changes_nothing_but_the_place(dtype):
         policy, groups = Table(dtype), random_groups()
         start = policy.logits.detach().clone()
         grpo.add_reference(groups, Table(dtype))
-        optimizer = grpo.MasterAdamW(policy.parameters(), lr=0.05, weight_decay=0.01, offload=offload)
+        optimizer = grpo.MasterAdamW(policy.named_parameters(), lr=0.05, weight_decay=0.01, offload=offload)
         for _ in range(2):
             with optimizer:
                 norms = [grpo.update(policy, groups, optimizer, max_norm=0.05)["grad_norm"] for _ in range(3)]
         ends.append(policy.logits.detach().clone())
-        assert (optimizer.pairs[0][1] is policy.logits) == (dtype == torch.float32 and not offload)
+        assert (optimizer.masters["logits"] is policy.logits) == (dtype == torch.float32 and not offload)
         assert min(norms) > 0.05, "clipping is part of it"
     assert torch.equal(*ends) and not torch.equal(start, ends[0])
 
@@ -184,7 +184,7 @@ def test_the_step_is_torchs_adamw():
     """Against torch's own clipping and AdamW on the same gradients, three steps."""
     policy, plain = Table(), Table()
     adamw = torch.optim.AdamW(plain.parameters(), lr=0.05, weight_decay=0.1)
-    with grpo.MasterAdamW(policy.parameters(), lr=0.05, weight_decay=0.1) as optimizer:
+    with grpo.MasterAdamW(policy.named_parameters(), lr=0.05, weight_decay=0.1) as optimizer:
         for seed in range(3):
             weights = torch.randn(policy.logits.shape, generator=torch.Generator().manual_seed(seed))
             for p in (policy, plain):
@@ -198,10 +198,10 @@ def test_the_step_is_torchs_adamw():
 
 def test_bfloat16_gradients_add_up_in_float32():
     parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
-    with grpo.MasterAdamW([parameter], lr=0.1, weight_decay=0.0) as optimizer:
+    with grpo.MasterAdamW([("p", parameter)], lr=0.1, weight_decay=0.0) as optimizer:
         for value in [256.0] + [0.5] * 8:  # in bfloat16, 256 + 0.5 = 256
             (parameter * value).sum().backward()
-        assert optimizer.gradients[parameter].item() == 260.0 and parameter.grad is None
+        assert optimizer.gradients["p"].item() == 260.0 and parameter.grad is None
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
@@ -209,7 +209,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     grpo.add_reference(groups, Table())
     groups[1].ref_logp[0][0] = float("nan")
     before = policy.logits.detach().clone()
-    with grpo.MasterAdamW(policy.parameters(), 0.1, 0.0) as optimizer:
+    with grpo.MasterAdamW(policy.named_parameters(), 0.1, 0.0) as optimizer:
         metrics = grpo.update(policy, groups, optimizer)
         assert metrics["skipped"] == 1.0 and math.isnan(metrics["grad_norm"]) and torch.equal(policy.logits, before)
         groups = random_groups()
@@ -223,7 +223,7 @@ def test_equal_rewards_and_empty_completions_leave_the_weights_finite():
     groups = [grpo.Group(0, [[1, 2], [3], []], [1.0, 1.0, 1.0]), grpo.Group(1, [[], []], [0.0, 1.0])]
     grpo.add_reference(groups, Table())
     before = policy.logits.detach().clone()
-    with grpo.MasterAdamW(policy.parameters(), 0.1, 0.0) as optimizer:
+    with grpo.MasterAdamW(policy.named_parameters(), 0.1, 0.0) as optimizer:
         metrics = grpo.update(policy, groups, optimizer)
     assert metrics["grad_norm"] == 0 and torch.equal(policy.logits, before)
 
@@ -232,7 +232,7 @@ def test_a_bandit_is_solved():
     """Three prompts, each with its own right first token: the policy finds it from rewards alone."""
     policy, sampler = Table(length=1), torch.Generator().manual_seed(3)
     reference, right = Table(length=1), [2, 0, 3]
-    with grpo.MasterAdamW(policy.parameters(), lr=0.1, weight_decay=0.0) as optimizer:
+    with grpo.MasterAdamW(policy.named_parameters(), lr=0.1, weight_decay=0.0) as optimizer:
         for _ in range(60):
             groups = []
             for prompt in range(3):

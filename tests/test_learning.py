@@ -12,6 +12,7 @@ import pytest
 
 import loop
 from conftest import ROOT
+from ranks import Ranks
 
 
 def measured(folder, phase="measure"):
@@ -70,8 +71,8 @@ def test_random_rewards_teach_nothing(default_run, tmp_path, monkeypatch):
     for seed in range(6):
         coin, seeded = random.Random(f"coin {seed}"), f"--seed {seed} --name {seed}"
         s = loop.parse_arguments(f"--iterations 1 --questioner-steps 1 --device cpu {seeded}".split())
-        run = loop.prepare(s)
-        roles = loop.load_roles(s, run)
+        run = loop.prepare(s, Ranks())
+        roles = loop.load_roles(s)
         loop.start_run(s, run)
         loop.visplay(s, run, *roles, answer_reward=lambda answer, label, coin=coin: float(coin.random() < 0.5))
         before, after = measured(run.folder)

@@ -20,6 +20,7 @@ import questioner
 from checkpoints import noise_image, plain_inputs
 from conftest import ROOT
 from curate import read_examples
+from ranks import Ranks
 from vlm import VLM
 
 SMALL = "--iterations 1 --questioner-steps 2 --reasoner-steps 2 --images-per-step 2 --group-size 4 --answers 4".split()
@@ -93,7 +94,7 @@ def test_a_published_checkpoint_on_a_folder_of_images(taught, workplace, capsys)
 # ---- The toy -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_reproducible_and_resumes_at_the_last_complete_iteration(workplace, capsys, monkeypatch):
+def test_a_run_is_reproducible_and_resumes(workplace, capsys, monkeypatch):
     args = [a if a != "1" else "2" for a in SMALL] + ["--name"]
     assert loop.main([*args, "whole"]) == 0
     whole = capsys.readouterr().out
@@ -230,8 +231,8 @@ def test_invalid_questions_and_an_empty_curated_set(published, workplace, capsys
 def test_equal_rewards_and_a_gradient_that_is_not_finite(workplace, monkeypatch, capsys):
     """Every answer gets the same reward, then every log-probability is NaN: the Reasoner ends with finite weights."""
     s = loop.parse_arguments([*SMALL, "--name", "x"])
-    run = loop.prepare(s)
-    roles = loop.load_roles(s, run)
+    run = loop.prepare(s, Ranks())
+    roles = loop.load_roles(s)
     loop.start_run(s, run)
     before = [p.clone() for p in roles[1].model.parameters()]
     loop.visplay(s, run, *roles, answer_reward=lambda answer, label: 1.0)
@@ -241,9 +242,9 @@ def test_equal_rewards_and_a_gradient_that_is_not_finite(workplace, monkeypatch,
     logprobs = VLM._token_logprobs
     monkeypatch.setattr(VLM, "_token_logprobs", lambda *a: logprobs(*a) * float("nan"))
     s = dataclasses.replace(s, name="y")
-    run = loop.prepare(s)
+    run = loop.prepare(s, Ranks())
     loop.start_run(s, run)
-    roles = loop.load_roles(s, run)
+    roles = loop.load_roles(s)
     loop.visplay(s, run, *roles)
     assert all(r["skipped"] == 1 for r in records(run.folder, "reasoner") + records(run.folder, "questioner"))
     assert all(torch.equal(a, b) for a, b in zip(before, roles[1].model.parameters()))
@@ -282,6 +283,7 @@ def no_images(folder):
 
 def name_taken(folder):
     (folder / "runs" / "taken").mkdir(parents=True)
+    (folder / "runs" / "taken" / "letter.txt").write_text("not of a run")
     return ["--name", "taken"]
 
 

@@ -344,7 +344,7 @@ def test_bfloat16_end_to_end(random_vlm):
     before = half.model.lm_head.weight.detach().clone()
     group = grpo.Group(prompt, completions, [1.0, 0.0, 0.0, 1.0])
     grpo.add_reference([group], half.copy())
-    with grpo.MasterAdamW(half.model.parameters(), lr=1e-3, weight_decay=0.01) as optimizer:
+    with grpo.MasterAdamW(half.model.named_parameters(), lr=1e-3, weight_decay=0.01) as optimizer:
         metrics = grpo.update(half, [group], optimizer)
     assert metrics["skipped"] == 0 and metrics["grad_norm"] > 0
     assert half.model.dtype == torch.bfloat16 and not torch.equal(before, half.model.lm_head.weight)

@@ -1,0 +1,101 @@
+"""The state on disk: whole or passed over, whatever moment a write is cut off at and whatever happens to a file later."""
+
+import json
+import os
+
+import pytest
+import torch
+
+import state as state_module
+from state import State, entry, read_tensors, recover, write_state, write_tensors
+
+
+class Killed(BaseException):
+    pass
+
+
+def save(folder, number):
+    """A state like a run's: two files of its own, one that it shares with the state before."""
+    (folder / "state").mkdir(parents=True, exist_ok=True)
+    files = {"reasoner": [write_tensors(folder, f"{number:06}-reasoner-0", {"w": torch.full((50,), float(number))})]}
+    files["moments"] = [write_tensors(folder, f"{number:06}-moments-0", {"w:step": torch.tensor(float(number))})]
+    if not (folder / "curated.jsonl").exists():
+        (folder / "curated.jsonl").write_text("{}\n")
+    files["curated"] = [entry(folder, folder / "curated.jsonl")]
+    write_state(folder, number, State(iteration=1, phase="reasoner", step=number, skipped=[("a\udcff.png", "why")], files=files))
+
+
+def check(folder, *numbers):
+    number, state, complaints = recover(folder)
+    assert number in numbers and state.step == number
+    assert read_tensors(folder, state.files["reasoner"])["w"].tolist() == [float(number)] * 50
+    return complaints
+
+
+def test_a_state_comes_back_and_old_ones_go(tmp_path):
+    assert recover(tmp_path) == (0, None, [])
+    for number in (1, 2, 3):
+        save(tmp_path, number)
+    assert check(tmp_path, 3) == []
+    assert recover(tmp_path)[1].skipped == [["a\udcff.png", "why"]]
+    assert len(list((tmp_path / "state").iterdir())) == 2 * 3, "two states, each with two files of its own"
+    (tmp_path / "state" / "000003.json").unlink()
+    check(tmp_path, 2)
+
+
+@pytest.mark.parametrize("call", range(1, 40))
+def test_a_kill_at_any_step_of_a_write(tmp_path, monkeypatch, call):
+    """The nth thing done to the disk does not happen any more, nor does any after it."""
+    save(tmp_path, 1), save(tmp_path, 2)
+    calls = []
+
+    def counted(function):
+        def step(*args, **named):
+            calls.append(1)
+            if len(calls) >= call:
+                raise Killed
+            return function(*args, **named)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        for module, name in ((os, "replace"), (os, "fsync"), (state_module.Path, "unlink"), (state_module, "save_file")):
+            patch.setattr(module, name, counted(getattr(module, name)))
+        try:
+            save(tmp_path, 3)
+        except Killed:
+            pass
+    check(tmp_path, 2, 3)
+    save(tmp_path, 4)
+    check(tmp_path, 4)
+    assert len(list((tmp_path / "state").glob("*.json"))) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone", "nonsense"])
+def test_a_damaged_state_is_passed_over(tmp_path, damage):
+    for victim in ("000002.json", "000002-reasoner-0.safetensors", "000002-moments-0.safetensors"):
+        folder = tmp_path / victim
+        save(folder, 1), save(folder, 2)
+        path = folder / "state" / victim
+        data = bytearray(path.read_bytes())
+        for position in range(0, len(data), max(1, len(data) // 10)) if damage == "flip" else (0,):
+            changed = data.copy()
+            changed[position] ^= 1 << position % 8
+            contents = {"cut": data[: len(data) // 2], "flip": changed, "nonsense": b"[1, 2]"}
+            path.unlink() if damage == "gone" else path.write_bytes(contents[damage])
+            number, state, complaints = recover(folder)
+            if victim.endswith(".json") and damage == "gone":
+                assert (number, complaints) == (1, [])
+            elif damage == "flip" and number == 2:
+                assert victim.endswith(".json") and json.loads(path.read_text())["state"] == json.loads(data)["state"], "only layout"
+            else:
+                assert number == 1 and state.step == 1 and len(complaints) == 1
+            save(folder, 2)
+
+
+def test_without_any_whole_state_nothing_is_deleted(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "curated.jsonl").write_text("changed")
+    number, state, complaints = recover(tmp_path)
+    assert (number, state) == (0, None) and "curated.jsonl is damaged" in complaints[0]
+    assert (tmp_path / "state" / "000001.json").exists()
