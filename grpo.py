@@ -166,6 +166,11 @@ class MasterAdamW:
         self.gradients.clear()
         return norm
 
+    def discard(self) -> float:
+        """Clears the gradient instead of stepping; returns NaN for its norm."""
+        self.gradients.clear()
+        return math.nan
+
     def _reduce(self) -> list[str]:
         """Makes the gradients of the tensors that this rank owns the sum over all ranks; returns which have any."""
         if self.ranks.size == 1:
@@ -246,7 +251,7 @@ def update(
 
     In the first update after a rollout the policy is the one that sampled, so its log-probabilities are kept as
     log pi_old, every ratio is 1 and nothing is clipped; later updates on the same groups find them there. Returns the
-    means of `grpo_loss`'s metrics, `grad_norm`, and `skipped`: 1 if the gradient was not finite.
+    means of `grpo_loss`'s metrics, `grad_norm`, and `skipped`: 1 if loss or gradient were not finite, which changes nothing.
     """
     return take_step(optimizer, backward(policy, groups, clip, beta, temperature, token_mean), max_norm)
 
@@ -285,8 +290,9 @@ def backward(
 
 def take_step(optimizer: MasterAdamW, metrics: dict[str, float], max_norm: float = 1.0) -> dict[str, float]:
     """The optimizer step after `backward`, whose metrics are completed: over all ranks, with `grad_norm` and `skipped`."""
-    norm = optimizer.step(max_norm)
-    return optimizer.ranks.add(metrics) | {"grad_norm": norm, "skipped": float(not math.isfinite(norm))}
+    metrics = optimizer.ranks.add(metrics)
+    norm = optimizer.step(max_norm) if math.isfinite(metrics.get("loss", 0.0)) else optimizer.discard()
+    return metrics | {"grad_norm": norm, "skipped": float(not math.isfinite(norm))}
 
 
 def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:

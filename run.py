@@ -19,6 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from vlm import VLM
 
 PHASES = ("questioner", "curation", "reasoner", "measure")
 HEADER = " iteration  greedy  sampled | valid  r_unc first-last  clusters | curated  silver right  seconds"
-BAD_STEPS = 3  # in a row whose gradient is not finite: then the run stops
+BAD_STEPS = 3  # in a row with a loss or gradient that is not finite stop a run
 
 
 class RunError(Exception):
@@ -53,7 +54,7 @@ class Run:
         self.state, self.number = State(), 0  # the state, and how many were written
         self.seed, self.pictures = seed, Pictures(images, "")
         self.records: list[dict] = []
-        self.skips_told = self.bad_steps = 0
+        self.skips_told = 0
         self.header_printed = self.stopping = False
         self.locked = None
 
@@ -118,15 +119,15 @@ class Run:
     def steps(self, role: str, count: int, optimizer: MasterAdamW) -> Iterator[int]:
         """The steps of a training phase that are still to do, from 1 to `count`; saves on the way, and at the end.
 
-        Raises Stopped when the user has asked for it, after the step, and RunError if no gradient is finite any more.
+        Raises Stopped when the user has asked for it, after the step, and RunError after too many skipped steps.
         """
         for step in self.progress(count, f"iteration {self.state.iteration}: {role}"):
             yield step
             self.state.step, stop = step, self.ranks.any(self.stopping)
-            if self.bad_steps == BAD_STEPS:
+            if self.skipped_in_a_row() >= BAD_STEPS:
                 raise RunError(
-                    f"the gradient was not finite {BAD_STEPS} times in a row: try a lower --lr or --dtype float32; "
-                    f"the weights are those of before, in {self.folder}"
+                    f"loss or gradient were not finite {BAD_STEPS} steps in a row, the weights are those of before: "
+                    "start a new run (--name) with a lower --lr or with --dtype float32"
                 )
             if (step % self.save_every == 0 and step < count) or stop:
                 self.save({role: optimizer.weights(), "moments": optimizer.moments()})
@@ -227,9 +228,13 @@ class Run:
         record |= dict(reward=mean([r for group in rewards for r in group]), equal_groups=mean([len(set(group)) == 1 for group in rewards]))
         record |= metrics | dict(length=mean(lengths), seconds=seconds, tokens_per_second=sum(lengths) / seconds)
         self.write(record | dict(truncated=mean([t for group in truncated for t in group])))
-        self.bad_steps = self.bad_steps + 1 if metrics["skipped"] else 0
         if metrics["skipped"]:
-            self.say(f"step {self.state.step + 1}: the gradient is not finite; the step is skipped and the weights are unchanged")
+            self.say(f"step {self.state.step + 1}: loss or gradient is not finite; the step is skipped and the weights are unchanged")
+
+    def skipped_in_a_row(self) -> int:
+        """How many of the last GRPO steps were skipped."""
+        skipped = [record["skipped"] for record in self.records if "skipped" in record]
+        return len(list(takewhile(bool, reversed(skipped))))
 
     def report(self, k: int, results: dict) -> None:
         """Writes and prints what was measured after iteration k (0: before the first): one row of the table."""

@@ -113,7 +113,10 @@ class VLM:
             raise CheckpointError(f"the weights of {name_or_path} cannot be loaded: {_first_line(error)}") from error
         if missing := sorted(report["missing_keys"]):
             raise CheckpointError(f"{name_or_path} lacks {len(missing)} weights, {missing[0]} among them")
-        return cls(model.to(device).eval(), *load_processors(name_or_path), max_pixels)
+        model = model.to(device).eval()
+        if broken := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
+            raise CheckpointError(f"{name_or_path} has weights that are not finite numbers, in {broken[0]} for one")
+        return cls(model, *load_processors(name_or_path), max_pixels)
 
     def save(self, path: str | Path) -> None:
         """Writes a Hugging Face checkpoint folder, which transformers (and so vLLM) loads."""
@@ -407,8 +410,9 @@ def load_config(name_or_path: str | Path) -> Qwen2_5_VLConfig:
     kind = fields.get("model_type") if isinstance(fields, dict) else None
     if kind != "qwen2_5_vl":
         raise CheckpointError(f"{name} is a model of type {kind!r}; only the Qwen2.5-VL family (qwen2_5_vl) is supported")
-    if "auto_map" in fields:
-        raise CheckpointError(f"{name} asks to run code of its own (auto_map), which is never done here")
+    for file in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+        if '"auto_map"' in (_read(name, file) or ""):
+            raise CheckpointError(f"{name} asks to run code of its own (auto_map in {file}), which is never done here")
     try:
         config = Qwen2_5_VLConfig.from_pretrained(name)
     except Exception as error:

@@ -241,7 +241,7 @@ def test_equal_rewards_and_a_gradient_that_is_not_finite(workplace, monkeypatch,
 
     logprobs = VLM._token_logprobs
     monkeypatch.setattr(VLM, "_token_logprobs", lambda *a: logprobs(*a) * float("nan"))
-    s = dataclasses.replace(s, name="y")
+    s = dataclasses.replace(s, name="y", reasoner_steps=1)  # one more would be three in a row, which stop a run
     run = loop.prepare(s, Ranks())
     loop.start_run(s, run)
     roles = loop.load_roles(s)

@@ -267,6 +267,28 @@ def wrong_shape(folder):
     save_file(weights | {name: torch.zeros(3, 3)}, file, {"format": "pt"})
 
 
+def without_a_shard(folder):
+    """Published checkpoints of one file get an index that names a second."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return sorted(folder.glob("*.safetensors"))[1].unlink()
+    names = list(load_file(folder / "model.safetensors"))
+    where = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(names)}
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
+
+
+def a_weight_that_is(number):
+    def change(folder):
+        file = sorted(folder.glob("*.safetensors"))[-1]
+        weights = load_file(file)
+        name = next(name for name in sorted(weights) if weights[name].ndim == 1)
+        weights[name][3] = number
+        save_file(weights, file, {"format": "pt"})
+
+    return change
+
+
 def truncated(folder):
     file = sorted(folder.glob("*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:-1000])
@@ -289,12 +311,17 @@ def remove(pattern):
         (remove("preprocessor_config.json"), "image processor"),
         (rewrite("config.json", model_type="llama"), "llama"),
         (rewrite("config.json", auto_map={"AutoModel": "x.Y"}), "code of its own"),
+        (rewrite("tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]}), "code of its own"),
+        (rewrite("preprocessor_config.json", auto_map={"AutoImageProcessor": "x.Y"}), "code of its own"),
         (rewrite("config.json", use_sliding_window=True), "sliding"),
         (rewrite("config.json", hidden_size="wide"), "config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "no model"),
         (without_a_weight, "lacks 1 weights"),
         (wrong_shape, "cannot be loaded"),
         (truncated, "cannot be loaded"),
+        (without_a_shard, "cannot be loaded"),
+        (a_weight_that_is(float("nan")), "not finite"),
+        (a_weight_that_is(float("-inf")), "not finite"),
     ],
 )
 def test_a_bad_checkpoint_gets_one_sentence(published, tmp_path, change, word):
