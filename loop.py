@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 from transformers.utils import logging as transformers_logging
 
 import curate
@@ -54,6 +55,11 @@ TOY = Path(__file__).parent / "toy"
 # question finds that it is unsure of those that have no answer ("Is there?"), the failure that the paper warns of.
 TOY_DEFAULTS = dict(lr=6e-5, reasoner_steps=3, images_per_step=32, candidates=256, max_new_tokens=32, dtype="float32")
 Reward = Callable[[str | None, str], float]  # (answer, silver label) -> reward
+MAY_CHANGE = ("name", "resume", "dry_run", "device", "gradient_checkpointing", "offload", "save_every")
+TOO_LITTLE_MEMORY = (
+    "the GPU has too little memory: run again with the same --name and --gradient-checkpointing, --offload or both, which goes on "
+    "where this stopped; or begin anew with a lower --max-new-tokens, --max-pixels or --group-size"
+)
 SCENES, HELD_OUT_QUESTIONS, HELD_OUT_SEED = 512, 512, 1_000_000  # the built-in scenes; no run's seed is that large
 
 
@@ -224,7 +230,7 @@ def train_reasoner(s, run, k, reasoner: VLM, optimizer, curated: list[Example], 
     for step in run.steps("reasoner", s.reasoner_steps, optimizer):
         start = time.time()
         batch = run.ranks.share([order[i % len(order)] for i in range((step - 1) * size, step * size)])
-        prompts = [reasoner_role.answer_prompt(reasoner, load_image(e.image), e.question) for e in batch]
+        prompts = [reasoner_role.answer_prompt(reasoner, load_curated(e), e.question) for e in batch]
 
         def work():
             generator = seeded(s, run, k, "reasoner", step)
@@ -242,6 +248,14 @@ def train_reasoner(s, run, k, reasoner: VLM, optimizer, curated: list[Example], 
         run.log(metrics, groups, start, reasoner.end_ids)
 
 
+def load_curated(example: Example) -> Image:
+    """The image of a curated question. Raises ImageError, with its path, if it can no longer be read."""
+    try:
+        return load_image(example.image)
+    except ImageError as error:
+        raise ImageError(f"the image {printable(example.image)} of a curated question is gone or changed: {error}") from error
+
+
 def with_less_memory(ranks: Ranks, models: tuple[VLM, ...], optimizer, work: Callable):
     """Does this rank's part of a step; if a GPU runs out of memory, once more on all, with half as many tokens at a time."""
     for attempt in (1, 2):
@@ -257,10 +271,7 @@ def with_less_memory(ranks: Ranks, models: tuple[VLM, ...], optimizer, work: Cal
             model.budget /= 2
         if optimizer is not None:
             optimizer.gradients.clear()
-    raise RunError(
-        "the GPU has too little memory even for half as many tokens at a time: try --gradient-checkpointing, --offload, "
-        "a lower --max-new-tokens or a lower --max-pixels"
-    )
+    raise RunError(f"{TOO_LITTLE_MEMORY} (half as many tokens at a time were still too many)")
 
 
 def gather_examples(run: Run, voted: list[list[Example | None]]) -> list[list[Example | None]]:
@@ -388,17 +399,21 @@ def prepare(s: Settings, ranks: Ranks) -> Run:
     if exists and not s.dry_run:
         check_same_settings(s, folder)
         return reopened(s, folder, scene_size, ranks)
-    if folder.exists() and not s.dry_run and {p.name for p in folder.iterdir()} - {"state", "lock", "images.json", "config.json.new"}:
+    begun = ("state", "lock", "images.json")  # all there is if a run was killed before its config.json was written
+    if folder.exists() and not s.dry_run and any(p.name not in begun and p.suffix != ".new" for p in folder.iterdir()):
         raise ValueError(f"{folder} exists already and is not the folder of a run; choose another --name")
     return Run(folder, find(s), scene_size, s.seed, s.save_every, ranks)
 
 
 def check_same_settings(s: Settings, folder: Path) -> None:
-    """Raises ValueError naming the first setting that is not what the run in `folder` was started with."""
+    """Raises ValueError naming the first setting that is not what the run in `folder` was started with.
+
+    What only decides where and in how much memory the same numbers are computed may change.
+    """
     before, _ = saved_settings(folder)
     for field in dataclasses.fields(Settings):
         was, now = getattr(before, field.name), getattr(s, field.name)
-        if field.name not in ("name", "resume", "dry_run") and was != now:
+        if field.name not in MAY_CHANGE and was != now:
             raise ValueError(
                 f"{folder} was started with {_flag(field.name)} {was}, not {now}; "
                 f"--resume {folder} goes on with its own settings, another --name starts a new run"
@@ -459,7 +474,7 @@ def reopened(s: Settings, folder: Path, scene_size: int, ranks: Ranks) -> Run:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}/images.json, the list of the run's images, cannot be read") from error
     run = Run(folder, images, scene_size, s.seed, s.save_every, ranks)
-    run.reopen()
+    run.reopen(dataclasses.asdict(s) | {"scene_size": scene_size})
     return run
 
 
@@ -517,8 +532,15 @@ def main(argv: list[str] | None = None) -> int:
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     s = parse_arguments(argv)
-    with started() as ranks:
-        return start(s, ranks)
+    try:
+        with started() as ranks:
+            return start(s, ranks)
+    except RuntimeError as error:
+        if "WORLD_SIZE" not in os.environ:
+            raise
+        why = str(error).splitlines()[0]
+        print(f"error: another process of this run has ended or cannot be reached ({why}); start them again to go on", file=sys.stderr)
+        return 1
 
 
 def start(s: Settings, ranks: Ranks) -> int:
@@ -563,13 +585,11 @@ def carry_out(s: Settings, run: Run, roles: tuple[VLM, VLM]) -> int:
         if run.ranks.first:
             print(f"{'stopped, its state is saved' if isinstance(reason, Stopped) else 'interrupted'}; {go_on}", file=sys.stderr)
         return 1
-    except (RunError, OSError) as error:  # a full disk is an OSError
-        print(f"error: {error}; then {go_on}", file=sys.stderr)
+    except OSError as error:  # a full disk
+        print(f"error: {error}; when that is mended, {go_on}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
-        if run.ranks.size == 1:
-            raise
-        print(f"error: a process of this run has ended or cannot be reached ({str(error).splitlines()[0]}); {go_on}", file=sys.stderr)
+    except (RunError, torch.OutOfMemoryError) as error:
+        print(f"error: {error if isinstance(error, RunError) else TOO_LITTLE_MEMORY}", file=sys.stderr)
         return 1
     finally:
         run.unlock()

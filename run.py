@@ -87,10 +87,11 @@ class Run:
         if self.locked:
             self.locked.close()
 
-    def reopen(self) -> None:
+    def reopen(self, config: dict) -> None:
         """Goes back to the newest state that is whole; what was written after it is forgotten. Raises ValueError if none is."""
         if self.ranks.first:
             self.lock()
+            replace_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
             number, state, complaints = recover(self.folder)
             if complaints and state is None:
                 raise ValueError(f"no state of {self.folder} is whole: {complaints[0]}")

@@ -5,11 +5,16 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+THOROUGH = "--thorough" in sys.argv  # 40 kills of a run instead of 6, 10,000 examples for the parsers instead of 500
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
 import checkpoints  # noqa: E402
 from vlm import VLM  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption("--thorough", action="store_true", help="more kills of runs and more examples for the parsers: takes minutes")
 
 
 @pytest.fixture(autouse=True)
