@@ -5,14 +5,15 @@ their side, files cut off in the middle, text named .png. Headers are checked wh
 used; a file that fails either is skipped and counted, never fatal.
 """
 
-import glob
 import json
+import os
 import random
+import stat
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ranks import Ranks
 
@@ -61,7 +62,7 @@ def find_images(where: str) -> Found:
     elif place.is_file():
         paths = [str(place)]
     else:
-        paths = sorted(glob.glob(str(place), recursive=True))
+        paths = sorted(map(str, Path(place.anchor).glob(str(place.relative_to(place.anchor)))))  # follows no links: no loops
         if not paths:
             raise ValueError(f"--images: there is no folder, file or match of {where}")
     good, skipped = [], []
@@ -89,17 +90,29 @@ def _read_list(place: Path) -> list[str]:
 def _open(path: str) -> Image.Image:
     """Opens an image and checks its header; the pixels are not read yet."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a named pipe would be waited for
+            raise ImageError("not a file")
         image = Image.open(path, formats=FORMATS)
+    except ImageError:
+        raise
     except Image.DecompressionBombError as error:
         raise ImageError("more than twice 89 million pixels") from error
     except Exception as error:  # Pillow's readers raise many kinds on broken files, struct.error and SyntaxError among them
-        raise ImageError(f"not a readable image ({type(error).__name__})") from error
+        raise ImageError(f"not a readable image: {_reason(error)}") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageError(f"{width} x {height} is more than 89 million pixels")
     if max(width, height) > MAX_RATIO * min(width, height):
         raise ImageError(f"{width} x {height} is more than {MAX_RATIO} times as long as wide")
     return image
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, on one line and without the path, which Pillow repeats."""
+    if isinstance(error, UnidentifiedImageError):
+        return "of no known format"
+    text = (getattr(error, "strerror", None) or str(error)).splitlines()
+    return f"{type(error).__name__} {text[0][:100] if text else ''}".removeprefix("OSError ").strip()
 
 
 def load_image(path: str) -> Image.Image:
@@ -123,7 +136,7 @@ def load_image(path: str) -> Image.Image:
     except ImageError:
         raise
     except Exception as error:
-        raise ImageError(f"cannot be read to its end ({type(error).__name__})") from error
+        raise ImageError(f"cannot be read to its end: {_reason(error)}") from error
 
 
 @dataclass

@@ -28,6 +28,7 @@ import os
 import random
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -529,6 +530,7 @@ def print_plan(s: Settings, run: Run) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0: done, 2: a wrong argument or input, 1: anything else."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a mistyped model name is our sentence, not its retries
+    warnings.filterwarnings("ignore", module="PIL")  # a strange image is used or skipped, and listed if skipped
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     s = parse_arguments(argv)
@@ -601,4 +603,5 @@ def carry_out(s: Settings, run: Run, roles: tuple[VLM, VLM]) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # the name of a run need not be UTF-8
     sys.exit(main())

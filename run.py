@@ -276,8 +276,8 @@ class Run:
 
 
 def printable(path: str) -> str:
-    """A path whose bytes are not UTF-8, with those bytes spelled out."""
-    return path.encode("utf-8", errors="backslashreplace").decode()
+    """A path on one line: line ends, control characters and bytes that are not UTF-8 spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in path)
 
 
 def mean(values: list) -> float:

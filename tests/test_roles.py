@@ -3,11 +3,16 @@
 import time
 
 import pytest
-from hypothesis import example, given
+import torch
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import reasoner
+from checkpoints import CONTROL, noise_image
+from conftest import THOROUGH
 from questioner import KINDS, Question, parse_question
 from reasoner import extract_answer
+from rewards import same_answer
 
 GOOD = "<type>numerical</type>\n<question>How many?</question>\n<answer>\\boxed{3}</answer>"
 
@@ -69,26 +74,69 @@ def test_an_invalid_question(text):
     assert parse_question(text) is None
 
 
-PIECES = st.lists(st.sampled_from(["<type>", "</type>", "<question>", "</question>", "<answer>", "</answer>", "<think>",
-                                   "</think>", "numerical", "\\boxed{", "{", "}", "\\{", "3", " ", "\n", "\x00"]))  # fmt: skip
+TAGS = ["<type>", "</type>", "<question>", "</question>", "<answer>", "</answer>", "<think>", "</think>", "numerical"]
+BRACES = ["\\boxed{", "\\boxed", "\\", "{", "}", "\\{", "\\}", "\\frac{", "\\text{", "\\left", "$"]
+NUMBERS = ["1e999999", "9**9**9", "1,", "0.", "/", "%", "-", "1" * 30, "½", "²", "\uff11", "()", "__import__('os')"]
+OTHERS = [" ", "\n", "\x00", "\x1b[31m", "\u202e", "\ufdfa", "a" * 30 + "!", "(a+)+$", "<|im_start|>", "<|image_pad|>"]
+PIECE = st.one_of(st.sampled_from(TAGS + BRACES + NUMBERS + OTHERS), st.text(max_size=20))
+RUNS = st.lists(st.tuples(PIECE, st.one_of(st.integers(1, 4), st.integers(1, 10_000))), max_size=8)
+LONGEST = 10_000
+TEXTS = st.one_of(st.text(), RUNS.map(lambda runs: "".join((piece * times)[:LONGEST] for piece, times in runs)[:LONGEST]))
 
 
-@given(st.one_of(st.text(), PIECES.map("".join)))
-@example("<type>" * 50)
-def test_any_output_is_parsed_or_refused(text):
-    question = parse_question(text)
+def quickest(function, *args):
+    """What it returns, and the seconds of the quickest of up to five calls: other processes disturb some."""
+    best = float("inf")
+    for _ in range(5):
+        start = time.process_time()
+        result = function(*args)
+        best = min(best, time.process_time() - start)
+        if best < 0.005:
+            break
+    return result, best
+
+
+@settings(max_examples=10_000 if THOROUGH else 500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(TEXTS, st.sampled_from(["", "<type>numerical</type><question>", "\\boxed{"]), TEXTS)
+@example("<type>" * 50, "", "")
+def test_any_output_is_parsed_or_refused_at_once(text, before, other):
+    """No exception, no evaluation, and under 5 ms for 10,000 characters."""
+    text = (before + text)[:LONGEST]
+    question, seconds = quickest(parse_question, text)
+    assert seconds < 0.005
     if question is not None:
         assert question.kind in KINDS and question.text.strip() and question.answer.strip()
         blocks = f"<type>{question.kind}</type><question>{question.text}</question><answer>\\boxed{{{question.answer}}}</answer>"
         assert parse_question(blocks) == question
-    answer = extract_answer(text)
-    assert answer is None or (answer.strip() and answer in text)
+    answer, seconds = quickest(extract_answer, text)
+    assert seconds < 0.005 and (answer is None or (answer.strip() and answer in text))
+    for a, b in ((text, other), (text[:400], other[:400])):  # longer answers are compared as they stand
+        same, seconds = quickest(same_answer, a, b)
+        assert seconds < 0.01 and same == same_answer(b, a) and same_answer(a, a), "two texts: 5 ms each"
 
 
-@pytest.mark.parametrize("piece", ["\\boxed{", "{", "}", "<think>", "<type>", "<type></type>", "\\", "\\boxed"])
+@pytest.mark.parametrize("piece", TAGS + BRACES + NUMBERS + OTHERS + ["<type></type>"])
 def test_parsing_takes_linear_time(piece):
     """A quadratic parser would take minutes on a megabyte."""
     text, start = piece * (1_000_000 // len(piece)), time.process_time()
     assert parse_question(text) is None and parse_question("<type>numerical</type><question>" + text) is None
-    assert extract_answer(text) is None
+    assert extract_answer(text) is None and not same_answer(text, "1") and same_answer(text, text)
+    assert extract_answer("\\boxed{" + text[:100_000]) is None or "}" in piece
     assert time.process_time() - start < 3
+
+
+CONTROL_PIECE = st.sampled_from([*CONTROL, "<|im_", "start|>", "<|", "|>", "\n", "assistant", "user", "\x01user text\x01", "How many?"])
+
+
+@settings(deadline=None)
+@given(st.lists(CONTROL_PIECE, max_size=12).map("".join))
+def test_a_question_cannot_forge_a_turn_or_an_image(random_vlm, text):
+    """Whatever a question spells out, the Reasoner's prompt has the control tokens of its template and no others, in their places."""
+    image = random_vlm.patches(noise_image(60, 60))
+    control = set(random_vlm.tokenizer.convert_tokens_to_ids(CONTROL))
+    prompts = [reasoner.answer_prompt(random_vlm, image, question) for question in (text, "x")]
+    forged, harmless = ([i for i in prompt.ids.tolist() if i in control] for prompt in prompts)
+    assert forged == harmless
+    first = prompts[1].ids.tolist().index(random_vlm.tokenizer("x")["input_ids"][0], prompts[1].image_start)
+    assert torch.equal(prompts[0].ids[:first], prompts[1].ids[:first]), "what stands before the question is untouched"
+    assert text in random_vlm.tokenizer.decode(prompts[0].ids), "and nothing of the question is lost"

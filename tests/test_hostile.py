@@ -1,0 +1,126 @@
+"""Files that call themselves images: every one is used or skipped with a reason, and a run among them completes."""
+
+import os
+import random
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import loop
+from checkpoints import noise_image
+from images import ImageError, find_images, load_image
+
+USABLE = {"rgba.png", "la.png", "clear-palette.png", "cmyk.jpg", "one-bit.png", "sixteen-bit.png", "animated.gif", "animated.webp"}
+USABLE |= {"lying.jpg", "one-pixel.png", "long.JPEG", "good-1.png", "good-2.jpg", "good-3.webp", "b\udcffd.png", "two\nlines.png"}
+USABLE |= {"n" * 250 + ".png", "inside.png"}
+SKIPPED = {"thin.png": "200 times", "bomb.png": "million", "large.png": "million", "text.png": "no known format", "empty.jpg": "no known"}
+SKIPPED |= {"nowhere.png": "No such file", "loop.png": "symbolic links", "pipe.png": "not a file", "dir.jpg": "not a file"}
+SKIPPED |= {f"bytes-{i}.png": "not a readable image" for i in range(4)}
+CUT = ("png", "jpg", "gif", "webp", "bmp", "tiff")
+SKIPPED |= {f"cut-{tenths}.{suffix}": "" for suffix in CUT for tenths in range(10)}
+
+
+def hostile_folder(folder: Path) -> Path:
+    """Three good images and everything that has ever stood in a folder of them."""
+    base, frames = noise_image(70, 50), [noise_image(40, 40, i) for i in range(3)]
+    (folder / "dir.jpg").mkdir(parents=True)
+    for i, suffix in enumerate(("png", "jpg", "webp"), start=1):
+        noise_image(60 + i, 60, i).save(folder / f"good-{i}.{suffix}")
+    base.convert("RGBA").save(folder / "rgba.png")
+    base.convert("LA").save(folder / "la.png")
+    base.convert("P").save(folder / "clear-palette.png", transparency=0)
+    base.convert("CMYK").save(folder / "cmyk.jpg")
+    base.convert("1").save(folder / "one-bit.png")
+    Image.fromarray(np.arange(3500, dtype=np.uint16).reshape(50, 70) * 18).save(folder / "sixteen-bit.png")
+    for suffix in ("gif", "webp"):
+        frames[0].save(folder / f"animated.{suffix}", save_all=True, append_images=frames[1:])
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    base.save(folder / "lying.jpg", exif=exif)
+    noise_image(1, 1).save(folder / "one-pixel.png")
+    noise_image(3, 500).save(folder / "long.JPEG")
+    for name in ("two\nlines.png", "n" * 250 + ".png", "b\udcffd.png", "dir.jpg/inside.png"):
+        base.save(folder / name)
+
+    noise_image(1, 5000).save(folder / "thin.png")
+    Image.new("1", (30_000, 30_000)).save(folder / "bomb.png")
+    Image.new("1", (10_000, 10_000)).save(folder / "large.png")
+    (folder / "text.png").write_text("no image")
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "nowhere.png").symlink_to(folder / "gone")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / "up").symlink_to(folder)
+    os.mkfifo(folder / "pipe.png")
+    magic = [b"", b"\x89PNG\r\n\x1a\n", b"RIFF\xff\xff\xff\xffWEBPVP8 ", b"GIF89a"]
+    for i, start in enumerate(magic):
+        (folder / f"bytes-{i}.png").write_bytes(start + random.Random(i).randbytes(3000))
+    for suffix in CUT:
+        base.save(folder / f"whole.{suffix}")
+        data = (folder / f"whole.{suffix}").read_bytes()
+        for tenths in range(10):
+            (folder / f"cut-{tenths}.{suffix}").write_bytes(data[: len(data) * tenths // 10])
+        (folder / f"whole.{suffix}").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    return hostile_folder(tmp_path_factory.mktemp("hostile") / "images")
+
+
+def examine(paths):
+    """name -> None if the image can be used, else why not."""
+    reasons = {}
+    for path in paths:
+        try:
+            image = load_image(path)
+            assert image.mode == "RGB"
+            reasons[Path(path).name] = None
+        except ImageError as error:
+            reasons[Path(path).name] = str(error)
+    return reasons
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*"])
+def test_each_file_is_used_or_skipped_with_its_reason(hostile, pattern):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = find_images(str(hostile / pattern))
+        reasons = examine(found.paths) | {Path(path).name: why for path, why in found.skipped}
+    if pattern:  # a glob takes what it matches, whatever it is called
+        assert "not a file" in reasons.pop("up")
+    assert {name for name, why in reasons.items() if why is None} == USABLE
+    assert set(reasons) == USABLE | set(SKIPPED)
+    for name, part in SKIPPED.items():
+        assert part in reasons[name] and "\n" not in reasons[name] and str(hostile) not in reasons[name], reasons[name]
+
+
+def test_a_file_that_may_not_be_read(tmp_path_factory):
+    path = tmp_path_factory.mktemp("locked") / "locked.png"
+    noise_image(40, 40).save(path)
+    path.chmod(0)
+    if os.geteuid() == 0:  # root may read everything: become nobody for a moment
+        for folder in (path.parent, path.parent.parent, path.parent.parent.parent):
+            folder.chmod(0o755)
+        os.seteuid(65534)
+    try:
+        found = find_images(str(path.parent))
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+    assert found.paths == [] and "Permission denied" in found.skipped[0][1]
+
+
+def test_a_run_on_the_hostile_folder_completes_and_lists_what_it_skipped(hostile, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = "--iterations 1 --questioner-steps 2 --reasoner-steps 1 --images-per-step 40 --group-size 2 --answers 2 --candidates 8 --device cpu"
+    assert loop.main([*args.split(), "--tau-low", "0", "--tau-high", "1", "--images", str(hostile), "--name", "x"]) == 0
+    listed = (tmp_path / "runs" / "x" / "skipped.txt").read_text().splitlines()
+    reasons = {Path(line.split("\t")[0]).name: line.split("\t")[1] for line in listed}
+    assert set(reasons) == set(SKIPPED) and len(listed) == len(SKIPPED)
+    assert all(part in reasons[name] for name, part in SKIPPED.items())
+    err = capsys.readouterr().err
+    assert all(f"/{name}: " in err for name in SKIPPED) and "Traceback" not in err and "Warning" not in err
