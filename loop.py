@@ -384,7 +384,7 @@ def parse_arguments(argv: list[str] | None = None) -> Settings:
 def prepare(s: Settings, ranks: Ranks) -> Run:
     """Checks the settings and finds the images; writes nothing. Raises ValueError with a sentence for the user."""
     s.check()
-    check_device(s.device)
+    check_device(s.device, ranks)
     if s.images is not None:
         s.images = os.path.abspath(os.path.expanduser(s.images))  # so that a run can be resumed from anywhere
     if s.model is not None and Path(s.model).is_dir():
@@ -439,8 +439,10 @@ def device_of(s: Settings) -> torch.device:
     return torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def check_device(name: str | None) -> None:
-    """Raises ValueError if torch has no such device here."""
+def check_device(name: str | None, ranks: Ranks) -> None:
+    """Raises ValueError if torch has no such device here, or if all ranks would be on one GPU."""
+    if ranks.size > 1 and (name or "").startswith("cuda:"):
+        raise ValueError(f"--device {name}: under torchrun each process takes its own GPU; say --device cuda, or nothing")
     try:
         if name is not None and torch.device(name).type not in ("cpu", "cuda"):
             raise ValueError
@@ -463,7 +465,7 @@ def resume(folder: Path, ranks: Ranks) -> tuple[Settings, Run]:
     """The settings and the run in a folder. Raises ValueError with a sentence for the user."""
     s, scene_size = saved_settings(folder)
     s.check()
-    check_device(s.device)
+    check_device(s.device, ranks)
     return s, reopened(s, folder, scene_size, ranks)
 
 
@@ -514,14 +516,14 @@ def print_plan(s: Settings, run: Run) -> None:
         for path, reason in found.skipped:
             print(f"         skipped {printable(path)}: {reason}")
     questions = s.images_per_step * s.group_size
-    print(f"model    {s.model or 'the toy'}: {plan.count_parameters(config):,} parameters, {dtype}, on {device}")
+    print(f"model    {s.model or 'the toy'}: {sum(plan.parameter_sizes(config).values()):,} parameters, {dtype}, on {run.ranks.size} x {device}")
     print(f"steps    {s.iterations} iterations of {s.questioner_steps} Questioner and {s.reasoner_steps} Reasoner steps")
     print(f"         a Questioner step samples {questions} questions and {questions * s.answers} answers,")
     print(f"         a curation {s.candidates} questions and {s.candidates * s.answers} answers,")
     print(f"         and a Reasoner step up to {questions} answers")
     work = plan.Work(image_tokens, 100, s.max_new_tokens, s.group_size, questions, s.answers)  # 100: an instruction, a question
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    for moment in plan.memory_plan(config, dtype, total, work, s.gradient_checkpointing, s.offload):
+    for moment in plan.memory_plan(config, dtype, total, work, s.gradient_checkpointing, s.offload, run.ranks.size):
         parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in moment.parts.items() if size)
         verdict = "" if total is None or moment.total < total else f"; MORE than the {total / 2**30:.0f} GiB of {device}"
         print(f"memory   {moment.name}: {moment.total / 2**30:.2f} GiB ({parts}){verdict}")
@@ -553,7 +555,8 @@ def start(s: Settings, ranks: Ranks) -> int:
         else:
             run = prepare(s, ranks)
         if run.state.iteration > s.iterations:
-            print(f"{run.folder} is complete: all of its {s.iterations} iterations are done")
+            if ranks.first:
+                print(f"{run.folder} is complete: all of its {s.iterations} iterations are done")
             return 0
         if ranks.first:
             print_plan(s, run)
@@ -562,7 +565,7 @@ def start(s: Settings, ranks: Ranks) -> int:
         roles = load_roles(s)
         start_run(s, run)
     except (ValueError, OSError) as error:  # CheckpointError and ImageError are ValueErrors
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")  # in one piece: several processes may say so at once
         return 2
     return carry_out(s, run, roles)
 

@@ -2,7 +2,8 @@
 
 Per parameter, a role that is trained has its weight, a float32 master, a float32 gradient and AdamW's two float32 moments;
 a float32 weight is its own master. The other role and the reference (the KL's other side) are frozen: on a GPU they are
-only while they work. With --offload masters and moments are on the CPU.
+only while they work. With --offload masters and moments are on the CPU. Of several GPUs each has all weights and gradients, but
+the masters and moments of its own share of the tensors only (see ranks.py).
 
 Activations are counted from what autograd keeps (found with `saved_tensors_hooks` in transformers 5.23): of a token or
 patch each layer keeps 8 vectors of its width and 4 of its MLP's, and 2 more of its width in float32, from the norms; the
@@ -16,6 +17,7 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from generate import CPU_CACHE_BYTES, PREFILL_TOKENS, SAMPLING_BYTES, cache_token_bytes
+from ranks import Ranks
 from vlm import BATCH_IMAGE_TOKENS, BATCH_TOKENS, LOGITS, ROW_TOKENS
 
 
@@ -48,21 +50,32 @@ class Moment:
         return sum(self.parts.values())
 
 
-def count_parameters(config: Qwen2_5_VLConfig) -> int:
-    """The number of parameters of a model of this shape; no weights are made."""
+def parameter_sizes(config: Qwen2_5_VLConfig) -> dict[str, int]:
+    """The number of elements of each parameter of a model of this shape, by name; no weights are made."""
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
-    return sum(p.numel() for p in model.parameters())
+    return {name: p.numel() for name, p in model.named_parameters()}
 
 
 def memory_plan(
-    config: Qwen2_5_VLConfig, dtype: torch.dtype, device_bytes: int | None, work: Work, checkpointing: bool, offload: bool
+    config: Qwen2_5_VLConfig,
+    dtype: torch.dtype,
+    device_bytes: int | None,
+    work: Work,
+    checkpointing: bool,
+    offload: bool,
+    ranks: int = 1,
 ) -> list[Moment]:
-    """The memory of the moments of one iteration that take most. device_bytes: the memory of the GPU, None on a CPU."""
-    parameters = count_parameters(config)
+    """The memory of the moments of one iteration that take most, on the GPU, of `ranks`, that has most to hold.
+
+    device_bytes: the memory of the GPU, None on a CPU. `work` is what all ranks have to do.
+    """
+    sizes, work = parameter_sizes(config), replace(work, questions=-(-work.questions // ranks))
+    parameters, owners = sum(sizes.values()), Ranks(size=ranks).owners(sizes)
+    owned = max(sum(sizes[name] for name in sizes if owners[name] == rank) for rank in range(ranks))
     weights = parameters * dtype.itemsize
     trained, other, reference = {"trained role": weights}, {"other role": weights}, {"reference": weights}
-    optimizer = {"float32 masters": 0 if dtype == torch.float32 else 4 * parameters, "AdamW moments": 8 * parameters}
+    optimizer = {"float32 masters": 0 if dtype == torch.float32 else 4 * owned, "AdamW moments": 8 * owned}
     device = "cpu" if device_bytes is None else "cuda"
     gradients = {"gradients": 4 * parameters, "activations": activation_bytes(config, dtype, work, checkpointing, device)}
     always = trained | ({} if offload else optimizer)

@@ -75,8 +75,8 @@ def count(text: str) -> int:
     return value
 
 
-def random_vlm(size: str, device: str, dtype: str, vocab_size: int = 0) -> VLM:
-    """A model with random weights, made on its device; the toy's tokenizer stands in, as none of its words matter."""
+def shape_config(size: str, vocab_size: int = 0) -> Qwen2_5_VLConfig:
+    """The configuration of a model of this shape; its last five words are the special tokens."""
     shape = SHAPES[size]
     vocab_size = vocab_size or shape["vocab_size"]
     special = [vocab_size - i for i in range(1, 6)]
@@ -89,6 +89,12 @@ def random_vlm(size: str, device: str, dtype: str, vocab_size: int = 0) -> VLM:
     ids = dict(zip(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), special))
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape["tied"], **ids)
     config._attn_implementation = "sdpa"
+    return config
+
+
+def random_vlm(size: str, device: str, dtype: str, vocab_size: int = 0) -> VLM:
+    """A model with random weights, made on its device; the toy's tokenizer stands in, as none of its words matter."""
+    config = shape_config(size, vocab_size)
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
@@ -97,7 +103,7 @@ def random_vlm(size: str, device: str, dtype: str, vocab_size: int = 0) -> VLM:
             model = Qwen2_5_VLForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(default)
-    model.generation_config.eos_token_id = special[4]
+    model.generation_config.eos_token_id = config.text_config.eos_token_id
     return VLM(model.eval(), *load_processors(Path(__file__).parent.parent / "toy"))
 
 

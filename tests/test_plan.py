@@ -12,7 +12,8 @@ import vlm as vlm_module
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
-from shapes import peak_extra_bytes, random_completions, random_prompt, random_vlm  # noqa: E402
+import memory  # noqa: E402
+from shapes import peak_extra_bytes, random_completions, random_prompt, random_vlm, shape_config  # noqa: E402
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -90,12 +91,28 @@ def test_published_shapes():
     """Parameters as published (3.75 and 8.29 billion), and what the design promises: 3B within 80 GB, 48 GB with --offload."""
     work = plan.Work(1024, 100, 1024, 8, 1024, 10)
     for size, billions in (("3b", 3.75), ("7b", 8.29)):
-        with torch.device("meta"):
-            config = random_vlm(size, "meta", "bfloat16").model.config
-        assert plan.count_parameters(config) / 1e9 == pytest.approx(billions, rel=0.005)
+        config = shape_config(size)
+        assert sum(plan.parameter_sizes(config).values()) / 1e9 == pytest.approx(billions, rel=0.005)
         for offload, most in ((False, {"3b": 78 * 2**30, "7b": 160e9}), (True, {"3b": 48e9, "7b": 78 * 2**30})):
             for moment in plan.memory_plan(config, torch.bfloat16, int(most[size]), work, True, offload):
                 assert moment.total < most[size], (size, offload, moment)
+
+
+def test_several_gpus_share_the_optimizer_and_the_questions():
+    """Masters and moments are 12 bytes a parameter, shared; weights (2) and gradients (4) are whole on each GPU."""
+    config, work = shape_config("3b"), plan.Work(1024, 100, 1024, 8, 1024, 10)
+    parameters = sum(plan.parameter_sizes(config).values())
+    for ranks in (1, 2, 8):
+        update = plan.memory_plan(config, torch.bfloat16, 80 * 2**30, work, True, False, ranks)[1].parts
+        assert update["float32 masters"] + update["AdamW moments"] == pytest.approx(12 * parameters / ranks, rel=0.01)
+        assert (update["trained role"], update["gradients"]) == (2 * parameters, 4 * parameters)
+
+
+def test_the_table_in_the_readme():
+    readme = (ROOT / "README.md").read_text().splitlines()
+    lines = memory.table()
+    start = readme.index(lines[0])
+    assert readme[start : start + len(lines)] == lines
 
 
 def test_more_rows_or_tokens_take_more():

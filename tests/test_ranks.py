@@ -1,5 +1,6 @@
 """Several processes on gloo: what they exchange, and that they update as one process does."""
 
+import json
 import multiprocessing
 import os
 
@@ -8,8 +9,11 @@ import torch
 import torch.distributed as dist
 
 import grpo
+from checkpoints import noise_image
 from conftest import ROOT
 from ranks import Ranks
+from state import read_tensors, write_tensors
+from vlm import VLM
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
 FORKS = multiprocessing.get_context("forkserver")  # imports once, then forks: an attempt starts in no time
@@ -48,6 +52,72 @@ def exchange(ranks):
     ranks.reduce(total := torch.ones(2), 1)
     assert ranks.rank != 1 or total.tolist() == [ranks.size] * 2
     return ranks.gather([ranks.rank] * (ranks.rank + 1))
+
+
+def real_update(ranks):
+    """One update of the toy on five groups of an image and six completions each, split over the ranks: its weights."""
+    vlm = VLM.load(ROOT / "toy", "cpu", "float32")
+    reference, rng = vlm.copy(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in reference.model.parameters():
+            parameter.mul_(1 + 0.01 * torch.randn(parameter.shape, generator=rng))
+    groups = []
+    for g in range(5):
+        prompt = vlm.prompt("How many?", noise_image(60 + 30 * g, 60, g))
+        completions = [torch.randint(4, 40, (1 + (g + i) % 7,), generator=rng).tolist() for i in range(6)]
+        groups.append(grpo.Group(prompt, completions, torch.rand(6, generator=rng).tolist()))
+    mine, optimizer = ranks.share(groups), grpo.MasterAdamW(vlm.model.named_parameters(), 1e-3, 0.01, ranks=ranks)
+    with optimizer:
+        grpo.add_reference(mine, reference)
+        metrics = grpo.take_step(optimizer, grpo.backward(vlm, mine, total=30))
+    return torch.cat([p.detach().flatten() for p in vlm.model.parameters()]).tolist(), metrics
+
+
+def test_an_update_of_the_real_model_is_that_of_one_process():
+    """AdamW's first step is lr * g / (|g| + 1e-8): to 1e-5 the same wherever g is not lost in rounding, as it is in few places."""
+    weights, metrics = real_update(Ranks())
+    for size in (2, 3):
+        for theirs, their_metrics in (results := together(size, real_update)):
+            assert their_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-5)
+            apart = (torch.tensor(theirs) - torch.tensor(weights)).abs()
+            assert (apart > 1e-5).float().mean() < 1e-3 and apart.max() <= 2.1e-3
+            assert theirs == results[0][0]
+
+
+def one_more(ranks, folder, first):
+    """The first two of three updates, saved, or the third of a run that loads them; with as many ranks as there are."""
+    policy = Table(torch.bfloat16)
+    optimizer = grpo.MasterAdamW(policy.named_parameters(), 0.05, 0.1, ranks=ranks)
+    with optimizer:
+        if not first:
+            files = json.loads((folder / "parts.json").read_text())
+            optimizer.load_weights(read_tensors(folder, files["weights"]))
+            optimizer.load_moments(read_tensors(folder, files["moments"]))
+        for seed in (0, 1) if first else (2,):
+            rng = torch.Generator().manual_seed(seed)
+            groups = [grpo.Group(g, [[0, 1], [2], [3, 4, 0]], torch.rand(3, generator=rng).tolist()) for g in range(4)]
+            mine = ranks.share(groups)
+            grpo.add_reference(mine, policy)
+            grpo.take_step(optimizer, grpo.backward(policy, mine, total=12))
+        parts = {}
+        for name, tensors in (("weights", optimizer.weights()), ("moments", optimizer.moments())):
+            parts[name] = ranks.gather([write_tensors(folder, f"{name}-{ranks.rank}", tensors)])
+        if first and ranks.first:
+            (folder / "parts.json").write_text(json.dumps(parts))
+        return {name: tensor.tolist() for kind in parts for name, tensor in read_tensors(folder, parts[kind]).items()}
+
+
+@pytest.mark.parametrize("before, after", [(1, 3), (3, 2), (2, 1)])
+def test_another_number_of_ranks_goes_on(tmp_path, before, after):
+    def run(size, folder, first):
+        (folder / "state").mkdir(parents=True, exist_ok=True)
+        return one_more(Ranks(), folder, first) if size == 1 else together(size, one_more, folder, first)[0]
+
+    run(1, tmp_path / "one", True), run(before, tmp_path / "several", True)
+    expected, got = run(1, tmp_path / "one", False), run(after, tmp_path / "several", False)
+    assert got.keys() == expected.keys() and {"weight", "weight:exp_avg", "weight:exp_avg_sq", "bias:step"} <= got.keys()
+    for name, values in expected.items():
+        assert torch.allclose(torch.tensor(got[name]), torch.tensor(values), atol=1e-5), name
 
 
 def test_exchange():
