@@ -55,7 +55,7 @@ TOY = Path(__file__).parent / "toy"
 # Its Reasoner has one thing to find out: a longer phase exhausts it, and a Questioner whose Reasoner is sure of every
 # question finds that it is unsure of those that have no answer ("Is there?"), the failure that the paper warns of.
 TOY_DEFAULTS = dict(lr=6e-5, reasoner_steps=3, images_per_step=32, candidates=256, max_new_tokens=32, dtype="float32")
-Reward = Callable[[str | None, str], float]  # (answer, silver label) -> reward
+Reward = Callable[[str | None, Example], float]  # (answer, curated question) -> reward
 MAY_CHANGE = ("name", "resume", "dry_run", "device", "gradient_checkpointing", "offload", "save_every")
 TOO_LITTLE_MEMORY = (
     "the GPU has too little memory: run again with the same --name and --gradient-checkpointing, --offload or both, which goes on "
@@ -135,8 +135,13 @@ class Settings:
 # ---- The loop ----------------------------------------------------------------------------------------------------------
 
 
-def visplay(s: Settings, run: Run, questioner: VLM, reasoner: VLM, answer_reward: Reward = rewards.answer_reward) -> None:
-    """Goes on from the state of the run until s.iterations are complete. `answer_reward` is the Reasoner's; a test replaces it."""
+def silver_label_reward(answer: str | None, example: Example) -> float:
+    """The Reasoner's reward: 1 if the answer equals the silver label, else 0."""
+    return rewards.answer_reward(answer, example.label)
+
+
+def visplay(s: Settings, run: Run, questioner: VLM, reasoner: VLM, answer_reward: Reward = silver_label_reward) -> None:
+    """Goes on from the state of the run until s.iterations are complete. `answer_reward` is the Reasoner's; experiments replace it."""
     roles = {"questioner": questioner, "reasoner": reasoner}
     settings = dict(lr=s.lr, weight_decay=s.weight_decay, offload=s.offload, ranks=run.ranks)
     optimizers = {name: grpo.MasterAdamW(role.model.named_parameters(), **settings) for name, role in roles.items()}
@@ -217,6 +222,7 @@ def curate_questions(s, run, k, questioner: VLM, reasoner: VLM) -> None:
         | dict(curated=len(curated), confidence=mean([e.confidence for e in candidates]), seconds=time.time() - start)
     )
     if run.ranks.first:
+        curate.write_examples(run.folder / "candidates" / f"iteration-{k}.jsonl", candidates)
         curate.write_examples(run.curated(k), curated)
     run.advance(files={"curated": run.curated(k)})
 
@@ -237,7 +243,7 @@ def train_reasoner(s, run, k, reasoner: VLM, optimizer, curated: list[Example], 
             generator = seeded(s, run, k, "reasoner", step)
             answers = reasoner_role.answer(reasoner, prompts, s.group_size, **s.sampling, generator=generator)
             groups = [
-                grpo.Group(prompt, [a.completion for a in group], [answer_reward(a.answer, e.label) for a in group])
+                grpo.Group(prompt, [a.completion for a in group], [answer_reward(a.answer, e) for a in group])
                 for prompt, group, e in zip(prompts, answers, batch)
             ]
             return gradient(s, reasoner, reference, groups, size), groups, [[a.answer for a in group] for group in answers]

@@ -2,7 +2,8 @@
 
     config.json                  every setting
     metrics.jsonl                one record a GRPO step, curation or measurement
-    curated/iteration-K.jsonl    the Reasoner's training set of iteration K
+    candidates/iteration-K.jsonl every valid question that was proposed for curation, with its votes
+    curated/iteration-K.jsonl    those that were kept: the Reasoner's training set of iteration K
     questioner/, reasoner/       both roles after the last complete iteration, as Hugging Face checkpoints
     skipped.txt                  images that could not be used, and why
     state/                       what an interrupted run goes on from (see state.py)

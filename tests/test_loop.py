@@ -235,13 +235,13 @@ def test_equal_rewards_and_a_gradient_that_is_not_finite(workplace, monkeypatch,
     roles = loop.load_roles(s)
     loop.start_run(s, run)
     before = [p.clone() for p in roles[1].model.parameters()]
-    loop.visplay(s, run, *roles, answer_reward=lambda answer, label: 1.0)
+    loop.visplay(s, run, *roles, answer_reward=lambda answer, example: 1.0)
     steps = records(run.folder, "reasoner")
     assert steps and all(r["equal_groups"] == 1 and r["policy_loss"] == 0 for r in steps)
 
     logprobs = VLM._token_logprobs
     monkeypatch.setattr(VLM, "_token_logprobs", lambda *a: logprobs(*a) * float("nan"))
-    s = dataclasses.replace(s, name="y", reasoner_steps=1)  # one more would be three in a row, which stop a run
+    s = dataclasses.replace(s, name="y", questioner_steps=1, reasoner_steps=1)  # three in a row would stop the run
     run = loop.prepare(s, Ranks())
     loop.start_run(s, run)
     roles = loop.load_roles(s)
