@@ -38,11 +38,13 @@ from PIL.Image import Image
 from transformers.utils import logging as transformers_logging
 
 import curate
+import evaluate
 import grpo
 import plan
 import questioner as questioner_role
 import reasoner as reasoner_role
 import rewards
+import signatures
 from curate import Example
 from images import Found, ImageError, Picture, find_images, load_image
 from questioner import Proposal
@@ -61,6 +63,7 @@ TOO_LITTLE_MEMORY = (
     "the GPU has too little memory: run again with the same --name and --gradient-checkpointing, --offload or both, which goes on "
     "where this stopped; or begin anew with a lower --max-new-tokens, --max-pixels or --group-size"
 )
+PROBES = 64  # questions on which the Reasoner is compared with the base
 SCENES, HELD_OUT_QUESTIONS, HELD_OUT_SEED = 512, 512, 1_000_000  # the built-in scenes; no run's seed is that large
 
 
@@ -163,7 +166,8 @@ def visplay(s: Settings, run: Run, questioner: VLM, reasoner: VLM, answer_reward
         if run.at(k, "reasoner"):
             with optimizers["reasoner"] as optimizer:
                 train_reasoner(s, run, k, reasoner, optimizer, curated, answer_reward)
-        run.report(k, measure(s, run, reasoner, curated))
+        run.report(k, measure(s, run, reasoner, curated) | base_agreement(s, run, k, reasoner))
+        watch_drift(run, k)
         run.export(roles)
         run.advance()
 
@@ -221,8 +225,11 @@ def curate_questions(s, run, k, questioner: VLM, reasoner: VLM) -> None:
         dict(iteration=k, phase="curation", candidates=s.candidates, validity=len(candidates) / s.candidates)
         | dict(curated=len(curated), confidence=mean([e.confidence for e in candidates]), seconds=time.time() - start)
     )
+    asking = run.of("questioner")
+    run.warn("stagnant difficulty", signatures.stagnant_difficulty([r["r_unc"] for r in asking if r["iteration"] == k]))
+    run.warn("question collapse", signatures.question_collapse(asking[0], asking[-1]))
     if run.ranks.first:
-        curate.write_examples(run.folder / "candidates" / f"iteration-{k}.jsonl", candidates)
+        curate.write_examples(run.candidates(k), candidates)
         curate.write_examples(run.curated(k), curated)
     run.advance(files={"curated": run.curated(k)})
 
@@ -333,7 +340,27 @@ def questioner_metrics(s: Settings, voted: list[list[Example | None]]) -> dict:
         "r_div": mean([r for texts in asked for r in rewards.diversity_penalty(texts, s.diversity_weight, s.group_size)]),
         "confidence": mean([v.confidence for v in valid]),
         "clusters": mean([len(set(rewards.cluster_questions(texts))) for texts in asked if texts]),
-    }
+    } | signatures.variety([v.question for v in valid], [v.kind for v in valid])
+
+
+def base_agreement(s: Settings, run: Run, k: int, reasoner: VLM) -> dict:
+    """How often the Reasoner's majority is still the base's: on some of the candidates of iteration 1, which the base answered."""
+    base = [e for e in curate.read_examples(run.candidates(1)) if e.label is not None]
+    base = base[:: -(-len(base) // PROBES)] if base else []
+    mine = run.ranks.share(base)
+    prompts = [reasoner_role.answer_prompt(reasoner, load_curated(e), e.question) for e in mine]
+    answers = reasoner_role.answer(reasoner, prompts, s.answers, **s.sampling, generator=seeded(s, run, k, "probe", 0))
+    votes = run.ranks.gather([list(rewards.confidence([a.answer for a in group])) for group in answers])
+    agree = [rewards.answer_reward(label, e.label) for (label, _), e in zip(votes, base)]
+    return {"base_agreement": mean(agree) if base else None, "probe_confidence": mean([c for _, c in votes]) if base else None}
+
+
+def watch_drift(run: Run, k: int) -> None:
+    """Warns if the labels have become worse since the iteration before."""
+    records = {r["iteration"]: r for r in run.of("curation")}
+    measured = {r["iteration"]: records.get(r["iteration"], {}) | r for r in run.of("measure")}
+    if k > 1:
+        run.warn("pseudo-label drift", signatures.label_drift(measured[k - 1], measured[k]))
 
 
 def measure(s: Settings, run: Run, reasoner: VLM, curated: list[Example]) -> dict:
@@ -343,13 +370,15 @@ def measure(s: Settings, run: Run, reasoner: VLM, curated: list[Example]) -> dic
     """
     if s.images is not None:
         return {}
-    import evaluate  # imports the exact answerer, which self-play must not
+    import toy.measure as truth  # imports the exact answerer, which self-play must not
 
     results = {}
     if run.ranks.first:
-        questions = evaluate.held_out_questions(run.folder / "held-out", HELD_OUT_QUESTIONS, HELD_OUT_SEED, run.scene_size)
-        results = evaluate.accuracy(reasoner, questions, 4, **s.sampling, generator=seeded(s, run, 0, "measure", 0))
-        results |= evaluate.silver_label_accuracy(curated, run.folder / "images")
+        items = truth.held_out_questions(run.folder / "held-out", HELD_OUT_QUESTIONS, HELD_OUT_SEED, run.scene_size)
+        outcomes = evaluate.answer_all(reasoner, items, 4, len(items), **s.sampling, generator=seeded(s, run, 0, "measure", 0))
+        scores = evaluate.scores(outcomes)
+        results = {name: scores[name] for name in ("greedy_accuracy", "sampled_accuracy")}
+        results |= truth.silver_label_accuracy(curated, run.folder / "images")
     return run.ranks.gather([results])[0]
 
 

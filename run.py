@@ -157,6 +157,14 @@ class Run:
         """Where the Reasoner's training set of iteration k is."""
         return self.folder / "curated" / f"iteration-{k}.jsonl"
 
+    def candidates(self, k: int) -> Path:
+        """Where all that was proposed for the Reasoner's training set of iteration k is."""
+        return self.folder / "candidates" / f"iteration-{k}.jsonl"
+
+    def of(self, phase: str) -> list[dict]:
+        """The records of a phase, of all iterations so far."""
+        return [record for record in self.records if record["phase"] == phase]
+
     def save(self, tensors: dict[str, dict[str, Tensor]], files: dict[str, Path] | None = None) -> None:
         """Saves the state, with new tensors (each rank those it owns) and files under their names; others stay as they are."""
         self.number += 1
@@ -232,6 +240,12 @@ class Run:
         self.write(record | dict(truncated=mean([t for group in truncated for t in group])))
         if metrics["skipped"]:
             self.say(f"step {self.state.step + 1}: loss or gradient is not finite; the step is skipped and the weights are unchanged")
+
+    def warn(self, signature: str, message: str | None) -> None:
+        """Writes and prints that a failure signature has shown itself; does nothing if there is no message."""
+        if message is not None:
+            self.write(dict(iteration=self.state.iteration, phase="warning", signature=signature, message=message))
+            self.say(f"warning, {signature}: {message}")
 
     def skipped_in_a_row(self) -> int:
         """How many of the last GRPO steps were skipped."""

@@ -14,13 +14,13 @@ from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import checkpoints
-import evaluate
 import loop
 import questioner
 from checkpoints import noise_image, plain_inputs
 from conftest import ROOT
 from curate import read_examples
 from ranks import Ranks
+from toy import measure
 from vlm import VLM
 
 SMALL = "--iterations 1 --questioner-steps 2 --reasoner-steps 2 --images-per-step 2 --group-size 4 --answers 4".split()
@@ -175,12 +175,12 @@ def test_training_never_sees_the_truth(workplace, monkeypatch):
         fact = understand(question, scene)
         return fact and dataclasses.replace(fact, answer="nonsense")
 
-    monkeypatch.setattr(evaluate, "understand", nonsense)
+    monkeypatch.setattr(measure, "understand", nonsense)
     monkeypatch.setattr(toy.answerer, "understand", nonsense)
-    truth, readers = evaluate.read_truth, []
-    monkeypatch.setattr(evaluate, "read_truth", lambda folder: readers.append(folder) or truth(folder))
+    truth, readers = measure.read_truth, []
+    monkeypatch.setattr(measure, "read_truth", lambda folder: readers.append(folder) or truth(folder))
     assert loop.main([*SMALL, "--name", "false"]) == 0
-    assert readers, "the truth is read, by evaluate alone"
+    assert readers, "the truth is read, by toy.measure alone"
     runs = workplace / "runs"
     assert records(runs / "true", "measure")[-1]["sampled_accuracy"] > 0 == records(runs / "false", "measure")[-1]["sampled_accuracy"]
     for file in ("questioner/model.safetensors", "reasoner/model.safetensors"):
@@ -192,12 +192,12 @@ def test_training_never_sees_the_truth(workplace, monkeypatch):
 def test_training_never_imports_the_answerer(workplace):
     """In a fresh process where importing it fails, a whole run on unlabelled images goes through."""
     image_folder(workplace / "images")
-    code = "import sys; sys.modules['toy.answerer'] = None; sys.modules['evaluate'] = None; import loop; sys.exit(loop.main(sys.argv[1:]))"
+    code = "import sys; sys.modules['toy.answerer'] = None; sys.modules['toy.measure'] = None; import loop; sys.exit(loop.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "--images", "images", *SMALL]
     done = subprocess.run(command, cwd=workplace, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     importers = {file.name for file in ROOT.glob("**/*.py") if ".venv" not in file.parts and "answerer" in _imports(file)}
-    assert importers - {"test_loop.py", "test_toy.py"} == {"evaluate.py", "build.py"}
+    assert importers - {"test_loop.py", "test_toy.py"} == {"measure.py", "build.py", "experiments.py"}
 
 
 def _imports(file):

@@ -1,6 +1,6 @@
 """The exact answerer: what the true answer to a question about a toy scene is.
 
-It understands the five kinds of question below and nothing else. Only `evaluate.py` (to measure) and `toy/build.py`
+It understands the five kinds of question below and nothing else. Only `toy/measure.py` (to measure) and `toy/build.py`
 (to teach the base checkpoint) import it; self-play never does, and `tests/test_loop.py` proves it.
 """
 

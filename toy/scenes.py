@@ -6,7 +6,7 @@ merged patches of 14 pixels), which is what lets a 0.6M-parameter model read it.
 for a real model.
 
 This file knows nothing of questions or answers: training sees the PNG files and nothing else. What was drawn is
-written beside them, in `scenes.jsonl`, for `evaluate.py` alone.
+written beside them, in `scenes.jsonl`, for `toy/measure.py` alone.
 """
 
 import json
