@@ -58,14 +58,15 @@ def question_collapse(first: dict, now: dict) -> str | None:
 
 
 def label_drift(before: dict, now: dict) -> str | None:
-    """before, now: of two iterations `confidence` of the candidates, `silver_accuracy` (None where the truth is unknown) and
-    `base_agreement`. Where the truth is known it decides; otherwise whether the Reasoner still agrees with the base.
+    """before, now: of two iterations `confidence` of the candidates, `base_agreement`, and `silver_accuracy` where the truth is
+    known. There it decides; elsewhere, whether the Reasoner still agrees with the base.
     """
+    was_right, is_right = before.get("silver_accuracy"), now.get("silver_accuracy")
     surer = now["confidence"] >= before["confidence"]
     advice = "The Reasoner learns its own mistakes: try a narrower band (--tau-low, --tau-high), more --answers or fewer --reasoner-steps"
-    if None not in (before["silver_accuracy"], now["silver_accuracy"]):
-        if surer and now["silver_accuracy"] < before["silver_accuracy"] - DRIFT:
-            numbers = f"silver labels are right in {now['silver_accuracy']:.2f}, before in {before['silver_accuracy']:.2f}"
+    if was_right is not None and is_right is not None:
+        if surer and is_right < was_right - DRIFT:
+            numbers = f"silver labels are right in {is_right:.2f}, before in {was_right:.2f}"
             return f"{numbers}, with confidence {before['confidence']:.2f} -> {now['confidence']:.2f}. {advice}"
     elif surer and now["base_agreement"] is not None and now["base_agreement"] < AGREEMENT:
         return f"the Reasoner gives the base's answer to {now['base_agreement']:.2f} of the base's questions, as sure as before. {advice}"

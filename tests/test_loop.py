@@ -213,6 +213,41 @@ def _imports(file):
 # ---- What must be survived -----------------------------------------------------------------------------------------------
 
 
+def test_failure_signatures_are_printed_and_written(workplace, monkeypatch, capsys):
+    """Each phase is judged by the records it is about; here all are made to fire."""
+    image_folder(workplace / "images")
+    seen = {}
+    monkeypatch.setattr(loop.signatures, "stagnant_difficulty", lambda r_unc: seen.setdefault("r_unc", r_unc) and "too easy")
+    monkeypatch.setattr(loop.signatures, "question_collapse", lambda first, now: seen.update(first=first, now=now) or "all alike")
+    monkeypatch.setattr(loop.signatures, "label_drift", lambda before, now: seen.update(before=before, after=now) or "sure and wrong")
+    args = [*SMALL, "--iterations", "2", "--images", "images", "--tau-low", "0", "--tau-high", "1", "--name", "x"]
+    assert loop.main(args) == 0
+    run, err = workplace / "runs" / "x", capsys.readouterr().err
+    warnings = [(r["iteration"], r["signature"]) for r in records(run, "warning")]
+    assert warnings == [(1, "stagnant difficulty"), (1, "question collapse")] + [
+        (2, "stagnant difficulty"), (2, "question collapse"), (2, "pseudo-label drift")
+    ]  # fmt: skip
+    assert "warning, pseudo-label drift: sure and wrong" in err
+    asked, curation, measured = records(run, "questioner"), records(run, "curation"), records(run, "measure")
+    assert seen["r_unc"] == [r["r_unc"] for r in asked[:2]] and (seen["first"], seen["now"]) == (asked[0], asked[-1])
+    assert seen["after"]["confidence"] == curation[1]["confidence"] and seen["before"]["base_agreement"] == measured[1]["base_agreement"]
+    assert all(0 <= r["base_agreement"] <= 1 for r in measured[1:])
+    monkeypatch.undo(), monkeypatch.chdir(workplace)
+    monkeypatch.setattr(loop.signatures, "AGREEMENT", 1.1)
+    monkeypatch.setattr(loop.signatures, "DRIFT", -1)
+    assert loop.main([*args[:-1], "y"]) == 0, "judged for real, without a truth"
+
+
+def test_the_base_agrees_with_itself(workplace):
+    """A Reasoner that learns nothing gives the base's majorities again, but for the luck of the draw."""
+    s = loop.parse_arguments([*SMALL, "--iterations", "1", "--candidates", "60", "--answers", "30", "--lr", "0", "--name", "x"])
+    run = loop.prepare(s, Ranks())
+    roles = loop.load_roles(s)
+    loop.start_run(s, run)
+    loop.visplay(s, run, *roles)
+    assert records(run.folder, "measure")[-1]["base_agreement"] > 0.75
+
+
 def test_invalid_questions_and_an_empty_curated_set(published, workplace, capsys):
     """A random model never writes a valid question: no reward, nothing to curate, and no harm."""
     image_folder(workplace / "images")

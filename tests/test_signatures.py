@@ -77,6 +77,7 @@ def record(confidence, silver, agreement=None):
         (record(0.6, None, 0.9), record(0.7, None, 0.7), None),
         (record(0.6, None, None), record(0.7, None, None), None),
         (record(0.6, 0.9, 0.9), record(0.7, None, 0.5), "the base's answer"),
+        (dict(confidence=0.6, base_agreement=0.9), dict(confidence=0.6, base_agreement=0.5), "the base's answer"),  # your own images
     ],
 )
 def test_label_drift(before, now, said):
