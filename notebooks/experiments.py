@@ -51,7 +51,8 @@ EXPERIMENTS: dict[str, dict] = {  # what differs from `python loop.py`
     "oracle": {},
 }
 SHORT = dict(iterations=1, questioner_steps=1, reasoner_steps=1, images_per_step=2, group_size=2, answers=2, candidates=4)
-UNWANTED = {"seconds", "tokens_per_second", "loss", "policy_loss", "clip_share", "ratio", "grad_norm", "skipped", "equal_groups", "length", "truncated"}
+UNWANTED = {"seconds", "tokens_per_second", "loss", "policy_loss", "clip_share", "ratio",
+            "grad_norm", "skipped", "equal_groups", "length", "truncated"}
 ORACLE_STEPS, ORACLE_NOISE = 60, 0.25  # a quarter of the objects that it looks at are missed or mislabelled
 
 
@@ -83,8 +84,7 @@ def oracle(seed: int, short: bool) -> list[dict]:
 
     With n objects to look at, an answer is right with a probability that falls with n: n is the difficulty.
     """
-    steps, count, group_size, answers = (2, 2, 2, 2) if short else (UNWANTED = {"seconds", "tokens_per_second", "loss", "policy_loss", "clip_share", "ratio", "grad_norm", "skipped", "equal_groups", "length", "truncated"}
-ORACLE_STEPS, 32, 8, 10)
+    steps, count, group_size, answers = (2, 2, 2, 2) if short else (ORACLE_STEPS, 32, 8, 10)
     folder, rng, generator = Path("scenes"), random.Random(seed), torch.Generator().manual_seed(seed)
     pictures = Pictures(Found([str(path) for path in write_scenes(folder, 512, seed)], []), str(seed))
     truth, records = read_truth(folder), []
