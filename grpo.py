@@ -167,8 +167,10 @@ class MasterAdamW:
         return norm
 
     def discard(self) -> float:
-        """Clears the gradient instead of stepping; returns NaN for its norm."""
+        """Clears the gradient, and what a backward pass that was cut short left of it, instead of stepping; returns NaN for its norm."""
         self.gradients.clear()
+        for parameter in self.parameters.values():
+            parameter.grad = None
         return math.nan
 
     def _reduce(self) -> list[str]:

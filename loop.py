@@ -231,7 +231,7 @@ def curate_questions(s, run, k, questioner: VLM, reasoner: VLM) -> None:
     if run.ranks.first:
         curate.write_examples(run.candidates(k), candidates)
         curate.write_examples(run.curated(k), curated)
-    run.advance(files={"curated": run.curated(k)})
+    run.advance(files={"curated": run.curated(k), f"candidates {k}": run.candidates(k)})
 
 
 def train_reasoner(s, run, k, reasoner: VLM, optimizer, curated: list[Example], answer_reward) -> None:
@@ -284,7 +284,7 @@ def with_less_memory(ranks: Ranks, models: tuple[VLM, ...], optimizer, work: Cal
         for model in models if attempt == 1 else ():
             model.budget /= 2
         if optimizer is not None:
-            optimizer.gradients.clear()
+            optimizer.discard()
     raise RunError(f"{TOO_LITTLE_MEMORY} (half as many tokens at a time were still too many)")
 
 

@@ -20,6 +20,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
 
@@ -90,6 +91,7 @@ class Run:
 
     def reopen(self, config: dict) -> None:
         """Goes back to the newest state that is whole; what was written after it is forgotten. Raises ValueError if none is."""
+        found = None
         if self.ranks.first:
             self.lock()
             replace_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -101,9 +103,9 @@ class Run:
             metrics = self.folder / "metrics.jsonl"
             if metrics.exists():
                 os.truncate(metrics, state.metrics if state else 0)
-        self.ranks.any(False)
-        self.number, state, _ = recover(self.folder)
-        self.state = state or State()
+            found = [number, asdict(state or State())]
+        self.number, state = self.ranks.gather([found])[0]
+        self.state = State(**state)
         self.pictures = Pictures(self.images, f"{self.seed} {self.state.iteration}", self.state.pictures)
         self.images.skipped[:] = [(path, why) for path, why in self.state.skipped] or self.images.skipped
         if (self.folder / "metrics.jsonl").exists():
