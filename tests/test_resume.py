@@ -24,8 +24,8 @@ from conftest import ROOT, THOROUGH
 from test_ranks import FORKS
 from vlm import VLM
 
-ARGS = "--images images --iterations 2 --questioner-steps 2 --reasoner-steps 2 --images-per-step 2 --group-size 4 --answers 4".split()
-ARGS += "--candidates 12 --tau-low 0 --tau-high 1 --save-every 1 --device cpu --name".split()
+ARGS = "--images images --iterations 2 --questioner-steps 3 --reasoner-steps 3 --images-per-step 2 --group-size 4 --answers 4".split()
+ARGS += "--candidates 12 --tau-low 0 --tau-high 1 --save-every 2 --device cpu --name".split()
 KILLS = 40 if THOROUGH else 6
 
 
