@@ -56,7 +56,8 @@ def test_the_questioner_stays_valid_and_varied_and_gets_harder(default_run):
 def test_it_stays_within_its_memory_and_is_quiet(default_run):
     _, done = default_run
     assert int(done.stdout.rsplit("peak KiB", 1)[1]) < 2 * 2**20
-    assert done.stderr == "", "no progress bar and no warning where there is no terminal"
+    told = [line for line in done.stderr.splitlines() if not line.startswith("warning, ")]
+    assert told == [], "no progress bar where there is no terminal; a failure signature may show itself"
 
 
 def test_random_rewards_teach_nothing(default_run, tmp_path, monkeypatch):
