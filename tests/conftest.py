@@ -15,6 +15,7 @@ from vlm import VLM  # noqa: E402
 
 def pytest_addoption(parser):
     parser.addoption("--thorough", action="store_true", help="more kills of runs and more examples for the parsers: takes minutes")
+    parser.addoption("--device", default="cpu", help="where tests/test_device.py runs: cpu or cuda")
 
 
 @pytest.fixture(autouse=True)

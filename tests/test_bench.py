@@ -43,6 +43,32 @@ def test_benchmarks(name):
         assert sum(results[f"{part} (s)"] for part in parts) == pytest.approx(results["total_s"], rel=0.02)
 
 
+@pytest.mark.parametrize("part", ["bandwidth", "decode", "memory"])
+def test_parts_of_the_gpu_benchmark(part):
+    """At its tiny CPU sizes; the parts that are other benchmarks are tested as those."""
+    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--part", part, "--device", "cpu", "--dtype", "float32", "--size", "tiny", "--json"]
+    small = ["--prompt-tokens", "60", "--group-size", "2", "--new-tokens", "8", "--prompts", "2"]
+    done = subprocess.run([*command, *small], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)["results"]
+    assert results and all(value > 0 for value in results.values())
+    if part == "decode":
+        assert results["share_of_bound"] == pytest.approx(results["bound_ms"] / results["step_ms"])
+
+
+def test_a_part_that_fails_does_not_stop_the_others(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import gpu
+
+    monkeypatch.setattr(gpu, "LIMITS", dict(rollout=0.01, tests=9, bandwidth=60))
+    monkeypatch.setattr(sys, "argv", "gpu.py --device cpu --dtype float32 --size tiny --json".split())
+    monkeypatch.setattr(gpu, "OTHERS", ("rollout", "tests"))  # there is no bench/tests.py
+    gpu.main()
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert "took longer than 0.01 s" in results["rollout: FAILED"] and "No such file" in results["tests: FAILED"]
+    assert results["bandwidth: copy_gb_per_s"] > 0
+
+
 def test_a_table_for_people():
     printed = run("rewards")
     assert "ratio" in printed and "questions=20" in printed and not printed.startswith("{")
