@@ -115,7 +115,8 @@ def chosen(text: str, choices: Sequence[str]) -> str | None:
     for letter, choice in zip(letters, choices):
         if same_answer(text, choice):
             return letter
-    for pattern in (rf"\(([{letters}])\)", rf"\b([{letters}])[.:)]", rf"\b([{letters.replace('A', '')}])\b", r"\b(A)\s*$"):
+    alone = rf"\b([{letters[1:] or 'A'}])\b"  # not A, which may be the article, but at the end
+    for pattern in (rf"\(([{letters}])\)", rf"\b([{letters}])[.:)]", alone, r"\b(A)\s*$"):
         if found := re.findall(pattern, text):
             return found[-1]
     places = {letter: text.lower().rfind(choice.strip().lower()) for letter, choice in zip(letters, choices) if choice.strip()}
@@ -336,11 +337,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.answers < 1 or args.max_new_tokens < 1 or args.max_pixels < 784 or args.temperature <= 0 or not 0 < args.top_p <= 1:
         parser.error("--answers and --max-new-tokens must be at least 1, --max-pixels 784, --temperature above 0, --top-p in (0, 1]")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0: done, 2: a wrong argument or input."""
+    """Exit code 0: done, 1: interrupted, 2: a wrong argument or input."""
     args = parse_arguments(argv)
     warnings.filterwarnings("ignore", module="PIL")
     if not sys.stderr.isatty():
@@ -363,6 +366,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: torch, of a device that is not there
         sys.stderr.write(f"error: {str(error).splitlines()[0]}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; nothing is written\n")
+        return 1
     reports, first = {}, next(iter(outcomes.values()))
     for name, answered in outcomes.items():
         reports[name] = full_report(answered) | (judge_scores(answered) if args.judge else {})

@@ -4,6 +4,8 @@ import json
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 import evaluate
@@ -25,6 +27,12 @@ ABCD = ("a cat", "a dog", "two cats", "42")
 )  # fmt: skip
 def test_the_choice_that_an_answer_means(text, letter):
     assert chosen(text, ABCD) == letter
+
+
+@given(st.text(max_size=60), st.lists(st.text(max_size=8), min_size=1, max_size=26))
+def test_any_answer_means_a_choice_or_none(text, choices):
+    letter = chosen(text, choices)
+    assert letter is None or letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(choices)]
 
 
 def test_a_box_comes_before_what_stands_around_it():
@@ -198,7 +206,7 @@ def test_wrong_data_gets_one_sentence(data, line, said, capsys):
     assert said in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: ")
 
 
-@pytest.mark.parametrize("args", [["--answers", "0"], ["--data", "nowhere"], ["--model", "nowhere/at/all"], ["--device", "tpu"], ["--top-p", "2"], ["--x"]])
+@pytest.mark.parametrize("args", [["--answers", "0"], ["--data", "nowhere"], ["--model", "nowhere/at/all"], ["--device", "tpu"], ["--top-p", "2"], ["--x"], ["--json", "no/such/folder.json"]])
 def test_wrong_arguments_get_one_sentence(data, args, capsys):
     try:
         code = evaluate.main(["--model", str(ROOT / "toy"), "--data", str(data), "--max-new-tokens", "2", *args])
