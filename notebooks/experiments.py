@@ -59,6 +59,8 @@ ORACLE_STEPS, ORACLE_NOISE = 60, 0.25  # a quarter of the objects that it looks 
 def selfplay(experiment: str, seed: int, short: bool, weaker: Path) -> list[dict]:
     """A run of the loop in a folder of its own; its metrics."""
     changed = EXPERIMENTS[experiment] | (SHORT if short else {}) | (dict(model=str(weaker)) if experiment == WEAKER else {})
+    if short:
+        loop.SCENES, loop.HELD_OUT_QUESTIONS = 32, 16  # in this process, which does nothing else
     s = loop.Settings(**(loop.TOY_DEFAULTS | dict(name="x", seed=seed, device="cpu") | changed))
     run = loop.prepare(s, Ranks())
     roles = loop.load_roles(s)
