@@ -297,6 +297,8 @@ def _item(fields: dict, folder: Path) -> Item:
     if len(choices) > 26 or (choices and not any(chosen(a, choices) for a in answers)):
         raise ValueError(f"the answer {answer!r} is none of the choices")
     ids = {name: str(fields.get(name, "")) for name in ("kind", "question_id", "figure_id")}
+    if ids["kind"] == "all":
+        raise ValueError('the kind "all" is the name of the overall scores')
     return Item(str(folder / fields["image"]), str(fields["question"]), answers, choices, **ids)
 
 
@@ -337,8 +339,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.answers < 1 or args.max_new_tokens < 1 or args.max_pixels < 784 or args.temperature <= 0 or not 0 < args.top_p <= 1:
         parser.error("--answers and --max-new-tokens must be at least 1, --max-pixels 784, --temperature above 0, --top-p in (0, 1]")
-    if args.json and not args.json.parent.is_dir():
-        parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        parser.error(f"--json {args.json}: it must be a file in a folder that exists")
     return args
 
 
@@ -377,7 +379,11 @@ def main(argv: list[str] | None = None) -> int:
     print(table(reports))
     if args.json:
         answers = {name: [asdict(o) | {"greedy_right": o.greedy_right} for o in answered] for name, answered in outcomes.items()}
-        args.json.write_text(json.dumps(dict(settings=vars(args), reports=reports, answers=answers), default=str, indent=1) + "\n")
+        try:
+            args.json.write_text(json.dumps(dict(settings=vars(args), reports=reports, answers=answers), default=str, indent=1) + "\n")
+        except OSError as error:  # a full disk: the table stands above
+            sys.stderr.write(f"error: --json {args.json} cannot be written: {error}\n")
+            return 2
     return 0
 
 

@@ -196,6 +196,7 @@ def test_it_runs_on_a_real_checkpoint(published, data):
         ("[1]", "line 1"),
         ("{", "line 1"),
         ('{"image": "a.png", "question": "?", "answer": "E", "choices": ["x", "y"]}', "none of the choices"),
+        ('{"image": "a.png", "question": "?", "answer": "E", "kind": "all"}', "overall scores"),
         ('{"image": "b.png", "question": "?", "answer": "E"}', "no question whose image can be read"),
     ],
 )
@@ -206,7 +207,7 @@ def test_wrong_data_gets_one_sentence(data, line, said, capsys):
     assert said in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: ")
 
 
-@pytest.mark.parametrize("args", [["--answers", "0"], ["--data", "nowhere"], ["--model", "nowhere/at/all"], ["--device", "tpu"], ["--top-p", "2"], ["--x"], ["--json", "no/such/folder.json"]])
+@pytest.mark.parametrize("args", [["--answers", "0"], ["--data", "nowhere"], ["--model", "nowhere/at/all"], ["--device", "tpu"], ["--top-p", "2"], ["--x"], ["--json", "no/such/folder.json"], ["--json", "/tmp"], ["--json", "/dev/full"]])
 def test_wrong_arguments_get_one_sentence(data, args, capsys):
     try:
         code = evaluate.main(["--model", str(ROOT / "toy"), "--data", str(data), "--max-new-tokens", "2", *args])
