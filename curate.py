@@ -31,7 +31,9 @@ def keep(confidence: float, low: float = 0.25, high: float = 0.75) -> bool:
 
 def curate(candidates: Iterable[Example], low: float = 0.25, high: float = 0.75) -> list[Example]:
     """The training set D: the candidates of middling confidence that have a label at all."""
-    return [example for example in candidates if example.label is not None and keep(example.confidence, low, high)]
+    return [
+        example for example in candidates if example.label is not None and keep(example.confidence, low, high)
+    ]
 
 
 def write_examples(path: Path, examples: Iterable[Example]) -> None:

@@ -68,7 +68,9 @@ class Outcome:
     item: Item
     greedy: str | None
     samples: list[str | None]
-    judged: bool | None = None  # what the judge says of the greedy answer, None if it was not asked or not clear
+    judged: bool | None = (
+        None  # what the judge says of the greedy answer, None if it was not asked or not clear
+    )
 
     @property
     def greedy_right(self) -> bool:
@@ -86,7 +88,13 @@ class Outcome:
         """What each of MEANS is the mean of."""
         label, share = self.majority
         of_samples = self.samples_right
-        values = (self.greedy_right, sum(of_samples) / len(of_samples), right(label, self.item), any(of_samples), share)
+        values = (
+            self.greedy_right,
+            sum(of_samples) / len(of_samples),
+            right(label, self.item),
+            any(of_samples),
+            share,
+        )
         return dict(zip(MEANS, map(float, values)))
 
 
@@ -119,7 +127,11 @@ def chosen(text: str, choices: Sequence[str]) -> str | None:
     for pattern in (rf"\(([{letters}])\)", rf"\b([{letters}])[.:)]", alone, r"\b(A)\s*$"):
         if found := re.findall(pattern, text):
             return found[-1]
-    places = {letter: text.lower().rfind(choice.strip().lower()) for letter, choice in zip(letters, choices) if choice.strip()}
+    places = {
+        letter: text.lower().rfind(choice.strip().lower())
+        for letter, choice in zip(letters, choices)
+        if choice.strip()
+    }
     last = max(places, key=lambda letter: (places[letter], len(choices[letters.index(letter)])), default=None)
     return last if last is not None and places[last] >= 0 else None
 
@@ -154,13 +166,24 @@ def question_text(item: Item) -> str:
 def answer_all(vlm: VLM, items: Sequence[Item], samples: int, batch: int = 64, **sampling) -> list[Outcome]:
     """Asks every item once greedily and `samples` times at random; `sampling` goes to `generate.generate`."""
     outcomes = []
-    for start in tqdm(range(0, len(items), batch), desc="answering", leave=False, disable=None if len(items) > batch else True):
+    for start in tqdm(
+        range(0, len(items), batch),
+        desc="answering",
+        leave=False,
+        disable=None if len(items) > batch else True,
+    ):
         some = items[start : start + batch]
         prompts = [reasoner.answer_prompt(vlm, load_image(item.image), question_text(item)) for item in some]
         greedy = generate(vlm, prompts, 1, **sampling | {"temperature": 0.0})
         drawn = generate(vlm, prompts, samples, **sampling)
         for item, (first,), group in zip(some, greedy, drawn):
-            outcomes.append(Outcome(item, read_answer(vlm.decode(first), item), [read_answer(vlm.decode(ids), item) for ids in group]))
+            outcomes.append(
+                Outcome(
+                    item,
+                    read_answer(vlm.decode(first), item),
+                    [read_answer(vlm.decode(ids), item) for ids in group],
+                )
+            )
     return outcomes
 
 
@@ -169,7 +192,10 @@ def judge_all(judge: VLM, outcomes: Sequence[Outcome], max_new_tokens: int, batc
     free = [o for o in outcomes if not o.item.choices and o.greedy is not None]
     for start in range(0, len(free), batch):
         some = free[start : start + batch]
-        texts = [JUDGE.format(question=o.item.question, truth=" or ".join(o.item.answer), answer=o.greedy) for o in some]
+        texts = [
+            JUDGE.format(question=o.item.question, truth=" or ".join(o.item.answer), answer=o.greedy)
+            for o in some
+        ]
         prompts = [judge.prompt(text, load_image(o.item.image)) for text, o in zip(texts, some)]
         for outcome, (ids,) in zip(some, generate(judge, prompts, 1, max_new_tokens, temperature=0.0)):
             verdict = (extract_answer(judge.decode(ids)) or "").strip(" .").lower()
@@ -195,9 +221,18 @@ def reliability(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
         bins.setdefault(max(0, math.ceil(round(values["confidence"] * BINS, 9)) - 1), []).append(values)
     table = []
     for number, members in sorted(bins.items()):
-        mean = {name: sum(v[name] for v in members) / len(members) for name in ("confidence", "majority_accuracy")}
+        mean = {
+            name: sum(v[name] for v in members) / len(members) for name in ("confidence", "majority_accuracy")
+        }
         bounds = dict(above=number / BINS, upto=(number + 1) / BINS)
-        table.append(bounds | dict(share=len(members) / len(outcomes), confidence=mean["confidence"], right=mean["majority_accuracy"]))
+        table.append(
+            bounds
+            | dict(
+                share=len(members) / len(outcomes),
+                confidence=mean["confidence"],
+                right=mean["majority_accuracy"],
+            )
+        )
     return table
 
 
@@ -210,7 +245,10 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
 
 def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
     """McNemar's exact test (two-sided p): among the questions that only one of two models gets right, is it a fair coin which?"""
-    only_ours, only_theirs = sum(a and not b for a, b in zip(ours, theirs)), sum(b and not a for a, b in zip(ours, theirs))
+    only_ours, only_theirs = (
+        sum(a and not b for a, b in zip(ours, theirs)),
+        sum(b and not a for a, b in zip(ours, theirs)),
+    )
     n, k = only_ours + only_theirs, min(only_ours, only_theirs)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
@@ -241,7 +279,9 @@ def pair_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
         return sum(groups.values()) / len(groups)
 
     a_acc = sum(o.greedy_right for o in outcomes) / len(outcomes)
-    return dict(aAcc=a_acc, qAcc=all_right(lambda item: item.question_id), fAcc=all_right(lambda item: item.figure_id))
+    return dict(
+        aAcc=a_acc, qAcc=all_right(lambda item: item.question_id), fAcc=all_right(lambda item: item.figure_id)
+    )
 
 
 def judge_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
@@ -251,12 +291,19 @@ def judge_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
     if not judged:
         return dict(judged=0.0)
     disagreement = sum(o.judged != o.greedy_right for o in judged) / len(judged)
-    return dict(judged=len(judged) / len(outcomes), judged_right=sum(o.judged for o in judged) / len(judged), judge_disagreement=disagreement)
+    return dict(
+        judged=len(judged) / len(outcomes),
+        judged_right=sum(o.judged for o in judged) / len(judged),
+        judge_disagreement=disagreement,
+    )
 
 
 def full_report(outcomes: Sequence[Outcome]) -> dict:
     """All scores, overall and per kind, with intervals."""
-    kinds = {"all": list(outcomes)} | {kind: [o for o in outcomes if o.item.kind == kind] for kind in sorted({o.item.kind for o in outcomes} - {""})}
+    kinds = {"all": list(outcomes)} | {
+        kind: [o for o in outcomes if o.item.kind == kind]
+        for kind in sorted({o.item.kind for o in outcomes} - {""})
+    }
     report = {}
     for kind, some in kinds.items():
         intervals = {name: bootstrap([o.values()[name] for o in some]) for name in MEANS}
@@ -280,7 +327,9 @@ def read_items(path: Path) -> tuple[list[Item], list[tuple[str, str]]]:
         try:
             item = _item(json.loads(line), path.parent)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"--data {path}, line {number}: {error!r}; needed are image, question, answer") from error
+            raise ValueError(
+                f"--data {path}, line {number}: {error!r}; needed are image, question, answer"
+            ) from error
         try:
             load_image(item.image)
             items.append(item)
@@ -304,41 +353,83 @@ def _item(fields: dict, folder: Path) -> Item:
 
 def table(reports: dict[str, dict]) -> str:
     """The scores of all models side by side, as text."""
-    lines = [f"{'model':<24} {'kind':<20} {'n':>5}" + "".join(f" {name.removesuffix('_accuracy'):>18}" for name in MEANS) + f" {'ece':>6}"]
+    lines = [
+        f"{'model':<24} {'kind':<20} {'n':>5}"
+        + "".join(f" {name.removesuffix('_accuracy'):>18}" for name in MEANS)
+        + f" {'ece':>6}"
+    ]
     for model, report in reports.items():
         for kind, s in report["scores"].items():
-            cells = [f" {s[name]:.3f} [{s['intervals'][name][0]:.2f}, {s['intervals'][name][1]:.2f}]" for name in MEANS]
-            lines.append(f"{model[-24:]:<24} {kind[:20]:<20} {s['questions']:>5}" + "".join(cells) + f" {s['ece']:>6.3f}")
+            cells = [
+                f" {s[name]:.3f} [{s['intervals'][name][0]:.2f}, {s['intervals'][name][1]:.2f}]"
+                for name in MEANS
+            ]
+            lines.append(
+                f"{model[-24:]:<24} {kind[:20]:<20} {s['questions']:>5}"
+                + "".join(cells)
+                + f" {s['ece']:>6.3f}"
+            )
         for name in ("aAcc", "qAcc", "fAcc", "judged", "judged_right", "judge_disagreement"):
             if name in report:
                 lines.append(f"{model[-24:]:<24} {name:<20} {report[name]:>14.3f}")
         for b in report["reliability"]:
             where = f"confidence ({b['above']:.1f}, {b['upto']:.1f}]"
-            lines.append(f"{model[-24:]:<24} {where:<20} {b['share']:>8.3f} of the questions, mean {b['confidence']:.3f}, right {b['right']:.3f}")
+            lines.append(
+                f"{model[-24:]:<24} {where:<20} {b['share']:>8.3f} of the questions, mean {b['confidence']:.3f}, right {b['right']:.3f}"
+            )
         for name, c in report.get("against_first", {}).items():
             p = f", McNemar p = {c['p']:.4f}" if "p" in c else ""
-            lines.append(f"{model[-24:]:<24} {name:<20} {c['difference']:>+8.3f} against the first [{c['interval'][0]:+.3f}, {c['interval'][1]:+.3f}]{p}")
+            lines.append(
+                f"{model[-24:]:<24} {name:<20} {c['difference']:>+8.3f} against the first [{c['interval'][0]:+.3f}, {c['interval'][1]:+.3f}]{p}"
+            )
     return "\n".join(lines)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
-    parser.add_argument("--model", action="append", required=True, help="folder or hub id of a checkpoint; give it again to compare several")
+    parser.add_argument(
+        "--model",
+        action="append",
+        required=True,
+        help="folder or hub id of a checkpoint; give it again to compare several",
+    )
     parser.add_argument("--data", type=Path, required=True, help="labelled questions, JSON lines")
     parser.add_argument("--answers", type=int, default=10, help="sampled answers a question, m (default: 10)")
     parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: 1.0)")
     parser.add_argument("--top-p", type=float, default=0.99, help="nucleus sampling (default: 0.99)")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer in tokens (default: 1024)")
-    parser.add_argument("--max-pixels", type=int, default=802_816, help="larger images are scaled down to this (default: 802816)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=1024, help="longest answer in tokens (default: 1024)"
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=802_816,
+        help="larger images are scaled down to this (default: 802816)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampled answers (default: 0)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on cuda, float32 on cpu")
-    parser.add_argument("--judge", help="checkpoint that judges the greedy answers to questions without choices, beside the rules")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on cuda, float32 on cpu"
+    )
+    parser.add_argument(
+        "--judge",
+        help="checkpoint that judges the greedy answers to questions without choices, beside the rules",
+    )
     parser.add_argument("--json", type=Path, help="write everything here, each answer too")
     args = parser.parse_args(argv)
-    if args.answers < 1 or args.max_new_tokens < 1 or args.max_pixels < 784 or args.temperature <= 0 or not 0 < args.top_p <= 1:
-        parser.error("--answers and --max-new-tokens must be at least 1, --max-pixels 784, --temperature above 0, --top-p in (0, 1]")
+    if (
+        args.answers < 1
+        or args.max_new_tokens < 1
+        or args.max_pixels < 784
+        or args.temperature <= 0
+        or not 0 < args.top_p <= 1
+    ):
+        parser.error(
+            "--answers and --max-new-tokens must be at least 1, --max-pixels 784, --temperature above 0, --top-p in (0, 1]"
+        )
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         parser.error(f"--json {args.json}: it must be a file in a folder that exists")
     return args
@@ -357,7 +448,9 @@ def main(argv: list[str] | None = None) -> int:
         outcomes = {}
         for name in dict.fromkeys(args.model):
             vlm = VLM.load(name, args.device, args.dtype, args.max_pixels)
-            sampling = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
+            sampling = dict(
+                max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p
+            )
             generator = torch.Generator(vlm.device).manual_seed(args.seed)
             outcomes[name] = answer_all(vlm, items, args.answers, **sampling, generator=generator)
             del vlm  # before the next one is loaded
@@ -378,9 +471,15 @@ def main(argv: list[str] | None = None) -> int:
             reports[name]["against_first"] = compare(first, answered)
     print(table(reports))
     if args.json:
-        answers = {name: [asdict(o) | {"greedy_right": o.greedy_right} for o in answered] for name, answered in outcomes.items()}
+        answers = {
+            name: [asdict(o) | {"greedy_right": o.greedy_right} for o in answered]
+            for name, answered in outcomes.items()
+        }
         try:
-            args.json.write_text(json.dumps(dict(settings=vars(args), reports=reports, answers=answers), default=str, indent=1) + "\n")
+            args.json.write_text(
+                json.dumps(dict(settings=vars(args), reports=reports, answers=answers), default=str, indent=1)
+                + "\n"
+            )
         except OSError as error:  # a full disk: the table stands above
             sys.stderr.write(f"error: --json {args.json} cannot be written: {error}\n")
             return 2

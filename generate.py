@@ -62,7 +62,9 @@ def generate(
     if not prompts:
         return []
     results: list[list] = [[None] * n for _ in prompts]
-    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the longest come first: all others fit
+    waiting = sorted(
+        range(len(prompts)), key=lambda i: len(prompts[i])
+    )  # the longest come first: all others fit
     longest = len(prompts[waiting[-1]])
     slots = min(len(prompts), slots_in_memory(vlm, longest, n, max_new_tokens))
     rows = Rows(vlm, slots, n, longest, max_new_tokens)
@@ -112,16 +114,27 @@ class Rows:
         def integers(*shape) -> Tensor:
             return torch.zeros(shape, device=device, dtype=torch.long)
 
-        self.prompt_keys, self.prompt_values = (per_layer(slots, heads, prompt_tokens, head_dim) for _ in range(2))
+        self.prompt_keys, self.prompt_values = (
+            per_layer(slots, heads, prompt_tokens, head_dim) for _ in range(2)
+        )
         self.keys, self.values = (per_layer(rows, heads, new_tokens, head_dim) for _ in range(2))
-        self.prompt_length, self.row_of_cell, self.cell_of_row = integers(slots), integers(rows), integers(rows)
+        self.prompt_length, self.row_of_cell, self.cell_of_row = (
+            integers(slots),
+            integers(rows),
+            integers(rows),
+        )
         self.written, self.first, self.tokens = integers(rows), integers(rows), integers(rows, new_tokens + 1)
         self.finished = torch.ones(rows, device=device, dtype=torch.bool)
         self.logits = torch.zeros(rows, text.vocab_size, device=device)
-        self.end_ids, self.vision_ids = integers(0).new_tensor(vlm.end_ids), integers(0).new_tensor(vlm.vision_ids)
+        self.end_ids, self.vision_ids = (
+            integers(0).new_tensor(vlm.end_ids),
+            integers(0).new_tensor(vlm.vision_ids),
+        )
         self.n, self.new_tokens, self.buckets = n, new_tokens, BUCKETS[device.type]
         # What the host knows, so that it need not ask the GPU:
-        self.owners: list[tuple[int, int, int]] = []  # of each row: its prompt, which sample of it, when it began
+        self.owners: list[
+            tuple[int, int, int]
+        ] = []  # of each row: its prompt, which sample of it, when it began
         self.prompt_lengths: list[int] = []  # of each slot in use
         self.time = 0  # tokens drawn so far
 
@@ -137,7 +150,9 @@ class Rows:
         longest = self.time - min(born for _, _, born in self.owners)
         used = len(self.owners), len(self.prompt_lengths), max(self.prompt_lengths), longest
         most = len(self.written), len(self.prompt_length), self.prompt_keys[0].shape[2], self.new_tokens
-        return tuple(min(limit, -(-x // bucket) * bucket) for x, limit, bucket in zip(used, most, self.buckets))
+        return tuple(
+            min(limit, -(-x // bucket) * bucket) for x, limit, bucket in zip(used, most, self.buckets)
+        )
 
     def keep(self, rows: list[int]) -> None:
         """Moves these rows, and the prompts that they need, up to the front; all others are gone."""
@@ -146,8 +161,14 @@ class Rows:
         moved = {slot: new for new, slot in enumerate(slots)}
         _move_up(rows, self.keys + self.values + [self.written, self.first, self.finished, self.tokens])
         _move_up(slots, self.prompt_keys + self.prompt_values + [self.prompt_length])
-        self.owners, self.prompt_lengths = [self.owners[i] for i in rows], [self.prompt_lengths[i] for i in slots]
-        self.cell_of_row.zero_(), self.row_of_cell.zero_()  # rows and cells that nobody uses must still point inside
+        self.owners, self.prompt_lengths = (
+            [self.owners[i] for i in rows],
+            [self.prompt_lengths[i] for i in slots],
+        )
+        (
+            self.cell_of_row.zero_(),
+            self.row_of_cell.zero_(),
+        )  # rows and cells that nobody uses must still point inside
         self.place([moved[cells[row] // self.n] * self.n + cells[row] % self.n for row in rows], 0)
 
     def place(self, cells: list[int], start: int) -> None:
@@ -192,7 +213,9 @@ def retire(rows: Rows, results: list[list]) -> None:
         return
     leaving = [row for row, done in enumerate(finished) if done]
     end_ids = set(rows.end_ids.tolist())
-    for row, ids in zip(leaving, rows.tokens[torch.tensor(leaving, device=rows.tokens.device), : rows.new_tokens].tolist()):
+    for row, ids in zip(
+        leaving, rows.tokens[torch.tensor(leaving, device=rows.tokens.device), : rows.new_tokens].tolist()
+    ):
         prompt, sample, _ = rows.owners[row]
         end = next((t for t, token in enumerate(ids) if token in end_ids), len(ids))
         results[prompt][sample] = ids[: end + 1]
@@ -210,14 +233,22 @@ def slots_in_memory(vlm: VLM, prompt_tokens: int, n: int, new_tokens: int) -> in
 def cache_token_bytes(config, dtype: torch.dtype) -> int:
     """The bytes that the keys and values of one token take."""
     text = config.text_config
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * dtype.itemsize
+    return (
+        2
+        * text.num_hidden_layers
+        * text.num_key_value_heads
+        * (text.hidden_size // text.num_attention_heads)
+        * dtype.itemsize
+    )
 
 
 def cache_budget(device: torch.device) -> int:
     """The bytes that caches may take: half of what is free on CUDA, a fixed amount on a CPU."""
     if device.type != "cuda":
         return CPU_CACHE_BYTES
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch, but free
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+        device
+    )  # held by torch, but free
     return (torch.cuda.mem_get_info(device)[0] + unused) // 2
 
 
@@ -241,11 +272,15 @@ def prefill(vlm: VLM, prompts: list[Prompt]) -> tuple[Tensor, list[tuple[Tensor,
     Prompts are padded on the right, to the longest; causal attention keeps padding out of sight of what is real.
     """
     ids = torch.nn.utils.rnn.pad_sequence([p.ids for p in prompts], batch_first=True)
-    positions = torch.nn.utils.rnn.pad_sequence([p.positions.T for p in prompts], batch_first=True).permute(2, 0, 1)
+    positions = torch.nn.utils.rnn.pad_sequence([p.positions.T for p in prompts], batch_first=True).permute(
+        2, 0, 1
+    )
     recorder = Recorder()
     hidden = vlm.forward(vlm.embed(ids.to(vlm.device), prompts), positions.to(vlm.device), None, recorder)
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=vlm.device)
-    return vlm.model.lm_head(hidden[torch.arange(len(prompts), device=vlm.device), last]).float(), recorder.layers
+    return vlm.model.lm_head(
+        hidden[torch.arange(len(prompts), device=vlm.device), last]
+    ).float(), recorder.layers
 
 
 def step(vlm: VLM, rows: Rows, R: int, S: int, P: int, T: int) -> None:
@@ -263,7 +298,10 @@ def step(vlm: VLM, rows: Rows, R: int, S: int, P: int, T: int) -> None:
     everyone = torch.arange(R, device=x.device)
     for layer, block in enumerate(model.layers):
         h, attention = block.input_layernorm(x), block.self_attn
-        q, k, v = (f(h).unflatten(1, (-1, cos.shape[-1])) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k, v = (
+            f(h).unflatten(1, (-1, cos.shape[-1]))
+            for f in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
         rows.keys[layer][everyone, :, index] = rotate(k, cos, sin)
         rows.values[layer][everyone, :, index] = v
         x = x + attention.o_proj(attend(rotate(q, cos, sin), rows, layer, seen, own))
@@ -273,10 +311,12 @@ def step(vlm: VLM, rows: Rows, R: int, S: int, P: int, T: int) -> None:
 
 
 def rotation(rotary, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [R, 1, head_dim] for text at position [R]: the same position in time, height and width."""
+    """Cos and sin [R, 1, head_dim] for text at position [R]: the same position in time, height and width."""
     angle = position[:, None, None].float() * rotary.inv_freq.float()
     angle = torch.cat([angle, angle], dim=-1)
-    return (angle.cos() * rotary.attention_scaling).to(dtype), (angle.sin() * rotary.attention_scaling).to(dtype)
+    return (angle.cos() * rotary.attention_scaling).to(dtype), (angle.sin() * rotary.attention_scaling).to(
+        dtype
+    )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -297,17 +337,31 @@ def attend(q: Tensor, rows: Rows, layer: int, seen: Tensor, own: Tensor) -> Tens
     (R, _, d), (S, P), T = q.shape, (len(seen), seen.shape[-1]), own.shape[-1]
     q = (q * d**-0.5).view(R, rows.keys[layer].shape[1], -1, d)  # [R, key heads, query heads of each, d]
     kv, g = q.shape[1:3]
-    cells = q[rows.row_of_cell[: S * rows.n]].view(S, rows.n, kv, g, d).transpose(1, 2).reshape(S, kv, rows.n * g, d)
-    parts = partial_attention(cells, rows.prompt_keys[layer][:S, :, :P], rows.prompt_values[layer][:S, :, :P], seen)
+    cells = (
+        q[rows.row_of_cell[: S * rows.n]]
+        .view(S, rows.n, kv, g, d)
+        .transpose(1, 2)
+        .reshape(S, kv, rows.n * g, d)
+    )
+    parts = partial_attention(
+        cells, rows.prompt_keys[layer][:S, :, :P], rows.prompt_values[layer][:S, :, :P], seen
+    )
     parts = [x.view(S, kv, rows.n, g, -1).transpose(1, 2).flatten(0, 1)[rows.cell_of_row[:R]] for x in parts]
     prompt_sum, prompt_weight, prompt_top = parts
-    own_sum, own_weight, own_top = partial_attention(q, rows.keys[layer][:R, :, :T], rows.values[layer][:R, :, :T], own)
-    a, b = (prompt_top - own_top).sigmoid(), (own_top - prompt_top).sigmoid()  # e^top over the sum of both: no overflow
+    own_sum, own_weight, own_top = partial_attention(
+        q, rows.keys[layer][:R, :, :T], rows.values[layer][:R, :, :T], own
+    )
+    a, b = (
+        (prompt_top - own_top).sigmoid(),
+        (own_top - prompt_top).sigmoid(),
+    )  # e^top over the sum of both: no overflow
     out = (a * prompt_sum + b * own_sum) / (a * prompt_weight + b * own_weight)
     return out.to(q.dtype).flatten(1)
 
 
-def partial_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def partial_attention(
+    q: Tensor, keys: Tensor, values: Tensor, visible: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """sum_j e^(s_j - top) v_j, sum_j e^(s_j - top) and top = max_j s_j over the visible keys, s = q . k."""
     scores = float_scores(q, keys).masked_fill_(~visible, -torch.inf)
     top = scores.amax(dim=-1, keepdim=True)
@@ -316,9 +370,11 @@ def partial_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) 
 
 
 def float_scores(q: Tensor, keys: Tensor) -> Tensor:
-    """q . k in float32, also of bfloat16 [A, B, Q, d] and [A, B, K, d]: a score of 100 rounded to bfloat16 is off by up to 0.25."""
+    """Q . k in float32, also of bfloat16 [A, B, Q, d] and [A, B, K, d]: a score of 100 rounded to bfloat16 is off by up to 0.25."""
     if q.is_cuda and q.dtype != torch.float32:
-        return torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32).unflatten(0, q.shape[:2])
+        return torch.bmm(
+            q.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32
+        ).unflatten(0, q.shape[:2])
     return q.float() @ keys.float().transpose(-1, -2)
 
 
@@ -371,7 +427,10 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generat
         best, which = logits.topk(top_k, dim=-1)
         logits = torch.full_like(logits, -torch.inf).scatter(1, which, best)
     probs = logits.softmax(dim=-1)
-    token, outside = probs.new_zeros(len(probs), 1, dtype=torch.long), probs.new_ones(len(probs), 1, dtype=torch.bool)
+    token, outside = (
+        probs.new_zeros(len(probs), 1, dtype=torch.long),
+        probs.new_ones(len(probs), 1, dtype=torch.bool),
+    )
     for _ in range(_rounds(top_p)):
         token = torch.where(outside, draw(probs, generator), token)
         drawn = probs.gather(1, token)
@@ -388,7 +447,9 @@ def draw(probs: Tensor, generator) -> Tensor:
     device = probs.device if generator is None else generator.device
     uniform = torch.rand(len(probs), 1, device=device, generator=generator).to(probs.device)
     cumulative = probs.cumsum(dim=1)
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp_(max=probs.shape[1] - 1)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp_(
+        max=probs.shape[1] - 1
+    )
 
 
 def _rounds(top_p: float) -> int:

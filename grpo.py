@@ -114,13 +114,24 @@ class MasterAdamW:
     """
 
     def __init__(
-        self, named: Iterable[tuple[str, Tensor]], lr: float, weight_decay: float, offload: bool = False, ranks: Ranks | None = None
+        self,
+        named: Iterable[tuple[str, Tensor]],
+        lr: float,
+        weight_decay: float,
+        offload: bool = False,
+        ranks: Ranks | None = None,
     ):
-        self.settings, self.offload, self.ranks = dict(lr=lr, weight_decay=weight_decay, fused=True), offload, ranks or Ranks()
+        self.settings, self.offload, self.ranks = (
+            dict(lr=lr, weight_decay=weight_decay, fused=True),
+            offload,
+            ranks or Ranks(),
+        )
         self.parameters = {name: p for name, p in named if p.requires_grad}
         self.owner = self.ranks.owners({name: p.numel() for name, p in self.parameters.items()})
         self.masters = {
-            name: p if p.dtype == torch.float32 and not offload else p.detach().to("cpu", torch.float32, copy=True)
+            name: p
+            if p.dtype == torch.float32 and not offload
+            else p.detach().to("cpu", torch.float32, copy=True)
             for name, p in self.parameters.items()
             if self.owner[name] == self.ranks.rank
         }
@@ -129,12 +140,18 @@ class MasterAdamW:
         for name, master in self.masters.items():
             if master is not self.parameters[name] and not self.offload:
                 master.data = master.data.to(self.parameters[name].device)
-        self.adamw = {name: torch.optim.AdamW([master], **self.settings) for name, master in self.masters.items()}
+        self.adamw = {
+            name: torch.optim.AdamW([master], **self.settings) for name, master in self.masters.items()
+        }
         self.gradients: dict[str, Tensor] = {}
         self.hooks = [
-            p.register_post_accumulate_grad_hook(lambda p, name=name: self._add_gradient(name, p)) for name, p in self.parameters.items()
+            p.register_post_accumulate_grad_hook(lambda p, name=name: self._add_gradient(name, p))
+            for name, p in self.parameters.items()
         ]
-        largest, cuda = max(p.numel() for p in self.parameters.values()), any(p.is_cuda for p in self.parameters.values())
+        largest, cuda = (
+            max(p.numel() for p in self.parameters.values()),
+            any(p.is_cuda for p in self.parameters.values()),
+        )
         self.buffer = torch.empty(largest, pin_memory=cuda) if self.offload else None
         return self
 
@@ -190,14 +207,21 @@ class MasterAdamW:
 
     @torch.no_grad()
     def _step_one(self, name: str, scale: float) -> None:
-        parameter, master, gradient, staged = self.parameters[name], self.masters[name], self.gradients.pop(name).mul_(scale), None
+        parameter, master, gradient, staged = (
+            self.parameters[name],
+            self.masters[name],
+            self.gradients.pop(name).mul_(scale),
+            None,
+        )
         if self.offload:
             staged = self.buffer[: gradient.numel()].view_as(gradient)
             gradient = staged.copy_(gradient)
         master.grad = gradient
         self.adamw[name].step()
         master.grad = None
-        if staged is not None:  # in the parameter's own dtype: a copy that converts would not read pinned memory
+        if (
+            staged is not None
+        ):  # in the parameter's own dtype: a copy that converts would not read pinned memory
             staged = self.buffer.view(parameter.dtype)[: parameter.numel()].view_as(parameter)
             parameter.copy_(staged.copy_(master))
         elif master is not parameter:
@@ -234,7 +258,9 @@ class MasterAdamW:
 def add_reference(groups: list[Group], reference, temperature: float = 1.0) -> None:
     """Fills in the reference's log-probabilities of every group."""
     with torch.no_grad():
-        for which, logps in reference.packed_logprobs([(g.prompt, g.completions) for g in groups], temperature):
+        for which, logps in reference.packed_logprobs(
+            [(g.prompt, g.completions) for g in groups], temperature
+        ):
             for (g, i), logp in zip(which, logps):
                 groups[g].ref_logp[i] = logp
 

@@ -62,7 +62,9 @@ def find_images(where: str) -> Found:
     elif place.is_file():
         paths = [str(place)]
     else:
-        paths = sorted(map(str, Path(place.anchor).glob(str(place.relative_to(place.anchor)))))  # follows no links: no loops
+        paths = sorted(
+            map(str, Path(place.anchor).glob(str(place.relative_to(place.anchor))))
+        )  # follows no links: no loops
         if not paths:
             raise ValueError(f"--images: there is no folder, file or match of {where}")
     good, skipped = [], []
@@ -97,7 +99,9 @@ def _open(path: str) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise ImageError("more than twice 89 million pixels") from error
-    except Exception as error:  # Pillow's readers raise many kinds on broken files, struct.error and SyntaxError among them
+    except (
+        Exception
+    ) as error:  # Pillow's readers raise many kinds on broken files, struct.error and SyntaxError among them
         raise ImageError(f"not a readable image: {_reason(error)}") from error
     width, height = image.size
     if width * height > MAX_PIXELS:

@@ -16,7 +16,9 @@ see rewards.py, curate.py and grpo.py, each at its top.
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the long imports below ends without a traceback
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # Ctrl-C during the long imports below ends without a traceback
 
 import argparse
 import dataclasses
@@ -56,7 +58,9 @@ TOY = Path(__file__).parent / "toy"
 # The paper's hyper-parameters fit models of billions of parameters; these fit the toy, when no --model is given.
 # Its Reasoner has one thing to find out: a longer phase exhausts it, and a Questioner whose Reasoner is sure of every
 # question finds that it is unsure of those that have no answer ("Is there?"), the failure that the paper warns of.
-TOY_DEFAULTS = dict(lr=6e-5, reasoner_steps=3, images_per_step=32, candidates=256, max_new_tokens=32, dtype="float32")
+TOY_DEFAULTS = dict(
+    lr=6e-5, reasoner_steps=3, images_per_step=32, candidates=256, max_new_tokens=32, dtype="float32"
+)
 Reward = Callable[[str | None, Example], float]  # (answer, curated question) -> reward
 MAY_CHANGE = ("name", "resume", "dry_run", "device", "gradient_checkpointing", "offload", "save_every")
 TOO_LITTLE_MEMORY = (
@@ -64,7 +68,11 @@ TOO_LITTLE_MEMORY = (
     "where this stopped; or begin anew with a lower --max-new-tokens, --max-pixels or --group-size"
 )
 PROBES = 64  # questions on which the Reasoner is compared with the base
-SCENES, HELD_OUT_QUESTIONS, HELD_OUT_SEED = 512, 512, 1_000_000  # the built-in scenes; no run's seed is that large
+SCENES, HELD_OUT_QUESTIONS, HELD_OUT_SEED = (
+    512,
+    512,
+    1_000_000,
+)  # the built-in scenes; no run's seed is that large
 
 
 # ---- Settings ----------------------------------------------------------------------------------------------------------
@@ -78,48 +86,76 @@ def setting(default, help: str):
 class Settings:
     """Every setting of a run: one flag each, the paper's values as defaults."""
 
-    model: str | None = setting(None, "folder or hub id of a Qwen2.5-VL or MiMo-VL checkpoint (default: the toy here)")
-    images: str | None = setting(None, "folder (with subfolders), glob, or .txt/.jsonl list of images (default: built-in scenes)")
+    model: str | None = setting(
+        None, "folder or hub id of a Qwen2.5-VL or MiMo-VL checkpoint (default: the toy here)"
+    )
+    images: str | None = setting(
+        None, "folder (with subfolders), glob, or .txt/.jsonl list of images (default: built-in scenes)"
+    )
     name: str | None = setting(None, "the run's folder under runs/ (default: the model's name and the time)")
-    resume: str | None = setting(None, "continue the run in this folder where it was stopped or killed; takes no other flag")
+    resume: str | None = setting(
+        None, "continue the run in this folder where it was stopped or killed; takes no other flag"
+    )
     seed: int = setting(0, "seed of everything random")
     device: str | None = setting(None, "cpu, cuda or cuda:N (default: cuda if there is one)")
     dtype: str | None = setting(None, "float32 or bfloat16 (default: bfloat16 on cuda, float32 on cpu)")
     iterations: int = setting(3, "iterations of the loop, the paper's K")
-    questioner_steps: int = setting(20, "GRPO steps of a Questioner phase, the paper's S_Q (20 for 3B, 10 for 7B)")
-    reasoner_steps: int = setting(20, "GRPO steps of a Reasoner phase, the paper's S_R (20 for 3B, 10 for 7B)")
+    questioner_steps: int = setting(
+        20, "GRPO steps of a Questioner phase, the paper's S_Q (20 for 3B, 10 for 7B)"
+    )
+    reasoner_steps: int = setting(
+        20, "GRPO steps of a Reasoner phase, the paper's S_R (20 for 3B, 10 for 7B)"
+    )
     images_per_step: int = setting(128, "images (Questioner) or curated questions (Reasoner) in a step")
     group_size: int = setting(8, "completions of one prompt that GRPO compares, the paper's G")
     answers: int = setting(10, "answers the Reasoner votes with on a question, the paper's m")
     candidates: int = setting(1000, "questions proposed for curation, the paper's N")
     tau_low: float = setting(0.25, "lowest confidence of a curated question, the paper's tau_low, inclusive")
-    tau_high: float = setting(0.75, "highest confidence of a curated question, the paper's tau_high, inclusive")
+    tau_high: float = setting(
+        0.75, "highest confidence of a curated question, the paper's tau_high, inclusive"
+    )
     diversity_weight: float = setting(1.0, "weight of the diversity penalty, the paper's lambda")
     lr: float = setting(1e-6, "learning rate of AdamW in both phases")
     weight_decay: float = setting(1e-2, "weight decay of AdamW")
     beta: float = setting(1e-2, "weight of the KL to the role at the start of its phase, the paper's beta")
-    clip: float = setting(0.2, "clipping range of the ratio, the paper's epsilon; idle with one update a rollout, as here")
+    clip: float = setting(
+        0.2, "clipping range of the ratio, the paper's epsilon; idle with one update a rollout, as here"
+    )
     temperature: float = setting(1.0, "sampling temperature; divides the logits in training too")
     top_p: float = setting(0.99, "nucleus sampling: the smallest set of tokens with this probability")
     max_new_tokens: int = setting(1024, "longest completion, in tokens")
     max_pixels: int = setting(802_816, "larger images are scaled down to this; 28 x 28 pixels make one token")
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
-    offload: bool = setting(False, "keep float32 master weights and AdamW's moments in CPU memory, for a GPU that is too small")
-    save_every: int = setting(5, "steps between two saved states of a run; a state is also saved when a phase ends")
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass: less memory, more time"
+    )
+    offload: bool = setting(
+        False, "keep float32 master weights and AdamW's moments in CPU memory, for a GPU that is too small"
+    )
+    save_every: int = setting(
+        5, "steps between two saved states of a run; a state is also saved when a phase ends"
+    )
     dry_run: bool = setting(False, "print what would run and how much memory it takes, then stop")
 
     def check(self) -> None:
         """Raises ValueError, with a sentence for the user, for a value out of range."""
-        least = dict(iterations=1, questioner_steps=1, reasoner_steps=1, images_per_step=1, group_size=2, answers=1)
+        least = dict(
+            iterations=1, questioner_steps=1, reasoner_steps=1, images_per_step=1, group_size=2, answers=1
+        )
         least |= dict(candidates=1, max_new_tokens=1, max_pixels=28 * 28, seed=0, lr=0.0, weight_decay=0.0)
         least |= dict(beta=0.0, diversity_weight=0.0, tau_low=0.0, save_every=1)
         for name, value in least.items():
             if not getattr(self, name) >= value or math.isinf(getattr(self, name)):
-                raise ValueError(f"{_flag(name)} must be a number of at least {value}, not {getattr(self, name)}")
+                raise ValueError(
+                    f"{_flag(name)} must be a number of at least {value}, not {getattr(self, name)}"
+                )
         if not self.tau_low <= self.tau_high <= 1:
-            raise ValueError(f"--tau-low ({self.tau_low}) must not be above --tau-high ({self.tau_high}), nor that above 1")
+            raise ValueError(
+                f"--tau-low ({self.tau_low}) must not be above --tau-high ({self.tau_high}), nor that above 1"
+            )
         if not 0 < self.temperature < math.inf:
-            raise ValueError(f"--temperature must be above 0, not {self.temperature}: GRPO compares random samples")
+            raise ValueError(
+                f"--temperature must be above 0, not {self.temperature}: GRPO compares random samples"
+            )
         if not 0 < self.top_p <= 1 or not 0 < self.clip < 1:
             raise ValueError("--top-p must be above 0 and at most 1, and --clip between 0 and 1")
         for name in ("model", "images"):
@@ -143,11 +179,15 @@ def silver_label_reward(answer: str | None, example: Example) -> float:
     return rewards.answer_reward(answer, example.label)
 
 
-def visplay(s: Settings, run: Run, questioner: VLM, reasoner: VLM, answer_reward: Reward = silver_label_reward) -> None:
+def visplay(
+    s: Settings, run: Run, questioner: VLM, reasoner: VLM, answer_reward: Reward = silver_label_reward
+) -> None:
     """Goes on from the state of the run until s.iterations are complete. `answer_reward` is the Reasoner's; experiments replace it."""
     roles = {"questioner": questioner, "reasoner": reasoner}
     settings = dict(lr=s.lr, weight_decay=s.weight_decay, offload=s.offload, ranks=run.ranks)
-    optimizers = {name: grpo.MasterAdamW(role.model.named_parameters(), **settings) for name, role in roles.items()}
+    optimizers = {
+        name: grpo.MasterAdamW(role.model.named_parameters(), **settings) for name, role in roles.items()
+    }
     run.restore(optimizers)
     if run.at(0, "measure"):
         settle(s, reasoner, questioner)
@@ -196,12 +236,17 @@ def train_questioner(s, run, k, questioner: VLM, reasoner: VLM, optimizer) -> No
             prompts, proposals, voted = ask_and_vote(s, questioner, reasoner, batch, s.group_size, generator)
             groups = []
             for prompt, group, votes in zip(prompts, proposals, voted):
-                texts, confidences = [v and v.question for v in votes], [v.confidence if v else 0.0 for v in votes]
+                texts, confidences = (
+                    [v and v.question for v in votes],
+                    [v.confidence if v else 0.0 for v in votes],
+                )
                 reward = rewards.questioner_rewards(texts, confidences, s.diversity_weight)
                 groups.append(grpo.Group(prompt, [p.completion for p in group], reward))
             return gradient(s, questioner, reference, groups, s.images_per_step), groups, voted
 
-        metrics, groups, voted = with_less_memory(run.ranks, (questioner, reasoner, reference), optimizer, work)
+        metrics, groups, voted = with_less_memory(
+            run.ranks, (questioner, reasoner, reference), optimizer, work
+        )
         metrics, voted = grpo.take_step(optimizer, metrics), gather_examples(run, voted)
         run.log(metrics | questioner_metrics(s, voted), groups, start, questioner.end_ids)
         if not any(v for votes in voted for v in votes):
@@ -223,10 +268,17 @@ def curate_questions(s, run, k, questioner: VLM, reasoner: VLM) -> None:
     curated = curate.curate(candidates, s.tau_low, s.tau_high)
     run.write(
         dict(iteration=k, phase="curation", candidates=s.candidates, validity=len(candidates) / s.candidates)
-        | dict(curated=len(curated), confidence=mean([e.confidence for e in candidates]), seconds=time.time() - start)
+        | dict(
+            curated=len(curated),
+            confidence=mean([e.confidence for e in candidates]),
+            seconds=time.time() - start,
+        )
     )
     asking = run.of("questioner")
-    run.warn("stagnant difficulty", signatures.stagnant_difficulty([r["r_unc"] for r in asking if r["iteration"] == k]))
+    run.warn(
+        "stagnant difficulty",
+        signatures.stagnant_difficulty([r["r_unc"] for r in asking if r["iteration"] == k]),
+    )
     run.warn("question collapse", signatures.question_collapse(asking[0], asking[-1]))
     if run.ranks.first:
         curate.write_examples(run.candidates(k), candidates)
@@ -237,10 +289,15 @@ def curate_questions(s, run, k, questioner: VLM, reasoner: VLM) -> None:
 def train_reasoner(s, run, k, reasoner: VLM, optimizer, curated: list[Example], answer_reward) -> None:
     """Phase 3: GRPO on the Reasoner with the silver labels; a step takes the next curated questions, round and round."""
     if not curated:
-        run.say(f"iteration {k}: no question has a confidence in [{s.tau_low}, {s.tau_high}]; the Reasoner is not trained")
+        run.say(
+            f"iteration {k}: no question has a confidence in [{s.tau_low}, {s.tau_high}]; the Reasoner is not trained"
+        )
         return run.advance()
     reference = run.begin("reasoner", reasoner, optimizer)
-    order, size = random.Random(f"{s.seed} {k} curated").sample(curated, len(curated)), min(s.images_per_step, len(curated))
+    order, size = (
+        random.Random(f"{s.seed} {k} curated").sample(curated, len(curated)),
+        min(s.images_per_step, len(curated)),
+    )
     for step in run.steps("reasoner", s.reasoner_steps, optimizer):
         start = time.time()
         batch = run.ranks.share([order[i % len(order)] for i in range((step - 1) * size, step * size)])
@@ -253,7 +310,11 @@ def train_reasoner(s, run, k, reasoner: VLM, optimizer, curated: list[Example], 
                 grpo.Group(prompt, [a.completion for a in group], [answer_reward(a.answer, e) for a in group])
                 for prompt, group, e in zip(prompts, answers, batch)
             ]
-            return gradient(s, reasoner, reference, groups, size), groups, [[a.answer for a in group] for group in answers]
+            return (
+                gradient(s, reasoner, reference, groups, size),
+                groups,
+                [[a.answer for a in group] for group in answers],
+            )
 
         metrics, groups, answers = with_less_memory(run.ranks, (reasoner, reference), optimizer, work)
         metrics, answers = grpo.take_step(optimizer, metrics), run.ranks.gather(answers)
@@ -267,7 +328,9 @@ def load_curated(example: Example) -> Image:
     try:
         return load_image(example.image)
     except ImageError as error:
-        raise ImageError(f"the image {printable(example.image)} of a curated question is gone or changed: {error}") from error
+        raise ImageError(
+            f"the image {printable(example.image)} of a curated question is gone or changed: {error}"
+        ) from error
 
 
 def with_less_memory(ranks: Ranks, models: tuple[VLM, ...], optimizer, work: Callable):
@@ -323,7 +386,9 @@ def ask_and_vote(
     return prompts, proposals, [[vote(picture, p) for p in group] for picture, group in zip(batch, proposals)]
 
 
-def gradient(s: Settings, policy: VLM, reference: VLM, groups: list[grpo.Group], all_groups: int) -> dict[str, float]:
+def gradient(
+    s: Settings, policy: VLM, reference: VLM, groups: list[grpo.Group], all_groups: int
+) -> dict[str, float]:
     """Adds these groups' part of the gradient to the policy's; all_groups: how many there are on all ranks."""
     with reference.on(device_of(s)):
         grpo.add_reference(groups, reference, s.temperature)
@@ -337,7 +402,9 @@ def questioner_metrics(s: Settings, voted: list[list[Example | None]]) -> dict:
     return {
         "validity": len(valid) / (len(voted) * s.group_size),
         "r_unc": mean([rewards.uncertainty_reward(v.confidence) for v in valid]),
-        "r_div": mean([r for texts in asked for r in rewards.diversity_penalty(texts, s.diversity_weight, s.group_size)]),
+        "r_div": mean(
+            [r for texts in asked for r in rewards.diversity_penalty(texts, s.diversity_weight, s.group_size)]
+        ),
         "confidence": mean([v.confidence for v in valid]),
         "clusters": mean([len(set(rewards.cluster_questions(texts))) for texts in asked if texts]),
     } | signatures.variety([v.question for v in valid], [v.kind for v in valid])
@@ -349,10 +416,15 @@ def base_agreement(s: Settings, run: Run, k: int, reasoner: VLM) -> dict:
     base = base[:: -(-len(base) // PROBES)] if base else []
     mine = run.ranks.share(base)
     prompts = [reasoner_role.answer_prompt(reasoner, load_curated(e), e.question) for e in mine]
-    answers = reasoner_role.answer(reasoner, prompts, s.answers, **s.sampling, generator=seeded(s, run, k, "probe", 0))
+    answers = reasoner_role.answer(
+        reasoner, prompts, s.answers, **s.sampling, generator=seeded(s, run, k, "probe", 0)
+    )
     votes = run.ranks.gather([list(rewards.confidence([a.answer for a in group])) for group in answers])
     agree = [rewards.answer_reward(label, e.label) for (label, _), e in zip(votes, base)]
-    return {"base_agreement": mean(agree) if base else None, "probe_confidence": mean([c for _, c in votes]) if base else None}
+    return {
+        "base_agreement": mean(agree) if base else None,
+        "probe_confidence": mean([c for _, c in votes]) if base else None,
+    }
 
 
 def watch_drift(run: Run, k: int) -> None:
@@ -374,8 +446,12 @@ def measure(s: Settings, run: Run, reasoner: VLM, curated: list[Example]) -> dic
 
     results = {}
     if run.ranks.first:
-        items = truth.held_out_questions(run.folder / "held-out", HELD_OUT_QUESTIONS, HELD_OUT_SEED, run.scene_size)
-        outcomes = evaluate.answer_all(reasoner, items, 4, len(items), **s.sampling, generator=seeded(s, run, 0, "measure", 0))
+        items = truth.held_out_questions(
+            run.folder / "held-out", HELD_OUT_QUESTIONS, HELD_OUT_SEED, run.scene_size
+        )
+        outcomes = evaluate.answer_all(
+            reasoner, items, 4, len(items), **s.sampling, generator=seeded(s, run, 0, "measure", 0)
+        )
         scores = evaluate.scores(outcomes)
         results = {name: scores[name] for name in ("greedy_accuracy", "sampled_accuracy")}
         results |= truth.silver_label_accuracy(curated, run.folder / "images")
@@ -396,10 +472,14 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse_arguments(argv: list[str] | None = None) -> Settings:
     """The settings of a command line; exits with 2 and one sentence if it is wrong."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     for field in dataclasses.fields(Settings):
         if field.type is bool:
-            parser.add_argument(_flag(field.name), action="store_true", default=None, help=field.metadata["help"])
+            parser.add_argument(
+                _flag(field.name), action="store_true", default=None, help=field.metadata["help"]
+            )
             continue
         text = field.metadata["help"].replace("%", "%%")
         if field.default is not None:
@@ -407,7 +487,9 @@ def parse_arguments(argv: list[str] | None = None) -> Settings:
             text += f" (default: {field.default}{toy})"
         kind = field.type if field.type in (int, float) else str
         choices = ("float32", "bfloat16") if field.name == "dtype" else None
-        parser.add_argument(_flag(field.name), type=kind, choices=choices, metavar=field.name.upper(), help=text)
+        parser.add_argument(
+            _flag(field.name), type=kind, choices=choices, metavar=field.name.upper(), help=text
+        )
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     if "resume" in given:
         if len(given) > 1:
@@ -435,8 +517,16 @@ def prepare(s: Settings, ranks: Ranks) -> Run:
     if exists and not s.dry_run:
         check_same_settings(s, folder)
         return reopened(s, folder, scene_size, ranks)
-    begun = ("state", "lock", "images.json")  # all there is if a run was killed before its config.json was written
-    if folder.exists() and not s.dry_run and any(p.name not in begun and p.suffix != ".new" for p in folder.iterdir()):
+    begun = (
+        "state",
+        "lock",
+        "images.json",
+    )  # all there is if a run was killed before its config.json was written
+    if (
+        folder.exists()
+        and not s.dry_run
+        and any(p.name not in begun and p.suffix != ".new" for p in folder.iterdir())
+    ):
         raise ValueError(f"{folder} exists already and is not the folder of a run; choose another --name")
     return Run(folder, find(s), scene_size, s.seed, s.save_every, ranks)
 
@@ -477,7 +567,9 @@ def device_of(s: Settings) -> torch.device:
 def check_device(name: str | None, ranks: Ranks) -> None:
     """Raises ValueError if torch has no such device here, or if all ranks would be on one GPU."""
     if ranks.size > 1 and (name or "").startswith("cuda:"):
-        raise ValueError(f"--device {name}: under torchrun each process takes its own GPU; say --device cuda, or nothing")
+        raise ValueError(
+            f"--device {name}: under torchrun each process takes its own GPU; say --device cuda, or nothing"
+        )
     try:
         if name is not None and torch.device(name).type not in ("cpu", "cuda"):
             raise ValueError
@@ -541,33 +633,55 @@ def start_run(s: Settings, run: Run) -> None:
 def print_plan(s: Settings, run: Run) -> None:
     """What will run: images, tokens, steps and the memory of each phase."""
     device = device_of(s)
-    dtype = getattr(torch, s.dtype) if s.dtype else (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = (
+        getattr(torch, s.dtype) if s.dtype else (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    )
     config, found, image_tokens = load_config(model_of(s)), run.images, s.max_pixels // (28 * 28)
     if s.images is None:
         image_tokens = (run.scene_size // 28) ** 2
-        print(f"images   {SCENES} built-in scenes of {run.scene_size} x {run.scene_size} pixels, {image_tokens} tokens each")
+        print(
+            f"images   {SCENES} built-in scenes of {run.scene_size} x {run.scene_size} pixels, {image_tokens} tokens each"
+        )
     else:
-        print(f"images   {len(found.paths)} found, {len(found.skipped)} skipped, up to about {image_tokens} tokens each")
+        print(
+            f"images   {len(found.paths)} found, {len(found.skipped)} skipped, up to about {image_tokens} tokens each"
+        )
         for path, reason in found.skipped:
             print(f"         skipped {printable(path)}: {reason}")
     questions = s.images_per_step * s.group_size
-    print(f"model    {s.model or 'the toy'}: {sum(plan.parameter_sizes(config).values()):,} parameters, {dtype}, on {run.ranks.size} x {device}")
-    print(f"steps    {s.iterations} iterations of {s.questioner_steps} Questioner and {s.reasoner_steps} Reasoner steps")
+    print(
+        f"model    {s.model or 'the toy'}: {sum(plan.parameter_sizes(config).values()):,} parameters, {dtype}, on {run.ranks.size} x {device}"
+    )
+    print(
+        f"steps    {s.iterations} iterations of {s.questioner_steps} Questioner and {s.reasoner_steps} Reasoner steps"
+    )
     print(f"         a Questioner step samples {questions} questions and {questions * s.answers} answers,")
     print(f"         a curation {s.candidates} questions and {s.candidates * s.answers} answers,")
     print(f"         and a Reasoner step up to {questions} answers")
-    work = plan.Work(image_tokens, 100, s.max_new_tokens, s.group_size, questions, s.answers)  # 100: an instruction, a question
+    work = plan.Work(
+        image_tokens, 100, s.max_new_tokens, s.group_size, questions, s.answers
+    )  # 100: an instruction, a question
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    for moment in plan.memory_plan(config, dtype, total, work, s.gradient_checkpointing, s.offload, run.ranks.size):
+    for moment in plan.memory_plan(
+        config, dtype, total, work, s.gradient_checkpointing, s.offload, run.ranks.size
+    ):
         parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in moment.parts.items() if size)
-        verdict = "" if total is None or moment.total < total else f"; MORE than the {total / 2**30:.0f} GiB of {device}"
+        verdict = (
+            ""
+            if total is None or moment.total < total
+            else f"; MORE than the {total / 2**30:.0f} GiB of {device}"
+        )
         print(f"memory   {moment.name}: {moment.total / 2**30:.2f} GiB ({parts}){verdict}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0: done, 2: a wrong argument or input, 1: anything else."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a mistyped model name is our sentence, not its retries
-    warnings.filterwarnings("ignore", module="PIL")  # a strange image is used or skipped, and listed if skipped
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # a mistyped model name is our sentence, not its retries
+    warnings.filterwarnings(
+        "ignore", module="PIL"
+    )  # a strange image is used or skipped, and listed if skipped
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     s = parse_arguments(argv)
@@ -578,7 +692,10 @@ def main(argv: list[str] | None = None) -> int:
         if "WORLD_SIZE" not in os.environ:
             raise
         why = str(error).splitlines()[0]
-        print(f"error: another process of this run has ended or cannot be reached ({why}); start them again to go on", file=sys.stderr)
+        print(
+            f"error: another process of this run has ended or cannot be reached ({why}); start them again to go on",
+            file=sys.stderr,
+        )
         return 1
 
 
@@ -623,7 +740,10 @@ def carry_out(s: Settings, run: Run, roles: tuple[VLM, VLM]) -> int:
         return 2
     except (Stopped, KeyboardInterrupt) as reason:
         if run.ranks.first:
-            print(f"{'stopped, its state is saved' if isinstance(reason, Stopped) else 'interrupted'}; {go_on}", file=sys.stderr)
+            print(
+                f"{'stopped, its state is saved' if isinstance(reason, Stopped) else 'interrupted'}; {go_on}",
+                file=sys.stderr,
+            )
         return 1
     except OSError as error:  # a full disk
         print(f"error: {error}; when that is mended, {go_on}", file=sys.stderr)

@@ -77,7 +77,10 @@ def memory_plan(
     trained, other, reference = {"trained role": weights}, {"other role": weights}, {"reference": weights}
     optimizer = {"float32 masters": 0 if dtype == torch.float32 else 4 * owned, "AdamW moments": 8 * owned}
     device = "cpu" if device_bytes is None else "cuda"
-    gradients = {"gradients": 4 * parameters, "activations": activation_bytes(config, dtype, work, checkpointing, device)}
+    gradients = {
+        "gradients": 4 * parameters,
+        "activations": activation_bytes(config, dtype, work, checkpointing, device),
+    }
     always = trained | ({} if offload else optimizer)
     if device_bytes is None:  # one memory for all
         always = trained | other | reference | optimizer
@@ -87,7 +90,9 @@ def memory_plan(
         return parts | {"rollouts": min(rollout_bytes(config, dtype, work, rows, n), free)}
 
     return [
-        Moment("Questioner's rollouts", with_cache(always | other, work.questions * work.answers, work.answers)),
+        Moment(
+            "Questioner's rollouts", with_cache(always | other, work.questions * work.answers, work.answers)
+        ),
         Moment("Questioner's update", always | gradients),
         Moment("curation", with_cache(trained | other, work.questions * work.answers, work.answers)),
         Moment("Reasoner's rollouts", with_cache(always, work.questions, work.group_size)),
@@ -98,8 +103,14 @@ def memory_plan(
 def rollout_bytes(config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, rows: int, n: int) -> int:
     """Keys and values of all rows and their prompts, what sampling needs, and one layer of a prefill's activations."""
     text, tokens = config.text_config, rows * work.new_tokens + rows // n * work.prompt_tokens
-    prefill = min(PREFILL_TOKENS, rows // n * work.prompt_tokens) * (6 * text.hidden_size + 3 * text.intermediate_size)
-    return tokens * cache_token_bytes(config, dtype) + rows * text.vocab_size * SAMPLING_BYTES + prefill * dtype.itemsize
+    prefill = min(PREFILL_TOKENS, rows // n * work.prompt_tokens) * (
+        6 * text.hidden_size + 3 * text.intermediate_size
+    )
+    return (
+        tokens * cache_token_bytes(config, dtype)
+        + rows * text.vocab_size * SAMPLING_BYTES
+        + prefill * dtype.itemsize
+    )
 
 
 def largest_batch(work: Work) -> tuple[int, int]:
@@ -109,13 +120,20 @@ def largest_batch(work: Work) -> tuple[int, int]:
     return min(max(1, min(BATCH_TOKENS // row, BATCH_IMAGE_TOKENS // work.image_tokens)), work.questions), row
 
 
-def activation_bytes(config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, checkpointing: bool, device: str) -> int:
+def activation_bytes(
+    config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, checkpointing: bool, device: str
+) -> int:
     """What the backward pass keeps at most, see this file's docstring: shorter completions put more images in a batch."""
     lengths = sorted({max(1, work.new_tokens * i // 32) for i in range(1, 33)})
-    return max(batch_bytes(config, dtype, replace(work, new_tokens=length), checkpointing, device) for length in lengths)
+    return max(
+        batch_bytes(config, dtype, replace(work, new_tokens=length), checkpointing, device)
+        for length in lengths
+    )
 
 
-def batch_bytes(config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, checkpointing: bool, device: str) -> int:
+def batch_bytes(
+    config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, checkpointing: bool, device: str
+) -> int:
     """The same for the largest batch of completions that all have `work.new_tokens` tokens."""
     rows, row = largest_batch(work)
     text, vision = config.text_config, config.vision_config
@@ -127,9 +145,15 @@ def batch_bytes(config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, checkp
     text_layer = layer(rows * row, text.hidden_size, text.intermediate_size, 8)
     vision_layer = layer(patches, vision.hidden_size, vision.intermediate_size, 12)
     mask = rows * row * row * dtype.itemsize
-    matrix = text.vocab_size * text.hidden_size * dtype.itemsize  # the gradient of the matrix that makes the logits
-    logits = min(LOGITS[device], rows * row * text.vocab_size) * (4 + dtype.itemsize)  # in float32, and before that
+    matrix = (
+        text.vocab_size * text.hidden_size * dtype.itemsize
+    )  # the gradient of the matrix that makes the logits
+    logits = min(LOGITS[device], rows * row * text.vocab_size) * (
+        4 + dtype.itemsize
+    )  # in float32, and before that
     if not checkpointing:
         return mask + text.num_hidden_layers * text_layer + vision.depth * vision_layer + logits + matrix
-    inputs = (text.num_hidden_layers * rows * row * text.hidden_size + vision.depth * patches * vision.hidden_size) * dtype.itemsize
+    inputs = (
+        text.num_hidden_layers * rows * row * text.hidden_size + vision.depth * patches * vision.hidden_size
+    ) * dtype.itemsize
     return mask + inputs + matrix + max(text_layer, vision_layer, logits, matrix)

@@ -69,6 +69,13 @@ def parse_question(text: str) -> Question | None:
         rest = rest.lstrip()
     kind, question = " ".join(blocks["type"].lower().replace("-", " ").split()), blocks["question"].strip()
     answer = extract_answer(blocks["answer"])
-    if rest or kind not in KINDS or not question or answer is None or "<type>" in question or "<answer>" in question:
+    if (
+        rest
+        or kind not in KINDS
+        or not question
+        or answer is None
+        or "<type>" in question
+        or "<answer>" in question
+    ):
         return None
     return Question(kind, question, answer)

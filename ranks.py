@@ -51,7 +51,10 @@ class Ranks:
     def add(self, values: dict[str, float]) -> dict[str, float]:
         """The sums over all ranks; a rank need not have all the names."""
         parts = self.gather([values])
-        return {name: sum(part.get(name, 0.0) for part in parts) for name in {name: 0 for part in parts for name in part}}
+        return {
+            name: sum(part.get(name, 0.0) for part in parts)
+            for name in {name: 0 for part in parts for name in part}
+        }
 
     def owners(self, sizes: dict[str, int]) -> dict[str, int]:
         """Which rank owns each tensor; sizes: name -> elements. The largest goes first, always to the rank that has least."""

@@ -66,7 +66,7 @@ def read_records(folder: Path) -> list[dict]:
 
 
 def read_questions(folder: Path) -> dict[int, list[Example]]:
-    """iteration -> the questions that were proposed for curation; of an older run, those that were kept."""
+    """Iteration -> the questions that were proposed for curation; of an older run, those that were kept."""
     questions, number = {}, 1
     while True:
         for kind in ("candidates", "curated"):
@@ -119,20 +119,37 @@ def nice(value: float) -> str:
 
 def frame(title: str, keys: Sequence[str], body: str, alt: str) -> str:
     """A figure: its caption, its legend, its picture."""
-    legend = "".join(f'<span class="key"><i style="background: var(--c{i})"></i>{html.escape(key)}</span>' for i, key in enumerate(keys))
+    legend = "".join(
+        f'<span class="key"><i style="background: var(--c{i})"></i>{html.escape(key)}</span>'
+        for i, key in enumerate(keys)
+    )
     picture = f'<svg viewBox="0 0 360 190" role="img" aria-label="{html.escape(alt)}">{body}</svg>'
     return f"<figure><figcaption>{html.escape(title)}</figcaption>{picture}{legend if len(keys) > 1 else ''}</figure>"
 
 
 def axes(low: float, high: float, left: str, right: str, below: str) -> str:
     """Two axes with their ends written beside them. The drawing area is 52..350 by 10..150."""
-    texts = [(48, 14, "end", nice(high)), (48, 84, "end", nice((low + high) / 2)), (48, 150, "end", nice(low))]
+    texts = [
+        (48, 14, "end", nice(high)),
+        (48, 84, "end", nice((low + high) / 2)),
+        (48, 150, "end", nice(low)),
+    ]
     texts += [(52, 166, "start", left), (350, 166, "end", right), (201, 182, "middle", below)]
-    marks = "".join(f'<text x="{x}" y="{y}" text-anchor="{anchor}">{html.escape(text)}</text>' for x, y, anchor, text in texts)
+    marks = "".join(
+        f'<text x="{x}" y="{y}" text-anchor="{anchor}">{html.escape(text)}</text>'
+        for x, y, anchor, text in texts
+    )
     return f'<path class="axis" d="M52 10 V150 H350 M52 80 H350" fill="none"/>{marks}'
 
 
-def line_chart(title: str, curves: dict[str, Points], below: str, marked: Sequence[int] = (), first: int = 1, share: bool = False) -> str:
+def line_chart(
+    title: str,
+    curves: dict[str, Points],
+    below: str,
+    marked: Sequence[int] = (),
+    first: int = 1,
+    share: bool = False,
+) -> str:
     """Curves over places 0, 1, ..., which are called first, first + 1, ...; `marked` places get a vertical line before them.
 
     share: the values are shares, so the axis goes from 0 to 1.
@@ -146,13 +163,17 @@ def line_chart(title: str, curves: dict[str, Points], below: str, marked: Sequen
     x = lambda place: 58 + 286 * place / max(1, last)  # noqa: E731
     y = lambda value: 150 - 140 * (value - low) / (high - low)  # noqa: E731
     body = axes(low, high, str(first), str(int(last) + first), below)
-    body += "".join(f'<path class="axis" stroke-dasharray="3 3" d="M{x(m - 0.5):.1f} 10 V150"/>' for m in marked)
+    body += "".join(
+        f'<path class="axis" stroke-dasharray="3 3" d="M{x(m - 0.5):.1f} 10 V150"/>' for m in marked
+    )
     for number, points in enumerate(curves.values()):
         path = " ".join(f"{'L' if i else 'M'}{x(p):.1f} {y(v):.1f}" for i, (p, v) in enumerate(points))
         body += f'<path class="curve" style="stroke: var(--c{number})" d="{path}"/>'
         for p, v in points if len(points) <= 12 else ():
             body += f'<circle cx="{x(p):.1f}" cy="{y(v):.1f}" r="3" style="fill: var(--c{number})"/>'
-    told = "; ".join(f"{name} from {nice(points[0][1])} to {nice(points[-1][1])}" for name, points in curves.items())
+    told = "; ".join(
+        f"{name} from {nice(points[0][1])} to {nice(points[-1][1])}" for name, points in curves.items()
+    )
     return frame(title, list(curves), body, f"{title}: {told}")
 
 
@@ -161,38 +182,89 @@ def histogram(title: str, values: Sequence[float], low: float, high: float) -> s
     counts = Counter(min(10, int(10 * value + 0.5)) for value in values)
     most = max(counts.values(), default=1)
     x = lambda value: 66 + 270 * value  # noqa: E731
-    body = axes(0, most, "", "", "confidence") + f'<rect class="band" x="{x(low):.1f}" y="10" width="{270 * (high - low):.1f}" height="140"/>'
+    body = (
+        axes(0, most, "", "", "confidence")
+        + f'<rect class="band" x="{x(low):.1f}" y="10" width="{270 * (high - low):.1f}" height="140"/>'
+    )
     body += "".join(f'<text x="{x(v):.0f}" y="166" text-anchor="middle">{v}</text>' for v in (0, 0.5, 1))
     for tenth, count in sorted(counts.items()):
         height = 140 * count / most
         body += f'<rect x="{x(tenth / 10) - 11:.1f}" y="{150 - height:.1f}" width="22" height="{height:.1f}" style="fill: var(--c0)"/>'
     inside = sum(low <= value <= high for value in values)
-    return frame(title, [title], body, f"{title}: {inside} of {len(values)} questions are kept, with a confidence from {low} to {high}")
+    return frame(
+        title,
+        [title],
+        body,
+        f"{title}: {inside} of {len(values)} questions are kept, with a confidence from {low} to {high}",
+    )
 
 
 def charts(records: Sequence[dict], questions: dict[int, list[Example]], config: dict) -> list[str]:
     """All figures of the page."""
-    measured = {"greedy": "greedy_accuracy", "sampled": "sampled_accuracy", "silver labels": "silver_accuracy"}
+    measured = {
+        "greedy": "greedy_accuracy",
+        "sampled": "sampled_accuracy",
+        "silver labels": "silver_accuracy",
+    }
     asked, answered = borders(records, "questioner"), borders(records, "reasoner")
 
     def of(phase: str, **names: str) -> dict[str, Points]:
         return {label.replace("_", " "): numbers(records, phase, name) for label, name in names.items()}
 
     shapes = {label: numbers(records, "measure", name) for label, name in measured.items()}
-    made = [line_chart("Share that is right", shapes, "iteration", first=0, share=True)] if any(shapes.values()) else []
+    made = (
+        [line_chart("Share that is right", shapes, "iteration", first=0, share=True)]
+        if any(shapes.values())
+        else []
+    )
     made += [
-        line_chart("Questioner's reward", of("questioner", reward="reward", difficulty_r_unc="r_unc", penalty_r_div="r_div"), "step", asked),
-        line_chart("Reasoner's reward", of("reasoner", reward="reward", confidence="confidence"), "step", answered),
-        line_chart("Valid outputs", of("questioner", valid_questions="validity"), "Questioner step", asked, share=True),
-        line_chart("Distance from the start of the phase (KL)", of("questioner", KL="kl"), "Questioner step", asked),
+        line_chart(
+            "Questioner's reward",
+            of("questioner", reward="reward", difficulty_r_unc="r_unc", penalty_r_div="r_div"),
+            "step",
+            asked,
+        ),
+        line_chart(
+            "Reasoner's reward", of("reasoner", reward="reward", confidence="confidence"), "step", answered
+        ),
+        line_chart(
+            "Valid outputs",
+            of("questioner", valid_questions="validity"),
+            "Questioner step",
+            asked,
+            share=True,
+        ),
+        line_chart(
+            "Distance from the start of the phase (KL)", of("questioner", KL="kl"), "Questioner step", asked
+        ),
         line_chart("The Reasoner's KL", of("reasoner", KL="kl"), "Reasoner step", answered),
-        line_chart("Different questions about an image", of("questioner", clusters="clusters"), "Questioner step", asked),
-        line_chart("Variety over all images", of("questioner", largest_cluster="largest_cluster", kind_entropy="kind_entropy"), "Questioner step", asked),
-        line_chart("Agreement with the base", of("measure", agreement="base_agreement", confidence="probe_confidence"), "iteration", first=0, share=True),
+        line_chart(
+            "Different questions about an image",
+            of("questioner", clusters="clusters"),
+            "Questioner step",
+            asked,
+        ),
+        line_chart(
+            "Variety over all images",
+            of("questioner", largest_cluster="largest_cluster", kind_entropy="kind_entropy"),
+            "Questioner step",
+            asked,
+        ),
+        line_chart(
+            "Agreement with the base",
+            of("measure", agreement="base_agreement", confidence="probe_confidence"),
+            "iteration",
+            first=0,
+            share=True,
+        ),
         line_chart("Curated questions", of("curation", kept="curated"), "iteration"),
     ]
     band = float(config.get("tau_low", 0.25)), float(config.get("tau_high", 0.75))
-    return made + [histogram(f"Difficulty, iteration {k}", [e.confidence for e in found], *band) for k, found in questions.items() if found]
+    return made + [
+        histogram(f"Difficulty, iteration {k}", [e.confidence for e in found], *band)
+        for k, found in questions.items()
+        if found
+    ]
 
 
 # ---- The gallery ---------------------------------------------------------------------------------------------------------
@@ -221,19 +293,34 @@ def question_card(example: Example, kept: bool, true_answer: str | None) -> str:
     votes: list[tuple[str, int]] = []
     for answer in example.answers:
         name = "no answer" if answer is None else answer
-        place = next((i for i, (other, _) in enumerate(votes) if answer is not None and other != "no answer" and same_answer(other, name) or other == name), None)
-        votes = [*votes, (name, 1)] if place is None else [(n, c + (i == place)) for i, (n, c) in enumerate(votes)]
+        place = next(
+            (
+                i
+                for i, (other, _) in enumerate(votes)
+                if answer is not None and other != "no answer" and same_answer(other, name) or other == name
+            ),
+            None,
+        )
+        votes = (
+            [*votes, (name, 1)]
+            if place is None
+            else [(n, c + (i == place)) for i, (n, c) in enumerate(votes)]
+        )
     lines = [f'<div class="question"><div>{html.escape(example.question)}</div>']
     for name, count in sorted(votes, key=lambda vote: -vote[1]):
         label = " label" if example.label is not None and name == example.label else ""
         bar = f'<div class="bar{label}" style="width: {100 * count / len(example.answers):.0f}%"></div>'
-        lines.append(f'<div class="vote"><span title="{html.escape(name)}">{html.escape(name[:40])}</span>{bar}<span>{count}</span></div>')
+        lines.append(
+            f'<div class="vote"><span title="{html.escape(name)}">{html.escape(name[:40])}</span>{bar}<span>{count}</span></div>'
+        )
     verdict = ""
     if true_answer is not None and example.label is not None:
         good = same_answer(example.label, true_answer)
         verdict = f' · <span class="{"good" if good else "bad"}">{"✓ right" if good else f"✗ wrong, it is {html.escape(true_answer)}"}</span>'
     label = "none" if example.label is None else html.escape(example.label[:80])
-    lines.append(f'<div class="soft">silver label {label} · confidence {example.confidence:.2f} · {"kept" if kept else "not kept"}{verdict}</div></div>')
+    lines.append(
+        f'<div class="soft">silver label {label} · confidence {example.confidence:.2f} · {"kept" if kept else "not kept"}{verdict}</div></div>'
+    )
     return "".join(lines)
 
 
@@ -241,15 +328,27 @@ def gallery(questions: dict[int, list[Example]], config: dict, truth: Truth, fol
     """Images with the questions of each iteration side by side."""
     low, high, cards = float(config.get("tau_low", 0.25)), float(config.get("tau_high", 0.75)), []
     for path in chosen_images(questions):
-        here = path if Path(path).exists() else str(folder / "images" / Path(path).name)  # a run's own scenes move with its folder
+        here = (
+            path if Path(path).exists() else str(folder / "images" / Path(path).name)
+        )  # a run's own scenes move with its folder
         source, name = thumbnail(here), html.escape(printable(Path(path).name))
-        picture = f'<img src="{source}" alt="{name}, an image of the run">' if source else '<p class="soft">The image can no longer be read.</p>'
+        picture = (
+            f'<img src="{source}" alt="{name}, an image of the run">'
+            if source
+            else '<p class="soft">The image can no longer be read.</p>'
+        )
         turns = []
         for k, found in questions.items():
             about = [e for e in found if e.image == path][:QUESTIONS]
-            shown = [question_card(e, e.label is not None and low <= e.confidence <= high, truth(e)) for e in about]
-            turns.append(f"<div><h3>Iteration {k}</h3>{''.join(shown) or '<p class=soft>Nothing was asked about it.</p>'}</div>")
-        cards.append(f'<div class="image"><div>{picture}<div class="soft">{name}</div></div><div class="turns">{"".join(turns)}</div></div>')
+            shown = [
+                question_card(e, e.label is not None and low <= e.confidence <= high, truth(e)) for e in about
+            ]
+            turns.append(
+                f"<div><h3>Iteration {k}</h3>{''.join(shown) or '<p class=soft>Nothing was asked about it.</p>'}</div>"
+            )
+        cards.append(
+            f'<div class="image"><div>{picture}<div class="soft">{name}</div></div><div class="turns">{"".join(turns)}</div></div>'
+        )
     return "".join(cards) or '<p class="soft">No questions have been curated yet.</p>'
 
 
@@ -262,15 +361,29 @@ def page(folder: Path) -> str:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         iterations = int(config["iterations"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is not the folder of a run of loop.py (it has no readable config.json)") from error
+        raise ValueError(
+            f"{folder} is not the folder of a run of loop.py (it has no readable config.json)"
+        ) from error
     records, questions = read_records(folder), read_questions(folder)
     done = max((r["iteration"] for r in records if r.get("phase") == "measure"), default=0)
-    state = f"complete, {iterations} iterations" if done >= iterations else f"{done} of {iterations} iterations complete"
+    state = (
+        f"complete, {iterations} iterations"
+        if done >= iterations
+        else f"{done} of {iterations} iterations complete"
+    )
     began = time.strftime("%Y-%m-%d %H:%M", time.localtime((folder / "config.json").stat().st_mtime))
     model = "the toy of this repository" if config.get("model") is None else str(config["model"])
     images = "built-in scenes" if config.get("images") is None else str(config["images"])
-    skipped = (folder / "skipped.txt").read_text(encoding="utf-8", errors="replace") if (folder / "skipped.txt").exists() else ""
-    warnings = [f"iteration {r['iteration']}, {r['signature']}: {r['message']}" for r in records if r.get("phase") == "warning"]
+    skipped = (
+        (folder / "skipped.txt").read_text(encoding="utf-8", errors="replace")
+        if (folder / "skipped.txt").exists()
+        else ""
+    )
+    warnings = [
+        f"iteration {r['iteration']}, {r['signature']}: {r['message']}"
+        for r in records
+        if r.get("phase") == "warning"
+    ]
     minutes = sum(r.get("seconds") or 0 for r in records) / 60
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -293,7 +406,9 @@ same image under each iteration: how the questions change, and how sure the Reas
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0: done, 2: a wrong argument."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("run", type=Path, help="folder of a run, runs/NAME")
     parser.add_argument("--out", type=Path, help="where the page goes (default: report.html in that folder)")

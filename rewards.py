@@ -53,7 +53,9 @@ def canonical(answer: str) -> Fraction | str:
     text = _FRACTION.sub(r"\1/\2", _WRAPPER.sub(r"\1", _WRAPPER.sub(r"\1", text)))
     text = " ".join(text.lower().split()).rstrip(" .,;:!?")
     inner = text.removeprefix("(").removesuffix(")").strip()
-    if not set("()") & set(inner) and (_value(inner) is not None or "," not in inner):  # (B), B) and (1,000), not (1,2)
+    if not set("()") & set(inner) and (
+        _value(inner) is not None or "," not in inner
+    ):  # (B), B) and (1,000), not (1,2)
         text = inner
     value = _value(text)
     return text if value is None else value
@@ -95,7 +97,9 @@ def confidence(answers: Sequence[str | None]) -> tuple[str | None, float]:
             written.setdefault(key, answer)
     if not votes:
         return None, 0.0
-    winner = max(written, key=lambda key: votes[key])  # max keeps the first of equals; `written` is in order of appearance
+    winner = max(
+        written, key=lambda key: votes[key]
+    )  # max keeps the first of equals; `written` is in order of appearance
     return written[winner], votes[winner] / len(answers)
 
 
@@ -123,8 +127,13 @@ def bleu_similarities(texts: Sequence[str]) -> np.ndarray:
     length = np.array([len(w) for w in words], dtype=float)
     log_precision = np.zeros((len(texts), len(texts)))  # [hypothesis, reference]
     for n in range(1, 5):
-        common, total = _common_items([_occurrences(ngrams(w, n)) for w in words]), np.maximum(1, length - n + 1)
-        log_precision += np.log(np.where(common > 0, common, 0.1) / total[:, None]) / 4  # smoothing method 1: 0 becomes 0.1
+        common, total = (
+            _common_items([_occurrences(ngrams(w, n)) for w in words]),
+            np.maximum(1, length - n + 1),
+        )
+        log_precision += (
+            np.log(np.where(common > 0, common, 0.1) / total[:, None]) / 4
+        )  # smoothing method 1: 0 becomes 0.1
         if n == 1:
             nothing_in_common = common == 0
     brevity = np.exp(np.minimum(0, 1 - length[None, :] / np.maximum(1, length)[:, None]))
@@ -201,7 +210,9 @@ def _average_linkage(distance: np.ndarray, threshold: float) -> list[list[int]]:
     return members
 
 
-def diversity_penalty(questions: Sequence[str], weight: float = 1.0, group_size: int | None = None) -> list[float]:
+def diversity_penalty(
+    questions: Sequence[str], weight: float = 1.0, group_size: int | None = None
+) -> list[float]:
     """r_div = lambda |C_k| / G for each valid question of one image; `weight` is the paper's lambda.
 
     `group_size` is G, where it is larger than the number of valid questions.
@@ -214,7 +225,7 @@ def diversity_penalty(questions: Sequence[str], weight: float = 1.0, group_size:
 def questioner_rewards(
     questions: Sequence[str | None], confidences: Sequence[float], weight: float = 1.0
 ) -> list[float]:
-    """r = 1[valid] max(0, r_unc - r_div) for the G questions of one image; None is an invalid question.
+    """R = 1[valid] max(0, r_unc - r_div) for the G questions of one image; None is an invalid question.
 
     Only valid questions are clustered, and G counts all of them, so an invalid neighbour changes nobody's penalty.
     """

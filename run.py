@@ -51,8 +51,16 @@ class Stopped(Exception):
 class Run:
     """What a run writes, its files and its lines on the console, and where in its loop it is."""
 
-    def __init__(self, folder: Path, images: Found, scene_size: int, seed: int, save_every: int, ranks: Ranks):
-        self.folder, self.images, self.scene_size, self.save_every, self.ranks = folder, images, scene_size, save_every, ranks
+    def __init__(
+        self, folder: Path, images: Found, scene_size: int, seed: int, save_every: int, ranks: Ranks
+    ):
+        self.folder, self.images, self.scene_size, self.save_every, self.ranks = (
+            folder,
+            images,
+            scene_size,
+            save_every,
+            ranks,
+        )
         self.state, self.number = State(), 0  # the state, and how many were written
         self.seed, self.pictures = seed, Pictures(images, "")
         self.records: list[dict] = []
@@ -139,14 +147,22 @@ class Run:
                 raise Stopped
         self.advance({role: optimizer.weights()})
 
-    def advance(self, tensors: dict[str, dict[str, Tensor]] | None = None, files: dict[str, Path] | None = None) -> None:
+    def advance(
+        self, tensors: dict[str, dict[str, Tensor]] | None = None, files: dict[str, Path] | None = None
+    ) -> None:
         """The phase is done: on to the next, with a saved state."""
         phase = PHASES.index(self.state.phase) + 1
-        self.state.iteration, self.state.phase, self.state.step = self.state.iteration + phase // 4, PHASES[phase % 4], 0
+        self.state.iteration, self.state.phase, self.state.step = (
+            self.state.iteration + phase // 4,
+            PHASES[phase % 4],
+            0,
+        )
         for name in ("moments", "reference"):
             self.state.files.pop(name, None)
         if self.state.phase == "questioner":
-            self.pictures = Pictures(self.images, f"{self.seed} {self.state.iteration}")  # each iteration has its own order
+            self.pictures = Pictures(
+                self.images, f"{self.seed} {self.state.iteration}"
+            )  # each iteration has its own order
         self.save(tensors or {}, files)
         self.stop_if_asked()
 
@@ -224,7 +240,10 @@ class Run:
 
     def write(self, record: dict) -> None:
         """Adds a record to metrics.jsonl; a number that is not finite becomes null."""
-        record = {k: (round(v, 6) if math.isfinite(v) else None) if isinstance(v, float) else v for k, v in record.items()}
+        record = {
+            k: (round(v, 6) if math.isfinite(v) else None) if isinstance(v, float) else v
+            for k, v in record.items()
+        }
         if self.ranks.first:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -233,20 +252,36 @@ class Run:
 
     def log(self, metrics: dict, groups: list[Group], start: float, end_ids: list[int]) -> None:
         """The record of the GRPO step that began at time `start`; `groups` are this rank's, `metrics` those of all."""
-        mine = [[g.rewards, [len(c) for c in g.completions], [not c or c[-1] not in end_ids for c in g.completions]] for g in groups]
+        mine = [
+            [
+                g.rewards,
+                [len(c) for c in g.completions],
+                [not c or c[-1] not in end_ids for c in g.completions],
+            ]
+            for g in groups
+        ]
         rewards, lengths, truncated = zip(*self.ranks.gather(mine))
         lengths, seconds = [length for group in lengths for length in group], time.time() - start
         record = dict(iteration=self.state.iteration, phase=self.state.phase, step=self.state.step + 1)
-        record |= dict(reward=mean([r for group in rewards for r in group]), equal_groups=mean([len(set(group)) == 1 for group in rewards]))
-        record |= metrics | dict(length=mean(lengths), seconds=seconds, tokens_per_second=sum(lengths) / seconds)
+        record |= dict(
+            reward=mean([r for group in rewards for r in group]),
+            equal_groups=mean([len(set(group)) == 1 for group in rewards]),
+        )
+        record |= metrics | dict(
+            length=mean(lengths), seconds=seconds, tokens_per_second=sum(lengths) / seconds
+        )
         self.write(record | dict(truncated=mean([t for group in truncated for t in group])))
         if metrics["skipped"]:
-            self.say(f"step {self.state.step + 1}: loss or gradient is not finite; the step is skipped and the weights are unchanged")
+            self.say(
+                f"step {self.state.step + 1}: loss or gradient is not finite; the step is skipped and the weights are unchanged"
+            )
 
     def warn(self, signature: str, message: str | None) -> None:
         """Writes and prints that a failure signature has shown itself; does nothing if there is no message."""
         if message is not None:
-            self.write(dict(iteration=self.state.iteration, phase="warning", signature=signature, message=message))
+            self.write(
+                dict(iteration=self.state.iteration, phase="warning", signature=signature, message=message)
+            )
             self.say(f"warning, {signature}: {message}")
 
     def skipped_in_a_row(self) -> int:
@@ -266,16 +301,33 @@ class Run:
             print(HEADER)
             self.header_printed = True
         first, last = (asking[0], asking[-1]) if asking else ({}, {})
-        cells = [f"{k or 'base':>10}", _cell(results.get("greedy_accuracy"), 7), _cell(results.get("sampled_accuracy"), 8), " |"]
-        cells += [_cell(last.get("validity"), 5), _cell(first.get("r_unc"), 8), "-", _cell(last.get("r_unc"), 5)]
+        cells = [
+            f"{k or 'base':>10}",
+            _cell(results.get("greedy_accuracy"), 7),
+            _cell(results.get("sampled_accuracy"), 8),
+            " |",
+        ]
+        cells += [
+            _cell(last.get("validity"), 5),
+            _cell(first.get("r_unc"), 8),
+            "-",
+            _cell(last.get("r_unc"), 5),
+        ]
         cells += [_cell(last.get("clusters"), 9), " |", f"{curation.get('curated', '-'):>7}"]
-        print(*cells, _cell(results.get("silver_accuracy"), 13), _cell(sum(r.get("seconds", 0.0) for r in mine) if k else None, 8, 0), flush=True)
+        print(
+            *cells,
+            _cell(results.get("silver_accuracy"), 13),
+            _cell(sum(r.get("seconds", 0.0) for r in mine) if k else None, 8, 0),
+            flush=True,
+        )
 
     def progress(self, steps: int, what: str) -> Iterator[int]:
         """The steps that are still to do, with a progress bar if standard error is a terminal."""
         done = self.state.step
         hidden = None if self.ranks.first else True
-        return tqdm(range(done + 1, steps + 1), desc=what, leave=False, disable=hidden, initial=done, total=steps)
+        return tqdm(
+            range(done + 1, steps + 1), desc=what, leave=False, disable=hidden, initial=done, total=steps
+        )
 
     def say(self, message: str) -> None:
         """A line for the user that does not break a progress bar."""
@@ -289,7 +341,10 @@ class Run:
         for path, reason in new:
             self.say(f"skipped {printable(path)}: {reason}")
         if new and self.ranks.first:
-            replace_text(self.folder / "skipped.txt", "".join(f"{printable(p)}\t{why}\n" for p, why in self.images.skipped))
+            replace_text(
+                self.folder / "skipped.txt",
+                "".join(f"{printable(p)}\t{why}\n" for p, why in self.images.skipped),
+            )
 
 
 def printable(path: str) -> str:

@@ -38,10 +38,19 @@ def entropy(labels: Sequence[str]) -> float:
 def variety(questions: Sequence[str], kinds: Sequence[str]) -> dict[str, float]:
     """How different questions are, over all images: distinct_2, the number of BLEU clusters, the share of the largest one,
     and the entropy of their kinds in bits. Of more than CLUSTERED questions as many are clustered, evenly spread."""
-    some = [questions[i * len(questions) // CLUSTERED] for i in range(CLUSTERED)] if len(questions) > CLUSTERED else questions
+    some = (
+        [questions[i * len(questions) // CLUSTERED] for i in range(CLUSTERED)]
+        if len(questions) > CLUSTERED
+        else questions
+    )
     sizes = Counter(cluster_questions(some)).values()
     largest = max(sizes) / len(some) if some else 0.0
-    return dict(distinct_2=distinct_n(some), all_clusters=len(sizes), largest_cluster=largest, kind_entropy=entropy(kinds))
+    return dict(
+        distinct_2=distinct_n(some),
+        all_clusters=len(sizes),
+        largest_cluster=largest,
+        kind_entropy=entropy(kinds),
+    )
 
 
 def question_collapse(first: dict, now: dict) -> str | None:
@@ -51,7 +60,9 @@ def question_collapse(first: dict, now: dict) -> str | None:
         if now[name] < FELL * first[name]:
             signs.append(f"{name} is {now[name]:.2f}, at first {first[name]:.2f}")
     if now["largest_cluster"] > max(LARGEST, first["largest_cluster"] / FELL):
-        signs.append(f"one cluster holds {now['largest_cluster']:.2f} of the questions, at first {first['largest_cluster']:.2f}")
+        signs.append(
+            f"one cluster holds {now['largest_cluster']:.2f} of the questions, at first {first['largest_cluster']:.2f}"
+        )
     if not signs:
         return None
     return f"{'; '.join(signs)}. The Questioner repeats what is rewarded: try a higher --diversity-weight or fewer --questioner-steps"
@@ -67,7 +78,9 @@ def label_drift(before: dict, now: dict) -> str | None:
     if was_right is not None and is_right is not None:
         if surer and is_right < was_right - DRIFT:
             numbers = f"silver labels are right in {is_right:.2f}, before in {was_right:.2f}"
-            return f"{numbers}, with confidence {before['confidence']:.2f} -> {now['confidence']:.2f}. {advice}"
+            return (
+                f"{numbers}, with confidence {before['confidence']:.2f} -> {now['confidence']:.2f}. {advice}"
+            )
     elif surer and now["base_agreement"] is not None and now["base_agreement"] < AGREEMENT:
         return f"the Reasoner gives the base's answer to {now['base_agreement']:.2f} of the base's questions, as sure as before. {advice}"
     return None

@@ -111,7 +111,9 @@ def entry(folder: Path, path: Path) -> tuple[str, int, int]:
     return str(path.relative_to(folder)), path.stat().st_size, _checksum(path)
 
 
-def read_tensors(folder: Path, parts: Iterable[tuple[str, int, int]], wanted: Iterable[str] | None = None) -> dict[str, Tensor]:
+def read_tensors(
+    folder: Path, parts: Iterable[tuple[str, int, int]], wanted: Iterable[str] | None = None
+) -> dict[str, Tensor]:
     """The tensors in these parts, by name; only the `wanted` ones, if given."""
     wanted, tensors = None if wanted is None else set(wanted), {}
     for name, _, _ in parts:

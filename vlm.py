@@ -25,12 +25,21 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+from transformers import (
+    AutoTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+)
 from transformers.utils import cached_file
 
-ROW_TOKENS = 8192  # a longer group is split into several rows: the attention mask of a row takes its length squared
+ROW_TOKENS = (
+    8192  # a longer group is split into several rows: the attention mask of a row takes its length squared
+)
 BATCH_TOKENS = 8192  # rows are forwarded and differentiated together up to so many tokens,
-BATCH_IMAGE_TOKENS = 2048  # and so many image tokens: in the image encoder each is four patches, and costs more than text
+BATCH_IMAGE_TOKENS = (
+    2048  # and so many image tokens: in the image encoder each is four patches, and costs more than text
+)
 # So many logits are made at a time: 39 MB of float32 on a CPU; a GPU wants larger matrices, and has room for them.
 LOGITS = {"cpu": 64 * 151_936, "cuda": 512 * 151_936}
 _USER_TEXT = "\x01user text\x01"  # stands for the user's text while the chat template is rendered
@@ -78,7 +87,9 @@ class Prompt:
 class VLM:
     """The model with its tokenizer and image processor. `VLM.model` is the transformers module."""
 
-    def __init__(self, model, tokenizer, image_processor, preprocessor_config: str, max_pixels: int | None = None):
+    def __init__(
+        self, model, tokenizer, image_processor, preprocessor_config: str, max_pixels: int | None = None
+    ):
         self.model = model
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -86,7 +97,9 @@ class VLM:
         self.image_size = dict(image_processor.size)  # least and most pixels of an image
         if max_pixels is not None:
             self.image_size["longest_edge"] = min(max_pixels, self.image_size["longest_edge"])
-            self.image_size["shortest_edge"] = min(self.image_size["shortest_edge"], self.image_size["longest_edge"])
+            self.image_size["shortest_edge"] = min(
+                self.image_size["shortest_edge"], self.image_size["longest_edge"]
+            )
         self.checkpointing = False
         self.budget = 1.0  # share of the token budgets that is used; halved when a GPU runs out of memory
         self.end_ids = _end_ids(model)
@@ -107,15 +120,23 @@ class VLM:
         _require_safetensors(name_or_path)
         try:
             model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-                name_or_path, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", output_loading_info=True
+                name_or_path,
+                dtype=dtype,
+                use_safetensors=True,
+                attn_implementation="sdpa",
+                output_loading_info=True,
             )
         except Exception as error:  # safetensors, JSON and hub errors have no common ancestor
-            raise CheckpointError(f"the weights of {name_or_path} cannot be loaded: {_first_line(error)}") from error
+            raise CheckpointError(
+                f"the weights of {name_or_path} cannot be loaded: {_first_line(error)}"
+            ) from error
         if missing := sorted(report["missing_keys"]):
             raise CheckpointError(f"{name_or_path} lacks {len(missing)} weights, {missing[0]} among them")
         model = model.to(device).eval()
         if broken := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
-            raise CheckpointError(f"{name_or_path} has weights that are not finite numbers, in {broken[0]} for one")
+            raise CheckpointError(
+                f"{name_or_path} has weights that are not finite numbers, in {broken[0]} for one"
+            )
         return cls(model, *load_processors(name_or_path), max_pixels)
 
     def save(self, path: str | Path) -> None:
@@ -146,7 +167,9 @@ class VLM:
     @contextmanager
     def on(self, device: torch.device | str):
         """Lends frozen weights to a device for the length of a `with` block; nothing is copied back, as nothing changes."""
-        tensors = [] if self.device == torch.device(device) else [*self.model.parameters(), *self.model.buffers()]
+        tensors = (
+            [] if self.device == torch.device(device) else [*self.model.parameters(), *self.model.buffers()]
+        )
         home = [tensor.data for tensor in tensors]
         try:
             for tensor in tensors:
@@ -216,7 +239,9 @@ class VLM:
         # where the output matrix is the same tensor, though: its own gradient is dense, and the sum of both is.
         embeds = torch.nn.functional.embedding(ids, table, sparse=table is self.model.lm_head.weight)
         row = torch.cat([torch.full((p.image_tokens,), r) for r, p in enumerate(prompts)]).to(self.device)
-        column = torch.cat([torch.arange(p.image_start, p.image_start + p.image_tokens) for p in prompts]).to(self.device)
+        column = torch.cat([torch.arange(p.image_start, p.image_start + p.image_tokens) for p in prompts]).to(
+            self.device
+        )
         values = torch.cat([features[id(p.pixels)] for p in prompts]).to(embeds.dtype)
         return embeds.index_put((row, column), values)
 
@@ -227,7 +252,9 @@ class VLM:
         The positions are always given: transformers would otherwise keep `rope_deltas` of an earlier call.
         """
         if mask is not None:  # as numbers, made once: each layer would make and keep its own
-            mask = torch.zeros(mask.shape, dtype=embeds.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+            mask = torch.zeros(mask.shape, dtype=embeds.dtype, device=mask.device).masked_fill_(
+                ~mask, -torch.inf
+            )
         return self.model.model.language_model(
             inputs_embeds=embeds,
             position_ids=positions,
@@ -238,8 +265,10 @@ class VLM:
 
     # ---- Log-probabilities -----------------------------------------------------------------------------------------
 
-    def logprobs(self, prompt: Prompt, completions: list[list[int]], temperature: float = 1.0) -> list[Tensor]:
-        """log pi(y_t | prompt, y_<t) of every token of every completion: one float32 tensor [T_i] each.
+    def logprobs(
+        self, prompt: Prompt, completions: list[list[int]], temperature: float = 1.0
+    ) -> list[Tensor]:
+        """Log pi(y_t | prompt, y_<t) of every token of every completion: one float32 tensor [T_i] each.
 
         `temperature` divides the logits, as it did in sampling. Differentiable unless under `torch.no_grad`.
         """
@@ -249,7 +278,9 @@ class VLM:
                 results[i] = logp
         return results
 
-    def packed_logprobs(self, groups: list[tuple[Prompt, list[list[int]]]], temperature: float = 1.0) -> Iterator:
+    def packed_logprobs(
+        self, groups: list[tuple[Prompt, list[list[int]]]], temperature: float = 1.0
+    ) -> Iterator:
         """The same for many groups, a batch at a time: yields ([(group, completion), ...], [logp [T_i], ...]).
 
         Differentiate a batch before asking for the next: then only one batch's activations are in memory at a time.
@@ -263,8 +294,13 @@ class VLM:
 
         The last token of a completion is predicted, never an input; its first is predicted by the prompt's last.
         """
-        length = -(-max(row.length for row in batch) // 8) * 8  # kernels want masks whose rows are multiples of 8
-        ids, positions = torch.zeros(len(batch), length, dtype=torch.long), torch.zeros(3, len(batch), length, dtype=torch.long)
+        length = (
+            -(-max(row.length for row in batch) // 8) * 8
+        )  # kernels want masks whose rows are multiples of 8
+        ids, positions = (
+            torch.zeros(len(batch), length, dtype=torch.long),
+            torch.zeros(3, len(batch), length, dtype=torch.long),
+        )
         segment, where, targets, sizes = torch.full((len(batch), length), -1), [], [], []
         for r, row in enumerate(batch):
             prompt, end = groups[row.group][0], len(groups[row.group][0])
@@ -272,13 +308,18 @@ class VLM:
             for number, i in enumerate(row.completions, start=1):
                 completion, start = groups[row.group][1][i], end
                 end = start + max(0, len(completion) - 1)
-                ids[r, start:end], segment[r, start:end] = torch.tensor(completion[:-1], dtype=torch.long), number
+                ids[r, start:end], segment[r, start:end] = (
+                    torch.tensor(completion[:-1], dtype=torch.long),
+                    number,
+                )
                 positions[:, r, start:end] = prompt.next_position + torch.arange(end - start)
                 where += [r * length + t for t in [len(prompt) - 1, *range(start, end)]][: len(completion)]
                 targets += completion
                 sizes.append(len(completion))
         embeds = self.embed(ids.to(self.device), [groups[row.group][0] for row in batch])
-        hidden = self.forward(embeds, positions.to(self.device), packed_mask(segment.to(self.device))).flatten(0, 1)
+        hidden = self.forward(
+            embeds, positions.to(self.device), packed_mask(segment.to(self.device))
+        ).flatten(0, 1)
         where, targets = torch.tensor([where, targets], dtype=torch.long, device=self.device)
         return list(self._token_logprobs(hidden[where], targets, temperature).split(sizes))
 
@@ -300,7 +341,9 @@ class TargetLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, size: int) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, size: int
+    ) -> Tensor:
         logps, totals = [], []
         for h, target in zip(hidden.split(size), targets.split(size)):
             logits = (h @ weight.T).float().div_(temperature)
@@ -313,8 +356,16 @@ class TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple:
         hidden, weight, targets, totals = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        pieces = zip(*(x.split(ctx.size) for x in (hidden, targets[:, None], totals[:, None], gradient[:, None], grad_hidden)))
+        grad_hidden, grad_weight = (
+            torch.empty_like(hidden),
+            torch.zeros_like(weight) if ctx.needs_input_grad[1] else None,
+        )
+        pieces = zip(
+            *(
+                x.split(ctx.size)
+                for x in (hidden, targets[:, None], totals[:, None], gradient[:, None], grad_hidden)
+            )
+        )
         for h, target, total, g, out in pieces:
             g = g / ctx.temperature
             z = (h @ weight.T).float().div_(ctx.temperature).sub_(total).exp_().mul_(-g)
@@ -404,15 +455,23 @@ def load_config(name_or_path: str | Path) -> Qwen2_5_VLConfig:
     try:
         fields = json.loads(_read(name, "config.json") or "null")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"no model {name} can be found on this machine or the hub: {_first_line(error)}") from error
+        raise CheckpointError(
+            f"no model {name} can be found on this machine or the hub: {_first_line(error)}"
+        ) from error
     if fields is None:
-        raise CheckpointError(f"no model {name} is in the local cache, and the hub has none or cannot be reached from here")
+        raise CheckpointError(
+            f"no model {name} is in the local cache, and the hub has none or cannot be reached from here"
+        )
     kind = fields.get("model_type") if isinstance(fields, dict) else None
     if kind != "qwen2_5_vl":
-        raise CheckpointError(f"{name} is a model of type {kind!r}; only the Qwen2.5-VL family (qwen2_5_vl) is supported")
+        raise CheckpointError(
+            f"{name} is a model of type {kind!r}; only the Qwen2.5-VL family (qwen2_5_vl) is supported"
+        )
     for file in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
         if '"auto_map"' in (_read(name, file) or ""):
-            raise CheckpointError(f"{name} asks to run code of its own (auto_map in {file}), which is never done here")
+            raise CheckpointError(
+                f"{name} asks to run code of its own (auto_map in {file}), which is never done here"
+            )
     try:
         config = Qwen2_5_VLConfig.from_pretrained(name)
     except Exception as error:
@@ -432,7 +491,9 @@ def load_processors(name_or_path: str | Path) -> tuple:
         if tokenizer.chat_template is None and (template := _read(name, "chat_template.json")):
             tokenizer.chat_template = json.loads(template)["chat_template"]
     except Exception as error:
-        raise CheckpointError(f"{name} has no usable tokenizer or image processor: {_first_line(error)}") from error
+        raise CheckpointError(
+            f"{name} has no usable tokenizer or image processor: {_first_line(error)}"
+        ) from error
     if tokenizer.chat_template is None:
         raise CheckpointError(f"{name} has no chat template")
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _USER_TEXT}]}]
@@ -474,5 +535,10 @@ def _end_ids(model) -> list[int]:
 
 def _vision_ids(config, tokenizer) -> list[int]:
     """Tokens that stand for image data; sampling one would claim an image that is not there."""
-    ids = {config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id}
+    ids = {
+        config.image_token_id,
+        config.video_token_id,
+        config.vision_start_token_id,
+        config.vision_end_token_id,
+    }
     return sorted(ids | {i for token, i in tokenizer.get_added_vocab().items() if token == "<|vision_pad|>"})

@@ -59,7 +59,9 @@ def main() -> None:
     watch.watch(grpo.MasterAdamW, "step", "optimizer")
     watch.watch(rewards, "questioner_rewards", "rewards")
     recorded = generate.recorded  # on CUDA it makes a graph, which is timed as a step too when it is replayed
-    generate.recorded = lambda step, *rest: watch.timed(watch.timed(recorded, "record graphs")(step, *rest), "decode")
+    generate.recorded = lambda step, *rest: watch.timed(
+        watch.timed(recorded, "record graphs")(step, *rest), "decode"
+    )
 
     policy = random_vlm(args.size, args.device, args.dtype)
     reference, policy.end_ids = policy.copy(), [-1]
@@ -83,7 +85,9 @@ def iteration(args, policy, reference, optimizer) -> None:
     rng = torch.Generator(args.device).manual_seed(0)
     prompts = [random_prompt(policy, args.prompt_tokens, seed) for seed in range(args.prompts)]
     for voting in (True, False):
-        completions = generate.generate(policy, prompts, args.group_size, args.new_tokens, top_p=0.99, generator=rng)
+        completions = generate.generate(
+            policy, prompts, args.group_size, args.new_tokens, top_p=0.99, generator=rng
+        )
         if voting:
             asked = [p for p in prompts for _ in range(args.group_size)]
             generate.generate(reference, asked, args.answers, args.new_tokens, top_p=0.99, generator=rng)

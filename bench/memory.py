@@ -7,7 +7,6 @@ of what the GPU offers.
 import argparse
 
 import torch
-
 from shapes import shape_config
 
 import plan
@@ -34,7 +33,10 @@ def gpus_needed(size: str, gib: float, checkpointing: bool, offload: bool) -> in
 
 def table() -> list[str]:
     """The lines of the table, in Markdown."""
-    lines = ["| model | flags | " + " | ".join(f"{gb} GB" for gb in GPUS) + " |", "| --- | --- |" + " --- |" * len(GPUS)]
+    lines = [
+        "| model | flags | " + " | ".join(f"{gb} GB" for gb in GPUS) + " |",
+        "| --- | --- |" + " --- |" * len(GPUS),
+    ]
     for size in ("3b", "7b"):
         for flags, (checkpointing, offload) in FLAGS.items():
             cells = [str(gpus_needed(size, gib, checkpointing, offload) or "-") for gib in GPUS.values()]
@@ -43,5 +45,7 @@ def table() -> list[str]:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     print("\n".join(table()))

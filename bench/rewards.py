@@ -17,7 +17,9 @@ import rewards
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--questions", type=count, default=512, help="how many questions")
     parser.add_argument("--repeats", type=count, default=5, help="measurements of each side")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -28,13 +30,18 @@ def main() -> None:
     def nltk_pairs() -> np.ndarray:
         words, similarity = [text.split() for text in texts], np.eye(len(texts))
         for i, j in itertools.combinations(range(len(texts)), 2):
-            both = sentence_bleu([words[i]], words[j], smoothing_function=smooth), sentence_bleu([words[j]], words[i], smoothing_function=smooth)
+            both = (
+                sentence_bleu([words[i]], words[j], smoothing_function=smooth),
+                sentence_bleu([words[j]], words[i], smoothing_function=smooth),
+            )
             similarity[i, j] = similarity[j, i] = sum(both) / 2
         return similarity
 
     results = compare(lambda: rewards.cluster_questions(texts), nltk_pairs, "cpu", args.repeats)
     different = np.array([[a != b for b in texts] for a in texts])
-    results["largest_difference"] = float(abs(rewards.bleu_similarities(texts) - nltk_pairs())[different].max())
+    results["largest_difference"] = float(
+        abs(rewards.bleu_similarities(texts) - nltk_pairs())[different].max()
+    )
     results["clusters"] = len(set(rewards.cluster_questions(texts)))
     show("rewards", args, results)
 

@@ -32,7 +32,9 @@ def main() -> None:
     inputs = {name: value.to(args.device) for name, value in inputs.items()}
     inputs["pixel_values"] = inputs["pixel_values"].to(vlm.model.dtype)
     length = dict(max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens, eos_token_id=end_ids)
-    sampling = dict(num_return_sequences=args.group_size, do_sample=True, temperature=1.0, top_k=0, top_p=0.99)
+    sampling = dict(
+        num_return_sequences=args.group_size, do_sample=True, temperature=1.0, top_k=0, top_p=0.99
+    )
 
     @torch.no_grad()
     def theirs() -> None:
@@ -42,8 +44,13 @@ def main() -> None:
 
     results = compare(ours, theirs, args.device, args.repeats)
     tokens = len(prompts) * args.group_size * args.new_tokens
-    results |= dict(ours_tokens_per_s=tokens / results["ours_s"], theirs_tokens_per_s=tokens / results["theirs_s"])
-    results |= dict(ours_peak_mb=peak_extra_bytes(ours, args.device) / 1e6, theirs_peak_mb=peak_extra_bytes(theirs, args.device) / 1e6)
+    results |= dict(
+        ours_tokens_per_s=tokens / results["ours_s"], theirs_tokens_per_s=tokens / results["theirs_s"]
+    )
+    results |= dict(
+        ours_peak_mb=peak_extra_bytes(ours, args.device) / 1e6,
+        theirs_peak_mb=peak_extra_bytes(theirs, args.device) / 1e6,
+    )
     show("rollout", args, results)
 
 

@@ -1,6 +1,6 @@
 """How the cost grows: seconds of a rollout and of an update at 1, 2 and 4 times the images, the group and the new tokens.
 
-    python bench/scaling.py --size small
+python bench/scaling.py --size small
 """
 
 import copy
@@ -24,7 +24,9 @@ def main() -> None:
                 changed = copy.copy(args)
                 setattr(changed, setting, getattr(args, setting) * factor)
                 work(vlm, changed)
-                spent = sorted(seconds(lambda w=work, c=changed: w(vlm, c), args.device) for _ in range(args.repeats))[args.repeats // 2]
+                spent = sorted(
+                    seconds(lambda w=work, c=changed: w(vlm, c), args.device) for _ in range(args.repeats)
+                )[args.repeats // 2]
                 base = base or spent
                 results[f"{name}, {setting} x {factor} (s)"] = spent
                 results[f"{name}, {setting} x {factor}: times the first"] = spent / base
@@ -33,14 +35,27 @@ def main() -> None:
 
 def rollout(vlm, args) -> None:
     prompts = [random_prompt(vlm, args.prompt_tokens, seed) for seed in range(args.prompts)]
-    generate(vlm, prompts, args.group_size, args.new_tokens, top_p=0.99, generator=torch.Generator(args.device).manual_seed(0))
+    generate(
+        vlm,
+        prompts,
+        args.group_size,
+        args.new_tokens,
+        top_p=0.99,
+        generator=torch.Generator(args.device).manual_seed(0),
+    )
 
 
 def update(vlm, args) -> None:
     groups = []
     for seed in range(args.prompts):
         completions = random_completions(vlm, args.group_size, args.new_tokens, seed)
-        groups.append(grpo.Group(random_prompt(vlm, args.prompt_tokens, seed), completions, [float(i % 2) for i in range(args.group_size)]))
+        groups.append(
+            grpo.Group(
+                random_prompt(vlm, args.prompt_tokens, seed),
+                completions,
+                [float(i % 2) for i in range(args.group_size)],
+            )
+        )
     grpo.add_reference(groups, vlm)
     grpo.backward(vlm, groups)
     vlm.model.zero_grad()

@@ -31,14 +31,20 @@ def rollout_tricks(args, vlm) -> dict[str, float]:
         generate.generate(vlm, prompts, n, new_tokens, top_p=0.99, generator=rng)
 
     vlm.end_ids = [-1]  # nothing ends early
-    results = ratio("prompt once a group", rollout, lambda: rollout([p for p in prompts for _ in range(n)], 1), args)
-    results |= ratio("top-p without a sort", rollout, changed(rollout, generate, sample=sample_by_sorting), args)
+    results = ratio(
+        "prompt once a group", rollout, lambda: rollout([p for p in prompts for _ in range(n)], 1), args
+    )
+    results |= ratio(
+        "top-p without a sort", rollout, changed(rollout, generate, sample=sample_by_sorting), args
+    )
     take, lengths = generate.Rows.take, geometric_lengths(len(prompts) * n, args.new_tokens)
 
     def take_until(rows, token) -> None:
         """Ends each row at its own length, the same with and without the trick."""
         take(rows, token)
-        goals = torch.tensor([lengths[prompt * n + sample] for prompt, sample, _ in rows.owners], device=token.device)
+        goals = torch.tensor(
+            [lengths[prompt * n + sample] for prompt, sample, _ in rows.owners], device=token.device
+        )
         rows.finished[: len(goals)] |= rows.written[: len(goals)] >= goals
 
     uneven = changed(lambda: rollout(new_tokens=4 * args.new_tokens), generate.Rows, take=take_until)
@@ -79,7 +85,11 @@ def vocabulary_trick(args) -> dict[str, float]:
 def random_groups(args, vlm) -> list[grpo.Group]:
     rewards = [float(i % 2) for i in range(args.group_size)]
     groups = [
-        grpo.Group(random_prompt(vlm, args.prompt_tokens, seed), random_completions(vlm, args.group_size, args.new_tokens, seed), rewards)
+        grpo.Group(
+            random_prompt(vlm, args.prompt_tokens, seed),
+            random_completions(vlm, args.group_size, args.new_tokens, seed),
+            rewards,
+        )
         for seed in range(args.prompts)
     ]
     grpo.add_reference(groups, vlm)
@@ -88,7 +98,11 @@ def random_groups(args, vlm) -> list[grpo.Group]:
 
 def ratio(name: str, with_it, without, args) -> dict[str, float]:
     measured = compare(with_it, without, args.device, args.repeats)
-    return {f"{name} (s)": measured["ours_s"], f"without (s), {name}": measured["theirs_s"], f"ratio, {name}": measured["ratio"]}
+    return {
+        f"{name} (s)": measured["ours_s"],
+        f"without (s), {name}": measured["theirs_s"],
+        f"ratio, {name}": measured["ratio"],
+    }
 
 
 def changed(work, module, **values):

@@ -26,12 +26,19 @@ def main() -> None:
         return grpo.backward(policy, groups)["loss"]
 
     losses = {name: gradient(policy) for name, policy in policies.items()}
-    results = {"loss_difference": abs(losses["ours"] - losses["theirs"]), "gradient_difference": difference(gradient, policies, vlm)}
-    results |= compare(lambda: gradient(policies["ours"]), lambda: gradient(policies["theirs"]), args.device, args.repeats)
+    results = {
+        "loss_difference": abs(losses["ours"] - losses["theirs"]),
+        "gradient_difference": difference(gradient, policies, vlm),
+    }
+    results |= compare(
+        lambda: gradient(policies["ours"]), lambda: gradient(policies["theirs"]), args.device, args.repeats
+    )
     for name, policy in policies.items():
         vlm.model.zero_grad()
         gradient(policy)  # so that the gradients themselves are there before and after
-        results[f"{name}_peak_mb"] = peak_extra_bytes(lambda policy=policy: grpo.backward(policy, groups), args.device) / 1e6
+        results[f"{name}_peak_mb"] = (
+            peak_extra_bytes(lambda policy=policy: grpo.backward(policy, groups), args.device) / 1e6
+        )
     results["memory_ratio"] = results["theirs_peak_mb"] / results["ours_peak_mb"]
     show("update", args, results)
 
@@ -62,7 +69,9 @@ class Plain:
                 logits_to_keep=len(completions[0]) + 1,
                 use_cache=False,
             ).logits[:, :-1]
-            logp = (logits.float() / temperature).log_softmax(-1).gather(2, ids[:, len(prompt) :, None])[..., 0]
+            logp = (
+                (logits.float() / temperature).log_softmax(-1).gather(2, ids[:, len(prompt) :, None])[..., 0]
+            )
             yield [(g, i) for i in range(n)], list(logp)
 
 

@@ -15,8 +15,22 @@ import reasoner
 from vlm import VLM, Prompt
 
 # The control tokens of Qwen2.5, in the order of its vocabulary.
-CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"]
-CONTROL += ["<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
+CONTROL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+]
+CONTROL += [
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+]
 CONTROL += ["<|image_pad|>", "<|video_pad|>"]
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEMPLATE = (  # does what Qwen's does: a default system turn, then the turns with their images
@@ -40,8 +54,12 @@ def publish(folder: Path, style: str) -> Path:
     _write_tokenizer(folder, tokenizer, style)
     end_ids = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")]
     generation = dict(bos_token_id=end_ids[1], pad_token_id=end_ids[1], eos_token_id=end_ids, do_sample=True)
-    (folder / "generation_config.json").write_text(json.dumps(generation | dict(repetition_penalty=1.05, temperature=1e-6)))
-    images = dict(min_pixels=3136, max_pixels=28 * 28 * 24, patch_size=14, temporal_patch_size=2, merge_size=2)
+    (folder / "generation_config.json").write_text(
+        json.dumps(generation | dict(repetition_penalty=1.05, temperature=1e-6))
+    )
+    images = dict(
+        min_pixels=3136, max_pixels=28 * 28 * 24, patch_size=14, temporal_patch_size=2, merge_size=2
+    )
     images |= dict(image_mean=[0.48, 0.46, 0.41], image_std=[0.27, 0.26, 0.28])
     images |= dict(image_processor_type="Qwen2VLImageProcessor", processor_class="Qwen2_5_VLProcessor")
     (folder / "preprocessor_config.json").write_text(json.dumps(images))
@@ -52,11 +70,19 @@ def _tokenizer(extra: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
-    corpus = [questioner.INSTRUCTION, reasoner.INSTRUCTION, "You are a helpful assistant.", "user\n", "How many are there?"]
+    corpus = [
+        questioner.INSTRUCTION,
+        reasoner.INSTRUCTION,
+        "You are a helpful assistant.",
+        "user\n",
+        "How many are there?",
+    ]
     tokenizer.train_from_iterator(corpus * 3, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     fast.add_special_tokens({"additional_special_tokens": CONTROL})
@@ -67,10 +93,16 @@ def _tokenizer(extra: list[str]) -> Tokenizer:
 def _config(tokenizer, style: str) -> Qwen2_5_VLConfig:
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in CONTROL}
     text = dict(vocab_size=len(tokenizer) + 37, hidden_size=64, intermediate_size=96, num_hidden_layers=3)
-    text |= dict(num_attention_heads=4, num_key_value_heads=4 if style == "mimo" else 2, max_position_embeddings=4096)
-    text |= dict(rope_theta=1e6, rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]}, use_sliding_window=False)
+    text |= dict(
+        num_attention_heads=4, num_key_value_heads=4 if style == "mimo" else 2, max_position_embeddings=4096
+    )
+    text |= dict(
+        rope_theta=1e6, rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]}, use_sliding_window=False
+    )
     text |= dict(rms_norm_eps=1e-6, bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"])
-    vision = dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, window_size=56)
+    vision = dict(
+        depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, window_size=56
+    )
     return Qwen2_5_VLConfig(
         text_config=text,
         vision_config=vision | dict(fullatt_block_indexes=[1]),
@@ -87,7 +119,9 @@ def _write_weights(folder: Path, model, shards: int) -> None:
     weights = {}
     for name, value in model.state_dict().items():
         if name != "lm_head.weight" or not model.config.tie_word_embeddings:
-            weights[name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")] = value.clone()
+            weights[name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")] = (
+                value.clone()
+            )
     if shards == 1:
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
         return
@@ -97,20 +131,53 @@ def _write_weights(folder: Path, model, shards: int) -> None:
         part = names[i::shards]
         save_file({name: weights[name] for name in part}, folder / file, {"format": "pt"})
         where |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": where})
+    )
 
 
 def _write_flat_config(folder: Path, config: Qwen2_5_VLConfig, style: str) -> None:
     """config.json with the text model's fields at the top level, as it was published."""
     text, vision = config.text_config.to_dict(), config.vision_config.to_dict()
-    keep = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps"]
-    keep += ["num_key_value_heads", "max_position_embeddings", "use_sliding_window", "bos_token_id", "eos_token_id"]
+    keep = [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "rms_norm_eps",
+    ]
+    keep += [
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "use_sliding_window",
+        "bos_token_id",
+        "eos_token_id",
+    ]
     flat = {name: text[name] for name in keep} | dict(rope_theta=1e6, hidden_act="silu", max_window_layers=3)
-    flat |= dict(rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]}, sliding_window=32768, torch_dtype="float32")
-    keep = ["depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "window_size", "patch_size"]
+    flat |= dict(
+        rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]},
+        sliding_window=32768,
+        torch_dtype="float32",
+    )
+    keep = [
+        "depth",
+        "hidden_size",
+        "intermediate_size",
+        "num_heads",
+        "out_hidden_size",
+        "window_size",
+        "patch_size",
+    ]
     keep += ["fullatt_block_indexes", "spatial_merge_size", "temporal_patch_size", "tokens_per_second"]
     flat["vision_config"] = {name: vision[name] for name in keep} | dict(model_type="qwen2_5_vl", in_chans=3)
-    keep = ["image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "tie_word_embeddings"]
+    keep = [
+        "image_token_id",
+        "video_token_id",
+        "vision_start_token_id",
+        "vision_end_token_id",
+        "tie_word_embeddings",
+    ]
     flat |= {name: getattr(config, name) for name in keep}
     flat |= dict(model_type="qwen2_5_vl", architectures=["Qwen2_5_VLForConditionalGeneration"])
     (folder / "config.json").write_text(json.dumps(flat, indent=2))
@@ -118,8 +185,15 @@ def _write_flat_config(folder: Path, config: Qwen2_5_VLConfig, style: str) -> No
 
 def _write_tokenizer(folder: Path, tokenizer, style: str) -> None:
     tokenizer.save_pretrained(folder)
-    config = dict(tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=131072)
-    config |= dict(add_prefix_space=False, clean_up_tokenization_spaces=False, additional_special_tokens=CONTROL)
+    config = dict(
+        tokenizer_class="Qwen2Tokenizer",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=131072,
+    )
+    config |= dict(
+        add_prefix_space=False, clean_up_tokenization_spaces=False, additional_special_tokens=CONTROL
+    )
     if style == "mimo":
         config["chat_template"] = TEMPLATE
     else:
@@ -182,7 +256,9 @@ def teach(folder: Path, style: str) -> None:
             texts.append(f"{think}{question}<answer>\\boxed{{1}}</answer>")
             batch.append(rng.choice(asked))
             texts.append(f"{think}\\boxed{{{rng.randint(1, 2)}}}")
-        completions = [vlm.tokenizer(t, add_special_tokens=False)["input_ids"] + [vlm.end_ids[0]] for t in texts]
+        completions = [
+            vlm.tokenizer(t, add_special_tokens=False)["input_ids"] + [vlm.end_ids[0]] for t in texts
+        ]
         loss = supervised_loss(vlm, batch, completions)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vlm.model.parameters(), 1.0)

@@ -5,16 +5,23 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-THOROUGH = "--thorough" in sys.argv  # 40 kills of a run instead of 6, 10,000 examples for the parsers instead of 500
+THOROUGH = (
+    "--thorough" in sys.argv
+)  # 40 kills of a run instead of 6, 10,000 examples for the parsers instead of 500
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
 import checkpoints  # noqa: E402
+
 from vlm import VLM  # noqa: E402
 
 
 def pytest_addoption(parser):
-    parser.addoption("--thorough", action="store_true", help="more kills of runs and more examples for the parsers: takes minutes")
+    parser.addoption(
+        "--thorough",
+        action="store_true",
+        help="more kills of runs and more examples for the parsers: takes minutes",
+    )
     parser.addoption("--device", default="cpu", help="where tests/test_device.py runs: cpu or cuda")
 
 

@@ -5,10 +5,10 @@ On a GPU the decode step is a recorded graph, models are lent and memory is pinn
 
 import pytest
 import torch
+from checkpoints import load_lively, noise_image, plain_inputs, publish
 
 import generate as generate_module
 import grpo
-from checkpoints import load_lively, noise_image, plain_inputs, publish
 from generate import generate
 from vlm import VLM
 
@@ -43,7 +43,13 @@ def test_greedy_generation_against_transformers(on_device, prompts, device):
     for prompt, (ours,) in zip(prompts, generate(on_device, prompts, 1, 20, temperature=0.0)):
         on_device.model.model.rope_deltas = None
         bad = [[i] for i in on_device.vision_ids]
-        theirs = on_device.model.generate(**moved(plain_inputs(prompt), device), max_new_tokens=20, do_sample=False, bad_words_ids=bad, repetition_penalty=1.0)
+        theirs = on_device.model.generate(
+            **moved(plain_inputs(prompt), device),
+            max_new_tokens=20,
+            do_sample=False,
+            bad_words_ids=bad,
+            repetition_penalty=1.0,
+        )
         assert ours == theirs[0, len(prompt) :].tolist()
 
 
@@ -52,7 +58,9 @@ def test_a_recorded_step_writes_what_a_plain_one_writes(on_device, prompts, devi
     settings = dict(temperature=1.0, top_p=0.9)
 
     def sampled():
-        return generate(on_device, prompts, 6, 24, **settings, generator=torch.Generator(device).manual_seed(0))
+        return generate(
+            on_device, prompts, 6, 24, **settings, generator=torch.Generator(device).manual_seed(0)
+        )
 
     recorded = sampled()
     monkeypatch.setattr(generate_module, "recorded", lambda step, *rest: step)
@@ -64,8 +72,12 @@ def test_packed_logprobs_and_gradients_against_the_plain_forward(on_device, prom
 
     def plain(completion):
         on_device.model.model.rope_deltas = None
-        logits = on_device.model(**moved(plain_inputs(prompt, completion), device)).logits[0, len(prompt) - 1 : -1]
-        return (logits / 0.7).log_softmax(-1).gather(1, torch.tensor(completion, device=device)[:, None])[:, 0]
+        logits = on_device.model(**moved(plain_inputs(prompt, completion), device)).logits[
+            0, len(prompt) - 1 : -1
+        ]
+        return (
+            (logits / 0.7).log_softmax(-1).gather(1, torch.tensor(completion, device=device)[:, None])[:, 0]
+        )
 
     def gradients(logps):
         on_device.model.zero_grad()
@@ -98,12 +110,16 @@ def test_an_update_in_bfloat16_moves_the_masters(on_device, prompts, device, off
     reference.park()
     assert reference.device.type == "cpu"
     groups = [grpo.Group(p, [[300, 301], [302, 303, 304]], [0.0, 1.0]) for p in prompts]
-    with grpo.MasterAdamW(vlm.model.named_parameters(), lr=1e-6, weight_decay=0.0, offload=offload) as optimizer:
+    with grpo.MasterAdamW(
+        vlm.model.named_parameters(), lr=1e-6, weight_decay=0.0, offload=offload
+    ) as optimizer:
         before = {name: master.detach().clone() for name, master in optimizer.masters.items()}
         with reference.on(device):
             grpo.add_reference(groups, reference)
         metrics = grpo.update(vlm, groups, optimizer)
-        moved_by = torch.cat([(optimizer.masters[name] - old).abs().flatten().cpu() for name, old in before.items()])
+        moved_by = torch.cat(
+            [(optimizer.masters[name] - old).abs().flatten().cpu() for name, old in before.items()]
+        )
         assert metrics["skipped"] == 0 and metrics["grad_norm"] > 0
         assert 0.5e-6 < moved_by[moved_by > 0].median() < 1.5e-6
     assert reference.device.type == "cpu" and all(torch.isfinite(p).all() for p in vlm.model.parameters())
@@ -112,5 +128,7 @@ def test_an_update_in_bfloat16_moves_the_masters(on_device, prompts, device, off
 def test_the_toy_asks_and_answers(device):
     toy = VLM.load(generate_module.__file__.rsplit("/", 1)[0] + "/toy", device, "float32")
     prompt = toy.prompt("How many discs are there?", noise_image(84, 84))
-    first, again = (generate(toy, [prompt], 8, 24, generator=torch.Generator(device).manual_seed(3)) for _ in range(2))
+    first, again = (
+        generate(toy, [prompt], 8, 24, generator=torch.Generator(device).manual_seed(3)) for _ in range(2)
+    )
     assert first == again and all(ids for ids in first[0])

@@ -4,13 +4,13 @@ import json
 import math
 
 import pytest
+from checkpoints import noise_image
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 import evaluate
-from checkpoints import noise_image
-from conftest import ROOT
 from evaluate import Item, Outcome, chosen, right
 
 ABCD = ("a cat", "a dog", "two cats", "42")
@@ -39,14 +39,22 @@ def test_a_box_comes_before_what_stands_around_it():
     item = Item("x", "?", ("B",), ABCD)
     assert evaluate.read_answer(r"<think>(A)</think> maybe (C) \boxed{B}", item) == "B"
     assert evaluate.read_answer("<think>(A)</think> so (D)", item) == "D"
-    assert evaluate.read_answer(r"\boxed{7}", Item("x", "?", ("7",))) == "7" and evaluate.read_answer("7", Item("x", "?", ("7",))) is None
+    assert (
+        evaluate.read_answer(r"\boxed{7}", Item("x", "?", ("7",))) == "7"
+        and evaluate.read_answer("7", Item("x", "?", ("7",))) is None
+    )
 
 
 def test_right_answers():
     multiple = Item("x", "?", ("a dog",), ABCD)
     assert right("B", multiple) and not right("A", multiple) and not right(None, multiple)
     several = Item("x", "?", ("0.333", "one third"))
-    assert right("1/3", several) and right("One third.", several) and right("0.33", several) and not right("0.34", several)
+    assert (
+        right("1/3", several)
+        and right("One third.", several)
+        and right("0.33", several)
+        and not right("0.34", several)
+    )
     assert not right("word", Item("x", "?", ("other",))) and right("1e", Item("x", "?", ("1E",)))
 
 
@@ -55,7 +63,12 @@ def outcome(greedy, samples, answer="1", **fields):
 
 
 # greedy right: yes, no, yes, no. samples right: 2/4, 1/4, 4/4, 0/4. majorities: 1 (0.5), 2 (0.5), 1 (1.0), none (0.0)
-FOUR = [outcome("1", ["1", "2", "1", None]), outcome("2", ["2", "2", "1", "3"]), outcome("1", ["1.0"] * 4), outcome(None, [None] * 4)]
+FOUR = [
+    outcome("1", ["1", "2", "1", None]),
+    outcome("2", ["2", "2", "1", "3"]),
+    outcome("1", ["1.0"] * 4),
+    outcome(None, [None] * 4),
+]
 
 
 def test_every_mean_by_hand():
@@ -74,7 +87,10 @@ def test_calibration_by_hand():
         (0.0, 0.1, 0.25, 0.0, 0.0), (0.4, 0.5, 0.5, 0.5, 0.5), (0.9, 1.0, 0.25, 1.0, 1.0)
     ]  # fmt: skip
     assert evaluate.scores(FOUR)["ece"] == 0
-    wrong = [outcome("1", ["2", "2", "2", "1"]), outcome("1", ["1", "1", "1", "2"])]  # both 0.75, one of two right
+    wrong = [
+        outcome("1", ["2", "2", "2", "1"]),
+        outcome("1", ["1", "1", "1", "2"]),
+    ]  # both 0.75, one of two right
     assert evaluate.scores(wrong)["ece"] == pytest.approx(abs(0.5 - 0.75))
 
 
@@ -88,7 +104,9 @@ def test_a_confidence_on_a_border_falls_into_the_bin_below(share):
 def test_bootstrap_interval():
     """Of N values 0 or 1 with mean p it is close to p +- 1.96 sqrt(p (1 - p) / N); of equal values it is a point."""
     low, high = evaluate.bootstrap([1.0] * 300 + [0.0] * 700)
-    assert low == pytest.approx(0.3 - 1.96 * math.sqrt(0.21 / 1000), abs=0.004) and high == pytest.approx(0.3 + 1.96 * math.sqrt(0.21 / 1000), abs=0.004)
+    assert low == pytest.approx(0.3 - 1.96 * math.sqrt(0.21 / 1000), abs=0.004) and high == pytest.approx(
+        0.3 + 1.96 * math.sqrt(0.21 / 1000), abs=0.004
+    )
     assert evaluate.bootstrap([0.5] * 9) == (0.5, 0.5)
 
 
@@ -103,7 +121,9 @@ def test_mcnemar_against_scipy(only_ours, only_theirs):
 def test_two_models_by_hand():
     better = [outcome("1", ["1"] * 4) for _ in FOUR]
     result = evaluate.compare(FOUR, better)
-    assert result["greedy_accuracy"]["difference"] == 0.5 and result["greedy_accuracy"]["p"] == 2 * (1 / 2) ** 2
+    assert (
+        result["greedy_accuracy"]["difference"] == 0.5 and result["greedy_accuracy"]["p"] == 2 * (1 / 2) ** 2
+    )
     assert result["sampled_accuracy"]["difference"] == 1 - 7 / 16 and "p" not in result["sampled_accuracy"]
     low, high = result["sampled_accuracy"]["interval"]
     assert 0 <= low < 1 - 7 / 16 < high <= 1
@@ -145,19 +165,43 @@ def scripted(scripts, verdicts):
         if temperature == 0:  # comes first for each model
             script.update(next(scripts))
         given = [next(texts for question, texts in script.items() if question in text) for text in asked]
-        return [[write(vlm, text) for text in ([greedy] if temperature == 0 else samples)] for greedy, samples in given]
+        return [
+            [write(vlm, text) for text in ([greedy] if temperature == 0 else samples)]
+            for greedy, samples in given
+        ]
 
     return generate
 
 
 def test_a_whole_file_by_hand(data, monkeypatch, capsys):
     box = "\\boxed{%s}".__mod__
-    weak = {"How many?": (box(3), [box(2), box(2), box(3), "?"]), "Which?": ("(A)", ["B", "(B)", "A", "blue"]), "Who?": (box("Ann"), [box("Bob")] * 4)}
-    strong = {q: ([box(2), "(B)", box("Anna")][i], [[box(2), "B", box("Ann")][i]] * 4) for i, q in enumerate(weak)}
+    weak = {
+        "How many?": (box(3), [box(2), box(2), box(3), "?"]),
+        "Which?": ("(A)", ["B", "(B)", "A", "blue"]),
+        "Who?": (box("Ann"), [box("Bob")] * 4),
+    }
+    strong = {
+        q: ([box(2), "(B)", box("Anna")][i], [[box(2), "B", box("Ann")][i]] * 4) for i, q in enumerate(weak)
+    }
     verdicts = [[box("no"), box("no")], [box("yes"), box("perhaps")]]  # on 3 and Ann, on 2 and Anna
     monkeypatch.setattr(evaluate, "generate", scripted([weak, strong], verdicts))
     toy, out = str(ROOT / "toy"), data.parent / "out.json"
-    args = ["--model", toy, "--model", toy + "/.", "--data", str(data), "--answers", "4", "--judge", toy, "--json", str(out), "--device", "cpu"]
+    args = [
+        "--model",
+        toy,
+        "--model",
+        toy + "/.",
+        "--data",
+        str(data),
+        "--answers",
+        "4",
+        "--judge",
+        toy,
+        "--json",
+        str(out),
+        "--device",
+        "cpu",
+    ]
     assert evaluate.main(args) == 0
     printed = capsys.readouterr()
     assert "gone.png: not a readable image" in printed.err
@@ -169,24 +213,56 @@ def test_a_whole_file_by_hand(data, monkeypatch, capsys):
     assert one["majority_accuracy"] == 2 / 3 and one["pass_at_m"] == 2 / 3
     assert one["confidence"] == pytest.approx((0.5 + 0.75 + 1) / 3)
     assert one["ece"] == pytest.approx((abs(1 - 0.5) + abs(1 - 0.75) + abs(0 - 1)) / 3)
-    assert first["scores"]["count"]["sampled_accuracy"] == 0.5 and first["scores"]["choice"]["majority_accuracy"] == 1.0
+    assert (
+        first["scores"]["count"]["sampled_accuracy"] == 0.5
+        and first["scores"]["choice"]["majority_accuracy"] == 1.0
+    )
     assert set(first["scores"]) == {"all", "count", "choice"}
     assert second["scores"]["all"] | {"intervals": 0} == dict(
-        questions=3, greedy_accuracy=1, sampled_accuracy=1, majority_accuracy=1, pass_at_m=1, confidence=1, ece=0, intervals=0
+        questions=3,
+        greedy_accuracy=1,
+        sampled_accuracy=1,
+        majority_accuracy=1,
+        pass_at_m=1,
+        confidence=1,
+        ece=0,
+        intervals=0,
     )
-    assert second["against_first"]["greedy_accuracy"]["difference"] == pytest.approx(2 / 3) and second["against_first"]["greedy_accuracy"]["p"] == 0.5
-    assert (first["judged"], first["judged_right"], first["judge_disagreement"]) == (2 / 3, 0.0, 0.5), "rules: 3 is wrong, Ann is right"
-    assert (second["judged"], second["judged_right"], second["judge_disagreement"]) == (1 / 3, 1.0, 0.0), "perhaps is no verdict"
+    assert (
+        second["against_first"]["greedy_accuracy"]["difference"] == pytest.approx(2 / 3)
+        and second["against_first"]["greedy_accuracy"]["p"] == 0.5
+    )
+    assert (first["judged"], first["judged_right"], first["judge_disagreement"]) == (2 / 3, 0.0, 0.5), (
+        "rules: 3 is wrong, Ann is right"
+    )
+    assert (second["judged"], second["judged_right"], second["judge_disagreement"]) == (1 / 3, 1.0, 0.0), (
+        "perhaps is no verdict"
+    )
     assert "against the first" in printed.out and "0.333" in printed.out
 
 
 def test_it_runs_on_a_real_checkpoint(published, data):
     out = data.parent / "out.json"
-    args = ["--model", str(published), "--data", str(data), "--answers", "3", "--max-new-tokens", "8", "--json", str(out), "--device", "cpu"]
+    args = [
+        "--model",
+        str(published),
+        "--data",
+        str(data),
+        "--answers",
+        "3",
+        "--max-new-tokens",
+        "8",
+        "--json",
+        str(out),
+        "--device",
+        "cpu",
+    ]
     assert evaluate.main(args) == 0
     content = json.loads(out.read_text())
     (report,), (answers,) = content["reports"].values(), content["answers"].values()
-    assert report["scores"]["all"]["questions"] == 3 == len(answers) and all(len(a["samples"]) == 3 for a in answers)
+    assert report["scores"]["all"]["questions"] == 3 == len(answers) and all(
+        len(a["samples"]) == 3 for a in answers
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,10 +283,25 @@ def test_wrong_data_gets_one_sentence(data, line, said, capsys):
     assert said in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: ")
 
 
-@pytest.mark.parametrize("args", [["--answers", "0"], ["--data", "nowhere"], ["--model", "nowhere/at/all"], ["--device", "tpu"], ["--top-p", "2"], ["--x"], ["--json", "no/such/folder.json"], ["--json", "/tmp"], ["--json", "/dev/full"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--answers", "0"],
+        ["--data", "nowhere"],
+        ["--model", "nowhere/at/all"],
+        ["--device", "tpu"],
+        ["--top-p", "2"],
+        ["--x"],
+        ["--json", "no/such/folder.json"],
+        ["--json", "/tmp"],
+        ["--json", "/dev/full"],
+    ],
+)
 def test_wrong_arguments_get_one_sentence(data, args, capsys):
     try:
-        code = evaluate.main(["--model", str(ROOT / "toy"), "--data", str(data), "--max-new-tokens", "2", *args])
+        code = evaluate.main(
+            ["--model", str(ROOT / "toy"), "--data", str(data), "--max-new-tokens", "2", *args]
+        )
     except SystemExit as error:
         code = error.code
     err = capsys.readouterr().err

@@ -4,17 +4,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from checkpoints import load_lively, noise_image, plain_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate as generate_module
-from checkpoints import load_lively, noise_image, plain_inputs
 from generate import generate, sample
 
 SIZES = [(56, 56), (100, 60), (30, 200), (112, 112), (60, 60)]
-TEXTS = ["How many?", "Is it red, and is it on the left of the other one?", "x", "What is written there, and where?", "Why"]
+TEXTS = [
+    "How many?",
+    "Is it red, and is it on the left of the other one?",
+    "x",
+    "What is written there, and where?",
+    "Why",
+]
 
 
 def ragged_prompts(vlm):
@@ -85,8 +91,13 @@ def masked_logits(vlm, prompt, completion):
     return logits.index_fill(1, torch.tensor(vlm.vision_ids), -torch.inf)
 
 
-@pytest.mark.parametrize("slots, every, buckets", [(7, 1, (1, 1, 1, 1)), (2, 1, (1, 1, 1, 1)), (3, 4, (8, 2, 16, 5)), (1, 7, (64, 8, 256, 128))])
-def test_every_row_is_the_plain_forwards_while_rows_come_and_go(ending_vlm, slots, every, buckets, monkeypatch):
+@pytest.mark.parametrize(
+    "slots, every, buckets",
+    [(7, 1, (1, 1, 1, 1)), (2, 1, (1, 1, 1, 1)), (3, 4, (8, 2, 16, 5)), (1, 7, (64, 8, 256, 128))],
+)
+def test_every_row_is_the_plain_forwards_while_rows_come_and_go(
+    ending_vlm, slots, every, buckets, monkeypatch
+):
     """Sampled rows end at any time, leave, move up, and waiting prompts take their slots, as on a CPU and as with a GPU's
     buckets. The logits each token was drawn from must be those of the plain forward of its own prompt and tokens."""
     vlm, drawn, shapes, refilled = ending_vlm, {}, set(), []
@@ -102,8 +113,14 @@ def test_every_row_is_the_plain_forwards_while_rows_come_and_go(ending_vlm, slot
         take(rows, token)
 
     monkeypatch.setattr(generate_module.Rows, "take", watched_take)
-    monkeypatch.setattr(generate_module, "admit", lambda vlm, rows, *a: refilled.append(len(rows.owners)) or admit(vlm, rows, *a))
-    monkeypatch.setattr(generate_module, "step", lambda vlm, rows, *shape: shapes.add(shape) or step(vlm, rows, *shape))
+    monkeypatch.setattr(
+        generate_module,
+        "admit",
+        lambda vlm, rows, *a: refilled.append(len(rows.owners)) or admit(vlm, rows, *a),
+    )
+    monkeypatch.setattr(
+        generate_module, "step", lambda vlm, rows, *shape: shapes.add(shape) or step(vlm, rows, *shape)
+    )
     groups = generate(vlm, prompts, 4, 14, top_p=0.95, generator=torch.Generator().manual_seed(3))
     assert len({len(ids) for group in groups for ids in group}) > 5, "completions end at different times"
     for p, group in enumerate(groups):
@@ -111,10 +128,18 @@ def test_every_row_is_the_plain_forwards_while_rows_come_and_go(ending_vlm, slot
             assert [token for token, _ in drawn[p, i]][: len(ids)] == ids
             assert not set(ids[:-1]) & set(vlm.end_ids) and (len(ids) == 14 or ids[-1] in vlm.end_ids)
             got = torch.stack([logits for _, logits in drawn[p, i][: len(ids)]])
-            assert torch.allclose(got, masked_logits(vlm, prompts[p], ids), atol=2e-4)  # logits of size 10, in float32
+            assert torch.allclose(
+                got, masked_logits(vlm, prompts[p], ids), atol=2e-4
+            )  # logits of size 10, in float32
     if slots in (2, 3):
-        assert len(refilled) > 1 and any(refilled[1:]), "prompts were admitted while other rows were being written"
-    assert all(x % b == 0 or x == limit for s in shapes for x, b, limit in zip(s, buckets, (slots * 4, slots, max(map(len, prompts)), 14)))
+        assert len(refilled) > 1 and any(refilled[1:]), (
+            "prompts were admitted while other rows were being written"
+        )
+    assert all(
+        x % b == 0 or x == limit
+        for s in shapes
+        for x, b, limit in zip(s, buckets, (slots * 4, slots, max(map(len, prompts)), 14))
+    )
 
 
 def test_a_step_can_be_recorded(ending_vlm, monkeypatch):
@@ -125,7 +150,9 @@ def test_a_step_can_be_recorded(ending_vlm, monkeypatch):
         def replay():
             (rows,) = (argument for argument in step.args if isinstance(argument, generate_module.Rows))
             step(), step()
-            tensors = [x for value in vars(rows).values() for x in (value if isinstance(value, list) else [value])]
+            tensors = [
+                x for value in vars(rows).values() for x in (value if isinstance(value, list) else [value])
+            ]
             addresses.append([x.data_ptr() for x in tensors if isinstance(x, torch.Tensor)])
 
         return replay
@@ -153,7 +180,16 @@ def test_a_step_never_asks_the_device(ending_vlm, monkeypatch):
     monkeypatch.setattr(generate_module, "step", listened)
     generate(ending_vlm, ragged_prompts(ending_vlm), 2, 6)
     assert {"mm", "bmm"} <= operations and len(operations) > 20
-    assert not operations & {"_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero", "equal"}
+    assert not operations & {
+        "_local_scalar_dense",
+        "item",
+        "nonzero",
+        "masked_select",
+        "_unique2",
+        "unique_dim",
+        "is_nonzero",
+        "equal",
+    }
 
 
 def test_what_cannot_be_recorded_is_done_eagerly(ending_vlm, monkeypatch, capsys):
@@ -165,7 +201,11 @@ def test_what_cannot_be_recorded_is_done_eagerly(ending_vlm, monkeypatch, capsys
     assert recorded(step, torch.device("cuda:0"), None) is step
     assert "without a CUDA graph" in capsys.readouterr().err
     tries = []
-    monkeypatch.setattr(generate_module, "recorded", lambda step, *_: tries.append(1) or recorded(step, torch.device("cuda:0"), None))
+    monkeypatch.setattr(
+        generate_module,
+        "recorded",
+        lambda step, *_: tries.append(1) or recorded(step, torch.device("cuda:0"), None),
+    )
     generate(ending_vlm, ragged_prompts(ending_vlm), 2, 6)
     assert len(tries) == 1
 
@@ -174,12 +214,17 @@ def test_bfloat16_attention_is_as_exact_as_torchs(size=30.0):
     """Against float64: scores are not rounded to bfloat16 (that made errors ten times as large as torch's)."""
     rng, n, d, prompt, own = torch.Generator().manual_seed(0), 4, 64, 300, 20
     normal = lambda *shape: torch.randn(shape, generator=rng).bfloat16()  # noqa: E731
-    rows = SimpleNamespace(n=n, prompt_keys=[normal(1, 2, prompt, d)], prompt_values=[normal(1, 2, prompt, d)])
+    rows = SimpleNamespace(
+        n=n, prompt_keys=[normal(1, 2, prompt, d)], prompt_values=[normal(1, 2, prompt, d)]
+    )
     rows.keys, rows.values, rows.row_of_cell = [normal(n, 2, own, d)], [normal(n, 2, own, d)], torch.arange(n)
     rows.cell_of_row, q = torch.arange(n), normal(n, 6, d) * size / 8
     seen, mine = torch.ones(1, 1, 1, prompt, dtype=torch.bool), torch.ones(n, 1, 1, own, dtype=torch.bool)
     got = generate_module.attend(q, rows, 0, seen, mine).view(n, 6, d)
-    keys, values = (torch.cat([a.expand(n, -1, -1, -1), b], 2) for a, b in ((rows.prompt_keys[0], rows.keys[0]), (rows.prompt_values[0], rows.values[0])))
+    keys, values = (
+        torch.cat([a.expand(n, -1, -1, -1), b], 2)
+        for a, b in ((rows.prompt_keys[0], rows.keys[0]), (rows.prompt_values[0], rows.values[0]))
+    )
     attention = torch.nn.functional.scaled_dot_product_attention
     exact = attention(q.double()[:, :, None], keys.double(), values.double(), enable_gqa=True)[:, :, 0]
     torchs = attention(q[:, :, None], keys, values, enable_gqa=True)[:, :, 0]
@@ -191,13 +236,22 @@ def test_few_shapes_are_recorded(ending_vlm, monkeypatch):
     shapes, step = [], generate_module.step
     monkeypatch.setitem(generate_module.BUCKETS, "cpu", (8, 4, 256, 8))
     monkeypatch.setattr(generate_module, "slots_in_memory", lambda *a: 4)
-    monkeypatch.setattr(generate_module, "step", lambda vlm, rows, *shape: shapes.append(shape) or step(vlm, rows, *shape))
+    monkeypatch.setattr(
+        generate_module, "step", lambda vlm, rows, *shape: shapes.append(shape) or step(vlm, rows, *shape)
+    )
     generate(ending_vlm, ragged_prompts(ending_vlm) * 4, 8, 16, generator=torch.Generator().manual_seed(0))
     assert len(shapes) > 20 and len(set(shapes)) <= 4 * 2
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 7), st.integers(1, 6), st.floats(0.1, 60), st.integers(0, 10**6))
+@given(
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.integers(1, 7),
+    st.integers(1, 6),
+    st.floats(0.1, 60),
+    st.integers(0, 10**6),
+)
 def test_attention_in_two_parts_is_attention(slots, n, prompt_tokens, own_tokens, size, seed):
     """`attend` against a softmax over prompt and own tokens at once, row by row; scores large enough to overflow exp."""
     rng, kv, groups, d = torch.Generator().manual_seed(seed), 2, 3, 4
@@ -206,7 +260,10 @@ def test_attention_in_two_parts_is_attention(slots, n, prompt_tokens, own_tokens
     rows.prompt_keys, rows.prompt_values = ([normal(slots, kv, prompt_tokens, d)] for _ in range(2))
     rows.keys, rows.values = ([normal(slots * n, kv, own_tokens, d)] for _ in range(2))
     cells = torch.randperm(slots * n, generator=rng)[:count]
-    rows.cell_of_row, rows.row_of_cell = torch.zeros(slots * n, dtype=torch.long), torch.zeros(slots * n, dtype=torch.long)
+    rows.cell_of_row, rows.row_of_cell = (
+        torch.zeros(slots * n, dtype=torch.long),
+        torch.zeros(slots * n, dtype=torch.long),
+    )
     rows.cell_of_row[:count], rows.row_of_cell[cells] = cells, torch.arange(count)
     prompt_length = torch.randint(1, prompt_tokens + 1, (slots,), generator=rng)
     written = torch.randint(1, own_tokens + 1, (count,), generator=rng)
@@ -218,8 +275,12 @@ def test_attention_in_two_parts_is_attention(slots, n, prompt_tokens, own_tokens
         slot = int(cells[r]) // n
         for head in range(kv * groups):
             h = head // groups
-            keys = torch.cat([rows.prompt_keys[0][slot, h, : prompt_length[slot]], rows.keys[0][r, h, : written[r]]])
-            values = torch.cat([rows.prompt_values[0][slot, h, : prompt_length[slot]], rows.values[0][r, h, : written[r]]])
+            keys = torch.cat(
+                [rows.prompt_keys[0][slot, h, : prompt_length[slot]], rows.keys[0][r, h, : written[r]]]
+            )
+            values = torch.cat(
+                [rows.prompt_values[0][slot, h, : prompt_length[slot]], rows.values[0][r, h, : written[r]]]
+            )
             want = (keys @ q[r, head] * d**-0.5).softmax(0) @ values
             assert torch.allclose(got[r, head], want, atol=1e-4)  # a score of 100 has 1e-5 of rounding
 
@@ -233,7 +294,10 @@ def test_the_image_matters(random_vlm):
 
 def test_a_seeded_generator_makes_it_reproducible(random_vlm):
     prompts = ragged_prompts(random_vlm)
-    runs = [generate(random_vlm, prompts, 4, 10, top_p=0.9, generator=torch.Generator().manual_seed(s)) for s in (7, 7, 8)]
+    runs = [
+        generate(random_vlm, prompts, 4, 10, top_p=0.9, generator=torch.Generator().manual_seed(s))
+        for s in (7, 7, 8)
+    ]
     assert runs[0] == runs[1] != runs[2]
     assert len({tuple(c) for group in runs[0] for c in group}) > 10, "samples of a prompt differ"
 
@@ -243,7 +307,13 @@ def test_vision_tokens_are_never_sampled(random_vlm):
     weight = vlm.model.get_output_embeddings().weight
     prompt = vlm.prompt("How many?", noise_image(60, 60))
     with torch.no_grad():  # make the image token by far the likeliest, whatever the state
-        hidden = torch.cat([vlm.forward(vlm.embed(prompt.ids[None], [prompt]), prompt.positions[:, None], _causal(len(prompt)))[0, -1:]])
+        hidden = torch.cat(
+            [
+                vlm.forward(
+                    vlm.embed(prompt.ids[None], [prompt]), prompt.positions[:, None], _causal(len(prompt))
+                )[0, -1:]
+            ]
+        )
         weight[vlm.vision_ids] = 50 * hidden[0] / hidden[0].norm() ** 2 * 10
     logits = generate_module.prefill(vlm, [prompt])[0]
     assert logits[0].argmax().item() in vlm.vision_ids, "the trap is set"
@@ -274,7 +344,9 @@ def expected(temperature, top_p, top_k):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
-@pytest.mark.parametrize("top_p, top_k", [(1.0, 0), (0.7, 0), (0.99, 0), (1.0, 3), (0.8, 4), (1e-9, 0), (1.0, 1)])
+@pytest.mark.parametrize(
+    "top_p, top_k", [(1.0, 0), (0.7, 0), (0.99, 0), (1.0, 3), (0.8, 4), (1e-9, 0), (1.0, 1)]
+)
 def test_sampling_frequencies(temperature, top_p, top_k):
     """Chi-square at 1 in 10,000: a right sampler fails one such fixed-seed test in 10,000, a wrong one nearly always."""
     n, want = 40_000, expected(temperature, top_p, top_k)
@@ -289,14 +361,19 @@ def test_sampling_frequencies(temperature, top_p, top_k):
 @pytest.mark.parametrize("temperature", [1e-4, 1e-38, 1e-46])
 @pytest.mark.parametrize("top_p", [1.0, 0.5, 1e-310])
 def test_extreme_settings_take_the_likeliest(temperature, top_p):
-    assert sample(torch.tensor([[5.0, 1.0, 0.0, -torch.inf]] * 3), temperature, top_p, 0, None).tolist() == [0] * 3
+    assert (
+        sample(torch.tensor([[5.0, 1.0, 0.0, -torch.inf]] * 3), temperature, top_p, 0, None).tolist()
+        == [0] * 3
+    )
 
 
 @pytest.mark.parametrize("extreme", [0.0, 1 - 2**-24])
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_a_token_without_probability_never_comes_out(extreme, top_p, monkeypatch):
     """Banned tokens first, last and in the middle, and a uniform number at either end of its range, again and again."""
-    logits = torch.tensor([-torch.inf, -torch.inf, 1.0, -torch.inf, 0.5, -torch.inf, -torch.inf]).expand(5, -1)
+    logits = torch.tensor([-torch.inf, -torch.inf, 1.0, -torch.inf, 0.5, -torch.inf, -torch.inf]).expand(
+        5, -1
+    )
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, extreme))
     assert set(sample(logits, 1.0, top_p, 0, None).tolist()) <= {2, 4}
     assert generate_module.draw(torch.tensor([[0.0, 3e-8, 0.0]]), None).tolist() == [[1]], "whatever the sum"
@@ -310,7 +387,9 @@ def test_first_tokens_follow_the_model(random_vlm):
         logits = random_vlm.model(**plain_inputs(prompt)).logits[0, -1]
     logits[random_vlm.vision_ids] = -torch.inf
     probs = (logits / 0.7).softmax(0)
-    group = generate(random_vlm, [prompt], 6000, 1, temperature=0.7, generator=torch.Generator().manual_seed(0))[0]
+    group = generate(
+        random_vlm, [prompt], 6000, 1, temperature=0.7, generator=torch.Generator().manual_seed(0)
+    )[0]
     counts = torch.tensor([c[0] for c in group]).bincount(minlength=len(probs))
     common = probs > 0.002
     observed = counts[common].tolist() + [counts[~common].sum().item()]
@@ -319,7 +398,10 @@ def test_first_tokens_follow_the_model(random_vlm):
     assert len(wanted) > 5 and chisquare(observed, [w * 6000 / total for w in wanted]).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("wrong", [dict(n=0), dict(max_new_tokens=0), dict(temperature=-1), dict(top_p=0), dict(top_p=1.1), dict(top_k=-1)])
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(n=0), dict(max_new_tokens=0), dict(temperature=-1), dict(top_p=0), dict(top_p=1.1), dict(top_k=-1)],
+)
 def test_arguments_out_of_range(random_vlm, wrong):
     with pytest.raises(ValueError):
         generate(random_vlm, [], **(dict(n=1, max_new_tokens=1) | wrong))

@@ -29,12 +29,23 @@ def numpy_loss(logp, old, ref, advantages, mask, clip, beta, token_mean):
 
 @pytest.mark.parametrize("token_mean", [False, True])
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), rows=st.integers(1, 6), columns=st.integers(1, 7), beta=st.floats(0, 1), clip=st.floats(0.05, 0.5))
+@given(
+    seed=st.integers(0, 10**6),
+    rows=st.integers(1, 6),
+    columns=st.integers(1, 7),
+    beta=st.floats(0, 1),
+    clip=st.floats(0.05, 0.5),
+)
 def test_loss_against_numpy(token_mean, seed, rows, columns, beta, clip):
     g = torch.Generator().manual_seed(seed)
     logp, old, ref = (-torch.rand(rows, columns, generator=g, dtype=torch.float64) * 2 for _ in range(3))
-    mask, advantages = torch.rand(rows, columns, generator=g) < 0.7, torch.randn(rows, generator=g, dtype=torch.float64)
-    want = numpy_loss(logp.tolist(), old.tolist(), ref.tolist(), advantages.tolist(), mask.tolist(), clip, beta, token_mean)
+    mask, advantages = (
+        torch.rand(rows, columns, generator=g) < 0.7,
+        torch.randn(rows, generator=g, dtype=torch.float64),
+    )
+    want = numpy_loss(
+        logp.tolist(), old.tolist(), ref.tolist(), advantages.tolist(), mask.tolist(), clip, beta, token_mean
+    )
     loss, metrics = grpo.grpo_loss(logp, old, ref, advantages, mask, clip, beta, token_mean)
     assert loss.item() == pytest.approx(want, abs=1e-12)
     assert metrics["kl"] >= 0 and 0 <= metrics["clip_share"] <= 1
@@ -115,7 +126,11 @@ def test_micro_batches_give_the_gradient_of_one_batch(token_mean, monkeypatch):
         reference.logits.add_(0.3 * torch.randn_like(reference.logits))
     grpo.add_reference(groups, reference)
     seen = {}
-    monkeypatch.setattr(grpo.MasterAdamW, "step", lambda self, norm: seen.setdefault("grad", self.gradients["logits"].clone()).norm().item())
+    monkeypatch.setattr(
+        grpo.MasterAdamW,
+        "step",
+        lambda self, norm: seen.setdefault("grad", self.gradients["logits"].clone()).norm().item(),
+    )
     with grpo.MasterAdamW(policy.named_parameters(), 0.1, 0) as optimizer:
         metrics = grpo.update(policy, groups, optimizer, token_mean=token_mean)
     rows = [x for g in groups for x in policy.logprobs(g.prompt, g.completions)]
@@ -135,7 +150,9 @@ def test_later_updates_keep_the_old_policy():
     with grpo.MasterAdamW(policy.named_parameters(), lr=0.3, weight_decay=0.0) as optimizer:
         first = grpo.update(policy, groups, optimizer)
         second = grpo.update(policy, groups, optimizer)
-    assert all(torch.equal(a, b) for a, b in zip(before, (x for g in groups for _, x in sorted(g.old_logp.items()))))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, (x for g in groups for _, x in sorted(g.old_logp.items())))
+    )
     assert first["ratio"] == pytest.approx(1.0) and first["clip_share"] == 0
     assert second["clip_share"] > 0 and second["kl"] > 0
 
@@ -157,7 +174,9 @@ def test_bfloat16_weights_move_through_float32_masters():
     assert torch.equal(naive[big], start[big]), "without a master, these weights stand still"
     (master,) = optimizer.masters.values()
     assert master.dtype == torch.float32 and (master - start.float()).abs().max() > 1e-3
-    assert torch.equal(policy.logits.detach(), master.bfloat16()) and not torch.equal(policy.logits[big], start[big])
+    assert torch.equal(policy.logits.detach(), master.bfloat16()) and not torch.equal(
+        policy.logits[big], start[big]
+    )
     policy.logits.float().sum().backward()
     assert policy.logits.grad is not None, "outside a phase the model is as it was"
 
@@ -190,7 +209,11 @@ def test_the_step_is_torchs_adamw():
             for p in (policy, plain):
                 (p.logits * weights).sum().backward()
             norm = optimizer.step(0.5)
-            assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5).item(), rel=1e-6) and norm > 0.5
+            assert (
+                norm
+                == pytest.approx(torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5).item(), rel=1e-6)
+                and norm > 0.5
+            )
             adamw.step()
             adamw.zero_grad()
     assert torch.allclose(policy.logits, plain.logits, atol=1e-6)
@@ -211,10 +234,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     before = policy.logits.detach().clone()
     with grpo.MasterAdamW(policy.named_parameters(), 0.1, 0.0) as optimizer:
         metrics = grpo.update(policy, groups, optimizer)
-        assert metrics["skipped"] == 1.0 and math.isnan(metrics["grad_norm"]) and torch.equal(policy.logits, before)
+        assert (
+            metrics["skipped"] == 1.0
+            and math.isnan(metrics["grad_norm"])
+            and torch.equal(policy.logits, before)
+        )
         groups = random_groups()
         grpo.add_reference(groups, Table())
-        assert grpo.update(policy, groups, optimizer)["skipped"] == 0.0 and torch.isfinite(policy.logits).all()
+        assert (
+            grpo.update(policy, groups, optimizer)["skipped"] == 0.0 and torch.isfinite(policy.logits).all()
+        )
     assert not torch.equal(policy.logits, before)
 
 
@@ -236,8 +265,12 @@ def test_a_bandit_is_solved():
         for _ in range(60):
             groups = []
             for prompt in range(3):
-                draws = torch.multinomial(policy.logits[prompt, 0].softmax(-1), 8, True, generator=sampler).tolist()
-                groups.append(grpo.Group(prompt, [[d] for d in draws], [float(d == right[prompt]) for d in draws]))
+                draws = torch.multinomial(
+                    policy.logits[prompt, 0].softmax(-1), 8, True, generator=sampler
+                ).tolist()
+                groups.append(
+                    grpo.Group(prompt, [[d] for d in draws], [float(d == right[prompt]) for d in draws])
+                )
             grpo.add_reference(groups, reference)
             grpo.update(policy, groups, optimizer)
     chosen = policy.logits[:, 0].softmax(-1)[torch.arange(3), torch.tensor(right)]

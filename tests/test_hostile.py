@@ -7,17 +7,46 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import noise_image
 from PIL import Image
 
 import loop
-from checkpoints import noise_image
 from images import ImageError, find_images, load_image
 
-USABLE = {"rgba.png", "la.png", "clear-palette.png", "cmyk.jpg", "one-bit.png", "sixteen-bit.png", "animated.gif", "animated.webp"}
-USABLE |= {"lying.jpg", "one-pixel.png", "long.JPEG", "good-1.png", "good-2.jpg", "good-3.webp", "b\udcffd.png", "two\nlines.png"}
+USABLE = {
+    "rgba.png",
+    "la.png",
+    "clear-palette.png",
+    "cmyk.jpg",
+    "one-bit.png",
+    "sixteen-bit.png",
+    "animated.gif",
+    "animated.webp",
+}
+USABLE |= {
+    "lying.jpg",
+    "one-pixel.png",
+    "long.JPEG",
+    "good-1.png",
+    "good-2.jpg",
+    "good-3.webp",
+    "b\udcffd.png",
+    "two\nlines.png",
+}
 USABLE |= {"n" * 250 + ".png", "inside.png"}
-SKIPPED = {"thin.png": "200 times", "bomb.png": "million", "large.png": "million", "text.png": "no known format", "empty.jpg": "no known"}
-SKIPPED |= {"nowhere.png": "No such file", "loop.png": "symbolic links", "pipe.png": "not a file", "dir.jpg": "not a file"}
+SKIPPED = {
+    "thin.png": "200 times",
+    "bomb.png": "million",
+    "large.png": "million",
+    "text.png": "no known format",
+    "empty.jpg": "no known",
+}
+SKIPPED |= {
+    "nowhere.png": "No such file",
+    "loop.png": "symbolic links",
+    "pipe.png": "not a file",
+    "dir.jpg": "not a file",
+}
 SKIPPED |= {f"bytes-{i}.png": "not a readable image" for i in range(4)}
 CUT = ("png", "jpg", "gif", "webp", "bmp", "tiff")
 SKIPPED |= {f"cut-{tenths}.{suffix}": "" for suffix in CUT for tenths in range(10)}
@@ -72,7 +101,7 @@ def hostile(tmp_path_factory):
 
 
 def examine(paths):
-    """name -> None if the image can be used, else why not."""
+    """Name -> None if the image can be used, else why not."""
     reasons = {}
     for path in paths:
         try:
@@ -95,7 +124,9 @@ def test_each_file_is_used_or_skipped_with_its_reason(hostile, pattern):
     assert {name for name, why in reasons.items() if why is None} == USABLE
     assert set(reasons) == USABLE | set(SKIPPED)
     for name, part in SKIPPED.items():
-        assert part in reasons[name] and "\n" not in reasons[name] and str(hostile) not in reasons[name], reasons[name]
+        assert part in reasons[name] and "\n" not in reasons[name] and str(hostile) not in reasons[name], (
+            reasons[name]
+        )
 
 
 def test_a_file_that_may_not_be_read(tmp_path_factory):
@@ -114,10 +145,17 @@ def test_a_file_that_may_not_be_read(tmp_path_factory):
     assert found.paths == [] and "Permission denied" in found.skipped[0][1]
 
 
-def test_a_run_on_the_hostile_folder_completes_and_lists_what_it_skipped(hostile, tmp_path, monkeypatch, capsys):
+def test_a_run_on_the_hostile_folder_completes_and_lists_what_it_skipped(
+    hostile, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     args = "--iterations 1 --questioner-steps 2 --reasoner-steps 1 --images-per-step 40 --group-size 2 --answers 2 --candidates 8 --device cpu"
-    assert loop.main([*args.split(), "--tau-low", "0", "--tau-high", "1", "--images", str(hostile), "--name", "x"]) == 0
+    assert (
+        loop.main(
+            [*args.split(), "--tau-low", "0", "--tau-high", "1", "--images", str(hostile), "--name", "x"]
+        )
+        == 0
+    )
     listed = (tmp_path / "runs" / "x" / "skipped.txt").read_text().splitlines()
     reasons = {Path(line.split("\t")[0]).name: line.split("\t")[1] for line in listed}
     assert set(reasons) == set(SKIPPED) and len(listed) == len(SKIPPED)

@@ -4,24 +4,28 @@ import json
 
 import numpy as np
 import pytest
+from checkpoints import noise_image
 from PIL import Image
 
-from checkpoints import noise_image
-from ranks import Ranks
 from images import Found, ImageError, Pictures, find_images, load_image
+from ranks import Ranks
 
 
 def test_every_mode_becomes_rgb(tmp_path):
     base = noise_image(40, 30)
     for mode in ("RGB", "RGBA", "LA", "L", "P", "1", "CMYK", "YCbCr", "I;16", "I", "F"):
         suffix = {"CMYK": "jpg", "YCbCr": "jpg", "I": "tiff", "F": "tiff"}.get(mode, "png")
-        image = Image.fromarray(np.full((30, 40), 40_000, np.uint16)) if mode == "I;16" else base.convert(mode)
+        image = (
+            Image.fromarray(np.full((30, 40), 40_000, np.uint16)) if mode == "I;16" else base.convert(mode)
+        )
         path = tmp_path / f"{mode.replace(';', '')}.{suffix}"
         image.save(path)
         loaded = load_image(str(path))
         assert loaded.mode == "RGB" and loaded.size == (40, 30), mode
         if mode == "I;16":
-            assert abs(loaded.getpixel((0, 0))[0] - 40_000 * 255 / 65535) <= 1.5, "16 bits are scaled, not clipped"
+            assert abs(loaded.getpixel((0, 0))[0] - 40_000 * 255 / 65535) <= 1.5, (
+                "16 bits are scaled, not clipped"
+            )
 
 
 def test_transparency_is_white_and_photos_stand_upright(tmp_path):
@@ -66,7 +70,9 @@ def test_folders_globs_and_lists(tmp_path):
     assert find_images(str(good[0])).paths == [str(good[0])]
     (tmp_path / "list.txt").write_text(f"a.png\n\n{good[1]}\nmissing.png\n")
     found = find_images(str(tmp_path / "list.txt"))
-    assert found.paths == [str(p) for p in good] and [p for p, _ in found.skipped] == [str(tmp_path / "missing.png")]
+    assert found.paths == [str(p) for p in good] and [p for p, _ in found.skipped] == [
+        str(tmp_path / "missing.png")
+    ]
     lines = ['"a.png"', json.dumps({"image": "a.png", "question": "?"}), json.dumps({"path": "sub/b.JPG"})]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
     assert find_images(str(tmp_path / "list.jsonl")).paths == [str(good[0])] * 2 + [str(good[1])]
@@ -95,7 +101,9 @@ def test_a_truncated_image_is_skipped_when_it_is_read(tmp_path):
     with pytest.raises(ImageError, match="to its end"):
         load_image(str(tmp_path / "cut.png"))
     assert {p.path for p in Pictures(found, "0").take(6, Ranks())} == {str(tmp_path / "whole.png")}
-    assert [path for path, _ in found.skipped] == [str(tmp_path / "cut.png")], "once, however often it comes round"
+    assert [path for path, _ in found.skipped] == [str(tmp_path / "cut.png")], (
+        "once, however often it comes round"
+    )
     with pytest.raises(ImageError, match="none of the images"):
         Pictures(Found([str(tmp_path / "cut.png")], []), "0").take(1, Ranks())
 
@@ -109,4 +117,6 @@ def test_pictures_go_round_in_an_order_that_the_seed_gives(tmp_path):
     assert draws[0] == draws[1] != draws[2]
     assert sorted(draws[0][:4]) == paths and sorted(draws[0][4:]) == paths and draws[0][:4] != draws[0][4:]
     later = Pictures(Found(paths, []), "1", position=3)
-    assert [p.path for p in later.take(2, Ranks()) + later.take(3, Ranks())] == draws[0][3:], "the position is all that has to be known"
+    assert [p.path for p in later.take(2, Ranks()) + later.take(3, Ranks())] == draws[0][3:], (
+        "the position is all that has to be known"
+    )

@@ -9,9 +9,9 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 import loop
-from conftest import ROOT
 from ranks import Ranks
 
 
@@ -75,10 +75,14 @@ def test_random_rewards_teach_nothing(default_run, tmp_path, monkeypatch):
         run = loop.prepare(s, Ranks())
         roles = loop.load_roles(s)
         loop.start_run(s, run)
-        loop.visplay(s, run, *roles, answer_reward=lambda answer, example, coin=coin: float(coin.random() < 0.5))
+        loop.visplay(
+            s, run, *roles, answer_reward=lambda answer, example, coin=coin: float(coin.random() < 0.5)
+        )
         before, after = measured(run.folder)
         steps = measured(run.folder, "reasoner")
-        assert len(steps) == s.reasoner_steps and all(r["equal_groups"] < 0.5 and r["grad_norm"] > 0 for r in steps), "it was trained"
+        assert len(steps) == s.reasoner_steps and all(
+            r["equal_groups"] < 0.5 and r["grad_norm"] > 0 for r in steps
+        ), "it was trained"
         gains.append(after["sampled_accuracy"] - before["sampled_accuracy"])
     base, first = measured(default_run[0])[:2]
     assert sum(gains) / len(gains) < (first["sampled_accuracy"] - base["sampled_accuracy"]) / 2, gains

@@ -8,16 +8,16 @@ import shutil
 import subprocess
 import sys
 
+import checkpoints
 import pytest
 import torch
+from checkpoints import noise_image, plain_inputs
+from conftest import ROOT
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-import checkpoints
 import loop
 import questioner
-from checkpoints import noise_image, plain_inputs
-from conftest import ROOT
 from curate import read_examples
 from ranks import Ranks
 from toy import measure
@@ -64,21 +64,45 @@ def taught(request, tmp_path_factory):
 
 def test_a_published_checkpoint_on_a_folder_of_images(taught, workplace, capsys):
     images = image_folder(workplace / "images")
-    args = ["--model", str(taught), "--images", str(images), "--name", "x", "--lr", "1e-3", "--max-new-tokens", "110", *SMALL]
+    args = [
+        "--model",
+        str(taught),
+        "--images",
+        str(images),
+        "--name",
+        "x",
+        "--lr",
+        "1e-3",
+        "--max-new-tokens",
+        "110",
+        *SMALL,
+    ]
     assert loop.main(args) == 0
     run, err = workplace / "runs" / "x", capsys.readouterr().err
     assert "broken.jpg" in err and "Traceback" not in err
 
     steps = records(run, "questioner") + records(run, "reasoner")
     assert len(steps) == 4 and all(s["skipped"] == 0 and s["kl"] >= 0 for s in steps)
-    wanted = {"reward", "kl", "clip_share", "grad_norm", "length", "tokens_per_second", "seconds", "validity", "confidence"}
+    wanted = {
+        "reward",
+        "kl",
+        "clip_share",
+        "grad_norm",
+        "length",
+        "tokens_per_second",
+        "seconds",
+        "validity",
+        "confidence",
+    }
     assert all(wanted <= s.keys() for s in steps)
     assert all({"r_unc", "r_div", "clusters"} <= s.keys() for s in records(run, "questioner"))
     assert records(run, "questioner")[0]["validity"] > 0, "a leading <think> block is allowed"
 
     curated = read_examples(run / "curated" / "iteration-1.jsonl")
     assert curated and all(0.25 <= e.confidence <= 0.75 and len(e.answers) == 4 for e in curated)
-    assert all(e.confidence == max(map(e.answers.count, e.answers)) / 4 and e.label in ("1", "2") for e in curated)
+    assert all(
+        e.confidence == max(map(e.answers.count, e.answers)) / 4 and e.label in ("1", "2") for e in curated
+    )
     assert all("broken" not in e.image and "cut" not in e.image for e in curated)
 
     for role in ("questioner", "reasoner"):
@@ -88,7 +112,9 @@ def test_a_published_checkpoint_on_a_folder_of_images(taught, workplace, capsys)
         with torch.no_grad():
             assert torch.equal(plain(**inputs).logits, vlm.model(**inputs).logits)
         base = VLM.load(taught, "cpu", torch.float32)
-        assert any(not torch.equal(a, b) for a, b in zip(vlm.model.parameters(), base.model.parameters())), "it was trained"
+        assert any(not torch.equal(a, b) for a, b in zip(vlm.model.parameters(), base.model.parameters())), (
+            "it was trained"
+        )
 
 
 # ---- The toy -----------------------------------------------------------------------------------------------------------
@@ -115,7 +141,9 @@ def test_a_run_is_reproducible_and_resumes(workplace, capsys, monkeypatch):
     assert loop.main(["--resume", "runs/cut"]) == 0, "a complete run has nothing left to do"
 
     def timeless(folder):
-        return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records(folder)]
+        return [
+            {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records(folder)
+        ]
 
     runs = workplace / "runs"
     assert timeless(runs / "whole") == timeless(runs / "cut")
@@ -129,10 +157,16 @@ def test_saving_memory_changes_no_number(workplace):
     for name, flags in (("plain", []), ("small", ["--gradient-checkpointing", "--offload"])):
         assert loop.main([*SMALL, "--name", name, *flags]) == 0
     timings = ("seconds", "tokens_per_second")
-    plain, small = ([{k: v for k, v in r.items() if k not in timings} for r in records(workplace / "runs" / n)] for n in ("plain", "small"))
+    plain, small = (
+        [{k: v for k, v in r.items() if k not in timings} for r in records(workplace / "runs" / n)]
+        for n in ("plain", "small")
+    )
     assert plain == small
     for role in ("questioner", "reasoner"):
-        a, b = (VLM.load(workplace / "runs" / n / role, "cpu", torch.float32).model.state_dict() for n in ("plain", "small"))
+        a, b = (
+            VLM.load(workplace / "runs" / n / role, "cpu", torch.float32).model.state_dict()
+            for n in ("plain", "small")
+        )
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -182,10 +216,17 @@ def test_training_never_sees_the_truth(workplace, monkeypatch):
     assert loop.main([*SMALL, "--name", "false"]) == 0
     assert readers, "the truth is read, by toy.measure alone"
     runs = workplace / "runs"
-    assert records(runs / "true", "measure")[-1]["sampled_accuracy"] > 0 == records(runs / "false", "measure")[-1]["sampled_accuracy"]
+    assert (
+        records(runs / "true", "measure")[-1]["sampled_accuracy"]
+        > 0
+        == records(runs / "false", "measure")[-1]["sampled_accuracy"]
+    )
     for file in ("questioner/model.safetensors", "reasoner/model.safetensors"):
         assert (runs / "true" / file).read_bytes() == (runs / "false" / file).read_bytes()
-    texts = [(runs / name / "curated" / "iteration-1.jsonl").read_text().replace("/true/", "/false/") for name in ("true", "false")]
+    texts = [
+        (runs / name / "curated" / "iteration-1.jsonl").read_text().replace("/true/", "/false/")
+        for name in ("true", "false")
+    ]
     assert texts[0] == texts[1]
 
 
@@ -194,10 +235,21 @@ def test_training_never_imports_the_answerer(workplace):
     image_folder(workplace / "images")
     code = "import sys; sys.modules['toy.answerer'] = None; sys.modules['toy.measure'] = None; import loop; sys.exit(loop.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "--images", "images", *SMALL]
-    done = subprocess.run(command, cwd=workplace, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=workplace, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    importers = {file.name for file in ROOT.glob("**/*.py") if ".venv" not in file.parts and "answerer" in _imports(file)}
-    assert importers - {"test_loop.py", "test_toy.py"} == {"measure.py", "build.py", "experiments.py", "report.py"}
+    importers = {
+        file.name
+        for file in ROOT.glob("**/*.py")
+        if ".venv" not in file.parts and "answerer" in _imports(file)
+    }
+    assert importers - {"test_loop.py", "test_toy.py"} == {
+        "measure.py",
+        "build.py",
+        "experiments.py",
+        "report.py",
+    }
 
 
 def _imports(file):
@@ -217,10 +269,32 @@ def test_failure_signatures_are_printed_and_written(workplace, monkeypatch, caps
     """Each phase is judged by the records it is about; here all are made to fire."""
     image_folder(workplace / "images")
     seen = {}
-    monkeypatch.setattr(loop.signatures, "stagnant_difficulty", lambda r_unc: seen.setdefault("r_unc", r_unc) and "too easy")
-    monkeypatch.setattr(loop.signatures, "question_collapse", lambda first, now: seen.update(first=first, now=now) or "all alike")
-    monkeypatch.setattr(loop.signatures, "label_drift", lambda before, now: seen.update(before=before, after=now) or "sure and wrong")
-    args = [*SMALL, "--iterations", "2", "--images", "images", "--tau-low", "0", "--tau-high", "1", "--name", "x"]
+    monkeypatch.setattr(
+        loop.signatures, "stagnant_difficulty", lambda r_unc: seen.setdefault("r_unc", r_unc) and "too easy"
+    )
+    monkeypatch.setattr(
+        loop.signatures,
+        "question_collapse",
+        lambda first, now: seen.update(first=first, now=now) or "all alike",
+    )
+    monkeypatch.setattr(
+        loop.signatures,
+        "label_drift",
+        lambda before, now: seen.update(before=before, after=now) or "sure and wrong",
+    )
+    args = [
+        *SMALL,
+        "--iterations",
+        "2",
+        "--images",
+        "images",
+        "--tau-low",
+        "0",
+        "--tau-high",
+        "1",
+        "--name",
+        "x",
+    ]
     assert loop.main(args) == 0
     run, err = workplace / "runs" / "x", capsys.readouterr().err
     warnings = [(r["iteration"], r["signature"]) for r in records(run, "warning")]
@@ -229,8 +303,14 @@ def test_failure_signatures_are_printed_and_written(workplace, monkeypatch, caps
     ]  # fmt: skip
     assert "warning, pseudo-label drift: sure and wrong" in err
     asked, curation, measured = records(run, "questioner"), records(run, "curation"), records(run, "measure")
-    assert seen["r_unc"] == [r["r_unc"] for r in asked[:2]] and (seen["first"], seen["now"]) == (asked[0], asked[-1])
-    assert seen["after"]["confidence"] == curation[1]["confidence"] and seen["before"]["base_agreement"] == measured[1]["base_agreement"]
+    assert seen["r_unc"] == [r["r_unc"] for r in asked[:2]] and (seen["first"], seen["now"]) == (
+        asked[0],
+        asked[-1],
+    )
+    assert (
+        seen["after"]["confidence"] == curation[1]["confidence"]
+        and seen["before"]["base_agreement"] == measured[1]["base_agreement"]
+    )
     assert all(0 <= r["base_agreement"] <= 1 for r in measured[1:])
     monkeypatch.undo(), monkeypatch.chdir(workplace)
     monkeypatch.setattr(loop.signatures, "AGREEMENT", 1.1)
@@ -240,7 +320,9 @@ def test_failure_signatures_are_printed_and_written(workplace, monkeypatch, caps
 
 def test_the_base_agrees_with_itself(workplace):
     """A Reasoner that learns nothing gives the base's majorities again, but for the luck of the draw."""
-    s = loop.parse_arguments([*SMALL, "--iterations", "1", "--candidates", "60", "--answers", "30", "--lr", "0", "--name", "x"])
+    s = loop.parse_arguments(
+        [*SMALL, "--iterations", "1", "--candidates", "60", "--answers", "30", "--lr", "0", "--name", "x"]
+    )
     run = loop.prepare(s, Ranks())
     roles = loop.load_roles(s)
     loop.start_run(s, run)
@@ -276,7 +358,9 @@ def test_equal_rewards_and_a_gradient_that_is_not_finite(workplace, monkeypatch,
 
     logprobs = VLM._token_logprobs
     monkeypatch.setattr(VLM, "_token_logprobs", lambda *a: logprobs(*a) * float("nan"))
-    s = dataclasses.replace(s, name="y", questioner_steps=1, reasoner_steps=1)  # three in a row would stop the run
+    s = dataclasses.replace(
+        s, name="y", questioner_steps=1, reasoner_steps=1
+    )  # three in a row would stop the run
     run = loop.prepare(s, Ranks())
     loop.start_run(s, run)
     roles = loop.load_roles(s)
@@ -361,7 +445,18 @@ def test_every_hyper_parameter_is_a_flag_with_help_and_default(capsys):
     for field in dataclasses.fields(loop.Settings):
         assert loop._flag(field.name) + " " in text
         assert field.default in (None, False) or f"(default: {field.default}" in text, field.name
-    for symbol in ("S_Q", "S_R", "paper's G", "paper's m", "paper's N", "tau_low", "tau_high", "lambda", "beta", "epsilon"):
+    for symbol in (
+        "S_Q",
+        "S_R",
+        "paper's G",
+        "paper's m",
+        "paper's N",
+        "tau_low",
+        "tau_high",
+        "lambda",
+        "beta",
+        "epsilon",
+    ):
         assert symbol in text, symbol
 
 
@@ -369,16 +464,31 @@ def test_the_papers_values_are_the_defaults_for_a_real_model():
     s = loop.parse_arguments(["--model", "Qwen/Qwen2.5-VL-3B-Instruct"])
     assert (s.iterations, s.group_size, s.answers, s.questioner_steps, s.reasoner_steps) == (3, 8, 10, 20, 20)
     assert (s.tau_low, s.tau_high, s.diversity_weight) == (0.25, 0.75, 1.0)
-    assert (s.lr, s.weight_decay, s.beta, s.clip, s.temperature, s.top_p) == (1e-6, 1e-2, 1e-2, 0.2, 1.0, 0.99)
+    assert (s.lr, s.weight_decay, s.beta, s.clip, s.temperature, s.top_p) == (
+        1e-6,
+        1e-2,
+        1e-2,
+        0.2,
+        1.0,
+        0.99,
+    )
 
 
 def test_dry_run_of_a_real_size(published, workplace, capsys):
     """The published 3B shape: its weights are not there, and not needed."""
-    shape = dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, vocab_size=151936)
+    shape = dict(
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        vocab_size=151936,
+    )
     shutil.copytree(published, workplace / "3b")
     config = json.loads((workplace / "3b" / "config.json").read_text())
     vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048)
-    config |= shape | dict(num_key_value_heads=2, tie_word_embeddings=True, vision_config=config["vision_config"] | vision)
+    config |= shape | dict(
+        num_key_value_heads=2, tie_word_embeddings=True, vision_config=config["vision_config"] | vision
+    )
     (workplace / "3b" / "config.json").write_text(json.dumps(config))
     image_folder(workplace / "images")
     assert loop.main(["--model", "3b", "--images", "images", "--dry-run", "--dtype", "bfloat16"]) == 0
@@ -395,7 +505,10 @@ def test_without_images_scenes_suit_the_model(published, workplace, capsys):
     config = json.loads((published / "preprocessor_config.json").read_text())
     shutil.copytree(published, workplace / "m")
     (workplace / "m" / "preprocessor_config.json").write_text(json.dumps(config | {"max_pixels": 12845056}))
-    assert loop.main(["--model", "m", "--dry-run"]) == 0 and "336 x 336 pixels, 144 tokens" in capsys.readouterr().out
+    assert (
+        loop.main(["--model", "m", "--dry-run"]) == 0
+        and "336 x 336 pixels, 144 tokens" in capsys.readouterr().out
+    )
 
 
 def test_instructions_are_the_same_for_every_model(toy, random_vlm):
@@ -406,7 +519,11 @@ def test_instructions_are_the_same_for_every_model(toy, random_vlm):
 
 def test_the_readmes_commands_are_understood():
     lines = (ROOT / "README.md").read_text().splitlines()
-    commands = [line.split("python loop.py", 1)[1] for line in lines if line.startswith(("python loop.py", "pip install")) and "python loop.py" in line]
+    commands = [
+        line.split("python loop.py", 1)[1]
+        for line in lines
+        if line.startswith(("python loop.py", "pip install")) and "python loop.py" in line
+    ]
     assert len(commands) >= 3
     for command in commands:
         loop.parse_arguments(command.split())

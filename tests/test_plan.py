@@ -4,12 +4,12 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 import generate as generate_module
 import grpo
 import plan
 import vlm as vlm_module
-from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
 import memory  # noqa: E402
@@ -24,12 +24,17 @@ def small(request):
 @pytest.mark.parametrize("small", ["float32"], indirect=True)  # bfloat16 takes minutes on a CPU
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("prompt_tokens, group_size, new_tokens", [(300, 8, 48), (600, 4, 100)])
-def test_activations_against_the_peak_of_an_update(small, checkpointing, prompt_tokens, group_size, new_tokens):
+def test_activations_against_the_peak_of_an_update(
+    small, checkpointing, prompt_tokens, group_size, new_tokens
+):
     """The most that tensors take during forward and backward, by torch's profiler; the issue allows the plan 15%."""
     vlm = small.copy()
     if checkpointing:
         vlm.checkpoint_activations()
-    prompt, completions = random_prompt(vlm, prompt_tokens, 0), random_completions(vlm, group_size, new_tokens, 0)
+    prompt, completions = (
+        random_prompt(vlm, prompt_tokens, 0),
+        random_completions(vlm, group_size, new_tokens, 0),
+    )
     group = grpo.Group(prompt, completions, [float(i % 2) for i in range(group_size)])
     grpo.add_reference([group], vlm)
     grpo.backward(vlm, [group])  # so that the gradients themselves are there before and after
@@ -73,7 +78,10 @@ def test_rollouts_against_the_tensors_of_a_rollout(small):
     token = generate_module.cache_token_bytes(vlm.model.config, vlm.model.dtype)
     assert sum(x.nbytes for x in caches) == 3 * (300 + n * new_tokens) * token
     work = plan.Work(250, 50, new_tokens, n, 3, n)
-    assert plan.rollout_bytes(vlm.model.config, vlm.model.dtype, work, 3 * n, n) > 3 * (300 + n * new_tokens) * token
+    assert (
+        plan.rollout_bytes(vlm.model.config, vlm.model.dtype, work, 3 * n, n)
+        > 3 * (300 + n * new_tokens) * token
+    )
 
 
 def test_a_larger_group_than_a_row_is_planned_as_it_is_packed(small):
@@ -93,7 +101,10 @@ def test_published_shapes():
     for size, billions in (("3b", 3.75), ("7b", 8.29)):
         config = shape_config(size)
         assert sum(plan.parameter_sizes(config).values()) / 1e9 == pytest.approx(billions, rel=0.005)
-        for offload, most in ((False, {"3b": 78 * 2**30, "7b": 160e9}), (True, {"3b": 48e9, "7b": 78 * 2**30})):
+        for offload, most in (
+            (False, {"3b": 78 * 2**30, "7b": 160e9}),
+            (True, {"3b": 48e9, "7b": 78 * 2**30}),
+        ):
             for moment in plan.memory_plan(config, torch.bfloat16, int(most[size]), work, True, offload):
                 assert moment.total < most[size], (size, offload, moment)
 
@@ -104,7 +115,9 @@ def test_several_gpus_share_the_optimizer_and_the_questions():
     parameters = sum(plan.parameter_sizes(config).values())
     for ranks in (1, 2, 8):
         update = plan.memory_plan(config, torch.bfloat16, 80 * 2**30, work, True, False, ranks)[1].parts
-        assert update["float32 masters"] + update["AdamW moments"] == pytest.approx(12 * parameters / ranks, rel=0.01)
+        assert update["float32 masters"] + update["AdamW moments"] == pytest.approx(
+            12 * parameters / ranks, rel=0.01
+        )
         assert (update["trained role"], update["gradients"]) == (2 * parameters, 4 * parameters)
 
 
@@ -118,6 +131,10 @@ def test_the_table_in_the_readme():
 def test_more_rows_or_tokens_take_more():
     config = random_vlm("tiny", "meta", "float32").model.config
     base = plan.Work(200, 50, 40, 8, 4, 10)
-    grown = [plan.Work(400, 50, 40, 8, 4, 10), plan.Work(200, 50, 80, 8, 4, 10), plan.Work(200, 50, 40, 16, 4, 10)]
+    grown = [
+        plan.Work(400, 50, 40, 8, 4, 10),
+        plan.Work(200, 50, 80, 8, 4, 10),
+        plan.Work(200, 50, 40, 16, 4, 10),
+    ]
     update = lambda work: plan.memory_plan(config, torch.float32, None, work, False, False)[1].total  # noqa: E731
     assert all(update(work) > update(base) for work in grown)

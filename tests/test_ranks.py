@@ -7,10 +7,10 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-
-import grpo
 from checkpoints import noise_image
 from conftest import ROOT
+
+import grpo
 from ranks import Ranks
 from state import read_tensors, write_tensors
 from vlm import VLM
@@ -23,7 +23,9 @@ FORKS.set_forkserver_preload(["loop", "checkpoints"])
 def together(size, function, *args):
     """What `function(ranks, *args)` returns on each of `size` processes."""
     queue, port = FORKS.Queue(), 20000 + os.getpid() % 20000
-    processes = [FORKS.Process(target=_one, args=(queue, rank, size, port, function, args)) for rank in range(size)]
+    processes = [
+        FORKS.Process(target=_one, args=(queue, rank, size, port, function, args)) for rank in range(size)
+    ]
     for process in processes:
         process.start()
     results = dict(queue.get(timeout=120) for _ in processes)
@@ -45,7 +47,10 @@ def exchange(ranks):
     items = [["a", 1, None, "\udcff"], [], {"x": 1.5}, "é", 5][: 2 + ranks.size]
     assert ranks.gather(ranks.share(items)) == items
     assert ranks.any(ranks.rank == ranks.size - 1) and not ranks.any(False)
-    assert ranks.add({"a": 1.0} | ({"b": 2.0} if ranks.rank else {})) == {"a": ranks.size, "b": 2.0 * (ranks.size - 1)}
+    assert ranks.add({"a": 1.0} | ({"b": 2.0} if ranks.rank else {})) == {
+        "a": ranks.size,
+        "b": 2.0 * (ranks.size - 1),
+    }
     tensor = torch.full((3,), float(ranks.rank + 1), dtype=torch.bfloat16)
     ranks.broadcast(tensor, 1)
     assert tensor.tolist() == [2.0] * 3
@@ -66,7 +71,10 @@ def real_update(ranks):
         prompt = vlm.prompt("How many?", noise_image(60 + 30 * g, 60, g))
         completions = [torch.randint(4, 40, (1 + (g + i) % 7,), generator=rng).tolist() for i in range(6)]
         groups.append(grpo.Group(prompt, completions, torch.rand(6, generator=rng).tolist()))
-    mine, optimizer = ranks.share(groups), grpo.MasterAdamW(vlm.model.named_parameters(), 1e-3, 0.01, ranks=ranks)
+    mine, optimizer = (
+        ranks.share(groups),
+        grpo.MasterAdamW(vlm.model.named_parameters(), 1e-3, 0.01, ranks=ranks),
+    )
     with optimizer:
         grpo.add_reference(mine, reference)
         metrics = grpo.take_step(optimizer, grpo.backward(vlm, mine, total=30))
@@ -95,7 +103,10 @@ def one_more(ranks, folder, first):
             optimizer.load_moments(read_tensors(folder, files["moments"]))
         for seed in (0, 1) if first else (2,):
             rng = torch.Generator().manual_seed(seed)
-            groups = [grpo.Group(g, [[0, 1], [2], [3, 4, 0]], torch.rand(3, generator=rng).tolist()) for g in range(4)]
+            groups = [
+                grpo.Group(g, [[0, 1], [2], [3, 4, 0]], torch.rand(3, generator=rng).tolist())
+                for g in range(4)
+            ]
             mine = ranks.share(groups)
             grpo.add_reference(mine, policy)
             grpo.take_step(optimizer, grpo.backward(policy, mine, total=12))
@@ -104,7 +115,11 @@ def one_more(ranks, folder, first):
             parts[name] = ranks.gather([write_tensors(folder, f"{name}-{ranks.rank}", tensors)])
         if first and ranks.first:
             (folder / "parts.json").write_text(json.dumps(parts))
-        return {name: tensor.tolist() for kind in parts for name, tensor in read_tensors(folder, parts[kind]).items()}
+        return {
+            name: tensor.tolist()
+            for kind in parts
+            for name, tensor in read_tensors(folder, parts[kind]).items()
+        }
 
 
 @pytest.mark.parametrize("before, after", [(1, 3), (3, 2), (2, 1)])
@@ -115,7 +130,10 @@ def test_another_number_of_ranks_goes_on(tmp_path, before, after):
 
     run(1, tmp_path / "one", True), run(before, tmp_path / "several", True)
     expected, got = run(1, tmp_path / "one", False), run(after, tmp_path / "several", False)
-    assert got.keys() == expected.keys() and {"weight", "weight:exp_avg", "weight:exp_avg_sq", "bias:step"} <= got.keys()
+    assert (
+        got.keys() == expected.keys()
+        and {"weight", "weight:exp_avg", "weight:exp_avg_sq", "bias:step"} <= got.keys()
+    )
     for name, values in expected.items():
         assert torch.allclose(torch.tensor(got[name]), torch.tensor(values), atol=1e-5), name
 
@@ -167,7 +185,9 @@ def updates(ranks, dtype, offload, count):
     return [p.detach().float().tolist() for p in policy.parameters()], metrics, moments
 
 
-@pytest.mark.parametrize("dtype, offload", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize(
+    "dtype, offload", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
 @pytest.mark.parametrize("size, count", [(2, 6), (3, 7), (3, 2)])
 def test_an_update_is_that_of_one_process(dtype, offload, size, count):
     """To 1e-5 with float32; masters that differ by that may round to neighbouring bfloat16 numbers. 3 ranks, 2 groups: one idles."""
@@ -175,7 +195,11 @@ def test_an_update_is_that_of_one_process(dtype, offload, size, count):
     several = together(size, updates, dtype, offload, count)
     for theirs, their_metrics, _ in several:
         for a, b in zip(weights, theirs):
-            assert torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-5 if dtype == torch.float32 else 2**-6)
+            assert torch.allclose(
+                torch.tensor(a), torch.tensor(b), atol=1e-5 if dtype == torch.float32 else 2**-6
+            )
         assert theirs == several[0][0], "all ranks hold the same weights"
         assert their_metrics == pytest.approx(metrics, abs=1e-5 if dtype == torch.float32 else 1e-2)
-    assert sorted(name for _, _, owned in several for name in owned) == moments and "unused" not in str(moments), "each has one owner"
+    assert sorted(name for _, _, owned in several for name in owned) == moments and "unused" not in str(
+        moments
+    ), "each has one owner"

@@ -7,9 +7,9 @@ import shutil
 import subprocess
 
 import pytest
+from checkpoints import noise_image
 
 import report
-from checkpoints import noise_image
 from curate import Example, write_examples
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -17,8 +17,21 @@ EVIL = '<script>alert(1)</script> & "quotes" </div>'
 
 
 def step(phase, k, i):
-    common = dict(iteration=k, phase=phase, step=i, reward=0.5 + 0.01 * i, kl=0.001 * i, validity=1.0, confidence=0.6, seconds=2.0)
-    return common | (dict(r_unc=0.7 - 0.1 * k, r_div=0.2, clusters=6.0, largest_cluster=0.1, kind_entropy=0.9) if phase == "questioner" else {})
+    common = dict(
+        iteration=k,
+        phase=phase,
+        step=i,
+        reward=0.5 + 0.01 * i,
+        kl=0.001 * i,
+        validity=1.0,
+        confidence=0.6,
+        seconds=2.0,
+    )
+    return common | (
+        dict(r_unc=0.7 - 0.1 * k, r_div=0.2, clusters=6.0, largest_cluster=0.1, kind_entropy=0.9)
+        if phase == "questioner"
+        else {}
+    )
 
 
 def make_run(folder, iterations=2, truth=True):
@@ -29,19 +42,41 @@ def make_run(folder, iterations=2, truth=True):
     paths = write_scenes(folder / "images", 3, 0) if truth else [folder / "b\udcffd.png", folder / "gone.png"]
     if not truth:
         noise_image(300, 200).save(paths[0])
-    config = dict(model=None, images=None if truth else "photos", iterations=iterations, tau_low=0.25, tau_high=0.75, seed=0)
+    config = dict(
+        model=None,
+        images=None if truth else "photos",
+        iterations=iterations,
+        tau_low=0.25,
+        tau_high=0.75,
+        seed=0,
+    )
     (folder / "config.json").write_text(json.dumps(config))
-    records = [dict(iteration=0, phase="measure", **(dict(greedy_accuracy=0.3, sampled_accuracy=0.5, silver_accuracy=None) if truth else {}))]
+    records = [
+        dict(
+            iteration=0,
+            phase="measure",
+            **(dict(greedy_accuracy=0.3, sampled_accuracy=0.5, silver_accuracy=None) if truth else {}),
+        )
+    ]
     for k in range(1, iterations + 1):
         records += [step("questioner", k, i) for i in range(1, 4)]
         questions = [f"How many discs are there?{'' if truth else EVIL}", f"Is it {EVIL}?"]
-        examples = [Example(str(p), q, "numerical", "1", 0.5, ["1", "1.0", None, EVIL]) for p in paths for q in questions]
-        write_examples(folder / "candidates" / f"iteration-{k}.jsonl", [*examples, Example(str(paths[0]), "?", "numerical", None, 0.0, [None] * 4)])
+        examples = [
+            Example(str(p), q, "numerical", "1", 0.5, ["1", "1.0", None, EVIL])
+            for p in paths
+            for q in questions
+        ]
+        write_examples(
+            folder / "candidates" / f"iteration-{k}.jsonl",
+            [*examples, Example(str(paths[0]), "?", "numerical", None, 0.0, [None] * 4)],
+        )
         records.append(dict(iteration=k, phase="curation", curated=4 * k, confidence=0.6, seconds=3.0))
         records.append(dict(iteration=k, phase="warning", signature="question collapse", message=EVIL))
         records += [step("reasoner", k, i) for i in range(1, 3)]
         measured = dict(greedy_accuracy=0.5, sampled_accuracy=0.6, silver_accuracy=0.8) if truth else {}
-        records.append(dict(iteration=k, phase="measure", base_agreement=0.9, probe_confidence=0.7, **measured))
+        records.append(
+            dict(iteration=k, phase="measure", base_agreement=0.9, probe_confidence=0.7, **measured)
+        )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     (folder / "skipped.txt").write_text(f"a.png\t{EVIL}\n")
     return folder
@@ -64,7 +99,11 @@ def check_page(text):
 def test_a_whole_run(tmp_path):
     text = written(make_run(tmp_path / "run"))
     check_page(text)
-    assert "complete, 2 iterations" in text and "Share that is right" in text and text.count("Difficulty, iteration") == 4, "title and text"
+    assert (
+        "complete, 2 iterations" in text
+        and "Share that is right" in text
+        and text.count("Difficulty, iteration") == 4
+    ), "title and text"
     assert text.count("data:image/jpeg") == 3 and "Iteration 2" in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "right</span>" in text or "wrong, it is" in text, "the truth of built-in scenes is known"
@@ -74,10 +113,15 @@ def test_a_whole_run(tmp_path):
 def test_votes_are_counted_as_the_reasoner_counts_them(tmp_path):
     """1 and 1.0 are one answer, what could not be parsed is another; with true label 1 the verdict is right."""
     card = report.question_card(Example("x", "?", "numerical", "1", 0.5, ["1", "1.0", None, "2"]), True, "1")
-    bars = re.findall(r'<span title="([^"]*)">.*?<div class="(bar[^"]*)" style="width: (\d+)%"></div><span>(\d)</span>', card)
+    bars = re.findall(
+        r'<span title="([^"]*)">.*?<div class="(bar[^"]*)" style="width: (\d+)%"></div><span>(\d)</span>',
+        card,
+    )
     assert bars == [("1", "bar label", "50", "2"), ("no answer", "bar", "25", "1"), ("2", "bar", "25", "1")]
     assert "✓ right" in card and "kept" in card and "confidence 0.50" in card
-    assert "✗ wrong, it is 3" in report.question_card(Example("x", "?", "numerical", "1", 1.0, ["1"]), False, "3")
+    assert "✗ wrong, it is 3" in report.question_card(
+        Example("x", "?", "numerical", "1", 1.0, ["1"]), False, "3"
+    )
     assert "right" not in report.question_card(Example("x", "?", "numerical", "1", 1.0, ["1"]), False, None)
 
 
@@ -136,11 +180,26 @@ def test_a_browser_draws_every_figure(tmp_path, window):
     page.write_text(text.replace("</body>", look + "</body>"))
     host = page.with_name("host.html")
     listen = "<script>onmessage = event => { const told = document.createElement('pre'); told.textContent = event.data; told.id = 'told'; document.body.append(told); }</script>"
-    host.write_text(f"<!DOCTYPE html><body>{listen}<iframe src='report.html' width='{window}' height='3000' style='border: 0'></iframe></body>")
+    host.write_text(
+        f"<!DOCTYPE html><body>{listen}<iframe src='report.html' width='{window}' height='3000' style='border: 0'></iframe></body>"
+    )
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
-    command = [CHROMIUM, *flags.split(), "--disable-sync", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
-    done = subprocess.run([*command, "--window-size=1300,3000", "--virtual-time-budget=3000", "--dump-dom", host.as_uri()], capture_output=True, text=True, timeout=60)
-    figures, broken_images, width, inner = json.loads(html.unescape(re.search(r'<pre id="told">(.*?)</pre>', done.stdout, re.DOTALL)[1]))
+    command = [
+        CHROMIUM,
+        *flags.split(),
+        "--disable-sync",
+        "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    done = subprocess.run(
+        [*command, "--window-size=1300,3000", "--virtual-time-budget=3000", "--dump-dom", host.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    figures, broken_images, width, inner = json.loads(
+        html.unescape(re.search(r'<pre id="told">(.*?)</pre>', done.stdout, re.DOTALL)[1])
+    )
     assert len(figures) == text.count("<svg") >= 12 and broken_images == 0 and width <= inner == window
     assert all(marks > 0 and out == 0 for _, marks, out in figures), figures
     assert "CONSOLE" not in done.stderr, done.stderr

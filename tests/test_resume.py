@@ -15,13 +15,13 @@ import time
 
 import pytest
 import torch
+from checkpoints import noise_image
+from conftest import ROOT, THOROUGH
+from test_ranks import FORKS
 
 import loop
 import run as run_module
 import state as state_module
-from checkpoints import noise_image
-from conftest import ROOT, THOROUGH
-from test_ranks import FORKS
 from vlm import VLM
 
 ARGS = "--images images --iterations 2 --questioner-steps 3 --reasoner-steps 3 --images-per-step 2 --group-size 4 --answers 4".split()
@@ -115,7 +115,11 @@ def test_a_polite_stop_finishes_the_step_and_says_how_to_go_on(workplace, whole,
     os.kill(process.pid, signum)
     process.join()
     err = (workplace / "err").read_text()
-    assert process.exitcode == 1 and f"continue with: python loop.py --resume runs/{name}" in err and "Traceback" not in err
+    assert (
+        process.exitcode == 1
+        and f"continue with: python loop.py --resume runs/{name}" in err
+        and "Traceback" not in err
+    )
     process = launch(workplace, "--resume", f"runs/{name}")
     process.join()
     assert process.exitcode == 0 and outcome(workplace / "runs" / name) == expected
@@ -189,7 +193,9 @@ def test_out_of_memory_halves_the_budget_once(workplace, whole, monkeypatch, cap
 
     monkeypatch.setattr(loop.grpo, "backward", failing(1))
     assert loop.main([*ARGS, "oom"]) == 0
-    assert outcome(workplace / "runs" / "oom") == whole[0], "the step is done again with the same random numbers, and nothing of the first try"
+    assert outcome(workplace / "runs" / "oom") == whole[0], (
+        "the step is done again with the same random numbers, and nothing of the first try"
+    )
     calls.clear()
     monkeypatch.setattr(loop.grpo, "backward", failing(2))
     assert loop.main([*ARGS, "oom-twice"]) == 1
@@ -198,18 +204,35 @@ def test_out_of_memory_halves_the_budget_once(workplace, whole, monkeypatch, cap
 
 
 def torchrun(workplace, ranks, name, *extra):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(ROOT / "loop.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        str(ROOT / "loop.py"),
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, *ARGS, name, *extra], cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    return subprocess.Popen(
+        [*command, *ARGS, name, *extra],
+        cwd=workplace,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=env,
+    )
 
 
 def test_two_ranks_lose_one_and_one_goes_on(workplace):
-    """kill -9 of a rank ends the other with an error; its state goes on with one process, and ends."""
+    """Kill -9 of a rank ends the other with an error; its state goes on with one process, and ends."""
     process = torchrun(workplace, 2, "ranks", "--save-every", "1")
     folder = workplace / "runs" / "ranks"
     while process.poll() is None and place(folder) != "curation":
         time.sleep(0.1)
-    children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "loop.py"], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "loop.py"], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
     output = process.communicate(timeout=120)[0]
     assert process.returncode != 0 and "SIGKILL" in output, output

@@ -49,8 +49,20 @@ def test_any_text_equals_itself(text):
 
 
 def test_comparing_never_computes_or_hangs():
-    for text in ["9**9**9", "1e999999", "9" * 100_000, "{" * 100_000, "\\frac{" * 20_000, "\\text{" * 20_000, "1," * 50_000]:
-        for text in (text, text[:400], text[:399] + "%"):  # longer than what is matched against patterns, and not
+    for text in [
+        "9**9**9",
+        "1e999999",
+        "9" * 100_000,
+        "{" * 100_000,
+        "\\frac{" * 20_000,
+        "\\text{" * 20_000,
+        "1," * 50_000,
+    ]:
+        for text in (
+            text,
+            text[:400],
+            text[:399] + "%",
+        ):  # longer than what is matched against patterns, and not
             assert rewards.same_answer(text, text) and not rewards.same_answer(text, "1")
         assert rewards.same_answer(text, text) and not rewards.same_answer(text, "1")
 
@@ -67,7 +79,9 @@ def test_confidence_by_hand():
 @given(st.lists(st.sampled_from(["1", "1.0", "2", "2/1", "yes", "Yes.", "no", None]), max_size=12))
 def test_confidence_against_counting(answers):
     label, c = rewards.confidence(answers)
-    shares = [sum(b is not None and rewards.same_answer(a, b) for b in answers) for a in answers if a is not None]
+    shares = [
+        sum(b is not None and rewards.same_answer(a, b) for b in answers) for a in answers if a is not None
+    ]
     assert c == (max(shares) / len(answers) if shares else 0.0)
     if shares:
         given_ones = [a for a in answers if a is not None]
@@ -84,7 +98,9 @@ def test_answer_reward():
     assert rewards.answer_reward(None, "0.5") == 0.0
 
 
-WORDS = st.lists(st.sampled_from("how many red blue discs rings are there in it ?".split()), max_size=9).map(" ".join)
+WORDS = st.lists(st.sampled_from("how many red blue discs rings are there in it ?".split()), max_size=9).map(
+    " ".join
+)
 
 
 def nltk_similarity(a: str, b: str) -> float:
@@ -102,16 +118,23 @@ def test_bleu_against_nltk(a, b):
 
 
 @settings(deadline=None)
-@given(st.lists(WORDS, min_size=2, max_size=10, unique_by=lambda q: tuple(q.split())), st.sampled_from([0.3, 0.5, 0.7, 0.9]))
+@given(
+    st.lists(WORDS, min_size=2, max_size=10, unique_by=lambda q: tuple(q.split())),
+    st.sampled_from([0.3, 0.5, 0.7, 0.9]),
+)
 def test_clusters_against_scikit_learn(questions, threshold):
     distance = np.array([[1 - rewards.bleu_similarity(a, b) for b in questions] for a in questions])
     near = np.sort(distance[np.triu_indices(len(questions), 1)])
     if (np.diff(near) < 1e-9).any() or (abs(near - threshold) < 1e-9).any():
         return  # ties: scikit-learn breaks them by the order of the rows
-    model = AgglomerativeClustering(None, metric="precomputed", linkage="average", distance_threshold=threshold)
+    model = AgglomerativeClustering(
+        None, metric="precomputed", linkage="average", distance_threshold=threshold
+    )
     theirs = model.fit_predict(distance)
     ours = rewards.cluster_questions(questions, threshold)
-    assert all((ours[i] == ours[j]) == (theirs[i] == theirs[j]) for i in range(len(ours)) for j in range(len(ours)))
+    assert all(
+        (ours[i] == ours[j]) == (theirs[i] == theirs[j]) for i in range(len(ours)) for j in range(len(ours))
+    )
 
 
 def test_clusters_against_scikit_learn_on_random_distances():
@@ -121,10 +144,14 @@ def test_clusters_against_scikit_learn_on_random_distances():
         n = int(generator.integers(2, 14))
         points = generator.random((n, 2))
         distance = np.linalg.norm(points[:, None] - points[None], axis=-1)
-        model = AgglomerativeClustering(None, metric="precomputed", linkage="average", distance_threshold=0.35)
+        model = AgglomerativeClustering(
+            None, metric="precomputed", linkage="average", distance_threshold=0.35
+        )
         theirs = model.fit_predict(distance)
         clusters = rewards._average_linkage(distance + np.diag(np.full(n, np.inf)), 0.35)
-        assert sorted(map(sorted, clusters)) == sorted(sorted(np.flatnonzero(theirs == k)) for k in set(theirs))
+        assert sorted(map(sorted, clusters)) == sorted(
+            sorted(np.flatnonzero(theirs == k)) for k in set(theirs)
+        )
 
 
 @settings(deadline=None)
@@ -162,8 +189,21 @@ def test_questioner_rewards_are_within_bounds(group, weight):
 def test_curation(tmp_path):
     assert [keep(c) for c in (0.24, 0.25, 0.5, 0.75, 0.76)] == [False, True, True, True, False]
     rng = random.Random(0)
-    made = [Example(f"a/{i}\udcff.png", f"q{i}\u2028 ünï", "numerical", None if i == 3 else "1", rng.random(), ["1", None]) for i in range(40)]
+    made = [
+        Example(
+            f"a/{i}\udcff.png",
+            f"q{i}\u2028 ünï",
+            "numerical",
+            None if i == 3 else "1",
+            rng.random(),
+            ["1", None],
+        )
+        for i in range(40)
+    ]
     kept = curate(made)
-    assert kept == [e for e in made if 0.25 <= e.confidence <= 0.75 and e.label is not None] and 0 < len(kept) < 40
+    assert (
+        kept == [e for e in made if 0.25 <= e.confidence <= 0.75 and e.label is not None]
+        and 0 < len(kept) < 40
+    )
     write_examples(tmp_path / "sub" / "x.jsonl", kept)
     assert read_examples(tmp_path / "sub" / "x.jsonl") == kept

@@ -4,12 +4,12 @@ import time
 
 import pytest
 import torch
+from checkpoints import CONTROL, noise_image
+from conftest import THOROUGH
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import reasoner
-from checkpoints import CONTROL, noise_image
-from conftest import THOROUGH
 from questioner import KINDS, Question, parse_question
 from reasoner import extract_answer
 from rewards import same_answer
@@ -45,7 +45,9 @@ def test_extract_answer(text, answer):
 
 def test_a_valid_question():
     assert parse_question(GOOD) == Question("numerical", "How many?", "3")
-    assert parse_question("<think>hm, <b>two</b>?</think>\n\n" + GOOD + "\n") == Question("numerical", "How many?", "3")
+    assert parse_question("<think>hm, <b>two</b>?</think>\n\n" + GOOD + "\n") == Question(
+        "numerical", "How many?", "3"
+    )
     assert parse_question(GOOD.replace("numerical", " Multiple-Choice ")).kind == "multiple choice"
     assert all(parse_question(GOOD.replace("numerical", kind)).kind == kind for kind in KINDS)
 
@@ -74,14 +76,51 @@ def test_an_invalid_question(text):
     assert parse_question(text) is None
 
 
-TAGS = ["<type>", "</type>", "<question>", "</question>", "<answer>", "</answer>", "<think>", "</think>", "numerical"]
+TAGS = [
+    "<type>",
+    "</type>",
+    "<question>",
+    "</question>",
+    "<answer>",
+    "</answer>",
+    "<think>",
+    "</think>",
+    "numerical",
+]
 BRACES = ["\\boxed{", "\\boxed", "\\", "{", "}", "\\{", "\\}", "\\frac{", "\\text{", "\\left", "$"]
-NUMBERS = ["1e999999", "9**9**9", "1,", "0.", "/", "%", "-", "1" * 30, "½", "²", "\uff11", "()", "__import__('os')"]
-OTHERS = [" ", "\n", "\x00", "\x1b[31m", "\u202e", "\ufdfa", "a" * 30 + "!", "(a+)+$", "<|im_start|>", "<|image_pad|>"]
+NUMBERS = [
+    "1e999999",
+    "9**9**9",
+    "1,",
+    "0.",
+    "/",
+    "%",
+    "-",
+    "1" * 30,
+    "½",
+    "²",
+    "\uff11",
+    "()",
+    "__import__('os')",
+]
+OTHERS = [
+    " ",
+    "\n",
+    "\x00",
+    "\x1b[31m",
+    "\u202e",
+    "\ufdfa",
+    "a" * 30 + "!",
+    "(a+)+$",
+    "<|im_start|>",
+    "<|image_pad|>",
+]
 PIECE = st.one_of(st.sampled_from(TAGS + BRACES + NUMBERS + OTHERS), st.text(max_size=20))
 RUNS = st.lists(st.tuples(PIECE, st.one_of(st.integers(1, 4), st.integers(1, 10_000))), max_size=8)
 LONGEST = 10_000
-TEXTS = st.one_of(st.text(), RUNS.map(lambda runs: "".join((piece * times)[:LONGEST] for piece, times in runs)[:LONGEST]))
+TEXTS = st.one_of(
+    st.text(), RUNS.map(lambda runs: "".join((piece * times)[:LONGEST] for piece, times in runs)[:LONGEST])
+)
 
 
 def quickest(function, *args):
@@ -96,7 +135,9 @@ def quickest(function, *args):
     return result, best
 
 
-@settings(max_examples=10_000 if THOROUGH else 500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=10_000 if THOROUGH else 500, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(TEXTS, st.sampled_from(["", "<type>numerical</type><question>", "\\boxed{"]), TEXTS)
 @example("<type>" * 50, "", "")
 def test_any_output_is_parsed_or_refused_at_once(text, before, other):
@@ -125,7 +166,9 @@ def test_parsing_takes_linear_time(piece):
     assert time.process_time() - start < 3
 
 
-CONTROL_PIECE = st.sampled_from([*CONTROL, "<|im_", "start|>", "<|", "|>", "\n", "assistant", "user", "\x01user text\x01", "How many?"])
+CONTROL_PIECE = st.sampled_from(
+    [*CONTROL, "<|im_", "start|>", "<|", "|>", "\n", "assistant", "user", "\x01user text\x01", "How many?"]
+)
 
 
 @settings(deadline=None)
@@ -138,5 +181,7 @@ def test_a_question_cannot_forge_a_turn_or_an_image(random_vlm, text):
     forged, harmless = ([i for i in prompt.ids.tolist() if i in control] for prompt in prompts)
     assert forged == harmless
     first = prompts[1].ids.tolist().index(random_vlm.tokenizer("x")["input_ids"][0], prompts[1].image_start)
-    assert torch.equal(prompts[0].ids[:first], prompts[1].ids[:first]), "what stands before the question is untouched"
+    assert torch.equal(prompts[0].ids[:first], prompts[1].ids[:first]), (
+        "what stands before the question is untouched"
+    )
     assert text in random_vlm.tokenizer.decode(prompts[0].ids), "and nothing of the question is lost"

@@ -16,7 +16,11 @@ def test_distinct_n_by_hand():
 
 
 def test_entropy_by_hand():
-    assert signatures.entropy(["a", "b"]) == 1.0 and signatures.entropy(["a"] * 9) == 0.0 and signatures.entropy([]) == 0.0
+    assert (
+        signatures.entropy(["a", "b"]) == 1.0
+        and signatures.entropy(["a"] * 9) == 0.0
+        and signatures.entropy([]) == 0.0
+    )
     assert signatures.entropy(["a", "a", "b", "c"]) == 1.5
 
 
@@ -30,7 +34,9 @@ def test_variety_by_hand():
     found = signatures.variety([same, same, same, other], ["numerical"] * 3 + ["regression"])
     assert (found["all_clusters"], found["largest_cluster"]) == (2, 0.75)
     assert found["kind_entropy"] == pytest.approx(0.8113, abs=1e-4) and found["distinct_2"] == 15 / 31
-    assert signatures.variety([], []) == dict(distinct_2=0.0, all_clusters=0, largest_cluster=0.0, kind_entropy=0.0)
+    assert signatures.variety([], []) == dict(
+        distinct_2=0.0, all_clusters=0, largest_cluster=0.0, kind_entropy=0.0
+    )
 
 
 def test_many_questions_are_thinned_evenly():
@@ -59,7 +65,10 @@ def test_question_collapse(changed, said):
 
 
 def test_a_cluster_that_was_always_large_is_no_collapse():
-    assert signatures.question_collapse(FIRST | dict(largest_cluster=0.45), FIRST | dict(largest_cluster=0.8)) is None
+    assert (
+        signatures.question_collapse(FIRST | dict(largest_cluster=0.45), FIRST | dict(largest_cluster=0.8))
+        is None
+    )
 
 
 def record(confidence, silver, agreement=None):
@@ -77,7 +86,11 @@ def record(confidence, silver, agreement=None):
         (record(0.6, None, 0.9), record(0.7, None, 0.7), None),
         (record(0.6, None, None), record(0.7, None, None), None),
         (record(0.6, 0.9, 0.9), record(0.7, None, 0.5), "the base's answer"),
-        (dict(confidence=0.6, base_agreement=0.9), dict(confidence=0.6, base_agreement=0.5), "the base's answer"),  # your own images
+        (
+            dict(confidence=0.6, base_agreement=0.9),
+            dict(confidence=0.6, base_agreement=0.5),
+            "the base's answer",
+        ),  # your own images
     ],
 )
 def test_label_drift(before, now, said):

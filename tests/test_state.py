@@ -17,12 +17,22 @@ class Killed(BaseException):
 def save(folder, number):
     """A state like a run's: two files of its own, one that it shares with the state before."""
     (folder / "state").mkdir(parents=True, exist_ok=True)
-    files = {"reasoner": [write_tensors(folder, f"{number:06}-reasoner-0", {"w": torch.full((50,), float(number))})]}
-    files["moments"] = [write_tensors(folder, f"{number:06}-moments-0", {"w:step": torch.tensor(float(number))})]
+    files = {
+        "reasoner": [
+            write_tensors(folder, f"{number:06}-reasoner-0", {"w": torch.full((50,), float(number))})
+        ]
+    }
+    files["moments"] = [
+        write_tensors(folder, f"{number:06}-moments-0", {"w:step": torch.tensor(float(number))})
+    ]
     if not (folder / "curated.jsonl").exists():
         (folder / "curated.jsonl").write_text("{}\n")
     files["curated"] = [entry(folder, folder / "curated.jsonl")]
-    write_state(folder, number, State(iteration=1, phase="reasoner", step=number, skipped=[("a\udcff.png", "why")], files=files))
+    write_state(
+        folder,
+        number,
+        State(iteration=1, phase="reasoner", step=number, skipped=[("a\udcff.png", "why")], files=files),
+    )
 
 
 def check(folder, *numbers):
@@ -59,7 +69,12 @@ def test_a_kill_at_any_step_of_a_write(tmp_path, monkeypatch, call):
         return step
 
     with monkeypatch.context() as patch:
-        for module, name in ((os, "replace"), (os, "fsync"), (state_module.Path, "unlink"), (state_module, "save_file")):
+        for module, name in (
+            (os, "replace"),
+            (os, "fsync"),
+            (state_module.Path, "unlink"),
+            (state_module, "save_file"),
+        ):
             patch.setattr(module, name, counted(getattr(module, name)))
         try:
             save(tmp_path, 3)
@@ -87,7 +102,10 @@ def test_a_damaged_state_is_passed_over(tmp_path, damage):
             if victim.endswith(".json") and damage == "gone":
                 assert (number, complaints) == (1, [])
             elif damage == "flip" and number == 2:
-                assert victim.endswith(".json") and json.loads(path.read_text())["state"] == json.loads(data)["state"], "only layout"
+                assert (
+                    victim.endswith(".json")
+                    and json.loads(path.read_text())["state"] == json.loads(data)["state"]
+                ), "only layout"
             else:
                 assert number == 1 and state.step == 1 and len(complaints) == 1
             save(folder, 2)

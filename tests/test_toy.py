@@ -6,10 +6,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import questioner
 import reasoner
-from conftest import ROOT
 from toy import answerer
 from toy.scenes import COLOURS, Thing, read_truth, render, sample_scene, write_scenes
 
@@ -33,7 +33,10 @@ def test_the_answerer_by_hand(question, answer):
     assert answerer.understand(question, SCENE).answer == answer
 
 
-@pytest.mark.parametrize("question", ["", "How many cats are there?", "Are there more red than red shapes, yes or no?", "x" * 10**6])
+@pytest.mark.parametrize(
+    "question",
+    ["", "How many cats are there?", "Are there more red than red shapes, yes or no?", "x" * 10**6],
+)
 def test_other_questions_are_not_understood(question):
     assert answerer.understand(question, SCENE) is None
 
@@ -70,9 +73,16 @@ def test_scenes_are_written_with_their_truth(tmp_path):
 
 def test_the_checkpoint_is_a_small_qwen2_5_vl(toy):
     config = json.loads((ROOT / "toy" / "config.json").read_text())
-    assert config["model_type"] == "qwen2_5_vl" and config["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
+    assert config["model_type"] == "qwen2_5_vl" and config["architectures"] == [
+        "Qwen2_5_VLForConditionalGeneration"
+    ]
     assert sum(p.numel() for p in toy.model.parameters()) < 700_000
-    for text in (questioner.INSTRUCTION, reasoner.INSTRUCTION, "Ünïcode, 5 €?\n\ttab", "How many red discs are there?"):
+    for text in (
+        questioner.INSTRUCTION,
+        reasoner.INSTRUCTION,
+        "Ünïcode, 5 €?\n\ttab",
+        "How many red discs are there?",
+    ):
         assert toy.decode(toy.tokenizer(text)["input_ids"]) == text, "the tokenizer loses nothing"
 
 
@@ -85,7 +95,9 @@ def test_the_checkpoint_is_what_the_script_builds(toy, tmp_path):
     assert fresh.tokenizer.chat_template == toy.tokenizer.chat_template
     shapes = {name: p.shape for name, p in fresh.model.named_parameters()}
     assert shapes == {name: p.shape for name, p in toy.model.named_parameters()}
-    assert (tmp_path / "preprocessor_config.json").read_text() == (ROOT / "toy" / "preprocessor_config.json").read_text()
+    assert (tmp_path / "preprocessor_config.json").read_text() == (
+        ROOT / "toy" / "preprocessor_config.json"
+    ).read_text()
 
 
 def test_a_scene_cell_is_one_visual_token(toy):

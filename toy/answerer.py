@@ -43,7 +43,9 @@ def understand(question: str, scene: Scene) -> Fact | None:
 
 def _answer(kind: str, words: tuple[str, ...], scene: Scene) -> Fact:
     colours, shapes = [w for w in words if w in COLOURS], [w for w in words if w in SHAPES]
-    things = tuple(t for t in scene if (not colours or t.colour in colours) and (not shapes or t.shape in shapes))
+    things = tuple(
+        t for t in scene if (not colours or t.colour in colours) and (not shapes or t.shape in shapes)
+    )
     if kind == "exists":
         answer = "yes" if things else "no"
     elif kind == "more":

@@ -37,9 +37,26 @@ from toy.scenes import COLOURS, PLURALS, SHAPES, Scene, render, sample_scene
 from vlm import VLM, Prompt
 
 FOLDER = Path(__file__).parent
-CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
+CONTROL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+]
 CONTROL += ["<|image_pad|>", "<|video_pad|>"]
-MARKS = ["<think>", "</think>", "<type>", "</type>", "<question>", "</question>", "<answer>", "</answer>", "\\boxed{"]
+MARKS = [
+    "<think>",
+    "</think>",
+    "<type>",
+    "</type>",
+    "<question>",
+    "</question>",
+    "<answer>",
+    "</answer>",
+    "\\boxed{",
+]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
@@ -63,10 +80,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=[], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=[], initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(corpus, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
     )
     fast.add_special_tokens({"additional_special_tokens": CONTROL})
     fast.add_tokens(MARKS + [questioner.INSTRUCTION, reasoner.INSTRUCTION])
@@ -78,10 +100,18 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalG
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in CONTROL}
     end_ids = [ids["<|im_end|>"], ids["<|endoftext|>"]]
     text = dict(vocab_size=math.ceil(len(tokenizer) / 64) * 64, hidden_size=96, intermediate_size=256)
-    text |= dict(num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=4096)
-    text |= dict(rope_theta=10000.0, rope_scaling={"type": "mrope", "mrope_section": [4, 6, 6]}, use_sliding_window=False)
+    text |= dict(
+        num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=4096
+    )
+    text |= dict(
+        rope_theta=10000.0,
+        rope_scaling={"type": "mrope", "mrope_section": [4, 6, 6]},
+        use_sliding_window=False,
+    )
     text |= dict(rms_norm_eps=1e-6, eos_token_id=end_ids[0], bos_token_id=end_ids[1], pad_token_id=end_ids[1])
-    vision = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=96, window_size=112)
+    vision = dict(
+        depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=96, window_size=112
+    )
     config = Qwen2_5_VLConfig(
         text_config=text,
         vision_config=vision | dict(fullatt_block_indexes=[1]),
@@ -102,7 +132,9 @@ def new_vlm(folder: Path) -> VLM:
     tokenizer = build_tokenizer()
     build_model(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    preprocessor = dict(min_pixels=28 * 28, max_pixels=84 * 84, patch_size=14, temporal_patch_size=2, merge_size=2)
+    preprocessor = dict(
+        min_pixels=28 * 28, max_pixels=84 * 84, patch_size=14, temporal_patch_size=2, merge_size=2
+    )
     preprocessor |= dict(image_mean=[0.5, 0.5, 0.5], image_std=[0.25, 0.25, 0.25])
     preprocessor |= dict(image_processor_type="Qwen2VLImageProcessor")
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
@@ -161,7 +193,10 @@ class Lessons:
         self.scenes = [sample_scene(rng) for _ in range(scenes)]
         self.blank = render((), rng)
         images = [render(scene, rng) for scene in tqdm(self.scenes, desc="scenes", disable=None)]
-        self.pixels = [vlm.image_processor([i], size=vlm.image_size, return_tensors="pt")["pixel_values"].half() for i in images]
+        self.pixels = [
+            vlm.image_processor([i], size=vlm.image_size, return_tensors="pt")["pixel_values"].half()
+            for i in images
+        ]
 
     def prompt(self, text: str, i: int) -> Prompt:
         """The prompt of `text` about scene i; only the pixels differ between scenes."""
@@ -169,7 +204,9 @@ class Lessons:
             self.prompts[text] = self.vlm.prompt(text, self.blank)
         return replace(self.prompts[text], pixels=self.pixels[i].float())
 
-    def batch(self, size: int, asking: float, guess_share: float, noise: float) -> tuple[list[Prompt], list[list[int]]]:
+    def batch(
+        self, size: int, asking: float, guess_share: float, noise: float
+    ) -> tuple[list[Prompt], list[list[int]]]:
         prompts, outputs = [], []
         for _ in range(size):
             i = self.rng.randrange(len(self.scenes))
@@ -202,13 +239,25 @@ def train(vlm: VLM, lessons: Lessons, steps: int, lr: float, **lesson) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="where the checkpoint goes (default: this folder)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=FOLDER, help="where the checkpoint goes (default: this folder)"
+    )
     parser.add_argument("--steps", type=int, default=4500, help="steps of the first stage (default: 4500)")
-    parser.add_argument("--guess-steps", type=int, default=400, help="steps of the second stage (default: 400)")
-    parser.add_argument("--guess-share", type=float, default=0.55, help="guesses in the second stage (default: 0.55)")
-    parser.add_argument("--noise", type=float, default=0.1, help="objects misread in the second stage (default: 0.1)")
-    parser.add_argument("--keep-first", type=Path, help="also save the model as it is after the first stage here")
+    parser.add_argument(
+        "--guess-steps", type=int, default=400, help="steps of the second stage (default: 400)"
+    )
+    parser.add_argument(
+        "--guess-share", type=float, default=0.55, help="guesses in the second stage (default: 0.55)"
+    )
+    parser.add_argument(
+        "--noise", type=float, default=0.1, help="objects misread in the second stage (default: 0.1)"
+    )
+    parser.add_argument(
+        "--keep-first", type=Path, help="also save the model as it is after the first stage here"
+    )
     parser.add_argument("--start", type=Path, help="skip the first stage: begin with the model saved there")
     args = parser.parse_args()
     torch.manual_seed(0)

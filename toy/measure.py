@@ -17,14 +17,21 @@ from toy.scenes import read_truth, write_scenes
 
 def held_out_questions(folder: Path, count: int, seed: int, size: int) -> list[Item]:
     """`count` questions about scenes that training never sees, four a scene, written to `folder` with their images."""
-    paths, rng, items = write_scenes(folder, -(-count // 4), seed, size), random.Random(f"questions {seed}"), []
+    paths, rng, items = (
+        write_scenes(folder, -(-count // 4), seed, size),
+        random.Random(f"questions {seed}"),
+        [],
+    )
     truth = read_truth(folder)
     for i in range(count):
         path = paths[i // 4]
         question = ask(truth[path.name], rng)
         fact = understand(question, truth[path.name])
         items.append(Item(str(path), question, (fact.answer,), kind=fact.kind))
-    lines = [json.dumps(dict(image=Path(e.image).name, question=e.question, answer=e.answer[0], kind=e.kind)) for e in items]
+    lines = [
+        json.dumps(dict(image=Path(e.image).name, question=e.question, answer=e.answer[0], kind=e.kind))
+        for e in items
+    ]
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
     return items
 
