@@ -19,7 +19,6 @@ A line of the data is {"image": path, "question": text, "answer": text or list o
 import argparse
 import json
 import math
-import re
 import string
 import sys
 import warnings
@@ -33,12 +32,13 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import reasoner
+from answers import canonical, extract_answer, read_choice, same_answer, without_thinking
+from engine.images import ImageError, load_image
 from generate import generate
-from images import ImageError, load_image
-from reasoner import extract_answer, without_thinking
-from rewards import canonical, confidence, same_answer
+from rewards import confidence
 from vlm import VLM
 
+chosen = read_choice  # its name in earlier versions
 RESAMPLES = 2000  # of the bootstrap
 BINS = 10
 MEANS = ("greedy_accuracy", "sampled_accuracy", "majority_accuracy", "pass_at_m", "confidence")
@@ -106,34 +106,7 @@ def read_answer(text: str, item: Item) -> str | None:
     answer = extract_answer(text)
     if not item.choices:
         return answer
-    return chosen(answer if answer is not None else without_thinking(text), item.choices)
-
-
-def chosen(text: str, choices: Sequence[str]) -> str | None:
-    """The letter of the choice that an answer means, or None: "B", "(b)", "B. a cat", "a cat", "the answer is (B)".
-
-    The rules of MMMU, but that it draws a letter at random where it finds none, and that here the clearest sign decides: a
-    letter and nothing else, the text of a choice and nothing else, a letter in brackets or before a mark, a letter on its own,
-    the text of a choice somewhere. Of several of one sort the last counts.
-    """
-    letters, text = string.ascii_uppercase[: len(choices)], text.strip()
-    whole = canonical(text)
-    if isinstance(whole, str) and len(whole) == 1 and whole.upper() in letters:
-        return whole.upper()
-    for letter, choice in zip(letters, choices):
-        if same_answer(text, choice):
-            return letter
-    alone = rf"\b([{letters[1:] or 'A'}])\b"  # not A, which may be the article, but at the end
-    for pattern in (rf"\(([{letters}])\)", rf"\b([{letters}])[.:)]", alone, r"\b(A)\s*$"):
-        if found := re.findall(pattern, text):
-            return found[-1]
-    places = {
-        letter: text.lower().rfind(choice.strip().lower())
-        for letter, choice in zip(letters, choices)
-        if choice.strip()
-    }
-    last = max(places, key=lambda letter: (places[letter], len(choices[letters.index(letter)])), default=None)
-    return last if last is not None and places[last] >= 0 else None
+    return read_choice(answer if answer is not None else without_thinking(text), item.choices)
 
 
 def right(answer: str | None, item: Item) -> bool:
@@ -145,7 +118,7 @@ def right(answer: str | None, item: Item) -> bool:
     if answer is None:
         return False
     if item.choices:
-        return any(answer == chosen(truth, item.choices) for truth in item.answer)
+        return any(answer == read_choice(truth, item.choices) for truth in item.answer)
     return any(same_answer(answer, truth) or _same_rounded(answer, truth) for truth in item.answer)
 
 
@@ -343,7 +316,7 @@ def read_items(path: Path) -> tuple[list[Item], list[tuple[str, str]]]:
 def _item(fields: dict, folder: Path) -> Item:
     answer, choices = fields["answer"], tuple(map(str, fields.get("choices") or ()))
     answers = tuple(map(str, answer)) if isinstance(answer, list) else (str(answer),)
-    if len(choices) > 26 or (choices and not any(chosen(a, choices) for a in answers)):
+    if len(choices) > 26 or (choices and not any(read_choice(a, choices) for a in answers)):
         raise ValueError(f"the answer {answer!r} is none of the choices")
     ids = {name: str(fields.get(name, "")) for name in ("kind", "question_id", "figure_id")}
     if ids["kind"] == "all":

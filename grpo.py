@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ranks import Ranks
+from engine.shards import Ranks
 
 
 @dataclass

@@ -42,16 +42,16 @@ from transformers.utils import logging as transformers_logging
 import curate
 import evaluate
 import grpo
-import plan
 import questioner as questioner_role
 import reasoner as reasoner_role
 import rewards
 import signatures
 from curate import Example
-from images import Found, ImageError, Picture, find_images, load_image
+from engine import plan
+from engine.images import Found, ImageError, Picture, find_images, load_image
+from engine.run import Run, RunError, Stopped, mean, printable
+from engine.shards import Ranks, started
 from questioner import Proposal
-from ranks import Ranks, started
-from run import Run, RunError, Stopped, mean, printable
 from vlm import VLM, Prompt, load_config, load_processors
 
 TOY = Path(__file__).parent / "toy"

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from answers import extract_answer, without_thinking
 from generate import generate
-from reasoner import extract_answer, without_thinking
 from vlm import VLM, Prompt
 
 KINDS = ("multiple choice", "numerical", "regression")

@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from curate import Example, read_examples
-from images import ImageError, load_image
+from engine.images import ImageError, load_image
+from engine.run import printable
 from rewards import same_answer
-from run import printable
 
 GALLERY = 12  # images
 QUESTIONS = 2  # of an image and iteration

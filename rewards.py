@@ -17,70 +17,13 @@ subtracts the cluster's share of the *whole batch* instead of one image's group,
 follows the paper. The similarity is the official one: BLEU over words split at white space, smoothing method 1.
 """
 
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from fractions import Fraction
 
 import numpy as np
 from nltk.util import ngrams
 
-# ---- Answers ---------------------------------------------------------------------------------------------------------
-
-_WRAPPER = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|boxed)\s?\{([^{}]{0,200})\}")
-_LAYOUT = re.compile(r"\\left|\\right|\\[()\[\]$]|[$*]")  # marks of LaTeX and Markdown that say nothing
-_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]{1,40})\}\s*\{([^{}]{1,40})\}")
-_NUMBER = re.compile(r"([+-]?)((?:\d{1,3}(?:,\d{3}){1,9}|\d{1,30})(?:\.\d{0,30})?|\.\d{1,30})")
-_LONGEST = 400  # characters; a longer answer is compared as it stands
-
-
-def same_answer(a: str, b: str) -> bool:
-    r"""Whether two answers say the same: 0.5 = 1/2 = \frac{1}{2} = 50\%, (B) = B. = b, 1,000 = 1000, \text{cat} = cat.
-
-    Two answers are equal when their canonical forms are, so this is an equivalence relation, as counting votes needs
-    (a numerical tolerance would not be one). Nothing is evaluated: numbers are matched by a pattern of bounded length.
-    """
-    return canonical(a) == canonical(b)
-
-
-def canonical(answer: str) -> Fraction | str:
-    """The value of an answer that is a number, a fraction or a percentage; else its words, stripped and lower-cased."""
-    if len(answer) > _LONGEST:
-        return answer.strip()
-    text = "".join(map(_plain, answer)).replace("\u2212", "-").replace("\u2044", "/")
-    text = _LAYOUT.sub("", text.replace(r"\%", "%"))
-    text = _FRACTION.sub(r"\1/\2", _WRAPPER.sub(r"\1", _WRAPPER.sub(r"\1", text)))
-    text = " ".join(text.lower().split()).rstrip(" .,;:!?")
-    inner = text.removeprefix("(").removesuffix(")").strip()
-    if not set("()") & set(inner) and (
-        _value(inner) is not None or "," not in inner
-    ):  # (B), B) and (1,000), not (1,2)
-        text = inner
-    value = _value(text)
-    return text if value is None else value
-
-
-def _plain(character: str) -> str:
-    """A character in its plainest form, so that full-width and italic digits are digits, but 5² is not 52."""
-    kind = unicodedata.decomposition(character).split(" ")[0]
-    mark = {"<super>": "^", "<fraction>": " "}.get(kind, "")
-    return mark + unicodedata.normalize("NFKC", character)
-
-
-def _value(text: str) -> Fraction | None:
-    percent = text.endswith("%")
-    parts = text.removesuffix("%").strip().split("/")
-    numbers = [_number(part.strip()) for part in parts]
-    if len(parts) > 2 or None in numbers or (len(parts) == 2 and numbers[1] == 0):
-        return None
-    value = numbers[0] / numbers[1] if len(parts) == 2 else numbers[0]
-    return value / 100 if percent else value
-
-
-def _number(text: str) -> Fraction | None:
-    match = _NUMBER.fullmatch(text)
-    return Fraction(match[1] + match[2].replace(",", "")) if match and match[2].isascii() else None
+from answers import canonical, same_answer
 
 
 def confidence(answers: Sequence[str | None]) -> tuple[str | None, float]:

@@ -16,7 +16,6 @@ arXiv 2506.05433; the official VisPlay code forwards image and prompt once per c
 """
 
 import copy
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,28 +24,19 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLImageProcessorPil,
-)
-from transformers.utils import cached_file
+from transformers import Qwen2_5_VLForConditionalGeneration
 
-ROW_TOKENS = (
-    8192  # a longer group is split into several rows: the attention mask of a row takes its length squared
+from engine.checkpoint import (
+    USER_TEXT,
+    CheckpointError,
+    end_ids,
+    first_line,
+    load_config,
+    load_processors,
+    require_safetensors,
+    vision_ids,
 )
-BATCH_TOKENS = 8192  # rows are forwarded and differentiated together up to so many tokens,
-BATCH_IMAGE_TOKENS = (
-    2048  # and so many image tokens: in the image encoder each is four patches, and costs more than text
-)
-# So many logits are made at a time: 39 MB of float32 on a CPU; a GPU wants larger matrices, and has room for them.
-LOGITS = {"cpu": 64 * 151_936, "cuda": 512 * 151_936}
-_USER_TEXT = "\x01user text\x01"  # stands for the user's text while the chat template is rendered
-
-
-class CheckpointError(ValueError):
-    """A model cannot be loaded; the message is one sentence for the user."""
+from packing import LOGITS, PackedRow, TargetLogprobs, pack, packed_mask
 
 
 @dataclass(frozen=True)
@@ -102,8 +92,8 @@ class VLM:
             )
         self.checkpointing = False
         self.budget = 1.0  # share of the token budgets that is used; halved when a GPU runs out of memory
-        self.end_ids = _end_ids(model)
-        self.vision_ids = _vision_ids(model.config, tokenizer)
+        self.end_ids = end_ids(model)
+        self.vision_ids = vision_ids(model.config, tokenizer)
 
     @classmethod
     def load(cls, name_or_path: str | Path, device=None, dtype=None, max_pixels: int | None = None) -> "VLM":
@@ -117,7 +107,7 @@ class VLM:
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         load_config(name_or_path)
-        _require_safetensors(name_or_path)
+        require_safetensors(name_or_path)
         try:
             model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
                 name_or_path,
@@ -128,7 +118,7 @@ class VLM:
             )
         except Exception as error:  # safetensors, JSON and hub errors have no common ancestor
             raise CheckpointError(
-                f"the weights of {name_or_path} cannot be loaded: {_first_line(error)}"
+                f"the weights of {name_or_path} cannot be loaded: {first_line(error)}"
             ) from error
         if missing := sorted(report["missing_keys"]):
             raise CheckpointError(f"{name_or_path} lacks {len(missing)} weights, {missing[0]} among them")
@@ -199,11 +189,11 @@ class VLM:
         characters and cannot forge a turn or an image. Raises ValueError for an image more than 200 times as
         wide as high or the other way round.
         """
-        content = [{"type": "image"}, {"type": "text", "text": _USER_TEXT}]
+        content = [{"type": "image"}, {"type": "text", "text": USER_TEXT}]
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": content})
         rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        before, after = rendered.split(_USER_TEXT)
+        before, after = rendered.split(USER_TEXT)
         ids = self._encode(before) + self._encode(text, plain=True) + self._encode(after)
         patches = image if isinstance(image, Patches) else self.patches(image)
         merge = self.model.config.vision_config.spatial_merge_size
@@ -289,7 +279,7 @@ class VLM:
             which = [(row.group, i) for row in batch for i in row.completions]
             yield which, self._batch_logprobs(groups, batch, temperature)
 
-    def _batch_logprobs(self, groups, batch: list["PackedRow"], temperature: float) -> list[Tensor]:
+    def _batch_logprobs(self, groups, batch: list[PackedRow], temperature: float) -> list[Tensor]:
         """A batch of rows [prompt | completion_1 | ...], padded on the right.
 
         The last token of a completion is predicted, never an input; its first is predicted by the prompt's last.
@@ -329,53 +319,6 @@ class VLM:
         return TargetLogprobs.apply(hidden, self.model.lm_head.weight, targets, temperature, size)
 
 
-class TargetLogprobs(torch.autograd.Function):
-    """log softmax(hidden W^T / temperature) at N targets, `size` of them at a time.
-
-    151,936 logits take 0.6 MB a token, so all of them are never there at once: forward keeps only each token's
-    log-sum-exp; backward makes a chunk's logits z again, turns them in place into
-
-        d log p(target) / d z_v = 1[v = target] - softmax(z)_v
-
-    and multiplies that into the gradients of hidden and W.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, size: int
-    ) -> Tensor:
-        logps, totals = [], []
-        for h, target in zip(hidden.split(size), targets.split(size)):
-            logits = (h @ weight.T).float().div_(temperature)
-            totals.append(logits.logsumexp(dim=1))
-            logps.append(logits.gather(1, target[:, None])[:, 0] - totals[-1])
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(totals))
-        ctx.temperature, ctx.size = temperature, size
-        return torch.cat(logps)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple:
-        hidden, weight, targets, totals = ctx.saved_tensors
-        grad_hidden, grad_weight = (
-            torch.empty_like(hidden),
-            torch.zeros_like(weight) if ctx.needs_input_grad[1] else None,
-        )
-        pieces = zip(
-            *(
-                x.split(ctx.size)
-                for x in (hidden, targets[:, None], totals[:, None], gradient[:, None], grad_hidden)
-            )
-        )
-        for h, target, total, g, out in pieces:
-            g = g / ctx.temperature
-            z = (h @ weight.T).float().div_(ctx.temperature).sub_(total).exp_().mul_(-g)
-            z = z.scatter_add_(1, target, g).to(weight.dtype)
-            torch.mm(z, weight, out=out)
-            if grad_weight is not None:
-                grad_weight.addmm_(z.T, h)
-        return grad_hidden, grad_weight, None, None, None
-
-
 # ---- Positions and masks -----------------------------------------------------------------------------------------------
 
 
@@ -392,153 +335,3 @@ def rope_positions(text_before: int, grid: list[int], merge: int, text_after: in
     image = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1) + text_before
     after = torch.arange(text_after).expand(3, -1) + text_before + max(frames, height, width)
     return torch.cat([before, image, after], dim=1)
-
-
-def packed_mask(segment: Tensor) -> Tensor:
-    """[B, 1, T, T] bool for segment [B, T]: 0 is the prompt, 1, 2, ... its completions, -1 padding.
-
-    A token sees what stands before it in the prompt and in its own completion. Padding sees at least itself: a softmax
-    over nothing would be NaN.
-    """
-    order = torch.arange(segment.shape[1], device=segment.device)
-    shared_or_own = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
-    return (shared_or_own & (order[None, :] <= order[:, None]))[:, None]
-
-
-@dataclass(frozen=True)
-class PackedRow:
-    """Which completions of which group share a row, and how many tokens it has."""
-
-    group: int
-    completions: list[int]
-    length: int
-
-
-def pack(groups: list[tuple[Prompt, list[list[int]]]], budget: float = 1.0) -> list[list[PackedRow]]:
-    """Cuts groups into rows of at most ROW_TOKENS tokens, and gathers rows into batches of at most BATCH_TOKENS and
-    BATCH_IMAGE_TOKENS.
-
-    budget: the share of these that is used.
-
-    A row has at least one completion and a batch at least one row, however long. Rows of similar length go together,
-    as the shorter ones are padded to the longest.
-    """
-    rows, batches = [], []
-    for g, (prompt, completions) in enumerate(groups):
-        fresh = len(rows)
-        for i, ids in enumerate(completions):
-            if len(rows) == fresh or rows[-1].length + len(ids) > ROW_TOKENS * budget:
-                rows.append(PackedRow(g, [], len(prompt)))
-            rows[-1] = PackedRow(g, [*rows[-1].completions, i], rows[-1].length + max(0, len(ids) - 1))
-    images = 0
-    for row in sorted(rows, key=lambda row: -row.length):
-        images += groups[row.group][0].image_tokens
-        full = batches and (len(batches[-1]) + 1) * batches[-1][0].length > BATCH_TOKENS * budget
-        if not batches or full or images > BATCH_IMAGE_TOKENS * budget:
-            batches.append([])
-            images = groups[row.group][0].image_tokens
-        batches[-1].append(row)
-    return batches
-
-
-# ---- Reading a checkpoint ------------------------------------------------------------------------------------------------
-
-
-def load_config(name_or_path: str | Path) -> Qwen2_5_VLConfig:
-    """The checkpoint's configuration, after checking that it is one this project can run. Raises CheckpointError."""
-    name = str(name_or_path)
-    if Path(name).exists() or name.startswith((".", "/", "~")):
-        if not Path(name).is_dir():
-            raise CheckpointError(f"there is no model folder {name}")
-        if not (Path(name) / "config.json").is_file():
-            raise CheckpointError(f"the folder {name} is no checkpoint: it has no config.json")
-    try:
-        fields = json.loads(_read(name, "config.json") or "null")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"no model {name} can be found on this machine or the hub: {_first_line(error)}"
-        ) from error
-    if fields is None:
-        raise CheckpointError(
-            f"no model {name} is in the local cache, and the hub has none or cannot be reached from here"
-        )
-    kind = fields.get("model_type") if isinstance(fields, dict) else None
-    if kind != "qwen2_5_vl":
-        raise CheckpointError(
-            f"{name} is a model of type {kind!r}; only the Qwen2.5-VL family (qwen2_5_vl) is supported"
-        )
-    for file in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
-        if '"auto_map"' in (_read(name, file) or ""):
-            raise CheckpointError(
-                f"{name} asks to run code of its own (auto_map in {file}), which is never done here"
-            )
-    try:
-        config = Qwen2_5_VLConfig.from_pretrained(name)
-    except Exception as error:
-        raise CheckpointError(f"the config.json of {name} is not valid: {_first_line(error)}") from error
-    if config.text_config.use_sliding_window:
-        raise CheckpointError(f"{name} uses sliding-window attention, which is not supported")
-    return config
-
-
-def load_processors(name_or_path: str | Path) -> tuple:
-    """(tokenizer, image processor, text of preprocessor_config.json); needs no torchvision, unlike AutoProcessor."""
-    name = str(name_or_path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
-        preprocessor_config = _read(name, "preprocessor_config.json")
-        if tokenizer.chat_template is None and (template := _read(name, "chat_template.json")):
-            tokenizer.chat_template = json.loads(template)["chat_template"]
-    except Exception as error:
-        raise CheckpointError(
-            f"{name} has no usable tokenizer or image processor: {_first_line(error)}"
-        ) from error
-    if tokenizer.chat_template is None:
-        raise CheckpointError(f"{name} has no chat template")
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _USER_TEXT}]}]
-    try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:
-        raise CheckpointError(f"the chat template of {name} cannot be used: {_first_line(error)}") from error
-    if rendered.count(_USER_TEXT) != 1:
-        raise CheckpointError(f"the chat template of {name} drops or repeats the user's text")
-    return tokenizer, image_processor, preprocessor_config
-
-
-def _read(name: str, filename: str) -> str | None:
-    path = cached_file(name, filename, _raise_exceptions_for_missing_entries=False)
-    return None if path is None else Path(path).read_text(encoding="utf-8")
-
-
-def _require_safetensors(name_or_path: str | Path) -> None:
-    folder = Path(name_or_path)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth"))
-        why = "only pickle files, which are never opened here" if pickles else "no weights"
-        raise CheckpointError(f"{folder} has {why}; convert them to safetensors")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _end_ids(model) -> list[int]:
-    """Every token that ends a turn: published checkpoints name two, <|im_end|> and <|endoftext|>."""
-    ids = model.generation_config.eos_token_id
-    if ids is None:
-        ids = model.config.text_config.eos_token_id
-    if ids is None:
-        raise CheckpointError("the checkpoint names no token that ends a turn (eos_token_id)")
-    return [ids] if isinstance(ids, int) else list(ids)
-
-
-def _vision_ids(config, tokenizer) -> list[int]:
-    """Tokens that stand for image data; sampling one would claim an image that is not there."""
-    ids = {
-        config.image_token_id,
-        config.video_token_id,
-        config.vision_start_token_id,
-        config.vision_end_token_id,
-    }
-    return sorted(ids | {i for token, i in tokenizer.get_added_vocab().items() if token == "<|vision_pad|>"})

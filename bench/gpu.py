@@ -37,7 +37,7 @@ from shapes import (
 )
 
 import grpo
-import plan
+from engine import plan
 from generate import cache_token_bytes, generate
 
 ROOT = Path(__file__).parent.parent

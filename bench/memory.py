@@ -9,7 +9,7 @@ import argparse
 import torch
 from shapes import shape_config
 
-import plan
+from engine import plan
 
 GPUS = {24: 22.0, 40: 39.4, 80: 78.0, 141: 139.0}  # the name's GB -> the GiB that a process can have
 COUNTS = (1, 2, 4, 8, 16)

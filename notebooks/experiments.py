@@ -28,8 +28,8 @@ import loop  # noqa: E402
 import questioner as questioner_role  # noqa: E402
 import rewards  # noqa: E402
 from curate import Example  # noqa: E402
-from images import Found, Pictures  # noqa: E402
-from ranks import Ranks  # noqa: E402
+from engine.images import Found, Pictures  # noqa: E402
+from engine.shards import Ranks  # noqa: E402
 from toy.answerer import understand  # noqa: E402
 from toy.build import working  # noqa: E402
 from toy.scenes import read_truth, write_scenes  # noqa: E402

@@ -7,8 +7,8 @@ import pytest
 from checkpoints import noise_image
 from PIL import Image
 
-from images import Found, ImageError, Pictures, find_images, load_image
-from ranks import Ranks
+from engine.images import Found, ImageError, Pictures, find_images, load_image
+from engine.shards import Ranks
 
 
 def test_every_mode_becomes_rgb(tmp_path):

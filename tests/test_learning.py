@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 import loop
-from ranks import Ranks
+from engine.shards import Ranks
 
 
 def measured(folder, phase="measure"):

@@ -19,7 +19,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import loop
 import questioner
 from curate import read_examples
-from ranks import Ranks
+from engine.shards import Ranks
 from toy import measure
 from vlm import VLM
 

@@ -8,8 +8,8 @@ from conftest import ROOT
 
 import generate as generate_module
 import grpo
-import plan
 import vlm as vlm_module
+from engine import plan
 
 sys.path.insert(0, str(ROOT / "bench"))
 import memory  # noqa: E402

@@ -11,8 +11,8 @@ from checkpoints import noise_image
 from conftest import ROOT
 
 import grpo
-from ranks import Ranks
-from state import read_tensors, write_tensors
+from engine.shards import Ranks
+from engine.state import read_tensors, write_tensors
 from vlm import VLM
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])

@@ -20,8 +20,8 @@ from conftest import ROOT, THOROUGH
 from test_ranks import FORKS
 
 import loop
-import run as run_module
-import state as state_module
+from engine import run as run_module
+from engine import state as state_module
 from vlm import VLM
 
 ARGS = "--images images --iterations 2 --questioner-steps 3 --reasoner-steps 3 --images-per-step 2 --group-size 4 --answers 4".split()

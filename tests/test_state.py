@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-import state as state_module
-from state import State, entry, read_tensors, recover, write_state, write_tensors
+from engine import state as state_module
+from engine.state import State, entry, read_tensors, recover, write_state, write_tensors
 
 
 class Killed(BaseException):

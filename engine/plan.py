@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from engine.shards import Ranks
 from generate import CPU_CACHE_BYTES, PREFILL_TOKENS, SAMPLING_BYTES, cache_token_bytes
-from ranks import Ranks
-from vlm import BATCH_IMAGE_TOKENS, BATCH_TOKENS, LOGITS, ROW_TOKENS
+from packing import BATCH_IMAGE_TOKENS, BATCH_TOKENS, LOGITS, ROW_TOKENS
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ranks import Ranks
+from engine.shards import Ranks
 
 # What Pillow itself decodes; not EPS, for which it starts Ghostscript.
 Image.init()

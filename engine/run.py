@@ -29,10 +29,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from engine.images import Found, Pictures
+from engine.shards import Ranks
+from engine.state import State, entry, read_tensors, recover, replace_text, write_state, write_tensors
 from grpo import Group, MasterAdamW
-from images import Found, Pictures
-from ranks import Ranks
-from state import State, entry, read_tensors, recover, replace_text, write_state, write_tensors
 from vlm import VLM
 
 PHASES = ("questioner", "curation", "reasoner", "measure")
