@@ -191,6 +191,10 @@ def watch_questions(run: Run, k: int) -> None:
     run.warn("question collapse", signatures.question_collapse(steps[0], steps[-1]))
 
 
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code (see engine/command.py)."""
+    return command.main(visplay, __doc__, argv)
+
+
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # the name of a run need not be UTF-8
-    sys.exit(command.main(visplay, __doc__))
+    sys.exit(main())

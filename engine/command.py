@@ -46,6 +46,8 @@ def main(loop: Loop, description: str, argv: list[str] | None = None) -> int:
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     s = parse_arguments(description, argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a run need not be UTF-8
     try:
         with started() as ranks:
             return start(loop, s, ranks)
@@ -115,6 +117,15 @@ def carry_out(loop: Loop, s: Settings, run: Run, roles: tuple[VLM, VLM]) -> int:
     if run.ranks.first:
         print(f"done: metrics, curated questions and both checkpoints are in {run.folder}")
     return 0
+
+
+def ready(s: Settings, ranks: Ranks | None = None) -> Run:
+    """A run that the loop can go on with, for notebooks and experiments. Raises ValueError and OSError."""
+    run = prepare(s, ranks or Ranks())
+    roles = load_roles(s)
+    start_run(s, run)
+    run.cast(*roles)
+    return run
 
 
 # ---- A new run ---------------------------------------------------------------------------------------------
