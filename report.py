@@ -1,8 +1,8 @@
 """A report of a run, for people to look at: `python report.py runs/NAME` writes runs/NAME/report.html.
 
-One page without network or scripts: what ran, its curves (as SVG), the ladder of the built-in world, and
-images with their questions and votes, iteration beside iteration. It reads the plain files of the run's folder
-and nothing else. So the run may still be going on, and the folder may come from another machine.
+One page without network or scripts: what ran, its curves, the ladder of the built-in world, and images with
+their questions and votes, iteration beside iteration. It reads plain files of that folder and no others: the
+run may still be going on, and its folder may come from another machine.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from curate import Example, read_examples
 from engine.images import ImageError, load_image
 from engine.run import printable
 from rewards import same_answer
+from toy.answerer import understand
+from toy.scenes import read_truth
 
 GALLERY = 12  # images
 QUESTIONS = 2  # of an image and iteration
@@ -36,29 +38,27 @@ STYLE = """
 * { box-sizing: border-box; min-width: 0; overflow-wrap: anywhere; }
 body { margin: 0 auto; padding: 1rem; max-width: 72rem; font: 16px/1.5 system-ui, sans-serif; }
 h3, .soft, .key { margin: 0; font-size: .9rem; color: color-mix(in srgb, CanvasText 70%, Canvas); }
-p { max-width: 46rem; }
+p, p.soft { max-width: 46rem; margin: .5rem 0 .8rem; }
 .warning { border-left: 4px solid var(--c1); padding-left: .8rem; }
 pre { white-space: pre-wrap; font-size: .8rem; }
 .charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }
-figure, .image { margin: 1rem 0 0; padding: .7rem; border: 1px solid var(--line); border-radius: 8px; }
-figcaption { font-weight: 600; }
-svg { width: 100%; display: block; }
-text { fill: CanvasText; opacity: .7; font-size: 11px; }
-.axis { stroke: var(--line); fill: none; }
+figure, .image { margin: 0; padding: .7rem; border: 1px solid var(--line); border-radius: 8px; }
+figcaption { font-weight: 600; } svg { width: 100%; display: block; }
+svg text { fill: CanvasText; opacity: .7; font-size: 11px; }
+.axis { stroke: var(--line); fill: none; } .dashed { stroke: CanvasText; opacity: .4; stroke-dasharray: 3; }
 .curve { fill: none; stroke-width: 2; }
 .band { opacity: .15; }
-.key { margin-right: .9rem; }
+.key { margin-right: .9rem; display: inline-block; }
 .key i { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; }
-.image { display: grid; gap: 1rem; grid-template-columns: 168px 1fr; }
+.image { margin-bottom: 1rem; display: grid; gap: 1rem; grid-template-columns: 168px 1fr; }
+img { width: 168px; }
 @media (max-width: 45rem) { .image { grid-template-columns: 1fr; } }
 .turns { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 13rem), 1fr)); }
 .question { border-top: 1px solid var(--line); padding: .5rem 0; }
 .vote { display: grid; gap: .4rem; grid-template-columns: 5.5rem 1fr 1.6rem; font-size: .85rem; }
 .vote span:first-child { text-align: right; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.bar { height: .7rem; margin-top: .3rem; background: var(--pale); }
-.bar.label { background: var(--c0); }
-.good { color: var(--c2); }
-.bad { color: var(--c1); }
+.bar { height: .7rem; margin-top: .3rem; background: var(--pale); } .bar.label { background: var(--c0); }
+.good { color: var(--c2); } .bad { color: var(--c1); }
 """
 
 
@@ -88,8 +88,8 @@ def read_records(folder: Path) -> list[dict]:
 def read_questions(folder: Path, iterations: int) -> dict[int, list[Asked]]:
     """Iteration -> the questions that were proposed, and whether each stands in curated/.
 
-    One that was proposed several times about an image is there once, with the votes it was kept with. Of older
-    runs there is only what was kept.
+    One that was proposed several times about an image is there once, with the votes it was kept with. Older
+    runs have only what was kept.
     """
 
     def read(kind: str, k: int) -> list[Example] | None:
@@ -121,12 +121,7 @@ def find_picture(folder: Path, recorded: str) -> str:
 
 def known_truth(folder: Path) -> Callable:
     """A function that tells the fact a question is about, in built-in scenes; elsewhere nobody knows."""
-    if not (folder / "images" / "scenes.jsonl").exists():
-        return lambda example: None
-    from toy.answerer import understand
-    from toy.scenes import read_truth
-
-    scenes = read_truth(folder / "images")
+    scenes = read_truth(folder / "images") if (folder / "images" / "scenes.jsonl").exists() else {}
     return lambda e: understand(e.question, scene) if (scene := scenes.get(parts_of(e.image)[-1])) else None
 
 
@@ -158,10 +153,15 @@ def number(record: dict, name: str) -> float | None:
     return value if isinstance(value, int | float) else None
 
 
+def phases(points: Points, starts: list[int]) -> list[Points]:
+    """The points of each phase."""
+    return [list(p) for _, p in groupby(points, key=lambda point: sum(point[0] >= start for start in starts))]
+
+
 def thirds(points: Points, starts: list[int]) -> Points:
-    """The mean of each phase's first third, at its first step, and of its last third, at its last step."""
+    """The means of each phase's first and last third, at its ends; single steps may fall where it rises."""
     ends = {}
-    for _, phase in groupby(points, key=lambda point: sum(point[0] >= start for start in starts)):
+    for phase in phases(points, starts):
         steps, values = zip(*phase)
         third = max(1, len(values) // 3)
         ends |= {steps[0]: sum(values[:third]) / third, steps[-1]: sum(values[-third:]) / third}
@@ -176,16 +176,13 @@ def chart(records: list[dict], title: str, phase: str, names: dict[str, str], sh
     curves = {}
     for label, name in names.items():
         points = [(i, number(r, name)) for i, r in zip(places, mine) if number(r, name) is not None]
-        # a single step's r_unc often falls where the phase rises
         curves[label] = thirds(points, starts) if name == "r_unc" else points
     below = f"{phase.capitalize()} step" if training else "iteration"
-    return line_chart(title, curves, below, starts if training else [], share, bands or {})
+    return plot(title, curves, below, starts if training else [], share, bands or {})
 
 
-def line_chart(
-    title: str, curves: dict[str, Points], below: str, dashed: list, share: bool, bands: dict
-) -> str:
-    """Curves, and a dashed line before some places. Shares go from 0 to 1; bands name parts of the axis."""
+def plot(title: str, curves: dict[str, Points], below: str, starts: list, share: bool, bands: dict) -> str:
+    """Curves that begin anew at `starts`, after a dashed line; shares from 0 to 1; named bands."""
     points = [point for points in curves.values() for point in points]
     if not points:
         return ""
@@ -195,12 +192,13 @@ def line_chart(
     for i, (bottom, top) in enumerate(bands.values()):
         area = f"M52 {y(bottom):.1f}H350V{y(top):.1f}H52"
         drawn += f'<path class="band" style="fill: var(--c{i % 4})" d="{area}"/>'
-    for place in dashed:
-        drawn += f'<path class="axis" stroke-dasharray="3" d="M{x(place - 0.5):.1f} 10V150"/>'
+    for place in starts:
+        drawn += f'<path class="dashed" d="M{x(place - 0.5):.1f} 10V150"/>'
     for i, points in enumerate(curves.values()):
-        spots = [f"{x(place):.1f},{y(value):.1f}" for place, value in points]
-        drawn += f'<polyline class="curve" style="stroke: var(--c{i % 4})" points="{" ".join(spots)}"/>'
-        for place, value in points if len(points) <= 12 else ():
+        for phase in phases(points, starts):
+            spots = " ".join(f"{x(place):.1f},{y(value):.1f}" for place, value in phase)
+            drawn += f'<polyline class="curve" style="stroke: var(--c{i % 4})" points="{spots}"/>'
+        for place, value in points if len(points) < 4 * (len(starts) + 3) else ():
             drawn += f'<circle cx="{x(place):.1f}" cy="{y(value):.1f}" r="3" style="fill: var(--c{i % 4})"/>'
     first, last, low, high = min(places), max(places), min(values), max(values)
     xs = {str(i): x(i) for i in (range(first, last + 1) if last - first < 9 else (first, last))}
@@ -325,8 +323,7 @@ def gallery(questions: dict[int, list[Asked]], folder: Path) -> str:
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{name}, a VisPlay run</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head><body>
-<h1>{name}</h1>
-<p>{state}</p>
+<h1>{name}</h1><p>{state}</p>
 {warnings}
 <details><summary>All settings</summary><pre>{settings}</pre></details>
 <details><summary>{skips} images skipped</summary><pre>{skipped}</pre></details>
