@@ -11,11 +11,10 @@ The prompt is our own and the same for every model; the paper's is longer and na
 
 from dataclasses import dataclass
 
-from PIL import Image
-
 from answers import extract_answer, without_thinking
+from engine.images import Picture
 from generate import generate
-from vlm import VLM, Prompt
+from vlm import VLM, Patches, Prompt
 
 KINDS = ("multiple choice", "numerical", "regression")
 INSTRUCTION = (
@@ -37,22 +36,24 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Proposal:
-    """One sampled output of the Questioner: its token ids and the question in it, None if it is invalid."""
+class Asked:
+    """The G outputs of the Questioner for one image: their token ids, and the question in each, None if it is invalid."""
 
-    completion: list[int]
-    question: Question | None
-
-
-def ask_prompt(vlm: VLM, image: Image.Image) -> Prompt:
-    """The Questioner's prompt for an image."""
-    return vlm.prompt(INSTRUCTION, image)
+    path: str
+    patches: Patches
+    prompt: Prompt
+    completions: list[list[int]]
+    questions: list[Question | None]
 
 
-def propose(vlm: VLM, prompts: list[Prompt], n: int, **sampling) -> list[list[Proposal]]:
-    """Samples n questions a prompt; `sampling` goes to `generate.generate`."""
+def ask(vlm: VLM, pictures: list[Picture], n: int, **sampling) -> list[Asked]:
+    """Samples n questions about each picture; `sampling` goes to `generate.generate`."""
+    patches = [vlm.patches(picture.image) for picture in pictures]
+    prompts = [vlm.prompt(INSTRUCTION, p) for p in patches]
     groups = generate(vlm, prompts, n, **sampling)
-    return [[Proposal(ids, parse_question(vlm.decode(ids))) for ids in group] for group in groups]
+    questions = [[parse_question(vlm.decode(ids)) for ids in group] for group in groups]
+    paths = [picture.path for picture in pictures]
+    return [Asked(*fields) for fields in zip(paths, patches, prompts, groups, questions)]
 
 
 def parse_question(text: str) -> Question | None:

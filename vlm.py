@@ -4,15 +4,7 @@
 
 differentiably: the quantity that GRPO is made of. The transformer itself is transformers' module; everything around
 it that usually goes wrong is here, in the open: where image features go, which 3-D position each token has, and
-which token may see which.
-
-A group of G completions shares one prompt, so `VLM.logprobs` puts the whole group into one row,
-
-    [ prompt | completion_1 | ... | completion_G ]
-
-encodes the image once and forwards the prompt once. A completion's positions start at the end of the prompt and it
-sees the prompt and itself only, so this is exact, in values and gradients (the idea of Prefix Grouper,
-arXiv 2506.05433; the official VisPlay code forwards image and prompt once per completion).
+(in packing.py) which token may see which.
 """
 
 import copy
@@ -36,7 +28,7 @@ from engine.checkpoint import (
     require_safetensors,
     vision_ids,
 )
-from packing import LOGITS, PackedRow, TargetLogprobs, pack, packed_mask
+from packing import PackedBatch, lay_out, pack, packed_mask, token_logprobs
 
 
 @dataclass(frozen=True)
@@ -74,6 +66,14 @@ class Prompt:
         return int(self.positions.max()) + 1
 
 
+@dataclass
+class Limits:
+    """What has been learnt of the GPU: the share of the token budgets that fits, whether decode steps can be recorded."""
+
+    budget: float = 1.0
+    record: bool = True
+
+
 class VLM:
     """The model with its tokenizer and image processor. `VLM.model` is the transformers module."""
 
@@ -90,8 +90,9 @@ class VLM:
             self.image_size["shortest_edge"] = min(
                 self.image_size["shortest_edge"], self.image_size["longest_edge"]
             )
-        self.checkpointing = False
-        self.budget = 1.0  # share of the token budgets that is used; halved when a GPU runs out of memory
+        self.device = model.device  # where it computes
+        self.parked = False
+        self.limits = Limits()
         self.end_ids = end_ids(model)
         self.vision_ids = vision_ids(model.config, tokenizer)
 
@@ -139,41 +140,69 @@ class VLM:
     def copy(self) -> "VLM":
         """A second, independent set of weights; tokenizer and image processor are shared."""
         twin = copy.copy(self)
-        twin.model = copy.deepcopy(self.model)
+        twin.model, twin.parked = copy.deepcopy(self.model), False
+        if self.parked:
+            twin.park()
         return twin
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
+    # ---- Where the weights are -------------------------------------------------------------------------------------
 
     def park(self) -> None:
-        """Moves the weights to CPU memory; pinned, if they come from a GPU, which then reads them faster."""
-        pinned = self.device.type == "cuda"
-        self.model.to("cpu")
-        if pinned:
-            for tensor in (*self.model.parameters(), *self.model.buffers()):
-                tensor.data = tensor.data.pin_memory()
+        """From now on the weights are in CPU memory, and on the device only while they work (see `present`).
+
+        They share one buffer, as pinned memory, which a GPU reads fastest, is rounded up to a power of two each time it
+        is asked for. Does nothing on a CPU.
+        """
+        if self.device.type == "cpu" or self.parked:
+            return
+        tensors = self._tensors()
+        flat = torch.empty(sum(_padded_bytes(t) for t in tensors), dtype=torch.uint8, pin_memory=True)
+        start = 0
+        for tensor in tensors:
+            place = flat[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            start += _padded_bytes(tensor)
+            tensor.data = place.copy_(tensor.data)
+        self.parked = True
+
+    def unpark(self) -> None:
+        """Brings the weights back to the device for good."""
+        if self.parked:
+            self.model.to(self.device)
+            self.parked = False
 
     @contextmanager
-    def on(self, device: torch.device | str):
-        """Lends frozen weights to a device for the length of a `with` block; nothing is copied back, as nothing changes."""
-        tensors = (
-            [] if self.device == torch.device(device) else [*self.model.parameters(), *self.model.buffers()]
-        )
-        home = [tensor.data for tensor in tensors]
+    def present(self):
+        """Has the weights on the device for the length of a `with` block.
+
+        Nothing is copied back: who changes weights that are parked changes them where they are parked.
+        """
+        if not self.parked:
+            yield self
+            return
+        tensors = self._tensors()
+        home, self.parked = [tensor.data for tensor in tensors], False
         try:
             for tensor in tensors:
-                tensor.data = tensor.data.to(device, non_blocking=True)
+                tensor.data = tensor.data.to(self.device, non_blocking=True)
             yield self
         finally:
             for tensor, data in zip(tensors, home):
                 tensor.data = data
+            self.parked = True
 
-    def checkpoint_activations(self) -> None:
-        """From now on the backward pass computes a layer's activations again instead of keeping them: one more forward."""
-        self.checkpointing = True
-        old_name = self.model.gradient_checkpointing_enable  # of transformers before 5.2x
-        getattr(self.model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+    def _tensors(self) -> list[Tensor]:
+        return [*self.model.parameters(), *self.model.buffers()]
+
+    def use_less_memory(self) -> None:
+        """After the GPU ran out of memory: from now on half as many tokens at a time. Raises OutOfMemoryError at the end.
+
+        Roles that are copies of one another share this: they share the GPU, too.
+        """
+        if self.limits.budget <= 1 / 64:
+            raise torch.OutOfMemoryError("the smallest batches are still too large")
+        self.limits.budget /= 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     # ---- Text and image -> prompt ----------------------------------------------------------------------------------
 
@@ -209,117 +238,110 @@ class VLM:
         """The text of a completion, without control tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    # ---- Forward ---------------------------------------------------------------------------------------------------
-
-    def embed(self, ids: Tensor, prompts: list[Prompt]) -> Tensor:
-        """Input embeddings [B, T, hidden] of ids [B, T], whose rows start with these prompts.
-
-        All images are encoded in one pass, each once. Their features are placed by the prompts' own positions, never by
-        looking for the image token.
-        """
-        if self.checkpointing:  # only of use for gradients, and transformers would drop a cache for it
-            for layer in (*self.model.model.visual.blocks, *self.model.model.language_model.layers):
-                layer.training = torch.is_grad_enabled()
-        images = {id(p.pixels): p for p in prompts}  # prompts about one image share its pixels
-        pixels = torch.cat([p.pixels for p in images.values()]).to(self.device)
-        grids = torch.cat([p.grid for p in images.values()]).to(self.device)
-        features = dict(zip(images, self.model.model.get_image_features(pixels, grids).pooler_output))
-        table = self.model.get_input_embeddings().weight
-        # Of 151,936 embeddings only those of the tokens here have a gradient: a sparse one spares a matrix of zeros. Only
-        # where the output matrix is the same tensor, though: its own gradient is dense, and the sum of both is.
-        embeds = torch.nn.functional.embedding(ids, table, sparse=table is self.model.lm_head.weight)
-        row = torch.cat([torch.full((p.image_tokens,), r) for r, p in enumerate(prompts)]).to(self.device)
-        column = torch.cat([torch.arange(p.image_start, p.image_start + p.image_tokens) for p in prompts]).to(
-            self.device
-        )
-        values = torch.cat([features[id(p.pixels)] for p in prompts]).to(embeds.dtype)
-        return embeds.index_put((row, column), values)
-
-    def forward(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache=None) -> Tensor:
-        """Last hidden states [B, T, hidden] of embeds [B, T, hidden] at positions [3, B, T].
-
-        mask: [B, 1, T, T] bool, True where a query (row) may see a key (column); None: all that stand before it.
-        The positions are always given: transformers would otherwise keep `rope_deltas` of an earlier call.
-        """
-        if mask is not None:  # as numbers, made once: each layer would make and keep its own
-            mask = torch.zeros(mask.shape, dtype=embeds.dtype, device=mask.device).masked_fill_(
-                ~mask, -torch.inf
-            )
-        return self.model.model.language_model(
-            inputs_embeds=embeds,
-            position_ids=positions,
-            attention_mask={"full_attention": mask},
-            past_key_values=cache,
-            use_cache=False,
-        ).last_hidden_state
-
     # ---- Log-probabilities -----------------------------------------------------------------------------------------
 
     def logprobs(
         self, prompt: Prompt, completions: list[list[int]], temperature: float = 1.0
     ) -> list[Tensor]:
-        """Log pi(y_t | prompt, y_<t) of every token of every completion: one float32 tensor [T_i] each.
+        """log pi(y_t | prompt, y_<t) of every token of every completion: one float32 tensor [T_i] each.
 
         `temperature` divides the logits, as it did in sampling. Differentiable unless under `torch.no_grad`.
         """
         results: list = [None] * len(completions)
-        for which, logps in self.packed_logprobs([(prompt, completions)], temperature):
+        for which, logps, _ in self.batches([(prompt, completions)], temperature):
             for (_, i), logp in zip(which, logps):
                 results[i] = logp
         return results
 
-    def packed_logprobs(
-        self, groups: list[tuple[Prompt, list[list[int]]]], temperature: float = 1.0
-    ) -> Iterator:
-        """The same for many groups, a batch at a time: yields ([(group, completion), ...], [logp [T_i], ...]).
+    def batches(self, groups: list[tuple[Prompt, list[list[int]]]], temperature: float = 1.0) -> Iterator:
+        """The same for many groups, a batch at a time: yields ([(group, completion), ...], [logp [T_i], ...], share).
 
-        Differentiate a batch before asking for the next: then only one batch's activations are in memory at a time.
+        share: that of the batch in all completions. Differentiate a batch before asking for the next: then only one
+        batch's activations are in memory at a time.
         """
-        for batch in pack(groups, self.budget):
-            which = [(row.group, i) for row in batch for i in row.completions]
-            yield which, self._batch_logprobs(groups, batch, temperature)
-
-    def _batch_logprobs(self, groups, batch: list[PackedRow], temperature: float) -> list[Tensor]:
-        """A batch of rows [prompt | completion_1 | ...], padded on the right.
-
-        The last token of a completion is predicted, never an input; its first is predicted by the prompt's last.
-        """
-        length = (
-            -(-max(row.length for row in batch) // 8) * 8
-        )  # kernels want masks whose rows are multiples of 8
-        ids, positions = (
-            torch.zeros(len(batch), length, dtype=torch.long),
-            torch.zeros(3, len(batch), length, dtype=torch.long),
-        )
-        segment, where, targets, sizes = torch.full((len(batch), length), -1), [], [], []
-        for r, row in enumerate(batch):
-            prompt, end = groups[row.group][0], len(groups[row.group][0])
-            ids[r, :end], positions[:, r, :end], segment[r, :end] = prompt.ids, prompt.positions, 0
-            for number, i in enumerate(row.completions, start=1):
-                completion, start = groups[row.group][1][i], end
-                end = start + max(0, len(completion) - 1)
-                ids[r, start:end], segment[r, start:end] = (
-                    torch.tensor(completion[:-1], dtype=torch.long),
-                    number,
-                )
-                positions[:, r, start:end] = prompt.next_position + torch.arange(end - start)
-                where += [r * length + t for t in [len(prompt) - 1, *range(start, end)]][: len(completion)]
-                targets += completion
-                sizes.append(len(completion))
-        embeds = self.embed(ids.to(self.device), [groups[row.group][0] for row in batch])
-        hidden = self.forward(
-            embeds, positions.to(self.device), packed_mask(segment.to(self.device))
-        ).flatten(0, 1)
-        where, targets = torch.tensor([where, targets], dtype=torch.long, device=self.device)
-        return list(self._token_logprobs(hidden[where], targets, temperature).split(sizes))
-
-    def _token_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        """[N] log-probabilities of targets [N] from hidden [N, hidden]."""
-        size = max(1, LOGITS[self.device.type] // self.model.config.text_config.vocab_size)
-        return TargetLogprobs.apply(hidden, self.model.lm_head.weight, targets, temperature, size)
+        forward, total = PackedForward(self.model), sum(len(completions) for _, completions in groups)
+        with self.present():
+            for rows in pack(groups, self.limits.budget):
+                batch = lay_out(groups, rows)
+                logps = forward(batch, temperature).split(batch.sizes)
+                yield batch.which, list(logps), len(batch.which) / total
 
 
-# ---- Positions and masks -----------------------------------------------------------------------------------------------
+# ---- Forward -----------------------------------------------------------------------------------------------------------
+
+
+class PackedForward(torch.nn.Module):
+    """The model as GRPO sees it: a packed batch in, the log-probabilities [N] of its completions' tokens out.
+
+    A module, so that the whole of it can be sharded over processes (see engine/shards.py). With `checkpointing` the
+    backward pass computes a layer's activations again instead of keeping them: one more forward.
+    """
+
+    def __init__(self, model, checkpointing: bool = False):
+        super().__init__()
+        self.model, self.checkpointing = model, checkpointing
+        if checkpointing:
+            old_name = model.gradient_checkpointing_enable  # of transformers before 5.2x
+            getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+
+    def forward(self, batch: PackedBatch, temperature: float) -> Tensor:
+        """Log-probabilities [N], float32, of `batch.targets`; `temperature` divides the logits."""
+        layers = (*self.model.model.visual.blocks, *self.model.model.language_model.layers)
+        for layer in layers:  # a layer checkpoints itself while it is told that it trains
+            layer.training = self.checkpointing and torch.is_grad_enabled()
+        device = self.model.lm_head.weight.device
+        embeds = embed(self.model, batch.ids.to(device), batch.prompts)
+        mask = packed_mask(batch.segment.to(device))
+        hidden = hidden_states(self.model, embeds, batch.positions.to(device), mask).flatten(0, 1)
+        for layer in layers:
+            layer.training = False
+        where, targets = batch.where.to(device), batch.targets.to(device)
+        return token_logprobs(hidden[where], self.model.lm_head.weight, targets, temperature)
+
+
+def embed(model, ids: Tensor, prompts: list[Prompt]) -> Tensor:
+    """Input embeddings [B, T, hidden] of ids [B, T], whose rows start with these prompts.
+
+    All images are encoded in one pass, each once. Their features are placed by the prompts' own positions, never by
+    looking for the image token.
+    """
+    device, images = (
+        ids.device,
+        {id(p.pixels): p for p in prompts},
+    )  # prompts about one image share its pixels
+    pixels = torch.cat([p.pixels for p in images.values()]).to(device)
+    grids = torch.cat([p.grid for p in images.values()]).to(device)
+    features = dict(zip(images, model.model.get_image_features(pixels, grids).pooler_output))
+    embeds = model.get_input_embeddings()(ids)
+    row = torch.cat([torch.full((p.image_tokens,), r) for r, p in enumerate(prompts)]).to(device)
+    column = [torch.arange(p.image_start, p.image_start + p.image_tokens) for p in prompts]
+    values = torch.cat([features[id(p.pixels)] for p in prompts]).to(embeds.dtype)
+    return embeds.index_put((row, torch.cat(column).to(device)), values)
+
+
+def hidden_states(model, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache=None) -> Tensor:
+    """Last hidden states [B, T, hidden] of embeds [B, T, hidden] at positions [3, B, T].
+
+    mask: [B, 1, T, T] bool, True where a query (row) may see a key (column); None: all that stand before it.
+    The positions are always given: transformers would otherwise keep `rope_deltas` of an earlier call.
+    """
+    if mask is not None:  # as numbers, made once: each layer would make and keep its own
+        numbers = torch.zeros(mask.shape, dtype=embeds.dtype, device=mask.device)
+        mask = numbers.masked_fill_(~mask, -torch.inf)
+    return model.model.language_model(
+        inputs_embeds=embeds,
+        position_ids=positions,
+        attention_mask={"full_attention": mask},
+        past_key_values=cache,
+        use_cache=False,
+    ).last_hidden_state
+
+
+def _padded_bytes(tensor: Tensor) -> int:
+    return -(-tensor.nbytes // 256) * 256  # so that each tensor in a shared buffer starts where its dtype may
+
+
+# ---- Positions -----------------------------------------------------------------------------------------------
 
 
 def rope_positions(text_before: int, grid: list[int], merge: int, text_after: int) -> Tensor:

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from engine.shards import Ranks
-from generate import CPU_CACHE_BYTES, PREFILL_TOKENS, SAMPLING_BYTES, cache_token_bytes
+from cache import CPU_CACHE_BYTES, SAMPLING_BYTES, cache_token_bytes
+from generate import PREFILL_TOKENS
 from packing import BATCH_IMAGE_TOKENS, BATCH_TOKENS, LOGITS, ROW_TOKENS
 
 
@@ -71,8 +71,8 @@ def memory_plan(
     device_bytes: the memory of the GPU, None on a CPU. `work` is what all ranks have to do.
     """
     sizes, work = parameter_sizes(config), replace(work, questions=-(-work.questions // ranks))
-    parameters, owners = sum(sizes.values()), Ranks(size=ranks).owners(sizes)
-    owned = max(sum(sizes[name] for name in sizes if owners[name] == rank) for rank in range(ranks))
+    parameters = sum(sizes.values())
+    owned = -(-parameters // ranks)
     weights = parameters * dtype.itemsize
     trained, other, reference = {"trained role": weights}, {"other role": weights}, {"reference": weights}
     optimizer = {"float32 masters": 0 if dtype == torch.float32 else 4 * owned, "AdamW moments": 8 * owned}

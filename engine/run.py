@@ -1,4 +1,4 @@
-"""The folder of a run: plain files that a person can open, and how far the run is.
+"""A run: its two roles, where in the loop it is, and its folder of plain files that a person can open.
 
     config.json                  every setting
     metrics.jsonl                one record a GRPO step, curation or measurement
@@ -8,15 +8,15 @@
     skipped.txt                  images that could not be used, and why
     state/                       what an interrupted run goes on from (see state.py)
 
-An iteration has four phases. The state is saved at the border of two phases, every few steps, and when the user stops the
-run. Of several ranks the first writes, and all wait for it.
+An iteration has four phases. `loop.py` walks through all of them; what is done already is skipped here, so that a run
+that was stopped goes on where it was. The state is saved at the border of two phases, every few steps, and when the
+user stops the run. Of several processes the first writes, and all wait for it.
 """
 
-import fcntl
+import hashlib
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -25,18 +25,30 @@ from itertools import takewhile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.images import Found, Pictures
-from engine.shards import Ranks
-from engine.state import State, entry, read_tensors, recover, replace_text, write_state, write_tensors
-from grpo import Group, MasterAdamW
+import curate
+from curate import Example
+from engine.console import HEADER, mean, printable, row
+from engine.images import Found, ImageError, Picture, Pictures, load_image
+from engine.settings import Settings
+from engine.shards import Ranks, Trained
+from engine.state import (
+    State,
+    entry,
+    lock,
+    read_tensors,
+    recover,
+    replace_folder,
+    replace_text,
+    write_state,
+    write_tensors,
+)
 from vlm import VLM
 
 PHASES = ("questioner", "curation", "reasoner", "measure")
-HEADER = " iteration  greedy  sampled | valid  r_unc first-last  clusters | curated  silver right  seconds"
 BAD_STEPS = 3  # in a row with a loss or gradient that is not finite stop a run
 
 
@@ -49,26 +61,25 @@ class Stopped(Exception):
 
 
 class Run:
-    """What a run writes, its files and its lines on the console, and where in its loop it is."""
+    """What carries the algorithm: roles, images, random numbers, records and files.
 
-    def __init__(
-        self, folder: Path, images: Found, scene_size: int, seed: int, save_every: int, ranks: Ranks
-    ):
-        self.folder, self.images, self.scene_size, self.save_every, self.ranks = (
-            folder,
-            images,
-            scene_size,
-            save_every,
-            ranks,
-        )
+    questioner, reasoner: the two roles. In a training phase `policy` and `optimizer` are those of the role in training,
+    and `reference` is the role as it was when the phase began.
+    """
+
+    def __init__(self, folder: Path, images: Found, scene_size: int, settings: Settings, ranks: Ranks):
+        self.folder, self.images, self.scene_size, self.ranks = folder, images, scene_size, ranks
+        self.settings, self.seed, self.save_every = settings, settings.seed, settings.save_every
         self.state, self.number = State(), 0  # the state, and how many were written
-        self.seed, self.pictures = seed, Pictures(images, "")
+        self.pictures = Pictures(images, "")
         self.records: list[dict] = []
         self.skips_told = 0
         self.header_printed = self.stopping = False
         self.locked = None
+        self.questioner = self.reasoner = self.policy = self.reference = self.generator = None
+        self.started = time.time()
 
-    # ---- Beginning, and going on ---------------------------------------------------------------------------------------
+    # ---- Beginning, and going on ---------------------------------------------------------------------
 
     def create(self, config: dict) -> None:
         """Makes the folder and writes the settings, and which images there are: a resumed run has the same."""
@@ -81,24 +92,20 @@ class Run:
         self.ranks.any(False)  # the others wait until the folder is there
 
     def lock(self) -> None:
-        """Raises ValueError if another process works on this run. However this process ends, its lock ends with it."""
-        if self.locked:
-            return
-        (self.folder / "state").mkdir(parents=True, exist_ok=True)
-        self.locked = open(self.folder / "lock", "w")
-        try:
-            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.locked.close()
-            raise ValueError(f"another process is working on {self.folder}") from error
+        """Raises ValueError if another process works on this run."""
+        if not self.locked:
+            self.locked = lock(self.folder)
 
     def unlock(self) -> None:
         """Lets another process work on this run."""
         if self.locked:
-            self.locked.close()
+            self.locked.release()
 
     def reopen(self, config: dict) -> None:
-        """Goes back to the newest state that is whole; what was written after it is forgotten. Raises ValueError if none is."""
+        """Goes back to the newest state that is whole; what was written after it is forgotten.
+
+        Raises ValueError if there are states and none is whole.
+        """
         found = None
         if self.ranks.first:
             self.lock()
@@ -122,18 +129,44 @@ class Run:
         self.skips_told = 0
         self.tell_skips()
 
+    @torch.no_grad()
+    def cast(self, questioner: VLM, reasoner: VLM) -> None:
+        """Takes both roles, with the weights of the state; in a new run they are the base's, and saved as such."""
+        self.questioner, self.reasoner = questioner, reasoner
+        if "questioner" not in self.state.files:
+            base = dict(questioner.model.named_parameters()) if self.ranks.first else {}
+            self.save({"base": base})
+            base = self.state.files.pop("base")
+            self.state.files |= {"questioner": base, "reasoner": base}
+        else:
+            for role, vlm in self.roles.items():
+                load_weights(vlm, read_tensors(self.folder, self.state.files[role]))
+        for vlm in self.roles.values():
+            vlm.park()
+
+    @property
+    def roles(self) -> dict[str, VLM]:
+        """Both roles by name."""
+        return {"questioner": self.questioner, "reasoner": self.reasoner}
+
+    # ---- Phases and steps ------------------------------------------------------------------------------
+
     def at(self, k: int, phase: str) -> bool:
         """Whether this phase of iteration k is what comes next."""
+        self.started = time.time()
         return (self.state.iteration, self.state.phase) == (k, phase)
 
-    # ---- The state -------------------------------------------------------------------------------------------------------
-
-    def steps(self, role: str, count: int, optimizer: MasterAdamW) -> Iterator[int]:
+    def steps(self, k: int, role: str, count: int) -> Iterator[int]:
         """The steps of a training phase that are still to do, from 1 to `count`; saves on the way, and at the end.
 
         Raises Stopped when the user has asked for it, after the step, and RunError after too many skipped steps.
         """
-        for step in self.progress(count, f"iteration {self.state.iteration}: {role}"):
+        if not self.at(k, role):
+            return
+        if count:
+            self.begin_training(role)
+        for step in self.progress(count, f"iteration {k}: {role}"):
+            self.generator, self.started = self.seeded(k, role, step), time.time()
             yield step
             self.state.step, stop = step, self.ranks.any(self.stopping)
             if self.skipped_in_a_row() >= BAD_STEPS:
@@ -142,53 +175,106 @@ class Run:
                     "start a new run (--name) with a lower --lr or with --dtype float32"
                 )
             if (step % self.save_every == 0 and step < count) or stop:
-                self.save({role: optimizer.weights(), "moments": optimizer.moments()})
+                self.save({role: self.policy.weights(), "moments": self.policy.moments()})
             if stop:
                 raise Stopped
-        self.advance({role: optimizer.weights()})
+        weights = {role: self.policy.weights()} if count else {}
+        self.policy = self.reference = None  # the masters go; the state has them
+        self.advance(weights)
+        self.roles[role].park()
 
-    def advance(
-        self, tensors: dict[str, dict[str, Tensor]] | None = None, files: dict[str, Path] | None = None
-    ) -> None:
+    def begin_training(self, role: str) -> None:
+        """Sets `policy` and `reference`; if the phase was cut short, as they were then."""
+        s, vlm, files = self.settings, self.roles[role], self.state.files
+        self.reference = vlm.copy()
+        if self.state.step == 0:
+            files["reference"] = files[role]
+        else:
+            load_weights(self.reference, read_tensors(self.folder, files["reference"]))
+        self.policy = Trained(vlm, s.lr, s.weight_decay, s.offload, s.gradient_checkpointing, self.ranks)
+        self.policy.load_weights(read_tensors(self.folder, files[role]))
+        if self.state.step:
+            self.policy.load_moments(read_tensors(self.folder, files["moments"]))
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW of the role in training."""
+        return self.policy.optimizer
+
+    def seeded(self, *place) -> torch.Generator:
+        """Random numbers that depend on nothing but a place in the run (and the process): it can be done again."""
+        words = [self.seed, *place] + ([f"rank {self.ranks.rank}"] if self.ranks.rank else [])
+        digest = hashlib.sha256(" ".join(map(str, words)).encode()).digest()
+        return torch.Generator(self.questioner.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+    @property
+    def sampling(self) -> dict:
+        """The settings of `generate.generate`, and the random numbers of this step."""
+        s = self.settings
+        return dict(
+            max_new_tokens=s.max_new_tokens,
+            temperature=s.temperature,
+            top_p=s.top_p,
+            generator=self.generator,
+        )
+
+    def next_images(self, count: int) -> list[Picture]:
+        """The next images; of several processes this one's share of them."""
+        return self.pictures.take(count, self.ranks)
+
+    def image_batches(self, k: int, phase: str, count: int, size: int) -> Iterator[list[Picture]]:
+        """The next `count` images, `size` at a time: decoded images are large."""
+        for done in range(0, count, size):
+            self.generator = self.seeded(k, phase, done)
+            yield self.next_images(min(size, count - done))
+            self.stop_if_asked()
+
+    def next_examples(self, examples: list[Example], count: int, step: int) -> list[Example]:
+        """What the step takes of the curated questions, round and round; of several processes this one's share."""
+        return self.share([examples[i % len(examples)] for i in range((step - 1) * count, step * count)])
+
+    def share(self, items: list) -> list:
+        """Of several processes, this one's share of a list that all have."""
+        return self.ranks.share(items)
+
+    def together(self, votes: list[list[Example | None]]) -> list[list[Example | None]]:
+        """The votes of all processes."""
+        everywhere = self.ranks.gather([[v and asdict(v) for v in group] for group in votes])
+        return [[v and Example(**v) for v in group] for group in everywhere]
+
+    def gather(self, items: list) -> list:
+        """The inverse of `share`: what all processes have of a list."""
+        return self.ranks.gather(items)
+
+    def once(self, function, *arguments) -> dict:
+        """What a function gives that one of several processes does for all."""
+        return self.ranks.gather([function(*arguments) if self.ranks.first else {}])[0]
+
+    def advance(self, tensors: dict[str, dict[str, Tensor]] | None = None, files: dict | None = None) -> None:
         """The phase is done: on to the next, with a saved state."""
         phase = PHASES.index(self.state.phase) + 1
-        self.state.iteration, self.state.phase, self.state.step = (
-            self.state.iteration + phase // 4,
-            PHASES[phase % 4],
-            0,
-        )
+        self.state.iteration, self.state.phase = self.state.iteration + phase // 4, PHASES[phase % 4]
+        self.state.step = 0
         for name in ("moments", "reference"):
             self.state.files.pop(name, None)
-        if self.state.phase == "questioner":
-            self.pictures = Pictures(
-                self.images, f"{self.seed} {self.state.iteration}"
-            )  # each iteration has its own order
+        if self.state.phase == "questioner":  # each iteration has its own order
+            self.pictures = Pictures(self.images, f"{self.seed} {self.state.iteration}")
         self.save(tensors or {}, files)
         self.stop_if_asked()
 
     def stop_if_asked(self) -> None:
-        """Raises Stopped on all ranks if the user has asked any of them to stop."""
+        """Raises Stopped in all processes if the user has asked any of them to stop."""
         if self.ranks.any(self.stopping):
             raise Stopped
 
-    def curated(self, k: int) -> Path:
-        """Where the Reasoner's training set of iteration k is."""
-        return self.folder / "curated" / f"iteration-{k}.jsonl"
-
-    def candidates(self, k: int) -> Path:
-        """Where all that was proposed for the Reasoner's training set of iteration k is."""
-        return self.folder / "candidates" / f"iteration-{k}.jsonl"
-
-    def of(self, phase: str) -> list[dict]:
-        """The records of a phase, of all iterations so far."""
-        return [record for record in self.records if record["phase"] == phase]
+    # ---- Files -------------------------------------------------------------------------------------------
 
     def save(self, tensors: dict[str, dict[str, Tensor]], files: dict[str, Path] | None = None) -> None:
-        """Saves the state, with new tensors (each rank those it owns) and files under their names; others stay as they are."""
+        """Saves the state, with new tensors (each process its part) and files; others stay as they are."""
         self.number += 1
-        for name, owned in tensors.items():
-            part = write_tensors(self.folder, f"{self.number:06}-{name}-{self.ranks.rank}", owned)
-            self.state.files[name] = [tuple(part) for part in self.ranks.gather([part])]
+        for name, part in tensors.items():
+            path = write_tensors(self.folder, f"{self.number:06}-{name}-{self.ranks.rank}", part)
+            self.state.files[name] = [tuple(part) for part in self.ranks.gather([path])]
         if self.ranks.first:
             for name, path in (files or {}).items():
                 self.state.files[name] = [entry(self.folder, path)]
@@ -198,90 +284,87 @@ class Run:
             write_state(self.folder, self.number, self.state)
         self.ranks.any(False)  # nobody goes on before it is there
 
-    @torch.no_grad()
-    def begin(self, role: str, vlm: VLM, optimizer: MasterAdamW) -> VLM:
-        """The reference of this phase: the role as it was when the phase began. Goes on with the moments if it was cut short."""
-        reference = vlm.copy()
-        if self.state.step == 0:
-            self.state.files["reference"] = self.state.files[role]
-        else:
-            optimizer.load_moments(read_tensors(self.folder, self.state.files["moments"]))
-            weights = read_tensors(self.folder, self.state.files["reference"])
-            for name, parameter in reference.model.named_parameters():
-                parameter.copy_(weights[name])
-        reference.park()
-        return reference
+    def finish_curation(self, k: int, candidates: list[Example], curated: list[Example]) -> None:
+        """Writes both, and goes on to the next phase."""
+        paths = {"curated": self.folder / "curated", f"candidates {k}": self.folder / "candidates"}
+        paths = {name: folder / f"iteration-{k}.jsonl" for name, folder in paths.items()}
+        if self.ranks.first:
+            for path, examples in zip(paths.values(), (curated, candidates)):
+                curate.write_examples(path, examples)
+        if not curated:
+            self.say(f"iteration {k}: no question of middling confidence; the Reasoner is not trained")
+        self.advance(files=paths)
 
-    def restore(self, optimizers: dict[str, MasterAdamW]) -> None:
-        """Gives both roles the weights of the state; in a new run they are the base model's, and saved as such."""
-        if "questioner" not in self.state.files:
-            self.save({"base": optimizers["questioner"].weights()})
-            base = self.state.files.pop("base")
-            self.state.files |= {"questioner": base, "reasoner": base}
-        for role, optimizer in optimizers.items():
-            optimizer.load_weights(read_tensors(self.folder, self.state.files[role]))
+    def curated(self, k: int) -> list[Example]:
+        """The Reasoner's training set of iteration k; [] in iteration 0."""
+        return curate.read_examples(self.folder / "curated" / f"iteration-{k}.jsonl") if k else []
 
-    def export(self, roles: dict[str, VLM]) -> None:
-        """Writes both roles as Hugging Face checkpoints, each in the place of the one before."""
-        for role, vlm in roles.items() if self.ranks.first else ():
-            new, old = self.folder / f"{role}.new", self.folder / f"{role}.old"
-            for leftover in (new, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-            try:
-                vlm.save(new)
-            except SafetensorError as error:
-                raise OSError(f"{new} cannot be written: {error}") from error
-            if (self.folder / role).exists():
-                os.replace(self.folder / role, old)
-            os.replace(new, self.folder / role)
-            shutil.rmtree(old, ignore_errors=True)
+    def candidates(self, k: int) -> list[Example]:
+        """All valid questions that were proposed for the Reasoner's training set of iteration k."""
+        return curate.read_examples(self.folder / "candidates" / f"iteration-{k}.jsonl")
 
-    # ---- Records and lines ------------------------------------------------------------------------------------------------
+    def image_of(self, example: Example) -> Image.Image:
+        """The image of a curated question. Raises ImageError, with its path, if it can no longer be read."""
+        try:
+            return load_image(example.image)
+        except ImageError as error:
+            path = printable(example.image)
+            raise ImageError(f"the image {path} of a curated question is gone or changed: {error}") from error
+
+    def finish_iteration(self, k: int) -> None:
+        """Writes both roles as Hugging Face checkpoints (but the base), and goes on to the next iteration."""
+        for role, vlm in self.roles.items() if self.ranks.first and k else ():
+            replace_folder(self.folder / role, vlm.save)
+        self.advance()
+
+    # ---- Records and lines ---------------------------------------------------------------------------------
+
+    def of(self, phase: str) -> list[dict]:
+        """The records of a phase, of all iterations so far."""
+        return [record for record in self.records if record["phase"] == phase]
+
+    def measured(self, k: int) -> dict:
+        """All that was measured in iteration k, in curation and at its end."""
+        records = [r for phase in ("curation", "measure") for r in self.of(phase) if r["iteration"] == k]
+        return {name: value for record in records for name, value in record.items()}
 
     def write(self, record: dict) -> None:
         """Adds a record to metrics.jsonl; a number that is not finite becomes null."""
-        record = {
-            k: (round(v, 6) if math.isfinite(v) else None) if isinstance(v, float) else v
-            for k, v in record.items()
-        }
+        record = {name: _plain(value) for name, value in record.items()}
         if self.ranks.first:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         self.records.append(record)
         self.tell_skips()
 
-    def log(self, metrics: dict, groups: list[Group], start: float, end_ids: list[int]) -> None:
-        """The record of the GRPO step that began at time `start`; `groups` are this rank's, `metrics` those of all."""
-        mine = [
-            [
-                g.rewards,
-                [len(c) for c in g.completions],
-                [not c or c[-1] not in end_ids for c in g.completions],
-            ]
-            for g in groups
-        ]
-        rewards, lengths, truncated = zip(*self.ranks.gather(mine))
-        lengths, seconds = [length for group in lengths for length in group], time.time() - start
-        record = dict(iteration=self.state.iteration, phase=self.state.phase, step=self.state.step + 1)
-        record |= dict(
-            reward=mean([r for group in rewards for r in group]),
-            equal_groups=mean([len(set(group)) == 1 for group in rewards]),
+    def log(self, metrics: dict, groups: list, more: dict) -> None:
+        """The record of this GRPO step. metrics: what `grpo.update` gave; groups: what it was given; more: of all."""
+        ends, seconds = set(self.questioner.end_ids), time.time() - self.started
+        mine = [[g.rewards, [[len(c), not c or c[-1] not in ends] for c in g.completions]] for g in groups]
+        rewards, completions = zip(*self.ranks.gather(mine))
+        lengths = [length for group in completions for length, _ in group]
+        step = self.state.step + 1
+        self.write(
+            dict(iteration=self.state.iteration, phase=self.state.phase, step=step)
+            | dict(reward=mean([r for group in rewards for r in group]))
+            | dict(equal_groups=mean([len(set(group)) == 1 for group in rewards]))
+            | self.ranks.mean(metrics)
+            | more
+            | dict(length=mean(lengths), seconds=seconds, tokens_per_second=sum(lengths) / seconds)
+            | dict(truncated=mean([cut for group in completions for _, cut in group]))
         )
-        record |= metrics | dict(
-            length=mean(lengths), seconds=seconds, tokens_per_second=sum(lengths) / seconds
-        )
-        self.write(record | dict(truncated=mean([t for group in truncated for t in group])))
+        if not more["validity"]:
+            self.say(f"step {step}: not one output was valid; rewards and advantages are 0")
         if metrics["skipped"]:
             self.say(
-                f"step {self.state.step + 1}: loss or gradient is not finite; the step is skipped and the weights are unchanged"
+                f"step {step}: loss or gradient is not finite; the step is skipped and the weights are unchanged"
             )
 
     def warn(self, signature: str, message: str | None) -> None:
         """Writes and prints that a failure signature has shown itself; does nothing if there is no message."""
         if message is not None:
-            self.write(
-                dict(iteration=self.state.iteration, phase="warning", signature=signature, message=message)
-            )
+            place = dict(iteration=self.state.iteration, phase="warning")
+            self.write(place | dict(signature=signature, message=message))
             self.say(f"warning, {signature}: {message}")
 
     def skipped_in_a_row(self) -> int:
@@ -292,42 +375,18 @@ class Run:
     def report(self, k: int, results: dict) -> None:
         """Writes and prints what was measured after iteration k (0: before the first): one row of the table."""
         self.write(dict(iteration=k, phase="measure") | results)
-        mine = [r for r in self.records if r["iteration"] == k]
-        asking = [r for r in mine if r["phase"] == "questioner"]
-        curation = next((r for r in mine if r["phase"] == "curation"), {})
         if not self.ranks.first:
             return
         if not self.header_printed:
             print(HEADER)
             self.header_printed = True
-        first, last = (asking[0], asking[-1]) if asking else ({}, {})
-        cells = [
-            f"{k or 'base':>10}",
-            _cell(results.get("greedy_accuracy"), 7),
-            _cell(results.get("sampled_accuracy"), 8),
-            " |",
-        ]
-        cells += [
-            _cell(last.get("validity"), 5),
-            _cell(first.get("r_unc"), 8),
-            "-",
-            _cell(last.get("r_unc"), 5),
-        ]
-        cells += [_cell(last.get("clusters"), 9), " |", f"{curation.get('curated', '-'):>7}"]
-        print(
-            *cells,
-            _cell(results.get("silver_accuracy"), 13),
-            _cell(sum(r.get("seconds", 0.0) for r in mine) if k else None, 8, 0),
-            flush=True,
-        )
+        print(row(k, results, [r for r in self.records if r["iteration"] == k]), flush=True)
 
     def progress(self, steps: int, what: str) -> Iterator[int]:
         """The steps that are still to do, with a progress bar if standard error is a terminal."""
         done = self.state.step
         hidden = None if self.ranks.first else True
-        return tqdm(
-            range(done + 1, steps + 1), desc=what, leave=False, disable=hidden, initial=done, total=steps
-        )
+        return tqdm(range(done + 1, steps + 1), what, leave=False, disable=hidden, initial=done, total=steps)
 
     def say(self, message: str) -> None:
         """A line for the user that does not break a progress bar."""
@@ -341,20 +400,19 @@ class Run:
         for path, reason in new:
             self.say(f"skipped {printable(path)}: {reason}")
         if new and self.ranks.first:
-            replace_text(
-                self.folder / "skipped.txt",
-                "".join(f"{printable(p)}\t{why}\n" for p, why in self.images.skipped),
-            )
+            lines = [f"{printable(path)}\t{why}\n" for path, why in self.images.skipped]
+            replace_text(self.folder / "skipped.txt", "".join(lines))
 
 
-def printable(path: str) -> str:
-    """A path on one line: line ends, control characters and bytes that are not UTF-8 spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in path)
+@torch.no_grad()
+def load_weights(vlm: VLM, weights: Iterator[tuple[str, Tensor]]) -> None:
+    """Puts weights by name into a role, rounded to its dtype."""
+    parameters = dict(vlm.model.named_parameters())
+    for name, tensor in weights:
+        parameters[name].copy_(tensor)
 
 
-def mean(values: list) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
-def _cell(value: float | None, width: int, digits: int = 3) -> str:
-    return f"{'-' if value is None else format(value, f'.{digits}f'):>{width}}"
+def _plain(value):
+    if not isinstance(value, float):
+        return value
+    return round(value, 6) if math.isfinite(value) else None

@@ -1,14 +1,17 @@
-"""Several processes, one run (`torchrun --nproc-per-node 8 loop.py ...`): each works on its share of the images.
+"""Several processes, one run (`torchrun --nproc-per-node 8 loop.py ...`), and the role that is trained by them.
 
-All ranks hold the same weights. A group never leaves its rank, so rollouts, votes, rewards and advantages need nobody
-else. What ranks exchange is small (questions, votes, metrics), but for two things in an optimizer step: each tensor has
-one rank that owns its float32 master and AdamW's moments; the gradients are added up there, and the new weights come
-back from there (ZeRO stage 1, arXiv 1910.02054).
+Each process (rank) works on its share of the images with a plain copy of each role: rollouts, votes, rewards and
+advantages need nobody else. The role in training exists once more, as float32 masters: `Trained` shards them over the
+ranks, a layer at a time, with torch's FSDP2, which also reduces the gradients and, with `offload`, keeps the shards in
+CPU memory. After each step the plain copy is refreshed from the shards.
 
-With one process, which is the normal case, every function here gives back what it was given. What is exchanged is JSON
-and tensors: torch's own `all_gather_object` would pickle.
+At a learning rate of 1e-6 a bfloat16 weight never moves, as the step is far below the spacing of its values: hence the
+masters, which last from phase to phase. One process in float32 needs none of this and trains the plain copy itself.
+
+What ranks exchange besides is small (questions, votes, metrics) and JSON: torch's own `all_gather_object` would pickle.
 """
 
+import copy
 import json
 import os
 from collections.abc import Iterator
@@ -17,7 +20,14 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from packing import lay_out, pack
+from vlm import VLM, PackedForward
 
 PATIENCE = timedelta(hours=2)  # that one rank waits for another, whose completions may be far longer
 
@@ -48,31 +58,11 @@ class Ranks:
         """Whether any rank says so."""
         return any(self.gather([flag]))
 
-    def add(self, values: dict[str, float]) -> dict[str, float]:
-        """The sums over all ranks; a rank need not have all the names."""
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        """The means over all ranks; of a name that a rank does not have, its value there is 0."""
         parts = self.gather([values])
-        return {
-            name: sum(part.get(name, 0.0) for part in parts)
-            for name in {name: 0 for part in parts for name in part}
-        }
-
-    def owners(self, sizes: dict[str, int]) -> dict[str, int]:
-        """Which rank owns each tensor; sizes: name -> elements. The largest goes first, always to the rank that has least."""
-        load, owner = [0] * self.size, {}
-        for name in sorted(sizes, key=lambda name: -sizes[name]):
-            owner[name] = load.index(min(load))
-            load[owner[name]] += sizes[name]
-        return owner
-
-    def reduce(self, tensor: Tensor, owner: int) -> None:
-        """Adds up a tensor over all ranks; only the owner's is the sum afterwards."""
-        if self.size > 1:
-            dist.reduce(tensor, owner)
-
-    def broadcast(self, tensor: Tensor, owner: int) -> None:
-        """Overwrites a tensor with the owner's."""
-        if self.size > 1:
-            dist.broadcast(tensor, owner)
+        names = {name: None for part in parts for name in part}
+        return {name: sum(part.get(name, 0.0) for part in parts) / self.size for name in names}
 
     def _exchange(self, value) -> list:
         """What each rank gave, by rank; through the CPU, as it is small."""
@@ -94,7 +84,137 @@ def started() -> Iterator[Ranks]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    dist.init_process_group(_backend(), timeout=PATIENCE)
     yield Ranks(dist.get_rank(), size)
     dist.destroy_process_group()  # not after an error: a rank that is gone would be waited for
+
+
+class Trained:
+    """A role in training: a policy for `grpo.update`, its AdamW, and what an interrupted run needs of them.
+
+    vlm: the plain copy, which rollouts read. `optimizer.step` refreshes it.
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        lr: float,
+        weight_decay: float,
+        offload: bool = False,
+        checkpointing: bool = False,
+        ranks: Ranks | None = None,
+    ):
+        self.vlm, self.ranks = vlm, ranks or Ranks()
+        self.sharded = self.ranks.size > 1 or vlm.model.dtype != torch.float32 or offload
+        if self.sharded:
+            self.forward = shard(vlm, offload, checkpointing, self.ranks.size)
+        else:
+            vlm.unpark()
+            self.forward = PackedForward(vlm.model, checkpointing)
+        self.optimizer = torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        if self.sharded:
+            self.optimizer.register_step_post_hook(lambda *_: self.refresh())
+
+    def parameters(self) -> list[Tensor]:
+        """The masters: sharded ones hold this rank's part, as DTensors."""
+        return list(self.forward.model.parameters())
+
+    def batches(self, groups: list[tuple], temperature: float = 1.0) -> Iterator:
+        """See grpo.py. The shares are those of all completions of all ranks, times the number of ranks.
+
+        FSDP averages gradients over the ranks, hence the factor. Every forward and backward is a collective, so a rank
+        that has fewer batches than another makes batches that count for nothing until both have equally many.
+        """
+        here = sum(len(completions) for _, completions in groups)
+        packed = pack(groups, self.vlm.limits.budget)
+        counts = self.ranks.gather([[here, len(packed)]])
+        total = sum(completions for completions, _ in counts) / self.ranks.size
+        for rows in packed:
+            batch = lay_out(groups, rows)
+            logps = self.forward(batch, temperature).split(batch.sizes)
+            yield batch.which, list(logps), len(batch.which) / total
+        for _ in range(max(batches for _, batches in counts) - len(packed)):
+            (0.0 * self.forward(self._filler(), temperature).sum()).backward()
+
+    def _filler(self):
+        prompt = self.vlm.prompt("", Image.new("RGB", (56, 56)))
+        groups = [(prompt, [self.vlm.end_ids[:1]])]
+        return lay_out(groups, pack(groups)[0])
+
+    def use_less_memory(self) -> None:
+        """See `VLM.use_less_memory`. Of several ranks none can begin again: the others wait for it within a layer."""
+        if self.ranks.size > 1:
+            raise torch.OutOfMemoryError("one of several processes ran out of memory")
+        self.vlm.use_less_memory()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Rounds the masters into the plain copy, a tensor at a time."""
+        for plain, master in zip(self.vlm.model.parameters(), self.parameters()):
+            plain.copy_(master.full_tensor())
+
+    # What an interrupted run needs. Parts of a sharded tensor are slices along dimension 0, in the order of the ranks.
+
+    def weights(self) -> dict[str, Tensor]:
+        """This rank's part of the masters, by name."""
+        return {name: _local(p).detach() for name, p in self.forward.model.named_parameters()}
+
+    def moments(self) -> dict[str, Tensor]:
+        """This rank's part of AdamW's moments, and its step counts, named NAME:exp_avg and so on."""
+        named = {name: self.optimizer.state[p] for name, p in self.forward.model.named_parameters()}
+        return {f"{name}:{kind}": _local(t) for name, state in named.items() for kind, t in state.items()}
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Puts whole tensors, by name, into the masters, and refreshes the plain copy."""
+        masters = dict(self.forward.model.named_parameters())
+        for name, whole in weights:
+            _local(masters[name]).copy_(_local(_like(masters[name], whole)))
+        if self.sharded:
+            self.refresh()
+
+    def load_moments(self, moments: Iterator[tuple[str, Tensor]]) -> None:
+        """Goes on with these moments, whole tensors by name."""
+        masters = dict(self.forward.model.named_parameters())
+        for key, whole in moments:
+            name, kind = key.rsplit(":", 1)
+            moment = whole if kind == "step" else _like(masters[name], whole)
+            self.optimizer.state[masters[name]][kind] = moment
+
+
+def shard(vlm: VLM, offload: bool, checkpointing: bool, size: int) -> PackedForward:
+    """The model once more, as float32 masters sharded over `size` ranks, computing in the plain copy's dtype.
+
+    Layers are sharded one after the other, so that a device never holds the whole model in float32.
+    """
+    device, dtype = vlm.device, vlm.model.dtype
+    if not dist.is_initialized():  # one process: a group of its own
+        dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
+    # cast_forward_inputs: a layer gets what it would get in the plain model, float32 rotations among them.
+    precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    rules = dict(
+        mesh=init_device_mesh(device.type, (size,)),
+        mp_policy=precision,
+        offload_policy=CPUOffloadPolicy() if offload and device.type == "cuda" else OffloadPolicy(),
+    )
+    forward = PackedForward(copy.deepcopy(vlm.model), checkpointing)
+    for layer in (*forward.model.model.visual.blocks, *forward.model.model.language_model.layers):
+        fully_shard(layer.to(device, torch.float32), **rules)
+    return fully_shard(forward.to(device, torch.float32), **rules)
+
+
+def _backend() -> str:
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(master: Tensor, whole: Tensor) -> Tensor:
+    """A whole tensor that every rank has, sharded as the master is."""
+    whole = whole.to(torch.float32)
+    if not isinstance(master, DTensor):
+        return whole.to(master.device)
+    made = distribute_tensor(whole, master.device_mesh, master.placements, src_data_rank=None)
+    return made.to(master.device)

@@ -12,11 +12,15 @@ again: the new state refers to the old file. There is nothing random to remember
 
 import json
 import os
+import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -91,6 +95,17 @@ def _body(path: Path) -> dict:
     return whole["state"]
 
 
+def lock(folder: Path) -> FileLock:
+    """Raises ValueError if another process works on the run in `folder`. However this one ends, its lock ends with it."""
+    (folder / "state").mkdir(parents=True, exist_ok=True)
+    taken = FileLock(folder / "lock")
+    try:
+        taken.acquire(blocking=False)
+    except Timeout as error:
+        raise ValueError(f"another process is working on {folder}") from error
+    return taken
+
+
 # ---- Files ---------------------------------------------------------------------------------------------------------------
 
 
@@ -106,22 +121,22 @@ def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> tuple[
 
 def entry(folder: Path, path: Path) -> tuple[str, int, int]:
     """Brings a file that has been written to the disk; returns its entry for `State.files`."""
-    with open(path, "rb") as file:
+    with open(path, "r+b") as file:  # Windows brings only what may be written to the disk
         os.fsync(file.fileno())
-    return str(path.relative_to(folder)), path.stat().st_size, _checksum(path)
+    return path.relative_to(folder).as_posix(), path.stat().st_size, _checksum(path)
 
 
-def read_tensors(
-    folder: Path, parts: Iterable[tuple[str, int, int]], wanted: Iterable[str] | None = None
-) -> dict[str, Tensor]:
-    """The tensors in these parts, by name; only the `wanted` ones, if given."""
-    wanted, tensors = None if wanted is None else set(wanted), {}
-    for name, _, _ in parts:
-        with safe_open(folder / name, framework="pt") as file:
-            for key in file.keys():
-                if wanted is None or key in wanted:
-                    tensors[key] = file.get_tensor(key)
-    return tensors
+def read_tensors(folder: Path, parts: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in these parts, by name, one after the other.
+
+    What is in several parts is a tensor's slices along dimension 0, in the order of the parts (numbers, as AdamW's step
+    counts, are the same in each).
+    """
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(folder / name, framework="pt")) for name, _, _ in parts]
+        for key in dict.fromkeys(key for file in files for key in file.keys()):
+            slices = [file.get_tensor(key) for file in files if key in file.keys()]
+            yield key, slices[0] if slices[0].dim() == 0 or len(slices) == 1 else torch.cat(slices)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -133,11 +148,29 @@ def replace_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself is on the disk only when its folder is
+    try:  # the rename itself is on the disk only when its folder is; Windows opens no folders
+        descriptor = os.open(path.parent, os.O_RDONLY)
+    except OSError:
+        return
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
+
+
+def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Writes a folder beside the old one, then puts it in its place. Raises OSError."""
+    new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        write(new)
+    except SafetensorError as error:
+        raise OSError(f"{new} cannot be written: {error}") from error
+    if path.exists():
+        os.replace(path, old)
+    os.replace(new, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _checksum(path: Path) -> int:

@@ -1,0 +1,303 @@
+"""`python loop.py`: checks everything, says what will run, and turns what can stop a run into a sentence and a code.
+
+Exit codes: 0 done, 2 a wrong argument or input, 1 anything else.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from engine import plan
+from engine.checkpoint import load_config, load_processors
+from engine.console import printable
+from engine.images import Found, ImageError, find_images
+from engine.run import Run, RunError, Stopped
+from engine.settings import MAY_CHANGE, TOY, Settings, flag, parse_arguments
+from engine.shards import Ranks, started
+from vlm import VLM
+
+SCENES = 512  # built-in scenes, if there are no other images
+TOO_LITTLE_MEMORY = (
+    "the GPU has too little memory: run again with the same --name and --gradient-checkpointing, --offload or both, "
+    "which goes on where this stopped; or begin anew with a lower --max-new-tokens, --max-pixels or --group-size"
+)
+Loop = Callable[[Settings, Run], None]
+
+
+def main(loop: Loop, description: str, argv: list[str] | None = None) -> int:
+    """Runs `loop` as the command line says; returns the exit code."""
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # a mistyped name is our sentence, not its retries
+    warnings.filterwarnings(
+        "ignore", module="PIL"
+    )  # a strange image is used or skipped, and listed if skipped
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    s = parse_arguments(description, argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a run need not be UTF-8
+    try:
+        with started() as ranks:
+            return start(loop, s, ranks)
+    except RuntimeError as error:
+        if "WORLD_SIZE" not in os.environ:
+            raise
+        why = f"another process of this run has ended or cannot be reached ({str(error).splitlines()[0]})"
+        print(f"error: {why}; start them again to go on", file=sys.stderr)
+        return 1
+
+
+def start(loop: Loop, s: Settings, ranks: Ranks) -> int:
+    """Checks everything, then runs; returns the exit code."""
+    try:
+        if s.resume is not None:
+            s, run = resume(Path(s.resume), ranks)
+        else:
+            run = prepare(s, ranks)
+        if run.state.iteration > s.iterations:
+            if ranks.first:
+                print(f"{run.folder} is complete: all of its {s.iterations} iterations are done")
+            return 0
+        if ranks.first:
+            print_plan(s, run)
+        if s.dry_run:
+            return 0
+        roles = load_roles(s)
+        start_run(s, run)
+    except (ValueError, OSError) as error:  # CheckpointError and ImageError are ValueErrors
+        sys.stderr.write(f"error: {error}\n")  # in one piece: several processes may say so at once
+        return 2
+    return carry_out(loop, s, run, roles)
+
+
+def carry_out(loop: Loop, s: Settings, run: Run, roles: tuple[VLM, VLM]) -> int:
+    """Runs the loop; returns the exit code."""
+
+    def stop(signum, frame):
+        run.stopping = True
+        run.say("stopping after this step (Ctrl-C again: at once)")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, stop)
+    go_on = f"continue with: python loop.py --resume {run.folder}"
+    try:
+        run.cast(*roles)
+        loop(s, run)
+    except ImageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (Stopped, KeyboardInterrupt) as reason:
+        if run.ranks.first:
+            how = "stopped, its state is saved" if isinstance(reason, Stopped) else "interrupted"
+            print(f"{how}; {go_on}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk
+        print(f"error: {error}; when that is mended, {go_on}", file=sys.stderr)
+        return 1
+    except (RunError, torch.OutOfMemoryError) as error:
+        print(f"error: {error if isinstance(error, RunError) else TOO_LITTLE_MEMORY}", file=sys.stderr)
+        return 1
+    finally:
+        run.unlock()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if run.ranks.first:
+        print(f"done: metrics, curated questions and both checkpoints are in {run.folder}")
+    return 0
+
+
+def ready(s: Settings, ranks: Ranks | None = None) -> Run:
+    """A run that the loop can go on with, for notebooks and experiments. Raises ValueError and OSError."""
+    run = prepare(s, ranks or Ranks())
+    roles = load_roles(s)
+    start_run(s, run)
+    run.cast(*roles)
+    return run
+
+
+# ---- A new run ---------------------------------------------------------------------------------------------
+
+
+def prepare(s: Settings, ranks: Ranks) -> Run:
+    """Checks the settings and finds the images; writes nothing. Raises ValueError with a sentence for the user."""
+    s.check()
+    check_device(s.device, ranks)
+    if s.images is not None:
+        s.images = os.path.abspath(os.path.expanduser(s.images))  # so that a run can be resumed from anywhere
+    if s.model is not None and Path(s.model).is_dir():
+        s.model = os.path.abspath(s.model)
+    load_config(model_of(s))
+    _, image_processor, _ = load_processors(model_of(s))
+    name = s.name or f"{Path(model_of(s)).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path("runs") / ranks.gather([name])[0]  # the first rank's clock counts
+    # A scene has 3 x 3 cells: 84 pixels suit the toy, 336 (144 image tokens) a real model.
+    s.max_pixels = min(s.max_pixels, image_processor.size["longest_edge"])
+    scene_size = max(84, min(336, math.isqrt(s.max_pixels)) // 84 * 84)
+    exists = ranks.any((folder / "config.json").exists())  # asked before any rank makes it
+    if exists and not s.dry_run:
+        check_same_settings(s, folder)
+        return reopened(s, folder, scene_size, ranks)
+    begun = (
+        "state",
+        "lock",
+        "images.json",
+    )  # all there is if a run was killed before its config.json was written
+    if folder.exists() and not s.dry_run:
+        if any(p.name not in begun and p.suffix != ".new" for p in folder.iterdir()):
+            raise ValueError(f"{folder} exists already and is not the folder of a run; choose another --name")
+    return Run(folder, find(s), scene_size, s, ranks)
+
+
+def check_device(name: str | None, ranks: Ranks) -> None:
+    """Raises ValueError if torch has no such device here, or if all ranks would be on one GPU."""
+    if ranks.size > 1 and (name or "").startswith("cuda:"):
+        why = "under torchrun each process takes its own GPU; say --device cuda, or nothing"
+        raise ValueError(f"--device {name}: {why}")
+    try:
+        if name is not None and torch.device(name).type not in ("cpu", "cuda"):
+            raise ValueError
+        torch.empty(0, device=name or "cpu")
+    except Exception as error:  # torch raises RuntimeError, AssertionError or AttributeError, as it happens
+        raise ValueError(f"--device {name}: there is no such device here, cpu and cuda are known") from error
+
+
+def find(s: Settings) -> Found:
+    """The user's images; nothing for the built-in scenes, which are rendered when the run starts."""
+    if s.images is None:
+        return Found([], [])
+    found = find_images(s.images)
+    if not found.paths:
+        raise ValueError(f"--images {s.images}: no readable image found ({len(found.skipped)} skipped)")
+    return found
+
+
+def model_of(s: Settings) -> str:
+    """The folder or hub id of the base model."""
+    return str(TOY) if s.model is None else s.model
+
+
+def device_of(s: Settings) -> torch.device:
+    """Where it computes."""
+    return torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def load_roles(s: Settings) -> tuple[VLM, VLM]:
+    """Both roles, as copies of the base model."""
+    device = device_of(s)
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    base = VLM.load(model_of(s), device, s.dtype, s.max_pixels)
+    base.park()
+    return base, base.copy()
+
+
+def start_run(s: Settings, run: Run) -> None:
+    """Makes the run folder if it is new, and renders the built-in scenes if there are no other images."""
+    if run.number == 0:
+        run.create(dataclasses.asdict(s) | {"scene_size": run.scene_size})
+    if s.images is not None:
+        return
+    from toy.scenes import write_scenes  # draws; what the answers are, only toy/answerer.py knows
+
+    mine = write_scenes(run.folder / "images", SCENES, s.seed, run.scene_size) if run.ranks.first else []
+    run.images.paths[:] = run.ranks.gather([list(map(str, mine))])[0]
+    if run.number == 0 and run.ranks.first:
+        print(f"no --images given: built-in scenes are in {run.folder / 'images'}")
+
+
+# ---- A run that goes on --------------------------------------------------------------------------------------
+
+
+def resume(folder: Path, ranks: Ranks) -> tuple[Settings, Run]:
+    """The settings and the run in a folder. Raises ValueError with a sentence for the user."""
+    s, scene_size = saved_settings(folder)
+    s.check()
+    check_device(s.device, ranks)
+    return s, reopened(s, folder, scene_size, ranks)
+
+
+def saved_settings(folder: Path) -> tuple[Settings, int]:
+    """The settings of the run in `folder` and the size of its scenes. Raises ValueError for the user."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        scene_size = config.pop("scene_size")
+        return Settings(**config), scene_size
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"--resume {folder}: this is not the folder of a run of loop.py") from error
+
+
+def check_same_settings(s: Settings, folder: Path) -> None:
+    """Raises ValueError naming the first setting that is not what the run in `folder` was started with.
+
+    What only decides where and in how much memory the same numbers are computed may change.
+    """
+    before, _ = saved_settings(folder)
+    for field in dataclasses.fields(Settings):
+        was, now = getattr(before, field.name), getattr(s, field.name)
+        if field.name not in MAY_CHANGE and was != now:
+            raise ValueError(
+                f"{folder} was started with {flag(field.name)} {was}, not {now}; "
+                f"--resume {folder} goes on with its own settings, another --name starts a new run"
+            )
+
+
+def reopened(s: Settings, folder: Path, scene_size: int, ranks: Ranks) -> Run:
+    """A run that goes on with the images that it began with."""
+    try:
+        found = json.loads((folder / "images.json").read_text())
+        images = Found(found["paths"], [(path, why) for path, why in found["skipped"]])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/images.json, the list of the run's images, cannot be read") from error
+    run = Run(folder, images, scene_size, s, ranks)
+    run.reopen(dataclasses.asdict(s) | {"scene_size": scene_size})
+    return run
+
+
+# ---- The plan ------------------------------------------------------------------------------------------------
+
+
+def print_plan(s: Settings, run: Run) -> None:
+    """What will run: images, tokens, steps and the memory of each phase."""
+    device = device_of(s)
+    default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, s.dtype) if s.dtype else default
+    config, image_tokens = load_config(model_of(s)), s.max_pixels // (28 * 28)
+    if s.images is None:
+        size, image_tokens = run.scene_size, (run.scene_size // 28) ** 2
+        print(f"images   {SCENES} built-in scenes of {size} x {size} pixels, {image_tokens} tokens each")
+    else:
+        found = run.images
+        counts = f"{len(found.paths)} found, {len(found.skipped)} skipped"
+        print(f"images   {counts}, up to about {image_tokens} tokens each")
+        for path, reason in found.skipped:
+            print(f"         skipped {printable(path)}: {reason}")
+    questions, size = s.images_per_step * s.group_size, sum(plan.parameter_sizes(config).values())
+    where = f"{dtype}, on {run.ranks.size} x {device}"
+    print(f"model    {s.model or 'the toy'}: {size:,} parameters, {where}")
+    phases = f"{s.questioner_steps} Questioner and {s.reasoner_steps} Reasoner steps"
+    print(f"steps    {s.iterations} iterations of {phases}")
+    print(f"         a Questioner step samples {questions} questions and {questions * s.answers} answers,")
+    print(f"         a curation {s.candidates} questions and {s.candidates * s.answers} answers,")
+    print(f"         and a Reasoner step up to {questions} answers")
+    # 100: an instruction, a question
+    work = plan.Work(image_tokens, 100, s.max_new_tokens, s.group_size, questions, s.answers)
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    memory = (s.gradient_checkpointing, s.offload, run.ranks.size)
+    for moment in plan.memory_plan(config, dtype, total, work, *memory):
+        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in moment.parts.items() if size)
+        too_much = total is not None and moment.total >= total
+        verdict = f"; MORE than the {total / 2**30:.0f} GiB of {device}" if too_much else ""
+        print(f"memory   {moment.name}: {moment.total / 2**30:.2f} GiB ({parts}){verdict}")

@@ -1,0 +1,147 @@
+"""Every setting of a run: one field and one flag each, with the paper's symbol and value."""
+
+import argparse
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+TOY = Path(__file__).parent.parent / "toy"
+# The paper's hyper-parameters fit models of billions of parameters; these fit the toy, when no --model is given.
+# Its Reasoner has one thing to find out: a longer phase exhausts it, and a Questioner whose Reasoner is sure of every
+# question finds that it is unsure of those that have no answer ("Is there?"), the failure that the paper warns of.
+TOY_DEFAULTS = dict(
+    lr=6e-5, reasoner_steps=3, images_per_step=32, candidates=256, max_new_tokens=32, dtype="float32"
+)
+HELD_OUT_QUESTIONS, HELD_OUT_SEED = 512, 1_000_000  # about scenes of this seed; no run's seed is that large
+MAY_CHANGE = ("name", "resume", "dry_run", "device", "gradient_checkpointing", "offload", "save_every")
+
+
+def setting(default, help: str):
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Settings:
+    """Every setting of a run: one flag each, the paper's values as defaults."""
+
+    model: str | None = setting(
+        None, "folder or hub id of a Qwen2.5-VL or MiMo-VL checkpoint (default: the toy here)"
+    )
+    images: str | None = setting(
+        None, "folder (with subfolders), glob, or .txt/.jsonl list of images (default: built-in scenes)"
+    )
+    name: str | None = setting(None, "the run's folder under runs/ (default: the model's name and the time)")
+    resume: str | None = setting(
+        None, "continue the run in this folder where it was stopped or killed; takes no other flag"
+    )
+    seed: int = setting(0, "seed of everything random")
+    device: str | None = setting(None, "cpu, cuda or cuda:N (default: cuda if there is one)")
+    dtype: str | None = setting(None, "float32 or bfloat16 (default: bfloat16 on cuda, float32 on cpu)")
+    iterations: int = setting(3, "iterations of the loop, the paper's K")
+    questioner_steps: int = setting(
+        20, "GRPO steps of a Questioner phase, the paper's S_Q (20 for 3B, 10 for 7B)"
+    )
+    reasoner_steps: int = setting(
+        20, "GRPO steps of a Reasoner phase, the paper's S_R (20 for 3B, 10 for 7B)"
+    )
+    images_per_step: int = setting(128, "images (Questioner) or curated questions (Reasoner) in a step")
+    group_size: int = setting(8, "completions of one prompt that GRPO compares, the paper's G")
+    answers: int = setting(10, "answers the Reasoner votes with on a question, the paper's m")
+    candidates: int = setting(1000, "questions proposed for curation, the paper's N")
+    tau_low: float = setting(0.25, "lowest confidence of a curated question, the paper's tau_low, inclusive")
+    tau_high: float = setting(
+        0.75, "highest confidence of a curated question, the paper's tau_high, inclusive"
+    )
+    diversity_weight: float = setting(1.0, "weight of the diversity penalty, the paper's lambda")
+    lr: float = setting(1e-6, "learning rate of AdamW in both phases")
+    weight_decay: float = setting(1e-2, "weight decay of AdamW")
+    beta: float = setting(1e-2, "weight of the KL to the role at the start of its phase, the paper's beta")
+    clip: float = setting(
+        0.2, "clipping range of the ratio, the paper's epsilon; idle with one update a rollout, as here"
+    )
+    temperature: float = setting(1.0, "sampling temperature; divides the logits in training too")
+    top_p: float = setting(0.99, "nucleus sampling: the smallest set of tokens with this probability")
+    max_new_tokens: int = setting(1024, "longest completion, in tokens")
+    max_pixels: int = setting(802_816, "larger images are scaled down to this; 28 x 28 pixels make one token")
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass: less memory, more time"
+    )
+    offload: bool = setting(
+        False, "keep float32 master weights and AdamW's moments in CPU memory, for a GPU that is too small"
+    )
+    save_every: int = setting(
+        5, "steps between two saved states of a run; a state is also saved when a phase ends"
+    )
+    dry_run: bool = setting(False, "print what would run and how much memory it takes, then stop")
+
+    def check(self) -> None:
+        """Raises ValueError, with a sentence for the user, for a value out of range."""
+        least = dict(
+            iterations=1, questioner_steps=1, reasoner_steps=1, images_per_step=1, group_size=2, answers=1
+        )
+        least |= dict(candidates=1, max_new_tokens=1, max_pixels=28 * 28, seed=0, lr=0.0, weight_decay=0.0)
+        least |= dict(beta=0.0, diversity_weight=0.0, tau_low=0.0, save_every=1)
+        for name, value in least.items():
+            if not getattr(self, name) >= value or math.isinf(getattr(self, name)):
+                raise ValueError(
+                    f"{flag(name)} must be a number of at least {value}, not {getattr(self, name)}"
+                )
+        if not self.tau_low <= self.tau_high <= 1:
+            raise ValueError(
+                f"--tau-low ({self.tau_low}) must not be above --tau-high ({self.tau_high}), nor that above 1"
+            )
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"--temperature must be above 0, not {self.temperature}: GRPO compares random samples"
+            )
+        if not 0 < self.top_p <= 1 or not 0 < self.clip < 1:
+            raise ValueError("--top-p must be above 0 and at most 1, and --clip between 0 and 1")
+        for name in ("model", "images"):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
+                raise ValueError(f"{flag(name)} is empty")
+        if self.name is not None and (not self.name.strip(". ") or Path(self.name).name != self.name):
+            raise ValueError(f"--name {self.name!r} is not the name of a folder")
+        if self.seed >= HELD_OUT_SEED:
+            raise ValueError(f"--seed must be below {HELD_OUT_SEED}, the seed of the held-out scenes")
+
+    @property
+    def sampling(self) -> dict:
+        return dict(max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"error: {message}\n")
+
+
+def parse_arguments(description: str, argv: list[str] | None = None) -> Settings:
+    """The settings of a command line; exits with 2 and one sentence if it is wrong."""
+    parser = OneLineParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for field in dataclasses.fields(Settings):
+        if field.type is bool:
+            parser.add_argument(
+                flag(field.name), action="store_true", default=None, help=field.metadata["help"]
+            )
+            continue
+        text = field.metadata["help"].replace("%", "%%")
+        if field.default is not None:
+            toy = f"; without --model {TOY_DEFAULTS[field.name]}" if field.name in TOY_DEFAULTS else ""
+            text += f" (default: {field.default}{toy})"
+        kind = field.type if field.type in (int, float) else str
+        choices = ("float32", "bfloat16") if field.name == "dtype" else None
+        parser.add_argument(
+            flag(field.name), type=kind, choices=choices, metavar=field.name.upper(), help=text
+        )
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    if "resume" in given:
+        if len(given) > 1:
+            parser.error("--resume takes the settings of the run it continues, and no other flag")
+        return Settings(resume=given["resume"])
+    return Settings(**(given if "model" in given else TOY_DEFAULTS | given))
