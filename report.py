@@ -20,7 +20,7 @@ from pathlib import Path
 
 from curate import Example, read_examples
 from engine.images import ImageError, load_image
-from engine.run import printable
+from engine.console import printable
 from rewards import same_answer
 from toy.answerer import understand
 from toy.scenes import read_truth
