@@ -1,10 +1,13 @@
 r"""The Image-Conditioned Questioner: one image in, one hard but answerable question out.
 
-    x_i ~ Q_theta( . | image),  i = 1 .. G         written as  <type>..</type> <question>..</question> <answer>..</answer>
+    x_i ~ Q_theta( . | image),  i = 1 .. G
 
-A question is valid when the output has exactly these three blocks, in this order, with a known type and an answer
-in \boxed{}; a leading <think>..</think> is allowed, as MiMo-VL writes one. The Questioner's own answer is demanded
-because working it out makes better questions; the algorithm never uses it, the silver label is the Reasoner's majority.
+written as <type>..</type> <question>..</question> <answer>..</answer>.
+
+A question is valid when the output has exactly these three blocks, in this order, with a known type and an
+answer in \boxed{}; a leading <think>..</think> is allowed, as MiMo-VL writes one. The Questioner's own answer
+is demanded because working it out makes better questions; the algorithm never uses it, the silver label is
+the Reasoner's majority.
 
 The prompt is our own and the same for every model; the paper's is longer and names example topics.
 """
@@ -37,7 +40,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Asked:
-    """The G outputs of the Questioner for one image: their token ids, and the question in each, None if it is invalid."""
+    """The G outputs of the Questioner for one image: token ids, and the question in each (None: invalid)."""
 
     path: str
     patches: Patches
