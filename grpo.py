@@ -12,9 +12,9 @@ own baseline,
 the official code does otherwise is in docs/differences.md.
 
 This file knows nothing of models, images or files. A policy, or a reference, is anything that has
-`batches(groups, temperature)`, which yields completions that are forwarded together, ([(group, completion),
-..], [their log-probabilities [T_i], ..], their share of all), and `use_less_memory()`, which makes the batches
-smaller or raises OutOfMemoryError; a policy has `parameters()` besides (see vlm.py and engine/shards.py).
+`batches(groups, temperature)`, which yields completions that are forwarded together, as [(group, completion),
+..], [their log-probabilities [T_i], ..] and their share of all; and `use_less_memory()`, which makes batches
+smaller or raises OutOfMemoryError. A policy has `parameters()` besides (see vlm.py, engine/shards.py).
 """
 
 import math
@@ -81,7 +81,6 @@ def grpo_loss(
     rho = (logp - old_logp).exp()
     unclipped, clipped = rho * advantage, rho.clamp(1 - clip, 1 + clip) * advantage
     policy, kl = -torch.minimum(unclipped, clipped), kl_estimate(logp, ref_logp)
-
     tokens = real.sum(dim=1, keepdim=True).clamp(min=1)
     weight = real.to(logp.dtype) / (tokens * max(1, len(logp)))
     loss = ((policy + beta * kl) * weight).sum()
