@@ -1,6 +1,21 @@
 r"""Answers: which one an output gives, and when two of them say the same.
 
-One rule serves the votes, the Reasoner's reward and evaluation alike.
+One rule serves the votes, the Reasoner's reward, the judge and evaluation:
+
+    extract_answer      the last \boxed{...} behind the thoughts
+    canonical           an answer in one spelling; same_answer compares these
+    read_choice         the letter that an output chooses, in a box or in words
+
+Equality of spellings is an equivalence relation, as counting votes needs (a tolerance would not be one). Nothing
+is evaluated, and all work is linear in the text. Matters of taste, decided once:
+
+* What is written counts. 5 cm is neither 5 nor 5 mm, 90° is not 90, $5 is not 5, 50% is 0.5 and not 50, x = 5 is
+  not 5: if units and names fell away, 5 cm would equal 5 mm, and x = 5 would equal y = 5.
+* A letter from A to J with its text is the letter: B. cat = (B) cat = Option B = B. So J. Smith is J and
+  C. elegans is C; but "A cat", "I think", "a.m.", "a:b" and the list "a: 5, b: 6" are no letters.
+* Capitals and marks at the end say nothing, but 5! is not 5. Blanks count between words and nowhere else.
+* Digits in groups of three are one number, 1,000 = 1{,}000 = 1\,000; but (10,200) is a pair, 1 000 two numbers.
+* No algebra and no dictionary: x + 1 is not 1 + x, \sqrt{4} is not 2, two is not 2.
 """
 
 import re
@@ -9,20 +24,22 @@ import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
 
+from engine import latex
+
 # ---- Which answer an output gives ----
 
-
-_TOKEN = re.compile(r"\\boxed\s{0,8}\{|\\[{}]|[{}]")
+_BOX_TOKEN = re.compile(r"\\boxed\s{0,8}\{|\\[{}]|[{}]")
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The content of the last \boxed{...} that is closed and not empty, or None.
+    r"""The content of the last \boxed{...} behind the thoughts that is closed and not empty, or None.
 
-    Braces may nest (\boxed{\frac{1}{2}}); of a box in a box the inner one counts. One pass over the text with a stack
-    of open braces, so unbalanced or endless braces cost no more than their length.
+    Braces may nest (\boxed{\frac{1}{2}}); of a box in a box the inner one counts. One pass over the text with a
+    stack of open braces, so unbalanced or endless braces cost no more than their length.
     """
+    text = without_thinking(text)
     open_braces, best_start, best = [], -1, None
-    for token in _TOKEN.finditer(text):
+    for token in _BOX_TOKEN.finditer(text):
         if token[0].startswith(r"\boxed"):
             open_braces.append(token.end())
         elif token[0] == "{":
@@ -35,93 +52,318 @@ def extract_answer(text: str) -> str | None:
 
 
 def without_thinking(text: str) -> str:
-    """The text after one leading <think>...</think>; unchanged if there is none."""
-    text = text.lstrip()
-    if not text.startswith("<think>"):
-        return text
-    _, closed, rest = text.partition("</think>")
-    return rest if closed else text
+    """What stands behind the last </think> and before a <think> that is left open.
 
-
-def read_choice(text: str, choices: Sequence[str]) -> str | None:
-    """The letter of the choice that an answer means, or None: "B", "(b)", "B. a cat", "a cat", "the answer is (B)".
-
-    The rules of MMMU, but that it draws a letter at random where it finds none, and that here the clearest sign decides: a
-    letter and nothing else, the text of a choice and nothing else, a letter in brackets or before a mark, a letter on its own,
-    the text of a choice somewhere. Of several of one sort the last counts.
+    The template may have written the <think> itself; an output that was cut off in its thoughts says nothing yet.
     """
-    letters, text = string.ascii_uppercase[: len(choices)], text.strip()
-    whole = canonical(text)
-    if isinstance(whole, str) and len(whole) == 1 and whole.upper() in letters:
-        return whole.upper()
-    for letter, choice in zip(letters, choices):
-        if same_answer(text, choice):
-            return letter
-    alone = rf"\b([{letters[1:] or 'A'}])\b"  # not A, which may be the article, but at the end
-    for pattern in (rf"\(([{letters}])\)", rf"\b([{letters}])[.:)]", alone, r"\b(A)\s*$"):
-        if found := re.findall(pattern, text):
-            return found[-1]
-    places = {
-        letter: text.lower().rfind(choice.strip().lower())
-        for letter, choice in zip(letters, choices)
-        if choice.strip()
-    }
-    last = max(places, key=lambda letter: (places[letter], len(choices[letters.index(letter)])), default=None)
-    return last if last is not None and places[last] >= 0 else None
+    return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
 # ---- When two answers say the same ----
 
-_WRAPPER = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|boxed)\s?\{([^{}]{0,200})\}")
-_LAYOUT = re.compile(r"\\left|\\right|\\[()\[\]$]|[$*]")  # marks of LaTeX and Markdown that say nothing
-_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]{1,40})\}\s*\{([^{}]{1,40})\}")
-_NUMBER = re.compile(r"([+-]?)((?:\d{1,3}(?:,\d{3}){1,9}|\d{1,30})(?:\.\d{0,30})?|\.\d{1,30})")
-_LONGEST = 400  # characters; a longer answer is compared as it stands
+_LONGEST = 400  # characters; a longer answer is compared word by word
 
 
 def same_answer(a: str, b: str) -> bool:
-    r"""Whether two answers say the same: 0.5 = 1/2 = \frac{1}{2} = 50\%, (B) = B. = b, 1,000 = 1000, \text{cat} = cat.
-
-    Two answers are equal when their canonical forms are, so this is an equivalence relation, as counting votes needs
-    (a numerical tolerance would not be one). Nothing is evaluated: numbers are matched by a pattern of bounded length.
-    """
+    r"""Whether two answers say the same: 0.5 = \frac{1}{2} = 50\%, (B) = B. cat, 1,000 = 1000, \text{cat} = Cat."""
     return canonical(a) == canonical(b)
 
 
+def says_something(answer: str) -> bool:
+    """Whether an answer is more than punctuation and blanks: "..." and "?" are no votes."""
+    form = canonical(answer)
+    return isinstance(form, Fraction) or any(unicodedata.category(c)[0] in "LNS" for c in form)
+
+
 def canonical(answer: str) -> Fraction | str:
-    """The value of an answer that is a number, a fraction or a percentage; else its words, stripped and lower-cased."""
-    if len(answer) > _LONGEST:
-        return answer.strip()
-    text = "".join(map(_plain, answer)).replace("\u2212", "-").replace("\u2044", "/")
-    text = _LAYOUT.sub("", text.replace(r"\%", "%"))
-    text = _FRACTION.sub(r"\1/\2", _WRAPPER.sub(r"\1", _WRAPPER.sub(r"\1", text)))
-    text = " ".join(text.lower().split()).rstrip(" .,;:!?")
-    inner = text.removeprefix("(").removesuffix(")").strip()
-    if not set("()") & set(inner) and (
-        _value(inner) is not None or "," not in inner
-    ):  # (B), B) and (1,000), not (1,2)
-        text = inner
-    value = _value(text)
-    return text if value is None else value
+    """An answer in one spelling: the value of a number, fraction, mixed number or percentage; else its words."""
+    text = answer.strip()
+    if len(text) <= _LONGEST:
+        text = "".join(map(_plain, text)).lower()
+    if len(text) > _LONGEST:
+        return " ".join(text.lower().split())
+    text = _EMPHASIS.sub(r"\2", latex.plain(text))
+    text = _unwrapped(_THOUSANDS.sub(lambda number: number[0].replace(",", ""), text))
+    form = _letter(text) or _valued(_spaced(text))
+    return answer.strip() if form == "" else form  # nothing is left of "?" and "!", and they are not the same
+
+
+# -- Characters
+
+_ALIKE = (
+    dict.fromkeys("‐‑‒–—−﹣－", "-")
+    | dict.fromkeys("“”„‟「」『』《》〝〞", '"')
+    | dict.fromkeys("‘’‚‛′", "'")
+    | {"º": "°", "˚": "°", "。": ".", "∶": ":", "【": "[", "】": "]"}
+    | dict.fromkeys("\u2009\u202f", r"\,")  # thin blanks part thousands
+)
 
 
 def _plain(character: str) -> str:
-    """A character in its plainest form, so that full-width and italic digits are digits, but 5² is not 52."""
+    """A character in its plainest form: full-width digits are digits, but 5² is 5^2, 10₂ is 10_2 and 1½ is 1 1/2."""
+    if character in _ALIKE:
+        return _ALIKE[character]
     kind = unicodedata.decomposition(character).split(" ")[0]
-    mark = {"<super>": "^", "<fraction>": " "}.get(kind, "")
-    return mark + unicodedata.normalize("NFKC", character)
+    mark = {"<super>": "^", "<sub>": "_", "<fraction>": " "}.get(kind, "")
+    return mark + unicodedata.normalize("NFKC", character).replace("⁄", "/").replace("−", "-")
 
 
-def _value(text: str) -> Fraction | None:
-    percent = text.endswith("%")
-    parts = text.removesuffix("%").strip().split("/")
-    numbers = [_number(part.strip()) for part in parts]
-    if len(parts) > 2 or None in numbers or (len(parts) == 2 and numbers[1] == 0):
+# -- What stands around an answer
+
+_EMPHASIS = re.compile(  # Markdown's stars around a word, but not 2*3 or 2**3
+    r"(?<![^\s(])(\*{1,3})(?=[^\s*])([^*]+)(?<=\S)\1(?![\w*])"
+)
+_THOUSANDS = re.compile(  # 1,000 anywhere, but in brackets only what cannot be two numbers: (1,050)
+    r"(?<![\d.,(\[{])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|(?<=[(\[{])[1-9]\d{0,2}(?:,0\d\d)+(?![\d,])", re.ASCII
+)
+_LETTER = (
+    re.compile(  # with single blanks: "b", "b. cat", "(b) cat", "option b: cat"; but not (a)(b) or (a) + 1
+        r"(?:option|choice|answer|选项|答案)? ?:? ?"
+        r"(?:\( ?([a-j]) ?\)(?! ?[=(]|[+*/^-]| [+*/^-] )|([a-j]) ?(?:[.:)、](?= |[^\x00-\x7f])|\)|$))"
+    )
+)
+_NEXT_LETTER = re.compile(r"(?<![\w.'])[a-j] ?[.:)](?= \S)", re.IGNORECASE)
+
+
+def _unwrapped(text: str) -> str:
+    """Without the marks at the end, and without quotes and brackets around the whole."""
+    for _ in range(3):
+        text = " ".join(text.split()).rstrip(" .,;:?、")
+        calm = text.rstrip(" !")
+        if not calm or re.search(
+            r"[^\W\d_]{2}$|[^\W\d_a-z]$", calm
+        ):  # after a word; 5! and n! are factorials
+            text = calm
+        if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'`" and text[0] not in text[1:-1]:
+            text = text[1:-1].strip()
+        bare = text.removeprefix("(").removesuffix(")").strip()
+        if bare != text and not set("(),") & set(bare):  # (3) and B), but not (1,2)
+            text = bare
+    return text
+
+
+def _letter(text: str) -> str | None:
+    """The letter of "b. cat"; None if there is none, or several: "a: 5, b: 6"."""
+    found = _LETTER.match(text)
+    if not found or _NEXT_LETTER.search(text, found.end()):
         return None
-    value = numbers[0] / numbers[1] if len(parts) == 2 else numbers[0]
-    return value / 100 if percent else value
+    return found[1] or found[2]
 
 
-def _number(text: str) -> Fraction | None:
-    match = _NUMBER.fullmatch(text)
-    return Fraction(match[1] + match[2].replace(",", "")) if match and match[2].isascii() else None
+# -- Blanks and numbers
+
+_NUMBER = r"(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})"
+_QUANTITY = re.compile(  # 1.5, 1/2, (-1)/2, 1 1/2, with or without a sign
+    rf"([+-]?)(?:(\d{{1,400}}) (?=\d+/\d))?({_NUMBER}|\([+-]?{_NUMBER}\))(?:/([+-]?{_NUMBER}|\([+-]?{_NUMBER}\)))?",
+    re.ASCII,
+)
+
+
+def _spaced(text: str) -> str:
+    """Blanks only between words, and one between a number and its unit; degrees and percent as signs."""
+    text = re.sub(r"(?<=\d)(?=[^\W\d_])", " ", " ".join(text.split()))
+    text = re.sub(r"(?<=\d) deg(?:rees?)?\b", "°", text.replace("、", ","))
+    text = re.sub(r"(?<=\d) per ?cent\b", "%", text)
+    text = re.sub(r" ?([^\w\s.]|_) ?", r"\1", text)  # a full stop keeps its blanks: 3. 5 is not 3.5
+    return text.replace("^°", "°")
+
+
+def _valued(text: str) -> Fraction | str:
+    """The value of a number; of a number with a unit the value and the unit; other text as it is."""
+    found = _QUANTITY.match(text)
+    if not found:
+        return text
+    sign, whole, above, below = found.groups()
+    above, below = Fraction(above.strip("()")), Fraction((below or "1").strip("()"))
+    rest = text[found.end() :]
+    is_mixed = not whole or 0 < above < below
+    if below == 0 or not is_mixed or rest and not re.match(r"%|[°'\"]| [^\W\d_]", rest):
+        return text
+    value = int(whole or 0) + above / below
+    value = -value if sign == "-" else value
+    if rest in ("", "%"):
+        return value / 100 if rest else value
+    return f"{value}{rest}"
+
+
+# ---- Which choice an output means ----
+
+_EDGE = r"[0-9A-Za-z_\u00c0-\u052f]"  # what makes a word longer: Chinese beside a letter does not
+_DENIED = re.compile(  # "not B", "rather than (B)", "A is wrong"; their letters are not meant
+    r"(?i:\b(?:not|n't|nor|neither|never|rather than|instead of|except|ruled? out|rules out|excludes?|eliminates?)"
+    r" (?:the )?(?:option |choice |answer )?)\(?[A-Z]\b\)?"
+    r"|\(?\b[A-Z]\b\)? (?:is|are|was|looks|seems)(?:n't| not| (?:clearly |also |definitely )?(?:wrong|incorrect|tempting))"
+    r"|\(?\b[A-Z]\b\)? (?:can't|cannot)"
+    r"|(?:不是|不选|排除|并非|而非) ?\(?[A-Z]\b\)?|[A-Z]\)? ?(?:选项)?是?(?:不对|不正确|错)"
+)
+_STATED = re.compile(  # what comes before a stated answer
+    r"(?i:\banswer\b[^.:=\n]{0,40}?(?:\b(?:is|be|was)\b(?! not)|[:=]) ?:? ?"
+    r"|\b(?:option|choice)(?: is\b| should be\b|:) ?"
+    r"|\b(?:no|wait|actually|sorry), (?:it is |it's )?|\bi (?:would )?(?:choose|pick|select|go with) )"
+    r"|答案(?:应该|应)?(?:是|为|选)? ?:? ?(?:选项?)? ?|选[择项]? ?:? ?"
+)
+_FILLER = re.compile(
+    r"(?i:(?:option|choice|letter|most likely|probably|definitely|clearly|simply|the) )?(?:[\"'(\[]{0,2} ?)"
+)
+_A_FOLLOWS = re.compile(r" ?(?:$|[^\w\s]|\n|[^\x00-\x7f])| (?:because|since|as|due|for|given|is|which)\b")
+_CALLED_RIGHT = re.compile(
+    rf"(?<!{_EDGE})([A-Z])\)? (?:is|must be|should be|seems|looks) (?:the |most |best |clearly |probably ){{0,3}}"
+    r"(?:correct|right|true|best|answer|appropriate)|([A-Z])\)? ?(?:选项)?是?(?:正确|对的)"
+)
+
+
+def read_choice(text: str, choices: Sequence[str]) -> str | None:
+    """The letter of the choice that an output means, or None: "B", "(b)", "B. a cat", "a cat", "the answer is (B)", "答案是B".
+
+    The clearest sign decides: in the last box, then in the text around it, a letter or the text of a choice and nothing
+    else; then what is stated ("the answer is", "B is correct"); what the text begins with ("Yes, ..."); a letter in
+    brackets, before a mark, on its own ("I" and "A" are words); the text of a choice somewhere, whole words only and the
+    longest first. Of several of one sort the last counts, and none that is denied ("not B", "A is wrong").
+    """
+    text = without_thinking(text)
+    choices = [_readable(choice).strip(" .\n") for choice in choices[:26]]
+    box = extract_answer(text)
+    around = _readable(text if box is None else text.replace("{" + box + "}", " "))
+    if box is not None:
+        box = _readable(box)
+        if letter := _first(box, choices, (_whole, _stated, _begun, _mentioned)):
+            return letter
+    if letter := _first(around, choices, (_whole, _stated, _begun, _lettered, _mentioned)):
+        return letter
+    return _lettered(box, choices) if box is not None and not set("\\=") & set(box) else None
+
+
+def _first(text: str, choices: list[str], readers: Sequence) -> str | None:
+    return next((letter for reader in readers if (letter := reader(text, choices))), None)
+
+
+def _readable(text: str) -> str:
+    """Plain characters, without marks of fonts and formulas, single blanks; lines stay."""
+    text = unicodedata.normalize("NFKC", text).translate(str.maketrans(_ALIKE))
+    text = re.sub(r"\\(?:text|math)[a-z]{0,8}(?= ?\{)|\*\*|[{}$`]|\\[()\[\],;!]", " ", text)
+    return re.sub(r" ?\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text)).strip()
+
+
+def _letters(choices: Sequence[str]) -> str:
+    return string.ascii_uppercase[: len(choices)]
+
+
+def _whole(text: str, choices: list[str]) -> str | None:
+    """The text is a letter, or the text of a choice, or both, and nothing else."""
+    letters, plain = _letters(choices), text.strip(" .\n*").lower()
+    if len(plain) == 1 and plain.upper() in letters:
+        return plain.upper()
+    for letter, choice in zip(letters, choices):
+        if plain and plain in (choice.lower(), f"{letter} {choice}".lower()):
+            return letter
+    form = canonical(text)
+    if isinstance(form, str) and len(form) == 1 and form.upper() in letters:
+        return form.upper()
+    same = (letter for letter, choice in zip(letters, choices) if canonical(choice) == form)
+    return next(same, None) if says_something(text) else None
+
+
+def _stated(text: str, choices: list[str]) -> str | None:
+    """What is called the answer, a letter or the text of a choice; the last time that one is."""
+    text, last, mentions = _DENIED.sub(" ", text), (-1, None), _mentions(choices)
+    for found in _STATED.finditer(text):
+        start = _FILLER.match(text, found.end()).end()
+        mention = mentions.match(text, start) if mentions else None
+        letter = _letter_at(text, start, choices)
+        if mention and len(mention[0]) > 1:
+            letter = _letter_of(mention[0], choices)
+        last = (start, letter) if letter else last
+    for found in _CALLED_RIGHT.finditer(text):
+        letter = found[1] or found[2]
+        if letter in _letters(choices) and found.start() > last[0]:
+            last = (found.start(), letter)
+    return last[1]
+
+
+def _letter_at(text: str, start: int, choices: list[str]) -> str | None:
+    """The letter that stands there; a small one, A and I only if no word follows that makes them words."""
+    letter = text[start : start + 1]
+    if not re.match(rf"[A-Za-z](?!{_EDGE}|')", text[start : start + 2]) or letter.upper() not in _letters(
+        choices
+    ):
+        return None
+    is_word = (letter.islower() or letter in "AI") and not _A_FOLLOWS.match(text, start + 1)
+    return None if is_word else letter.upper()
+
+
+def _begun(text: str, choices: list[str]) -> str | None:
+    """The text begins with the text of a choice and a mark, as "Yes, it is", or with a letter and a mark, of several none."""
+    mentions = _mentions(choices)
+    mention = mentions.match(text) if mentions else None
+    if mention and re.match(r" ?(?:[.,;:!\n]|$)", text[mention.end() : mention.end() + 2]):
+        return _letter_of(mention[0], choices)
+    letter = re.match(r"\(?([A-Z])(?:[:)\n]|\.(?=\s))", text)
+    if letter and letter[1] in _letters(choices) and not _NEXT_LETTER.search(text, letter.end()):
+        return letter[1]
+    return None
+
+
+def _lettered(text: str, choices: list[str]) -> str | None:
+    """The last letter in brackets; if there is none, before a mark; if there is none, on its own."""
+    text, letters = _DENIED.sub(" ", text), _letters(choices)
+    if not letters:
+        return None
+    alone = "".join(letter for letter in letters if letter not in "AI")
+    for pattern in (
+        rf"\(([{letters}])\)",
+        rf"(?<!{_EDGE})([{letters}])(?:[:)]|(?<!I)\.(?=\s|$))",
+        rf"(?<![{_EDGE[1:-1]}'])(?:([{alone or 'A'}])(?!{_EDGE}|')|(A)(?= ?(?:[^\w\s']|\n|$)))",
+    ):
+        if found := [match[match.lastindex] for match in re.finditer(pattern, text)]:
+            return found[-1]
+    return None
+
+
+def _mentioned(text: str, choices: list[str]) -> str | None:
+    """The text of a choice that stands somewhere, whole words only, and without a "not" before it."""
+    mentions, last = _mentions(choices), None
+    for found in mentions.finditer(text) if mentions else ():
+        before = text[max(0, found.start() - 12) : found.start()].lower()
+        if not re.search(r"(?:\bnot|n't|\bnor|\bneither|不是|并非)\s?(?:an? |the )?$", before):
+            last = found[0]
+    return _letter_of(last, choices) if last else None
+
+
+def _mentions(choices: Sequence[str]) -> re.Pattern | None:
+    """Finds the texts of choices as whole words and numbers, the longest first."""
+    patterns = []
+    for choice in sorted(filter(None, choices), key=len, reverse=True):
+        words = r"\s+".join(map(re.escape, choice.split()))
+        before = rf"(?<!{_EDGE})" if re.match(_EDGE, choice[0]) else ""
+        before += r"(?<!\d[.,])(?<!-)" if choice[0].isdigit() else ""
+        after = rf"(?!{_EDGE})" if re.match(_EDGE, choice[-1]) else ""
+        after += r"(?![.,]?\d)" if choice[-1].isdigit() else ""
+        patterns.append(before + words + after)
+    return re.compile("|".join(patterns), re.IGNORECASE) if patterns else None
+
+
+def _letter_of(mention: str, choices: list[str]) -> str | None:
+    plain = [" ".join(choice.lower().split()) for choice in choices]
+    words = " ".join(mention.lower().split())
+    return _letters(choices)[plain.index(words)] if words in plain else None
+
+
+def read_yes_no(text: str) -> bool | None:
+    """What an output says to a question of yes or no: "\\boxed{Yes, the left}" and "Yes, it is." are yes; None if unclear."""
+    return {"A": True, "B": False}.get(read_choice(text, ("yes", "no")))
+
+
+_OPTION = re.compile(r"(?:^|(?<=[\s(,;]))([a-jA-J])[.:)]\s{0,4}")
+
+
+def options_in(question: str) -> tuple[str, ...]:
+    """The choices that stand in the text of a question, as in "Which? Options: A: Haiti, B: Grenada"; () if there are none."""
+    marks: list[re.Match] = []
+    for mark in _OPTION.finditer(question):
+        if mark[1] in "Aa":
+            marks = [mark]
+        elif marks and mark[1] == chr(ord(marks[-1][1]) + 1):
+            marks.append(mark)
+    ends = [mark.start() for mark in marks[1:]] + [len(question)]
+    texts = [question[mark.end() : end].partition("\n")[0].strip(" ,;(") for mark, end in zip(marks, ends)]
+    return tuple(texts) if len(texts) > 1 else ()
