@@ -188,176 +188,177 @@ def _valued(text: str) -> Fraction | str:
 
 # ---- Which choice an output means ----
 
-_EDGE = r"[0-9A-Za-z_\u00c0-\u052f]"  # what makes a word longer: Chinese beside a letter does not
-_DENIED = re.compile(  # "not B", "rather than (B)", "A is wrong"; their letters are not meant
-    r"(?i:\b(?:not|n't|nor|neither|never|rather than|instead of|except|ruled? out|rules out|excludes?|eliminates?)"
-    r" (?:the )?(?:option |choice |answer )?)\(?[A-Z]\b\)?"
-    r"|\(?\b[A-Z]\b\)? (?:is|are|was|looks|seems)(?:n't| not| (?:clearly |also |definitely )?(?:wrong|incorrect|tempting))"
+_EDGE = "0-9A-Za-z_\u00c0-\u052f"  # what makes a word longer; Chinese beside a letter does not
+_DENIED = re.compile(  # their letters are not meant
+    r"(?i:\b(?:not|nor|neither|never|rather than|instead of|except|ruled? out|excludes?|eliminates?)"
+    r" (?:the )?(?:option |choice |answer )?|n't (?:be )?)\(?[A-Z]\b\)?"  # not B, rather than (B), isn't B
+    r"|\(?\b[A-Z]\b\)? (?:is|are|looks|seems)(?:n't| not| (?:also |clearly )?(?:wrong|incorrect|tempting))"
     r"|\(?\b[A-Z]\b\)? (?:can't|cannot)"
     r"|(?:不是|不选|排除|并非|而非) ?\(?[A-Z]\b\)?|[A-Z]\)? ?(?:选项)?是?(?:不对|不正确|错)"
 )
-_STATED = re.compile(  # what comes before a stated answer
+_STATED = re.compile(  # the answer is, answer:, the answer to it must be; no, it's; I choose; 答案是, 选
     r"(?i:\banswer\b[^.:=\n]{0,40}?(?:\b(?:is|be|was)\b(?! not)|[:=]) ?:? ?"
     r"|\b(?:option|choice)(?: is\b| should be\b|:) ?"
     r"|\b(?:no|wait|actually|sorry), (?:it is |it's )?|\bi (?:would )?(?:choose|pick|select|go with) )"
     r"|答案(?:应该|应)?(?:是|为|选)? ?:? ?(?:选项?)? ?|选[择项]? ?:? ?"
 )
 _FILLER = re.compile(
-    r"(?i:(?:option|choice|letter|most likely|probably|definitely|clearly|simply|the) )?(?:[\"'(\[]{0,2} ?)"
+    r"(?i:(?:option|choice|letter|most likely|probably|clearly|simply|the) )?[\"'(\[]{0,2} ?"
 )
-_A_FOLLOWS = re.compile(r" ?(?:$|[^\w\s]|\n|[^\x00-\x7f])| (?:because|since|as|due|for|given|is|which)\b")
+_NO_WORD = re.compile(  # behind a letter: it is no word of a sentence
+    r" ?(?:$|[^\w\s]|\n|[^\x00-\x7f])| (?:because|since|as|due|for|given|is|which)\b"
+)
 _CALLED_RIGHT = re.compile(
-    rf"(?<!{_EDGE})([A-Z])\)? (?:is|must be|should be|seems|looks) (?:the |most |best |clearly |probably ){{0,3}}"
+    rf"(?<![{_EDGE}])([A-Z])\)? (?:is|must be|should be|seems|looks) (?:the |most |best |clearly ){{0,3}}"
     r"(?:correct|right|true|best|answer|appropriate)|([A-Z])\)? ?(?:选项)?是?(?:正确|对的)"
 )
 
 
 def read_choice(text: str, choices: Sequence[str]) -> str | None:
-    """The letter of the choice that an output means, or None: "B", "(b)", "B. a cat", "a cat", "the answer is (B)", "答案是B".
+    """The letter of the choice that an output means, or None: "(b)", "B. a cat", "a cat", "the answer is B", "答案是B".
 
-    The clearest sign decides: in the last box, then in the text around it, a letter or the text of a choice and nothing
-    else; then what is stated ("the answer is", "B is correct"); what the text begins with ("Yes, ..."); a letter in
-    brackets, before a mark, on its own ("I" and "A" are words); the text of a choice somewhere, whole words only and the
-    longest first. Of several of one sort the last counts, and none that is denied ("not B", "A is wrong").
+    The clearest sign decides, first in the last box, then in the text around it: a letter or the text of a choice
+    and nothing else; what is stated ("the answer is B", "B is correct"); what the text begins with ("Yes, it is");
+    letters in brackets, before a mark, on their own ("I" and "A" are words); the text of a choice somewhere, whole
+    words only and the longest first. Of several of one sort the last counts; what is denied ("not B") does not.
     """
-    text = without_thinking(text)
-    choices = [_readable(choice).strip(" .\n") for choice in choices[:26]]
+    menu = _Menu(choices[:26])
     box = extract_answer(text)
+    text = without_thinking(text)
     around = _readable(text if box is None else text.replace("{" + box + "}", " "))
-    if box is not None:
-        box = _readable(box)
-        if letter := _first(box, choices, (_whole, _stated, _begun, _mentioned)):
-            return letter
-    if letter := _first(around, choices, (_whole, _stated, _begun, _lettered, _mentioned)):
-        return letter
-    return _lettered(box, choices) if box is not None and not set("\\=") & set(box) else None
+    box = _readable(box or "")
+    signs = [(read, box) for read in (_whole, _stated, _begun, _mentioned)]
+    signs += [(read, around) for read in (_whole, _stated, _begun, _lettered, _mentioned)]
+    signs += [] if set("\\=") & set(box) else [(_lettered, box)]  # the E of \Delta E is no choice
+    return next((letter for read, where in signs if (letter := read(where, menu))), None)
 
 
-def _first(text: str, choices: list[str], readers: Sequence) -> str | None:
-    return next((letter for reader in readers if (letter := reader(text, choices))), None)
+def read_yes_no(text: str) -> bool | None:
+    """What an output says to a question of yes or no, boxed or not: "Yes, the left" is yes. None if it is not clear."""
+    return {"A": True, "B": False}.get(read_choice(text, ("yes", "no")))
+
+
+class _Menu:
+    """The choices: their letters, their texts, and a pattern that finds the texts as whole words, the longest first."""
+
+    def __init__(self, choices: Sequence[str]):
+        self.letters = string.ascii_uppercase[: len(choices)]
+        self.texts = [_readable(choice).strip(" .\n").lower() for choice in choices]
+        longest_first = sorted(filter(None, self.texts), key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(self._whole_words, longest_first)) or "(?!)", re.IGNORECASE)
+
+    @staticmethod
+    def _whole_words(text: str) -> str:
+        pattern = r"\s+".join(map(re.escape, text.split()))
+        for edge, word, number in (
+            (text[0], "(?<![%s])", r"(?<!\d[.,])(?<!-)"),
+            (text[-1], "(?![%s])", r"(?![.,]?\d)"),
+        ):
+            sides = (word % _EDGE if re.match(f"[{_EDGE}]", edge) else "") + (
+                number if edge.isdigit() else ""
+            )
+            pattern = sides + pattern if word.startswith("(?<") else pattern + sides
+        return pattern
+
+    def letter(self, mention: str) -> str | None:
+        """The letter of a choice, given by its text."""
+        words = " ".join(mention.lower().split())
+        return next((a for a, text in zip(self.letters, self.texts) if " ".join(text.split()) == words), None)
+
+
+_PLAIN_MARKS = str.maketrans(_ALIKE)
 
 
 def _readable(text: str) -> str:
-    """Plain characters, without marks of fonts and formulas, single blanks; lines stay."""
-    text = unicodedata.normalize("NFKC", text).translate(str.maketrans(_ALIKE))
+    """Plain characters without marks of fonts and formulas, and single blanks; lines stay."""
+    text = unicodedata.normalize("NFKC", text).translate(_PLAIN_MARKS)
     text = re.sub(r"\\(?:text|math)[a-z]{0,8}(?= ?\{)|\*\*|[{}$`]|\\[()\[\],;!]", " ", text)
     return re.sub(r" ?\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text)).strip()
 
 
-def _letters(choices: Sequence[str]) -> str:
-    return string.ascii_uppercase[: len(choices)]
-
-
-def _whole(text: str, choices: list[str]) -> str | None:
-    """The text is a letter, or the text of a choice, or both, and nothing else."""
-    letters, plain = _letters(choices), text.strip(" .\n*").lower()
-    if len(plain) == 1 and plain.upper() in letters:
+def _whole(text: str, menu: _Menu) -> str | None:
+    """The text is a letter, the text of a choice, or both, and nothing else."""
+    plain, form = text.strip(" .\n*").lower(), canonical(text)
+    if len(plain) == 1 and plain.upper() in menu.letters:
         return plain.upper()
-    for letter, choice in zip(letters, choices):
-        if plain and plain in (choice.lower(), f"{letter} {choice}".lower()):
+    for letter, choice in zip(menu.letters, menu.texts):
+        if plain and plain in (choice, f"{letter.lower()} {choice}"):
             return letter
-    form = canonical(text)
-    if isinstance(form, str) and len(form) == 1 and form.upper() in letters:
+    if isinstance(form, str) and len(form) == 1 and form.upper() in menu.letters:
         return form.upper()
-    same = (letter for letter, choice in zip(letters, choices) if canonical(choice) == form)
-    return next(same, None) if says_something(text) else None
+    same = [letter for letter, choice in zip(menu.letters, menu.texts) if canonical(choice) == form]
+    return same[0] if same and says_something(text) else None
 
 
-def _stated(text: str, choices: list[str]) -> str | None:
-    """What is called the answer, a letter or the text of a choice; the last time that one is."""
-    text, last, mentions = _DENIED.sub(" ", text), (-1, None), _mentions(choices)
+def _stated(text: str, menu: _Menu) -> str | None:
+    """The last letter, or text of a choice, that is called the answer."""
+    text, last = _DENIED.sub(" ", text), (-1, None)
     for found in _STATED.finditer(text):
         start = _FILLER.match(text, found.end()).end()
-        mention = mentions.match(text, start) if mentions else None
-        letter = _letter_at(text, start, choices)
-        if mention and len(mention[0]) > 1:
-            letter = _letter_of(mention[0], choices)
-        last = (start, letter) if letter else last
+        mention = menu.pattern.match(text, start)
+        is_text = mention and len(mention[0]) > 1
+        if letter := menu.letter(mention[0]) if is_text else _letter_at(text, start, menu):
+            last = (start, letter)
     for found in _CALLED_RIGHT.finditer(text):
-        letter = found[1] or found[2]
-        if letter in _letters(choices) and found.start() > last[0]:
+        if (letter := found[1] or found[2]) in menu.letters and found.start() > last[0]:
             last = (found.start(), letter)
     return last[1]
 
 
-def _letter_at(text: str, start: int, choices: list[str]) -> str | None:
-    """The letter that stands there; a small one, A and I only if no word follows that makes them words."""
+def _letter_at(text: str, start: int, menu: _Menu) -> str | None:
+    """The letter that stands there; a small one, and A and I, only if they are no words of the sentence."""
     letter = text[start : start + 1]
-    if not re.match(rf"[A-Za-z](?!{_EDGE}|')", text[start : start + 2]) or letter.upper() not in _letters(
-        choices
+    if (
+        not letter
+        or letter.upper() not in menu.letters
+        or re.match(f"[{_EDGE}']", text[start + 1 : start + 2])
     ):
         return None
-    is_word = (letter.islower() or letter in "AI") and not _A_FOLLOWS.match(text, start + 1)
-    return None if is_word else letter.upper()
+    may_be_word = letter.islower() or letter in "AI"
+    return None if may_be_word and not _NO_WORD.match(text, start + 1) else letter.upper()
 
 
-def _begun(text: str, choices: list[str]) -> str | None:
-    """The text begins with the text of a choice and a mark, as "Yes, it is", or with a letter and a mark, of several none."""
-    mentions = _mentions(choices)
-    mention = mentions.match(text) if mentions else None
+def _begun(text: str, menu: _Menu) -> str | None:
+    """What the text begins with, if a mark follows: the text of a choice, or a letter unless others are lettered too."""
+    mention = menu.pattern.match(text)
     if mention and re.match(r" ?(?:[.,;:!\n]|$)", text[mention.end() : mention.end() + 2]):
-        return _letter_of(mention[0], choices)
+        return menu.letter(mention[0])
     letter = re.match(r"\(?([A-Z])(?:[:)\n]|\.(?=\s))", text)
-    if letter and letter[1] in _letters(choices) and not _NEXT_LETTER.search(text, letter.end()):
+    if letter and letter[1] in menu.letters and not _NEXT_LETTER.search(text, letter.end()):
         return letter[1]
     return None
 
 
-def _lettered(text: str, choices: list[str]) -> str | None:
-    """The last letter in brackets; if there is none, before a mark; if there is none, on its own."""
-    text, letters = _DENIED.sub(" ", text), _letters(choices)
-    if not letters:
-        return None
-    alone = "".join(letter for letter in letters if letter not in "AI")
+def _lettered(text: str, menu: _Menu) -> str | None:
+    """The last letter in brackets; if there is none, the last before a mark; if there is none, the last on its own."""
+    text, some = _DENIED.sub(" ", text), f"[{menu.letters or '.'}]"
     for pattern in (
-        rf"\(([{letters}])\)",
-        rf"(?<!{_EDGE})([{letters}])(?:[:)]|(?<!I)\.(?=\s|$))",
-        rf"(?<![{_EDGE[1:-1]}'])(?:([{alone or 'A'}])(?!{_EDGE}|')|(A)(?= ?(?:[^\w\s']|\n|$)))",
+        rf"\(({some})\)",
+        rf"(?<![{_EDGE}])({some})(?:[:)]|(?<!I)\.(?=\s|$))",
+        rf"(?<![{_EDGE}'])(?![AI])({some})(?![{_EDGE}'])|(?<![{_EDGE}'])(A)(?= ?(?:[^\w\s']|\n|$))",
     ):
         if found := [match[match.lastindex] for match in re.finditer(pattern, text)]:
-            return found[-1]
+            return found[-1] if found[-1] in menu.letters else None
     return None
 
 
-def _mentioned(text: str, choices: list[str]) -> str | None:
-    """The text of a choice that stands somewhere, whole words only, and without a "not" before it."""
-    mentions, last = _mentions(choices), None
-    for found in mentions.finditer(text) if mentions else ():
+def _mentioned(text: str, menu: _Menu) -> str | None:
+    """The last text of a choice that stands somewhere without a "not" before it."""
+    last = None
+    for found in menu.pattern.finditer(text):
         before = text[max(0, found.start() - 12) : found.start()].lower()
         if not re.search(r"(?:\bnot|n't|\bnor|\bneither|不是|并非)\s?(?:an? |the )?$", before):
             last = found[0]
-    return _letter_of(last, choices) if last else None
+    return menu.letter(last) if last else None
 
 
-def _mentions(choices: Sequence[str]) -> re.Pattern | None:
-    """Finds the texts of choices as whole words and numbers, the longest first."""
-    patterns = []
-    for choice in sorted(filter(None, choices), key=len, reverse=True):
-        words = r"\s+".join(map(re.escape, choice.split()))
-        before = rf"(?<!{_EDGE})" if re.match(_EDGE, choice[0]) else ""
-        before += r"(?<!\d[.,])(?<!-)" if choice[0].isdigit() else ""
-        after = rf"(?!{_EDGE})" if re.match(_EDGE, choice[-1]) else ""
-        after += r"(?![.,]?\d)" if choice[-1].isdigit() else ""
-        patterns.append(before + words + after)
-    return re.compile("|".join(patterns), re.IGNORECASE) if patterns else None
-
-
-def _letter_of(mention: str, choices: list[str]) -> str | None:
-    plain = [" ".join(choice.lower().split()) for choice in choices]
-    words = " ".join(mention.lower().split())
-    return _letters(choices)[plain.index(words)] if words in plain else None
-
-
-def read_yes_no(text: str) -> bool | None:
-    """What an output says to a question of yes or no: "\\boxed{Yes, the left}" and "Yes, it is." are yes; None if unclear."""
-    return {"A": True, "B": False}.get(read_choice(text, ("yes", "no")))
-
+# ---- Choices that stand in the text of a question ----
 
 _OPTION = re.compile(r"(?:^|(?<=[\s(,;]))([a-jA-J])[.:)]\s{0,4}")
 
 
 def options_in(question: str) -> tuple[str, ...]:
-    """The choices that stand in the text of a question, as in "Which? Options: A: Haiti, B: Grenada"; () if there are none."""
+    """The choices in the text of a question, as in "Which? Options: A: Haiti, B: Grenada"; () if it has none."""
     marks: list[re.Match] = []
     for mark in _OPTION.finditer(question):
         if mark[1] in "Aa":

@@ -14,27 +14,30 @@ The Reasoner's own reward for an answer y to a curated question is 1[y = y~]    
 
 The official code differs from the paper: it scores min(c, 1 - c) in place of r_unc (the same tent, half as high),
 subtracts the cluster's share of the *whole batch* instead of one image's group, and does not clip at 0. This file
-follows the paper. The similarity is the official one: BLEU over words split at white space, smoothing method 1.
+follows the paper. The similarity is BLEU as there (words split at white space, smoothing method 1), but the mean of
+both directions, where the official code takes one; and scripts without spaces are split into characters.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from nltk.util import ngrams
 
-from answers import canonical, same_answer
+from answers import canonical, same_answer, says_something
 
 
 def confidence(answers: Sequence[str | None]) -> tuple[str | None, float]:
     """The silver label y~ and its share c of the m answers (the paper's confidence).
 
-    None stands for an answer that could not be parsed: it counts in m and never wins. A tie goes to the answer that
-    appeared first, and the label is written as it was there. Without any answer: (None, 0.0).
+    None stands for an answer that could not be parsed: it counts in m and never wins, and neither does one that says
+    nothing ("..."). A tie goes to the answer that appeared first, and the label is written as it was there. Without
+    any answer: (None, 0.0).
     """
     votes, written = Counter(), {}
     for answer in answers:
-        if answer is not None:
+        if answer is not None and says_something(answer):
             key = canonical(answer)
             votes[key] += 1
             written.setdefault(key, answer)
@@ -42,7 +45,7 @@ def confidence(answers: Sequence[str | None]) -> tuple[str | None, float]:
         return None, 0.0
     winner = max(
         written, key=lambda key: votes[key]
-    )  # max keeps the first of equals; `written` is in order of appearance
+    )  # the first of equals: `written` is in order of appearance
     return written[winner], votes[winner] / len(answers)
 
 
@@ -59,6 +62,18 @@ def uncertainty_reward(c: float) -> float:
     return 1.0 - abs(2.0 * c - 1.0)
 
 
+_UNSPACED = (  # Chinese, Japanese, and the scripts of south-east Asia; Korean has spaces
+    "\u0e00-\u0eff\u0f00-\u109f\u1780-\u17ff\u1950-\u19ff"  # Thai, Lao, Tibetan, Burmese, Khmer, Tai Lue
+    "\u2e80-\u2fff\u3001-\u312f\u31a0-\ua4cf\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
+
+
+def words(text: str) -> list[str]:
+    """What stands between white space; of scripts without spaces each character, as sacreBLEU's zh tokenizer does."""
+    return _WORD.findall(text)
+
+
 def bleu_similarities(texts: Sequence[str]) -> np.ndarray:
     """The matrix [n, n] of `bleu_similarity` of all pairs of texts.
 
@@ -66,22 +81,21 @@ def bleu_similarities(texts: Sequence[str]) -> np.ndarray:
     count of common n-grams, sum_g min(count_a(g), count_b(g)), is the number of common items: with a text's items as a
     row of zeros and ones, one matrix product gives it for all pairs.
     """
-    words = [text.split() for text in texts]
-    length = np.array([len(w) for w in words], dtype=float)
+    split = [words(text) for text in texts]
+    length = np.array([len(w) for w in split], dtype=float)
     log_precision = np.zeros((len(texts), len(texts)))  # [hypothesis, reference]
     for n in range(1, 5):
         common, total = (
-            _common_items([_occurrences(ngrams(w, n)) for w in words]),
+            _common_items([_occurrences(ngrams(w, n)) for w in split]),
             np.maximum(1, length - n + 1),
         )
-        log_precision += (
-            np.log(np.where(common > 0, common, 0.1) / total[:, None]) / 4
-        )  # smoothing method 1: 0 becomes 0.1
+        smoothed = np.where(common > 0, common, 0.1)  # method 1: 0 becomes 0.1
+        log_precision += np.log(smoothed / total[:, None]) / 4
         if n == 1:
             nothing_in_common = common == 0
     brevity = np.exp(np.minimum(0, 1 - length[None, :] / np.maximum(1, length)[:, None]))
     bleu = np.where(nothing_in_common, 0.0, brevity * np.exp(log_precision))
-    similarity, (same, _) = (bleu + bleu.T) / 2, _numbered(map(tuple, words))
+    similarity, (same, _) = (bleu + bleu.T) / 2, _numbered(map(tuple, split))
     same = np.array(same)
     return np.where(same[:, None] == same[None, :], 1.0, similarity)
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from nltk.util import ngrams
 
-from rewards import cluster_questions
+from rewards import cluster_questions, words
 
 CLUSTERED = 256  # so many questions at most are clustered: the work grows with their square
 FELL = 0.5  # of its first value: how far variety may fall
@@ -25,7 +25,7 @@ AGREEMENT = 0.6  # least share of questions on which the Reasoner's majority is 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     """The share of different n-grams among all n-grams of all texts (distinct-n, arXiv 1510.03055); 0 if there are none."""
-    grams = [gram for text in texts for gram in ngrams(text.split(), n)]
+    grams = [gram for text in texts for gram in ngrams(words(text), n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
