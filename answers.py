@@ -6,15 +6,16 @@ One rule serves the votes, the Reasoner's reward, the judge and evaluation:
     canonical           an answer in one spelling; same_answer compares these
     read_choice         the letter that an output chooses, in a box or in words
 
-Equality of spellings is an equivalence relation, as counting votes needs (a tolerance would not be one). Nothing
-is evaluated, and all work is linear in the text. Matters of taste, decided once:
+Equality of spellings is an equivalence relation, as counting votes needs (a tolerance would not be one).
+Nothing is evaluated, and all work is linear in the text. Matters of taste, decided once:
 
-* What is written counts. 5 cm is neither 5 nor 5 mm, 90° is not 90, $5 is not 5, 50% is 0.5 and not 50, x = 5 is
-  not 5: if units and names fell away, 5 cm would equal 5 mm, and x = 5 would equal y = 5.
+* What is written counts. 5 cm is neither 5 nor 5 mm, 90° is not 90, $5 is not 5, 50% is 0.5 and not 50, x = 5
+  is not 5: if units and names fell away, 5 cm would equal 5 mm, and x = 5 would equal y = 5.
 * A letter from A to J with its text is the letter: B. cat = (B) cat = Option B = B. So J. Smith is J and
   C. elegans is C; but "A cat", "I think", "a.m.", "a:b" and the list "a: 5, b: 6" are no letters.
 * Capitals and marks at the end say nothing, but 5! is not 5. Blanks count between words and nowhere else.
-* Digits in groups of three are one number, 1,000 = 1{,}000 = 1\,000; but (10,200) is a pair, 1 000 two numbers.
+* Digits in groups of three are one number, 1,000 = 1{,}000 = 1\,000; but (10,200) is a pair, 1 000 two
+  numbers.
 * No algebra and no dictionary: x + 1 is not 1 + x, \sqrt{4} is not 2, two is not 2.
 """
 
@@ -34,8 +35,8 @@ _BOX_TOKEN = re.compile(r"\\boxed\s{0,8}\{|\\[{}]|[{}]")
 def extract_answer(text: str) -> str | None:
     r"""The content of the last \boxed{...} behind the thoughts that is closed and not empty, or None.
 
-    Braces may nest (\boxed{\frac{1}{2}}); of a box in a box the inner one counts. One pass over the text with a
-    stack of open braces, so unbalanced or endless braces cost no more than their length.
+    Braces may nest (\boxed{\frac{1}{2}}); of a box in a box the inner one counts. One pass over the text with
+    a stack of open braces, so unbalanced or endless braces cost no more than their length.
     """
     text = without_thinking(text)
     open_braces, best_start, best = [], -1, None
@@ -54,7 +55,7 @@ def extract_answer(text: str) -> str | None:
 def without_thinking(text: str) -> str:
     """What stands behind the last </think> and before a <think> that is left open.
 
-    The template may have written the <think> itself; an output that was cut off in its thoughts says nothing yet.
+    The template may have written the <think> itself; what was cut off in its thoughts says nothing yet.
     """
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
@@ -65,7 +66,7 @@ _LONGEST = 400  # characters; a longer answer is compared word by word
 
 
 def same_answer(a: str, b: str) -> bool:
-    r"""Whether two answers say the same: 0.5 = \frac{1}{2} = 50\%, (B) = B. cat, 1,000 = 1000, \text{cat} = Cat."""
+    r"""Whether two answers say the same: 0.5 = \frac{1}{2} = 50\%, (B) = B. cat, 1,000 = 1000, \text{x} = X."""
     return canonical(a) == canonical(b)
 
 
@@ -76,10 +77,10 @@ def says_something(answer: str) -> bool:
 
 
 def canonical(answer: str) -> Fraction | str:
-    """An answer in one spelling: the value of a number, fraction, mixed number or percentage; else its words."""
+    """An answer in one spelling: the value of a number, a fraction or a percentage, else its words."""
     text = answer.strip()
     if len(text) <= _LONGEST:
-        text = "".join(map(_plain, text)).lower()
+        text = "".join(map(_plain, _RAISED.sub(_braced, text))).lower()
     if len(text) > _LONGEST:
         return " ".join(text.lower().split())
     text = _EMPHASIS.sub(r"\2", latex.plain(text))
@@ -99,13 +100,21 @@ _ALIKE = (
 )
 
 
+_RAISED = re.compile("[⁰¹²³ⁱ⁴-⁾ⁿ]+|[₀-₎]+")
+
+
+def _braced(raised: re.Match) -> str:
+    """10⁻³ as 10^{-3}, 10₂ as 10_{2}."""
+    return f"{'_' if '₀' <= raised[0] <= '₎' else '^'}{{{unicodedata.normalize('NFKC', raised[0])}}}"
+
+
 def _plain(character: str) -> str:
-    """A character in its plainest form: full-width digits are digits, but 5² is 5^2, 10₂ is 10_2 and 1½ is 1 1/2."""
+    """A character in its plainest form: full-width and italic digits are digits, but 1½ is 1 1/2."""
     if character in _ALIKE:
         return _ALIKE[character]
     kind = unicodedata.decomposition(character).split(" ")[0]
-    mark = {"<super>": "^", "<sub>": "_", "<fraction>": " "}.get(kind, "")
-    return mark + unicodedata.normalize("NFKC", character).replace("⁄", "/").replace("−", "-")
+    blank = " " if kind in ("<fraction>", "<circle>", "<super>") else ""
+    return blank + unicodedata.normalize("NFKC", character).replace("⁄", "/").replace("−", "-") + blank
 
 
 # -- What stands around an answer
@@ -116,11 +125,10 @@ _EMPHASIS = re.compile(  # Markdown's stars around a word, but not 2*3 or 2**3
 _THOUSANDS = re.compile(  # 1,000 anywhere, but in brackets only what cannot be two numbers: (1,050)
     r"(?<![\d.,(\[{])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|(?<=[(\[{])[1-9]\d{0,2}(?:,0\d\d)+(?![\d,])", re.ASCII
 )
-_LETTER = (
-    re.compile(  # with single blanks: "b", "b. cat", "(b) cat", "option b: cat"; but not (a)(b) or (a) + 1
-        r"(?:option|choice|answer|选项|答案)? ?:? ?"
-        r"(?:\( ?([a-j]) ?\)(?! ?[=(]|[+*/^-]| [+*/^-] )|([a-j]) ?(?:[.:)、](?= |[^\x00-\x7f])|\)|$))"
-    )
+_LETTER = re.compile(  # "b", "b. cat", "(b) cat", "option b: cat"; but not (a)(b), (a) + 1 or a : b
+    r"(?:option|choice|answer|选项|答案)? ?:? ?"
+    r"(?:\( ?([a-j]) ?\)(?! ?[=(]|[+*/^-]| [+*/^-] )"
+    r"|([a-j])(?: ?[.)、](?= |[^\x00-\x7f])| ?:(?= \S\S| ?[^\x00-\x7f])|\)|$))"
 )
 _NEXT_LETTER = re.compile(r"(?<![\w.'])[a-j] ?[.:)](?= \S)", re.IGNORECASE)
 
@@ -130,9 +138,7 @@ def _unwrapped(text: str) -> str:
     for _ in range(3):
         text = " ".join(text.split()).rstrip(" .,;:?、")
         calm = text.rstrip(" !")
-        if not calm or re.search(
-            r"[^\W\d_]{2}$|[^\W\d_a-z]$", calm
-        ):  # after a word; 5! and n! are factorials
+        if not calm or re.search(r"[^\W\d_]{2}$|[^\W\d_a-z]$", calm):  # of a word, but not of 5! and n!
             text = calm
         if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'`" and text[0] not in text[1:-1]:
             text = text[1:-1].strip()
@@ -154,7 +160,8 @@ def _letter(text: str) -> str | None:
 
 _NUMBER = r"(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})"
 _QUANTITY = re.compile(  # 1.5, 1/2, (-1)/2, 1 1/2, with or without a sign
-    rf"([+-]?)(?:(\d{{1,400}}) (?=\d+/\d))?({_NUMBER}|\([+-]?{_NUMBER}\))(?:/([+-]?{_NUMBER}|\([+-]?{_NUMBER}\)))?",
+    rf"([+-]?)(?:(\d{{1,400}}) (?=\d+/\d))?({_NUMBER}|\([+-]?{_NUMBER}\))"
+    rf"(?:/([+-]?{_NUMBER}|\([+-]?{_NUMBER}\)))?",
     re.ASCII,
 )
 
@@ -197,7 +204,7 @@ _DENIED = re.compile(  # their letters are not meant
     r"|(?:不是|不选|排除|并非|而非) ?\(?[A-Z]\b\)?|[A-Z]\)? ?(?:选项)?是?(?:不对|不正确|错)"
 )
 _STATED = re.compile(  # the answer is, answer:, the answer to it must be; no, it's; I choose; 答案是, 选
-    r"(?i:\banswer\b[^.:=\n]{0,40}?(?:\b(?:is|be|was)\b(?! not)|[:=]) ?:? ?"
+    r"(?i:\banswer\b[^.:=\n]{0,40}?(?:\b(?:is|be|was)\b(?! not)|[:=\n])\s{0,2}:?\s{0,2}"
     r"|\b(?:option|choice)(?: is\b| should be\b|:) ?"
     r"|\b(?:no|wait|actually|sorry), (?:it is |it's )?|\bi (?:would )?(?:choose|pick|select|go with) )"
     r"|答案(?:应该|应)?(?:是|为|选)? ?:? ?(?:选项?)? ?|选[择项]? ?:? ?"
@@ -209,61 +216,64 @@ _NO_WORD = re.compile(  # behind a letter: it is no word of a sentence
     r" ?(?:$|[^\w\s]|\n|[^\x00-\x7f])| (?:because|since|as|due|for|given|is|which)\b"
 )
 _CALLED_RIGHT = re.compile(
-    rf"(?<![{_EDGE}])([A-Z])\)? (?:is|must be|should be|seems|looks) (?:the |most |best |clearly ){{0,3}}"
+    rf"(?<![{_EDGE}])([A-Z])\)? (?:is|must be|would be|seems|looks) (?:the |most |best |clearly ){{0,3}}"
     r"(?:correct|right|true|best|answer|appropriate)|([A-Z])\)? ?(?:选项)?是?(?:正确|对的)"
 )
 
 
 def read_choice(text: str, choices: Sequence[str]) -> str | None:
-    """The letter of the choice that an output means, or None: "(b)", "B. a cat", "a cat", "the answer is B", "答案是B".
+    """The letter of the choice that an output means: "(b)", "B. a cat", "a cat", "the answer is B". Else None.
 
-    The clearest sign decides, first in the last box, then in the text around it: a letter or the text of a choice
-    and nothing else; what is stated ("the answer is B", "B is correct"); what the text begins with ("Yes, it is");
-    letters in brackets, before a mark, on their own ("I" and "A" are words); the text of a choice somewhere, whole
-    words only and the longest first. Of several of one sort the last counts; what is denied ("not B") does not.
+    The clearest sign decides, first in the last box, then in the text around it: what is stated ("the answer
+    is B", "B is correct"); a letter or the text of a choice and nothing else; what the text begins with ("Yes,
+    it is"); letters in brackets, before a mark, on their own ("I" and "A" are words); the text of a choice
+    somewhere, whole words only and the longest first. Of several of one sort the last counts; what is denied
+    ("not B") does not.
     """
-    menu = _Menu(choices[:26])
+    choices = choices[:26]
+    return _clearest(text, _Menu(choices, string.ascii_uppercase[: len(choices)]))
+
+
+def _clearest(text: str, menu: "_Menu") -> str | None:
     box = extract_answer(text)
     text = without_thinking(text)
     around = _readable(text if box is None else text.replace("{" + box + "}", " "))
     box = _readable(box or "")
-    signs = [(read, box) for read in (_whole, _stated, _begun, _mentioned)]
-    signs += [(read, around) for read in (_whole, _stated, _begun, _lettered, _mentioned)]
+    signs = [(read, box) for read in (_stated, _whole, _begun, _mentioned)]
+    signs += [(read, around) for read in (_stated, _whole, _begun, _lettered, _mentioned)]
     signs += [] if set("\\=") & set(box) else [(_lettered, box)]  # the E of \Delta E is no choice
     return next((letter for read, where in signs if (letter := read(where, menu))), None)
 
 
 def read_yes_no(text: str) -> bool | None:
-    """What an output says to a question of yes or no, boxed or not: "Yes, the left" is yes. None if it is not clear."""
-    return {"A": True, "B": False}.get(read_choice(text, ("yes", "no")))
+    """What an output says to a question of yes or no: "Yes, the left" is yes. None if it is not clear."""
+    return {"A": True, "B": False}.get(_clearest(text, _Menu(("yes", "no"), letters="")))
 
 
 class _Menu:
-    """The choices: their letters, their texts, and a pattern that finds the texts as whole words, the longest first."""
+    """The choices: the letters that stand for them, their texts, and a pattern that finds the texts.
 
-    def __init__(self, choices: Sequence[str]):
-        self.letters = string.ascii_uppercase[: len(choices)]
+    The pattern finds whole words and whole numbers, the longest first.
+    """
+
+    def __init__(self, choices: Sequence[str], letters: str):
+        self.letters = letters
         self.texts = [_readable(choice).strip(" .\n").lower() for choice in choices]
         longest_first = sorted(filter(None, self.texts), key=len, reverse=True)
         self.pattern = re.compile("|".join(map(self._whole_words, longest_first)) or "(?!)", re.IGNORECASE)
 
     @staticmethod
     def _whole_words(text: str) -> str:
-        pattern = r"\s+".join(map(re.escape, text.split()))
-        for edge, word, number in (
-            (text[0], "(?<![%s])", r"(?<!\d[.,])(?<!-)"),
-            (text[-1], "(?![%s])", r"(?![.,]?\d)"),
-        ):
-            sides = (word % _EDGE if re.match(f"[{_EDGE}]", edge) else "") + (
-                number if edge.isdigit() else ""
-            )
-            pattern = sides + pattern if word.startswith("(?<") else pattern + sides
-        return pattern
+        before = f"(?<![{_EDGE}])" if re.match(f"[{_EDGE}]", text[0]) else ""
+        after = f"(?![{_EDGE}])" if re.match(f"[{_EDGE}]", text[-1]) else ""
+        before += r"(?<!\d[.,])(?<!-)" if text[0].isdigit() else ""
+        after += r"(?![.,]?\d)" if text[-1].isdigit() else ""
+        return before + r"\s+".join(map(re.escape, text.split())) + after
 
     def letter(self, mention: str) -> str | None:
         """The letter of a choice, given by its text."""
-        words = " ".join(mention.lower().split())
-        return next((a for a, text in zip(self.letters, self.texts) if " ".join(text.split()) == words), None)
+        words = mention.lower().split()
+        return next((a for a, text in zip(string.ascii_uppercase, self.texts) if text.split() == words), None)
 
 
 _PLAIN_MARKS = str.maketrans(_ALIKE)
@@ -281,12 +291,12 @@ def _whole(text: str, menu: _Menu) -> str | None:
     plain, form = text.strip(" .\n*").lower(), canonical(text)
     if len(plain) == 1 and plain.upper() in menu.letters:
         return plain.upper()
-    for letter, choice in zip(menu.letters, menu.texts):
+    for letter, choice in zip(string.ascii_uppercase, menu.texts):
         if plain and plain in (choice, f"{letter.lower()} {choice}"):
             return letter
     if isinstance(form, str) and len(form) == 1 and form.upper() in menu.letters:
         return form.upper()
-    same = [letter for letter, choice in zip(menu.letters, menu.texts) if canonical(choice) == form]
+    same = [letter for letter, choice in zip(string.ascii_uppercase, menu.texts) if canonical(choice) == form]
     return same[0] if same and says_something(text) else None
 
 
@@ -319,7 +329,7 @@ def _letter_at(text: str, start: int, menu: _Menu) -> str | None:
 
 
 def _begun(text: str, menu: _Menu) -> str | None:
-    """What the text begins with, if a mark follows: the text of a choice, or a letter unless others are lettered too."""
+    """What the text begins with, if a mark follows: the text of a choice, or a letter that has no list."""
     mention = menu.pattern.match(text)
     if mention and re.match(r" ?(?:[.,;:!\n]|$)", text[mention.end() : mention.end() + 2]):
         return menu.letter(mention[0])
@@ -330,7 +340,7 @@ def _begun(text: str, menu: _Menu) -> str | None:
 
 
 def _lettered(text: str, menu: _Menu) -> str | None:
-    """The last letter in brackets; if there is none, the last before a mark; if there is none, the last on its own."""
+    """The last letter in brackets; without one, the last before a mark; without one, the last on its own."""
     text, some = _DENIED.sub(" ", text), f"[{menu.letters or '.'}]"
     for pattern in (
         rf"\(({some})\)",
@@ -358,7 +368,7 @@ _OPTION = re.compile(r"(?:^|(?<=[\s(,;]))([a-jA-J])[.:)]\s{0,4}")
 
 
 def options_in(question: str) -> tuple[str, ...]:
-    """The choices in the text of a question, as in "Which? Options: A: Haiti, B: Grenada"; () if it has none."""
+    """The choices in the text of a question, as in "Which? Options: A: Haiti, B: Cuba"; () if it has none."""
     marks: list[re.Match] = []
     for mark in _OPTION.finditer(question):
         if mark[1] in "Aa":

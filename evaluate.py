@@ -1,20 +1,23 @@
-r"""Scores checkpoints on labelled visual questions: is the VLM better after self-play, and is it right to be sure?
+r"""Scores checkpoints on labelled visual questions: is the VLM better after self-play, and is it right to be
+sure?
 
-Each question is answered once greedily and m times at random. Over N questions, of question i c_i samples right:
+Each question is answered once greedily and m times at random. Over N questions, of question i c_i samples
+right:
 
     greedy_accuracy     share of greedy answers that are right      sampled_accuracy    mean of c_i / m
     majority_accuracy   share of majorities that are right          pass_at_m           share with c_i > 0
     confidence          mean share of the majority, the paper's c
     ece                 sum_b n_b / N |right_b - confidence_b|, over ten bins b of confidence
 
-Every mean has a 95% interval by the bootstrap over questions; of several models each is compared with the first on
-the same questions (a paired bootstrap, and McNemar's exact test).
+Every mean has a 95% interval by the bootstrap over questions; of several models each is compared with the
+first on the same questions (a paired bootstrap, and McNemar's exact test).
 
     python evaluate.py --model toy --model runs/x/reasoner --data runs/x/held-out/questions.jsonl
 
-A line of the data is {"image": path, "question": text, "answer": text or list of texts that all count as right}, and
-may have "choices" (a list; the answer is then a letter or the text of one), "kind" (scored apart), and "question_id"
-and "figure_id" (see `pair_scores`). How the paper's benchmarks become such lines is in the README.
+A line of the data is {"image": path, "question": text, "answer": text or list of texts that all count as
+right}, and may have "choices" (a list; the answer is then a letter or the text of one), "kind" (scored
+apart), and "question_id" and "figure_id" (see `pair_scores`). How the paper's benchmarks become such lines is
+in the README.
 """
 
 import argparse
@@ -38,6 +41,7 @@ import reasoner
 from answers import canonical, extract_answer, options_in, read_choice, read_yes_no, same_answer
 from engine.checkpoint import load_config
 from engine.images import ImageError, load_image
+from engine.items import Item, read_lines
 from generate import generate
 from rewards import confidence
 from vlm import VLM
@@ -50,19 +54,6 @@ JUDGE = (
     "Question: {question}\nCorrect answer: {truth}\nGiven answer: {answer}\n"
     "Does the given answer say the same as the correct one? Answer with \\boxed{{yes}} or \\boxed{{no}}."
 )
-
-
-@dataclass(frozen=True)
-class Item:
-    """A question about an image with its true answer: all of `answer` count as right."""
-
-    image: str
-    question: str
-    answer: tuple[str, ...]
-    choices: tuple[str, ...] = ()
-    kind: str = ""
-    question_id: str = ""
-    figure_id: str = ""
 
 
 @dataclass
@@ -107,8 +98,8 @@ def choices_of(item: Item) -> tuple[str, ...]:
 def read_answer(text: str, item: Item) -> str | None:
     """The answer in what a model wrote.
 
-    With choices it is the letter, if the true answer is yes or no that word, both also where there is no box; else the
-    content of the last box.
+    With choices it is the letter, if the true answer is yes or no that word, both also where there is no box;
+    else the content of the last box.
     """
     if item.choices:
         return read_choice(text, item.choices)
@@ -123,8 +114,8 @@ def read_answer(text: str, item: Item) -> str | None:
 def right(answer: str | None, item: Item) -> bool:
     """Whether an answer, as `read_answer` gives it, is right.
 
-    Of a question without choices: equal to one of the true answers by `same_answer`, or the same number after rounding
-    to two decimals (MMMU's rule for open questions).
+    Of a question without choices: equal to one of the true answers by `same_answer`, or the same number after
+    rounding to two decimals (MMMU's rule for open questions).
     """
     if answer is None:
         return False
@@ -166,7 +157,8 @@ def answer_all(vlm: VLM, items: Sequence[Item], samples: int, batch: int = 64, *
 
 
 def judge_all(judge: VLM, outcomes: Sequence[Outcome], max_new_tokens: int, batch: int = 64) -> None:
-    """Asks a model whether the greedy answers to free-form questions are right; sets `judged` where it is clear."""
+    """Asks a model whether the greedy answers to free-form questions are right; sets `judged` where it is
+    clear."""
     free = [o for o in outcomes if not choices_of(o.item) and o.greedy is not None]
     for start in range(0, len(free), batch):
         some = free[start : start + batch]
@@ -189,21 +181,19 @@ def scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
 
 
 def reliability(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
-    """Per bin of confidence that is not empty: its bounds (the upper one belongs to it), the share of questions in it,
-    their mean confidence, and how many of their majorities are right."""
+    """Per bin of confidence that is not empty: its bounds (the upper one belongs to it), the share of
+    questions in it, their mean confidence, and how many of their majorities are right."""
     bins: dict[int, list[dict]] = {}
     for values in (outcome.values for outcome in outcomes):
         bins.setdefault(max(0, math.ceil(round(values["confidence"] * BINS, 9)) - 1), []).append(values)
-    return [
-        dict(
-            above=number / BINS,
-            upto=(number + 1) / BINS,
-            share=len(members) / len(outcomes),
-            confidence=sum(v["confidence"] for v in members) / len(members),
-            right=sum(v["majority_accuracy"] for v in members) / len(members),
+    table = []
+    for number, members in sorted(bins.items()):
+        sure, right = (
+            sum(v[name] for v in members) / len(members) for name in ("confidence", "majority_accuracy")
         )
-        for number, members in sorted(bins.items())
-    ]
+        bounds = dict(above=number / BINS, upto=(number + 1) / BINS)
+        table.append(bounds | dict(share=len(members) / len(outcomes), confidence=sure, right=right))
+    return table
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
@@ -215,7 +205,8 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
 
 
 def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
-    """McNemar's exact test (two-sided p): of the questions that only one model gets right, is it a fair coin which?"""
+    """McNemar's exact test (two-sided p): of the questions that only one model gets right, is it a fair coin
+    which?"""
     only_ours = sum(a and not b for a, b in zip(ours, theirs))
     only_theirs = sum(b and not a for a, b in zip(ours, theirs))
     n, k = only_ours + only_theirs, min(only_ours, only_theirs)
@@ -223,8 +214,8 @@ def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
 
 
 def compare(first: Sequence[Outcome], second: Sequence[Outcome]) -> dict[str, dict]:
-    """How much better the second model is than the first on the same questions: the difference of each mean with its
-    interval, and for right-or-wrong answers McNemar's p."""
+    """How much better the second model is than the first on the same questions: the difference of each mean
+    with its interval, and for right-or-wrong answers McNemar's p."""
     result = {}
     for name in MEANS:
         a, b = ([outcome.values[name] for outcome in outcomes] for outcomes in (first, second))
@@ -236,8 +227,9 @@ def compare(first: Sequence[Outcome], second: Sequence[Outcome]) -> dict[str, di
 
 
 def pair_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """HallusionBench's scores of greedy answers (arXiv 2310.14566): aAcc of all questions; qAcc of questions that are
-    right for each of their figures; fAcc of figures all of whose questions are right. {} without all ids."""
+    """HallusionBench's scores of greedy answers (arXiv 2310.14566): aAcc of all questions; qAcc of questions
+    that are right for each of their figures; fAcc of figures all of whose questions are right. {} without all
+    ids."""
     if not outcomes or not all(o.item.question_id and o.item.figure_id for o in outcomes):
         return {}
 
@@ -253,8 +245,8 @@ def pair_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
 
 
 def judge_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Of the free-form questions that the judge gave a clear verdict on: their share of all, how many it calls right,
-    and how often it disagrees with the rules."""
+    """Of the free-form questions that the judge gave a clear verdict on: their share of all, how many it
+    calls right, and how often it disagrees with the rules."""
     judged = [o for o in outcomes if o.judged is not None]
     if not judged:
         return dict(judged=0.0)
@@ -275,7 +267,7 @@ def full_report(outcomes: Sequence[Outcome]) -> dict:
     return dict(scores=report, reliability=reliability(outcomes), **pair_scores(outcomes))
 
 
-# ---- The data ----
+# ---- The command line ----
 
 
 def read_items(path: Path) -> tuple[list[Item], list[tuple[str, str]]]:
@@ -284,17 +276,12 @@ def read_items(path: Path) -> tuple[list[Item], list[tuple[str, str]]]:
     Raises ValueError with a sentence, which names the line.
     """
     items, skipped = [], []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 may stand in a text
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--data {path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not (line := line.strip(" \t\r\ufeff")):
-            continue
-        try:
-            item = _item(json.loads(line), path.parent)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"--data {path}, line {number}: {error}") from error
+    for number, item in read_lines(path):
+        where, choices = f"--data {path}, line {number}:", item.choices
+        if len(choices) > 26 or choices and not any(read_choice(truth, choices) for truth in item.answer):
+            raise ValueError(f"{where} the answer {' or '.join(item.answer)!r} is none of the choices")
+        if item.kind == "all":
+            raise ValueError(f'{where} the kind "all" is the name of the overall scores')
         try:
             load_image(item.image)
             items.append(item)
@@ -303,47 +290,6 @@ def read_items(path: Path) -> tuple[list[Item], list[tuple[str, str]]]:
     if not items:
         raise ValueError(f"--data {path} has no question whose image can be read")
     return items, skipped
-
-
-def _item(fields: object, folder: Path) -> Item:
-    """The item that a line stands for; raises ValueError with a sentence."""
-    if not isinstance(fields, dict):
-        raise ValueError('it is not an object {"image": ..., "question": ..., "answer": ...}')
-    image, question, answer, choices = (
-        fields.get(name) for name in ("image", "question", "answer", "choices")
-    )
-    if not isinstance(image, str) or not image:
-        raise ValueError(f"image is not a path but {image!r}")
-    if not isinstance(question, str):
-        raise ValueError(f"question is not text but {question!r}")
-    answers = _texts(answer if isinstance(answer, list) else [answer], "answer")
-    if isinstance(choices, dict) and [*choices] == [*string.ascii_uppercase[: len(choices)]]:
-        choices = [*choices.values()]
-    if choices is not None and not isinstance(choices, list):
-        raise ValueError(f"choices is not a list but {choices!r}")
-    choices = _texts(choices, "choices") if choices else ()
-    if len(choices) > 26 or (choices and not any(read_choice(a, choices) for a in answers)):
-        raise ValueError(f"the answer {answer!r} is none of the choices")
-    names = [name for name in ("kind", "question_id", "figure_id") if fields.get(name) not in (None, "")]
-    ids = {name: _texts([fields[name]], name)[0] for name in names}
-    if ids.get("kind") == "all":
-        raise ValueError('the kind "all" is the name of the overall scores')
-    return Item(str(folder / image), _texts([question], "question")[0], answers, choices, **ids)
-
-
-def _texts(values: list, name: str) -> tuple[str, ...]:
-    """Texts and numbers as texts; raises ValueError if there are none, or others among them."""
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
-            raise ValueError(f"{name} is not text or a number but {value!r}")
-        if str(value) in ("nan", "inf", "-inf") or re.search("[\ud800-\udfff]", str(value)):
-            raise ValueError(f"{name} is no readable text: {value!r}")
-    if not values:
-        raise ValueError(f"{name} is empty")
-    return tuple(map(str, values))
-
-
-# ---- The command line ----
 
 
 def table(reports: dict[str, dict]) -> str:
@@ -379,7 +325,8 @@ def table(reports: dict[str, dict]) -> str:
 
 
 def device(name: str) -> str:
-    """The name of a device that is there; raises ArgumentTypeError if it is not, before anything is loaded."""
+    """The name of a device that is there; raises ArgumentTypeError if it is not, before anything is
+    loaded."""
     try:
         found = torch.device(name)
         known = found.type == "cpu" or found.type == "cuda" and (found.index or 0) < torch.cuda.device_count()
@@ -421,7 +368,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def answer_items(args: argparse.Namespace) -> dict[str, list[Outcome]]:
-    """What each model answers, judged if there is a judge. Raises ValueError, OSError or RuntimeError with a sentence."""
+    """What each model answers, judged if there is a judge. Raises ValueError, OSError or RuntimeError with a
+    sentence."""
     items, skipped = read_items(args.data)
     for image, reason in skipped:
         print(f"skipped {image}: {reason}", file=sys.stderr)
@@ -463,11 +411,10 @@ def main(argv: list[str] | None = None) -> int:
             reports[name]["against_first"] = compare(first, answered)
     print(table(reports))
     if args.json:
-        answers = {
-            name: [asdict(o) | {"greedy_right": o.greedy_right} for o in answered]
-            for name, answered in outcomes.items()
+        rows = {
+            m: [asdict(o) | {"greedy_right": o.greedy_right} for o in some] for m, some in outcomes.items()
         }
-        content = dict(settings=vars(args), reports=reports, answers=answers)
+        content = dict(settings=vars(args), reports=reports, answers=rows)
         try:
             args.json.write_text(json.dumps(content, default=str, indent=1) + "\n")
         except OSError as error:  # a full disk: the table stands above

@@ -1,11 +1,12 @@
 r"""The Image-Conditioned Questioner: one image in, one hard but answerable question out.
 
-    x_i ~ Q_theta( . | image),  i = 1 .. G         written as  <type>..</type> <question>..</question> <answer>..</answer>
+    x_i ~ Q_theta( . | image),  i = 1 .. G         written as
+    <type>..</type> <question>..</question> <answer>..</answer>
 
-A question is valid when the output has exactly these three blocks, in this order, with a known type; before them
-a thought up to </think> may stand, as MiMo-VL writes one. The Questioner's own answer, boxed or not, is demanded
-because working it out makes better questions; the algorithm never uses it, the silver label is the Reasoner's
-majority.
+A question is valid when the output has exactly these three blocks, in this order, with a known type; before
+them a thought up to </think> may stand, as MiMo-VL writes one. The Questioner's own answer, boxed or not, is
+demanded because working it out makes better questions; the algorithm never uses it, the silver label is the
+Reasoner's majority.
 
 The prompt is our own and the same for every model; the paper's is longer and names example topics.
 """
@@ -59,8 +60,8 @@ def propose(vlm: VLM, prompts: list[Prompt], n: int, **sampling) -> list[list[Pr
 def parse_question(text: str) -> Question | None:
     """The question in an output of the Questioner, or None if it is not valid.
 
-    One thought at most may stand before it. Takes time linear in the text, raises nothing and evaluates nothing,
-    whatever the model wrote.
+    One thought at most may stand before it. Takes time linear in the text, raises nothing and evaluates
+    nothing, whatever the model wrote.
     """
     if max(text.count("<think>"), text.count("</think>")) > 1:
         return None

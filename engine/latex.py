@@ -1,7 +1,8 @@
-r"""LaTeX as plain text, for comparing answers: \frac{x+1}{2} becomes (x+1)/2, \sqrt2 becomes √2, x^{2} becomes x^2.
+r"""LaTeX as plain text, for comparing answers: \frac{x+1}{2} becomes (x+1)/2, \sqrt2 is √2, x^{2} is x^2.
 
-What only sets type (fonts, spaces, the size of brackets) becomes a blank, so that what stood on its two sides is never
-joined. A command that is not known becomes its name. Nothing is evaluated; it is one pass over the tokens.
+What only sets type (fonts, spaces, the size of brackets) becomes a blank, so that what stood on its two sides
+is never joined. A command that is not known becomes its name. Nothing is evaluated; it is one pass over the
+tokens.
 """
 
 import re
@@ -18,20 +19,23 @@ _LAYOUT = set(
     " ensuremath left right middle big bigl bigr bigg biggl biggr displaystyle textstyle limits nolimits"
     " quad qquad enspace thinspace medspace thickspace space nobreakspace newline".split()
 )
-_GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa mu nu xi pi rho sigma tau upsilon phi chi psi omega"
-_SYMBOLS = {name: unicodedata.lookup(f"greek small letter {name}") for name in _GREEK.split()} | dict(
-    pair.split()
-    for pair in (
-        "lambda λ,varepsilon ε,vartheta θ,varphi φ,times ×,cdot ·,div ÷,pm ±,le ≤,leq ≤,ge ≥,geq ≥,ne ≠,neq ≠,"
-        "lt <,gt >,approx ≈,sim ~,infty ∞,circ °,degree °,textdegree °,to →,rightarrow →,leftarrow ←,in ∈,cup ∪,"
-        "cap ∩,angle ∠,triangle △,perp ⊥,parallel ∥,ldots ...,dots ...,cdots ...,lbrace {,rbrace },mid |,colon :,"
-        "prime '"
-    ).split(",")
+_GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa mu nu xi pi rho sigma tau upsilon phi chi psi"
+    " omega"
 )
+_OTHERS = (
+    "lambda λ,varepsilon ε,vartheta θ,varphi φ,times ×,cdot ·,div ÷,pm ±,le ≤,leq ≤,ge ≥,geq ≥,ne ≠,neq ≠,"
+    "lt <,gt >,approx ≈,sim ~,infty ∞,circ °,degree °,textdegree °,to →,rightarrow →,leftarrow ←,in ∈,"
+    "cup ∪,cap ∩,angle ∠,triangle △,perp ⊥,parallel ∥,ldots ...,dots ...,cdots ...,lbrace {,rbrace },mid |,"
+    "colon :,prime '"
+)
+_SYMBOLS = {name: unicodedata.lookup(f"greek small letter {name}") for name in _GREEK.split()}
+_SYMBOLS |= dict(pair.split() for pair in _OTHERS.split(","))
 
 
 def plain(text: str) -> str:
-    r"""A text in small letters, without its LaTeX. Pairs of $ fall away; of an odd number each is kept: it is money."""
+    r"""A text in small letters, without its LaTeX. Pairs of $ fall away; of an odd number each is kept: it is
+    money."""
     if text.count("{") > DEEPEST:
         return text
     tokens = _TOKEN.findall(_IS_BLANK.sub(" ", _PARTS_THOUSANDS.sub(",", text)))
@@ -80,7 +84,7 @@ def _argument(tokens: Iterator[str]) -> str:
 
 
 def _operand(text: str, product: bool = False, signed: bool = False) -> str:
-    """In brackets, unless it needs none: a number, a word, a whole bracket; above a line 2π, in an exponent -1."""
+    """In brackets, unless it needs none: a number, a word, a bracket; above a line 2π, in an exponent -1."""
     text = text.strip()
     simple = r"√?[\d.]*[^\W\d_]*" if product else r"√?(\d+(\.\d+)?|[^\W\d_]+)|°"
     bare = re.fullmatch(simple + r"|\([^()]*\)", text.lstrip("+-") if signed else text)
