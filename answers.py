@@ -66,18 +66,23 @@ _LONGEST = 400  # characters; a longer answer is compared word by word
 
 
 def same_answer(a: str, b: str) -> bool:
-    r"""Whether two answers say the same: 0.5 = \frac{1}{2} = 50\%, (B) = B. cat, 1,000 = 1000, \text{x} = X."""
+    r"""Whether two answers say the same: 0.5 = \frac{1}{2} = 50\%, (B) = B. cat, 1,000 = 1000."""
     return canonical(a) == canonical(b)
 
 
 def says_something(answer: str) -> bool:
     """Whether an answer is more than punctuation and blanks: "..." and "?" are no votes."""
-    form = canonical(answer)
+    form = _form(answer)
     return isinstance(form, Fraction) or any(unicodedata.category(c)[0] in "LNS" for c in form)
 
 
 def canonical(answer: str) -> Fraction | str:
     """An answer in one spelling: the value of a number, a fraction or a percentage, else its words."""
+    form = _form(answer)
+    return answer.strip() if form == "" else form  # nothing is left of "?" and "!", and they are not the same
+
+
+def _form(answer: str) -> Fraction | str:
     text = answer.strip()
     if len(text) <= _LONGEST:
         text = "".join(map(_plain, _RAISED.sub(_braced, text))).lower()
@@ -85,8 +90,7 @@ def canonical(answer: str) -> Fraction | str:
         return " ".join(text.lower().split())
     text = _EMPHASIS.sub(r"\2", latex.plain(text))
     text = _unwrapped(_THOUSANDS.sub(lambda number: number[0].replace(",", ""), text))
-    form = _letter(text) or _valued(_spaced(text))
-    return answer.strip() if form == "" else form  # nothing is left of "?" and "!", and they are not the same
+    return _letter(text) or _valued(_spaced(text))
 
 
 # -- Characters
@@ -197,8 +201,8 @@ def _valued(text: str) -> Fraction | str:
 
 _EDGE = "0-9A-Za-z_\u00c0-\u052f"  # what makes a word longer; Chinese beside a letter does not
 _DENIED = re.compile(  # their letters are not meant
-    r"(?i:\b(?:not|nor|neither|never|rather than|instead of|except|ruled? out|excludes?|eliminates?)"
-    r" (?:the )?(?:option |choice |answer )?|n't (?:be )?)\(?[A-Z]\b\)?"  # not B, rather than (B), isn't B
+    r"(?i:\b(?:(?:can)?not|nor|neither|never|rather than|instead of|except|ruled? out|excludes?|eliminates?)"
+    r"(?: be)? (?:the )?(?:option |choice |answer )?|n't (?:be )?)\(?[A-Z]\b\)?"  # not B, isn't B
     r"|\(?\b[A-Z]\b\)? (?:is|are|looks|seems)(?:n't| not| (?:also |clearly )?(?:wrong|incorrect|tempting))"
     r"|\(?\b[A-Z]\b\)? (?:can't|cannot)"
     r"|(?:不是|不选|排除|并非|而非) ?\(?[A-Z]\b\)?|[A-Z]\)? ?(?:选项)?是?(?:不对|不正确|错)"
@@ -222,13 +226,13 @@ _CALLED_RIGHT = re.compile(
 
 
 def read_choice(text: str, choices: Sequence[str]) -> str | None:
-    """The letter of the choice that an output means: "(b)", "B. a cat", "a cat", "the answer is B". Else None.
+    """The letter of the choice that an output means, or None: "(b)", "B. a cat", "a cat", "the answer is B".
 
     The clearest sign decides, first in the last box, then in the text around it: what is stated ("the answer
-    is B", "B is correct"); a letter or the text of a choice and nothing else; what the text begins with ("Yes,
-    it is"); letters in brackets, before a mark, on their own ("I" and "A" are words); the text of a choice
-    somewhere, whole words only and the longest first. Of several of one sort the last counts; what is denied
-    ("not B") does not.
+    is B", "B is correct"); a letter or the text of a choice and nothing else; what the text begins with
+    ("Yes, it is"); letters in brackets, before a mark, on their own ("I" and "A" are words); the text of a
+    choice somewhere, whole words only and the longest first. Of several of one sort the last counts; what is
+    denied ("not B") does not.
     """
     choices = choices[:26]
     return _clearest(text, _Menu(choices, string.ascii_uppercase[: len(choices)]))

@@ -1,8 +1,6 @@
-r"""Scores checkpoints on labelled visual questions: is the VLM better after self-play, and is it right to be
-sure?
+r"""Scores checkpoints on labelled visual questions: is the VLM better after self-play, and rightly sure?
 
-Each question is answered once greedily and m times at random. Over N questions, of question i c_i samples
-right:
+Each question is answered once greedily and m times at random. Of N questions, c_i samples of the i-th right:
 
     greedy_accuracy     share of greedy answers that are right      sampled_accuracy    mean of c_i / m
     majority_accuracy   share of majorities that are right          pass_at_m           share with c_i > 0
@@ -42,6 +40,7 @@ from answers import canonical, extract_answer, options_in, read_choice, read_yes
 from engine.checkpoint import load_config
 from engine.images import ImageError, load_image
 from engine.items import Item, read_lines
+from engine.table import table
 from generate import generate
 from rewards import confidence
 from vlm import VLM
@@ -70,6 +69,7 @@ class Outcome:
 
     @property
     def greedy_right(self) -> bool:
+        """Whether the greedy answer is right."""
         return right(self.greedy, self.item)
 
     @cached_property
@@ -80,6 +80,10 @@ class Outcome:
         sampled = sum(samples_right) / len(samples_right)
         values = (self.greedy_right, sampled, right(label, self.item), any(samples_right), share)
         return dict(zip(MEANS, map(float, values)))
+
+    def record(self) -> dict:
+        """All of it, for --json."""
+        return asdict(self) | {"greedy_right": self.greedy_right}
 
 
 # ---- Which answer is right ----
@@ -157,8 +161,7 @@ def answer_all(vlm: VLM, items: Sequence[Item], samples: int, batch: int = 64, *
 
 
 def judge_all(judge: VLM, outcomes: Sequence[Outcome], max_new_tokens: int, batch: int = 64) -> None:
-    """Asks a model whether the greedy answers to free-form questions are right; sets `judged` where it is
-    clear."""
+    """Asks a model whether the greedy answers to free-form questions are right, and sets `judged`."""
     free = [o for o in outcomes if not choices_of(o.item) and o.greedy is not None]
     for start in range(0, len(free), batch):
         some = free[start : start + batch]
@@ -292,41 +295,8 @@ def read_items(path: Path) -> tuple[list[Item], list[tuple[str, str]]]:
     return items, skipped
 
 
-def table(reports: dict[str, dict]) -> str:
-    """The comparisons with the first model, then the scores of all models side by side, as text."""
-    heads = [f"{name.removesuffix('_accuracy'):>18}" for name in MEANS]
-    comparisons, lines = [], [" ".join([f"{'model':<24} {'kind':<20} {'n':>5}", *heads, f"{'ece':>6}"])]
-    for model, report in reports.items():
-        start = f"{model[-24:]:<24} "
-        for name, c in report.get("against_first", {}).items():
-            low, high = c["interval"]
-            p = (
-                ""
-                if "p" not in c
-                else ", McNemar p < 0.0001"
-                if c["p"] < 1e-4
-                else f", McNemar p = {c['p']:.4f}"
-            )
-            change = f"{c['difference']:>+8.3f} against the first [{low:+.3f}, {high:+.3f}]{p}"
-            comparisons.append(f"{start}{name:<20} {change}")
-        for kind, s in report["scores"].items():
-            means = ["{:.3f} [{:.2f}, {:.2f}]".format(s[name], *s["intervals"][name]) for name in MEANS]
-            lines.append(
-                start + " ".join([f"{kind[:20]:<20} {s['questions']:>5}", *means, f"{s['ece']:>6.3f}"])
-            )
-        for name in ("aAcc", "qAcc", "fAcc", "judged", "judged_right", "judge_disagreement"):
-            if name in report:
-                lines.append(f"{start}{name:<20} {report[name]:>14.3f}")
-        for b in report["reliability"]:
-            where = f"confidence ({b['above']:.1f}, {b['upto']:.1f}]"
-            means = f"mean {b['confidence']:.3f}, right {b['right']:.3f}"
-            lines.append(f"{start}{where:<20} {b['share']:>8.3f} of the questions, {means}")
-    return "\n".join(comparisons + lines)
-
-
 def device(name: str) -> str:
-    """The name of a device that is there; raises ArgumentTypeError if it is not, before anything is
-    loaded."""
+    """The name of a device, if it is there; else raises ArgumentTypeError."""
     try:
         found = torch.device(name)
         known = found.type == "cpu" or found.type == "cuda" and (found.index or 0) < torch.cuda.device_count()
@@ -353,9 +323,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="seed of the sampled answers (default: 0)")
     add("--device", type=device, help="cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on cuda, float32 on cpu")
-    add(
-        "--judge", help="checkpoint that judges greedy answers to questions without choices, beside the rules"
-    )
+    add("--judge", help="checkpoint that judges, beside the rules, greedy answers to free-form questions")
     add("--json", type=Path, help="write everything here, each answer too")
     args = parser.parse_args(argv)
     if args.answers < 1 or args.max_new_tokens < 1 or args.max_pixels < 784:
@@ -368,8 +336,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def answer_items(args: argparse.Namespace) -> dict[str, list[Outcome]]:
-    """What each model answers, judged if there is a judge. Raises ValueError, OSError or RuntimeError with a
-    sentence."""
+    """What each model answers, judged if there is a judge. Raises ValueError, OSError or RuntimeError."""
     items, skipped = read_items(args.data)
     for image, reason in skipped:
         print(f"skipped {image}: {reason}", file=sys.stderr)
@@ -411,10 +378,8 @@ def main(argv: list[str] | None = None) -> int:
             reports[name]["against_first"] = compare(first, answered)
     print(table(reports))
     if args.json:
-        rows = {
-            m: [asdict(o) | {"greedy_right": o.greedy_right} for o in some] for m, some in outcomes.items()
-        }
-        content = dict(settings=vars(args), reports=reports, answers=rows)
+        answers = {name: [outcome.record() for outcome in answered] for name, answered in outcomes.items()}
+        content = dict(settings=vars(args), reports=reports, answers=answers)
         try:
             args.json.write_text(json.dumps(content, default=str, indent=1) + "\n")
         except OSError as error:  # a full disk: the table stands above

@@ -55,7 +55,7 @@ def answer_reward(answer: str | None, label: str) -> float:
     return float(answer is not None and same_answer(answer, label))
 
 
-# ---- Questions -------------------------------------------------------------------------------------------------------
+# ---- Questions ----
 
 
 def uncertainty_reward(c: float) -> float:

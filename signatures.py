@@ -1,4 +1,4 @@
-"""The paper's failure signatures, watched during a run (VisPlay, section 5): self-play that looks well and is not.
+"""The paper's failure signatures (VisPlay, section 5), watched in a run: self-play that looks well and is not.
 
     question collapse       the Questioner repeats what is rewarded: few different n-grams, one large BLEU
                             cluster, one kind
@@ -95,7 +95,7 @@ def label_drift(before: dict, now: dict) -> str | None:
 
 
 def stagnant_difficulty(r_unc: Sequence[float]) -> str | None:
-    """r_unc: of each step of a phase. Compares the means of its first and last third; silent below 6 steps."""
+    """r_unc: of each step of a phase. Compares the means of its first and last third, of 6 steps or more."""
     third = len(r_unc) // 3
     if third < 2:
         return None

@@ -41,7 +41,8 @@ def plain(text: str) -> str:
     tokens = _TOKEN.findall(_IS_BLANK.sub(" ", _PARTS_THOUSANDS.sub(",", text)))
     if tokens.count("$") % 2 == 0:
         tokens = [" " if token == "$" else token for token in tokens]
-    text = re.sub(r"\bsqrt ?\(", "√(", _group(iter(tokens)))
+    text = re.sub(r"``([^`']*)''", r'"\1"', _group(iter(tokens)))
+    text = re.sub(r"\bsqrt ?\(", "√(", text)
     return re.sub(r"√\((\d+|[^\W\d_])\)", r"√\1 ", text)
 
 
