@@ -239,13 +239,13 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _clearest(text: str, menu: "_Menu") -> str | None:
-    box = extract_answer(text)
-    text = without_thinking(text)
-    around = _readable(text if box is None else text.replace("{" + box + "}", " "))
-    box = _readable(box or "")
-    signs = [(read, box) for read in (_stated, _whole, _begun, _mentioned)]
-    signs += [(read, around) for read in (_stated, _whole, _begun, _lettered, _mentioned)]
-    signs += [] if set("\\=") & set(box) else [(_lettered, box)]  # the E of \Delta E is no choice
+    box, text = extract_answer(text) or "", without_thinking(text)
+    box, around = _readable(box), _readable(text.replace("{" + box + "}", " ") if box else text)
+    box_meant, around_meant = _DENIED.sub(" ", box), _DENIED.sub(" ", around)
+    signs = [(_stated, box_meant), (_whole, box), (_begun, box_meant), (_mentioned, box_meant)]
+    signs += [(_stated, around_meant), (_whole, around), (_begun, around_meant)]
+    signs += [(_lettered, around_meant), (_mentioned, around_meant)]
+    signs += [] if set("\\=") & set(box) else [(_lettered, box_meant)]  # the E of \Delta E is no choice
     return next((letter for read, where in signs if (letter := read(where, menu))), None)
 
 
@@ -280,12 +280,17 @@ class _Menu:
         return next((a for a, text in zip(string.ascii_uppercase, self.texts) if text.split() == words), None)
 
 
+def _ends(text: str) -> str:
+    """Where an answer is given in a long text: at its beginning or its end."""
+    return text if len(text) <= 1500 else text[:500] + "\n" + text[-1000:]
+
+
 _PLAIN_MARKS = str.maketrans(_ALIKE)
 
 
 def _readable(text: str) -> str:
-    """Plain characters without marks of fonts and formulas, and single blanks; lines stay."""
-    text = unicodedata.normalize("NFKC", text).translate(_PLAIN_MARKS)
+    """The ends of a text in plain characters, without fonts and formulas, with single blanks; lines stay."""
+    text = _ends(unicodedata.normalize("NFKC", _ends(text)).translate(_PLAIN_MARKS))
     text = re.sub(r"\\(?:text|math)[a-z]{0,8}(?= ?\{)|\*\*|[{}$`]|\\[()\[\],;!]", " ", text)
     return re.sub(r" ?\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text)).strip()
 
@@ -306,7 +311,7 @@ def _whole(text: str, menu: _Menu) -> str | None:
 
 def _stated(text: str, menu: _Menu) -> str | None:
     """The last letter, or text of a choice, that is called the answer."""
-    text, last = _DENIED.sub(" ", text), (-1, None)
+    last = (-1, None)
     for found in _STATED.finditer(text):
         start = _FILLER.match(text, found.end()).end()
         mention = menu.pattern.match(text, start)
@@ -345,7 +350,7 @@ def _begun(text: str, menu: _Menu) -> str | None:
 
 def _lettered(text: str, menu: _Menu) -> str | None:
     """The last letter in brackets; without one, the last before a mark; without one, the last on its own."""
-    text, some = _DENIED.sub(" ", text), f"[{menu.letters or '.'}]"
+    some = f"[{menu.letters or '.'}]"
     for pattern in (
         rf"\(({some})\)",
         rf"(?<![{_EDGE}])({some})(?:[:)]|(?<!I)\.(?=\s|$))",

@@ -1,4 +1,4 @@
-"""The paper's failure signatures (VisPlay, section 5), watched in a run: self-play that looks well and is not.
+"""The paper's failure signatures (VisPlay, section 5), watched in a run: self-play that only looks well.
 
     question collapse       the Questioner repeats what is rewarded: few different n-grams, one large BLEU
                             cluster, one kind
