@@ -41,18 +41,18 @@ def plain(text: str) -> str:
     tokens = _TOKEN.findall(_IS_BLANK.sub(" ", _PARTS_THOUSANDS.sub(",", text)))
     if tokens.count("$") % 2 == 0:
         tokens = [" " if token == "$" else token for token in tokens]
-    text = re.sub(r"``([^`']*)''", r'"\1"', _group(iter(tokens)))
+    text = re.sub(r"``([^`']*)''", r'"\1"', _group(iter(tokens), to_the_end=True))
     text = re.sub(r"\bsqrt ?\(", "√(", text)
     return re.sub(r"√\((\d+|[^\W\d_])\)", r"√\1 ", text)
 
 
-def _group(tokens: Iterator[str]) -> str:
+def _group(tokens: Iterator[str], to_the_end: bool = False) -> str:
     """The tokens to the closing brace, or to the end, as plain text."""
     parts = []
     for token in tokens:
-        if token == "}":
+        if token == "}" and not to_the_end:
             break
-        parts.append(_piece(token, tokens))
+        parts.append(_piece(token, tokens) if token != "}" else " ")
     return "".join(parts)
 
 
@@ -60,7 +60,8 @@ def _piece(token: str, tokens: Iterator[str]) -> str:
     """One token, with its arguments if it takes some, as plain text."""
     if token == "{":  # 3{4} is not 34, while 1{,}000 is 1,000
         inside = _group(tokens)
-        return f" {inside} " if any(map(str.isalnum, inside)) else inside
+        is_mark = inside.strip() and not any(map(str.isalnum, inside))
+        return inside if is_mark else f" {inside} "
     if token[0] in "^_" and token[-1] == "{":
         return f"{token[0]}{_operand(_group(tokens), signed=True)} "
     if token[0] != "\\" or len(token) == 1:
@@ -73,8 +74,10 @@ def _piece(token: str, tokens: Iterator[str]) -> str:
         return f" √{name[4:].strip()}{_operand(_argument(tokens))} "
     if name in _SYMBOLS:
         return _SYMBOLS[name]
-    if name in _LAYOUT or not name[:1].isalpha():  # \; and \( are layout, \% and \{ are characters
-        return name if name in tuple("%${}#&_") else " "
+    if name and name in "%${}#&_":
+        return name
+    if name in _LAYOUT or not name.isalnum():  # \text, and \; and \(
+        return " "
     return f" {name} "
 
 
