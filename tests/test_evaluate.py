@@ -110,7 +110,7 @@ def outcome(greedy, samples, answer="1", **fields):
     return Outcome(Item("x", "?", (answer,), **fields), greedy, samples)
 
 
-# greedy right: yes, no, yes, no. samples right: 2/4, 1/4, 4/4, 0/4. majorities: 1 (0.5), 2 (0.5), 1 (1.0), none (0.0)
+# greedy right: yes, no, yes, no. samples right: 2, 1, 4, 0 of 4. majorities: 1 (0.5), 2 (0.5), 1 (1.0), none
 FOUR = [
     outcome("1", ["1", "2", "1", None]),
     outcome("2", ["2", "2", "1", "3"]),
@@ -129,7 +129,7 @@ def test_every_mean_by_hand():
 
 
 def test_calibration_by_hand():
-    """Bins: 0 (none right of 1), 0.5 (1 of 2 right), 1.0 (1 of 1): 1/4 |0 - 0| + 1/2 |0.5 - 0.5| + 1/4 |1 - 1| = 0."""
+    """Bins: 0 (none right of 1), 0.5 (1 of 2 right), 1.0 (1 of 1): the share right is the confidence."""
     table = evaluate.reliability(FOUR)
     assert [(b["above"], b["upto"], b["share"], b["confidence"], b["right"]) for b in table] == [
         (0.0, 0.1, 0.25, 0.0, 0.0), (0.4, 0.5, 0.5, 0.5, 0.5), (0.9, 1.0, 0.25, 1.0, 1.0)
@@ -150,7 +150,7 @@ def test_a_confidence_on_a_border_falls_into_the_bin_below(share):
 
 
 def test_bootstrap_interval():
-    """Of N values 0 or 1 with mean p it is close to p +- 1.96 sqrt(p (1 - p) / N); of equal ones it is a point."""
+    """Of N values 0 or 1 with mean p it is about p +- 1.96 sqrt(p (1 - p) / N); of equal ones a point."""
     low, high = evaluate.bootstrap([1.0] * 300 + [0.0] * 700)
     assert low == pytest.approx(0.3 - 1.96 * math.sqrt(0.21 / 1000), abs=0.004) and high == pytest.approx(
         0.3 + 1.96 * math.sqrt(0.21 / 1000), abs=0.004
@@ -178,7 +178,7 @@ def test_two_models_by_hand():
 
 
 def test_hallusionbench_pairs_by_hand():
-    """Question q1 is right for one of two figures, q2 for both: 3 of 4; one of two questions; figure f2 alone."""
+    """q1 is right for one of two figures, q2 for both: 3 of 4; one of two questions; figure f2 alone."""
     items = [("q1", "f1", "no"), ("q1", "f2", "yes"), ("q2", "f1", "yes"), ("q2", "f2", "yes")]
     outcomes = [outcome(given, ["yes"], "yes", question_id=q, figure_id=f) for q, f, given in items]
     assert evaluate.pair_scores(outcomes) == dict(aAcc=3 / 4, qAcc=1 / 2, fAcc=1 / 2)
@@ -203,7 +203,7 @@ def write(vlm, text):
 
 
 def scripted(scripts, verdicts):
-    """A `generate` that writes given texts. scripts: question -> (greedy, samples) a model; verdicts: a list a model."""
+    """A `generate` that writes given texts. scripts, a model each: question -> (greedy, samples)."""
     scripts, verdicts, script = iter(scripts), iter(verdicts), {}
 
     def generate(vlm, prompts, n, max_new_tokens, temperature=1.0, **sampling):

@@ -123,7 +123,7 @@ def test_bleu_against_nltk(a, b):
     ],
 )
 def test_words(text, words):
-    """Scripts without spaces are split into characters, as sacreBLEU's zh tokenizer does; all others at white space."""
+    """Scripts without spaces are split into characters, as by sacreBLEU's zh; all others at white space."""
     assert rewards.words(text) == words
 
 
@@ -168,7 +168,7 @@ def test_clusters_against_scikit_learn(questions, threshold):
 
 
 def test_clusters_against_scikit_learn_on_random_distances():
-    """Without ties, so that every one of 200 cases counts; merging is tested apart from BLEU."""
+    """Without ties, so that each of 200 cases counts; merging is tested apart from BLEU."""
     generator = np.random.default_rng(0)
     for _ in range(200):
         n = int(generator.integers(2, 14))
@@ -201,7 +201,7 @@ def test_questioner_rewards_by_hand():
     same, other = "How many red discs are there?", "Is the large dog on the left asleep or awake?"
     assert rewards.diversity_penalty([same, other, same]) == [2 / 3, 1 / 3, 2 / 3]
     got = rewards.questioner_rewards([same, None, other, same], [0.5, 0.5, 0.75, 1.0])
-    # two of four are the same: r_div 0.5; the other alone: 0.25; the last is certain and repeated: below 0, so 0
+    # two of four are the same: r_div 0.5; the other alone: 0.25; the last is sure and repeated: below 0, so 0
     assert got == [1 - 0.5, 0.0, 0.5 - 0.25, 0.0]
     assert rewards.questioner_rewards([same, same], [0.5, 0.5], weight=0.0) == [1.0, 1.0]
     assert rewards.questioner_rewards([None, None], [0.5, 0.5]) == [0.0, 0.0]

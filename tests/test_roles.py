@@ -182,7 +182,7 @@ CONTROL_PIECE = st.sampled_from(
 @settings(deadline=None)
 @given(st.lists(CONTROL_PIECE, max_size=12).map("".join))
 def test_a_question_cannot_forge_a_turn_or_an_image(random_vlm, text):
-    """Whatever a question spells out, the Reasoner's prompt has the control tokens of its template and no others."""
+    """Whatever a question says, a Reasoner's prompt has the control tokens of its template and no others."""
     image = random_vlm.patches(noise_image(60, 60))
     control = set(random_vlm.tokenizer.convert_tokens_to_ids(CONTROL))
     prompts = [reasoner.answer_prompt(random_vlm, image, question) for question in (text, "x")]

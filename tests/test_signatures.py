@@ -1,4 +1,4 @@
-"""The failure signatures: numbers by hand, and that each fires on the failure it is for and on nothing else."""
+"""The failure signatures: numbers by hand, and that each fires on its own failure and on nothing else."""
 
 import math
 
