@@ -90,6 +90,8 @@ def _form(answer: str) -> Fraction | str:
         return " ".join(text.lower().split())
     text = _EMPHASIS.sub(r"\2", latex.plain(text))
     text = _unwrapped(_THOUSANDS.sub(lambda number: number[0].replace(",", ""), text))
+    if preface := _PREFACE.match(text):
+        text = _unwrapped(text[preface.end() :])
     return _letter(text) or _valued(_spaced(text))
 
 
@@ -130,11 +132,12 @@ _THOUSANDS = re.compile(  # 1,000 anywhere, but in brackets only what cannot be 
     r"(?<![\d.,(\[{])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|(?<=[(\[{])[1-9]\d{0,2}(?:,0\d\d)+(?![\d,])", re.ASCII
 )
 _LETTER = re.compile(  # "b", "b. cat", "(b) cat", "option b: cat"; but not (a)(b), (a) + 1 or a : b
-    r"(?:option|choice|answer|选项|答案)? ?:? ?"
+    r"(?:option|choice|选项)? ?:? ?"
     r"(?:\( ?([a-j]) ?\)(?! ?[=(]|[+*/^-]| [+*/^-] )"
     r"|([a-j])(?: ?[.)、](?= |[^\x00-\x7f])| ?:(?= \S\S| ?[^\x00-\x7f])|\)|$))"
 )
-_NEXT_LETTER = re.compile(r"(?<![\w.'])[a-j] ?[.:)](?= \S)", re.IGNORECASE)
+_NEXT_LETTER = re.compile(r"(?<![\w.'(])(?:\( ?[a-j] ?\)|[a-j] ?(?:[.:)](?= \S)|\)$))", re.IGNORECASE)
+_PREFACE = re.compile(r"(?:the )?(?:correct |final )?answer(?: is ?:?| ?[:=])|答案(?:是|为)? ?:?")
 
 
 def _unwrapped(text: str) -> str:

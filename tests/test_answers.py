@@ -77,6 +77,8 @@ SAME = {
         ("B.红色", "B"), ("B、红色", "B"), ("（B）红色", "B"), ("(B) -5", "B"), ("(c) 1/2", "C"),
         ("D. x = 5", "D"),
         (r"\mathrm{(B)}", "B"), ('"B"', "B"), ("B. dog", "B. cat"),
+        ("The answer is B", "B"), ("Answer: (B) cat", "B"), ("答案：B", "B"),
+        ("The final answer is 5 cm", "5cm"),
     ],
 }  # fmt: skip
 DIFFERENT = {
@@ -110,7 +112,8 @@ DIFFERENT = {
     "words are no letters": [
         ("A cat", "A"), ("I think", "I"), ("a.m.", "a"), ("a:b", "a"), ("a : b", "a"),
         ("a: 5, b: 6", "a: 7, b: 8"),
-        ("A. 5 B. 6", "A"), ("U.S.", "U"), ("(a)(b)", "a"), ("(a) + 1", "a"), ("a = 5", "a"), ("A, B", "A"),
+        ("A. 5 B. 6", "A"), ("(A), (B)", "A"), ("A), B)", "A"), ("(A) and (B)", "A"), ("U.S.", "U"),
+        ("(a)(b)", "a"), ("(a) + 1", "a"), ("a = 5", "a"), ("A, B", "A"),
         ("A and B", "A"), ("E = mc^2", "E"), ("a b", "ab"),
     ],
 }  # fmt: skip
