@@ -83,6 +83,7 @@ def canonical(answer: str) -> Fraction | str:
 
 
 def _form(answer: str) -> Fraction | str:
+    """`canonical`, but "" where only marks stand."""
     text = answer.strip()
     if len(text) <= _LONGEST:
         text = "".join(map(_plain, _RAISED.sub(_braced, text))).lower()
@@ -104,8 +105,6 @@ _ALIKE = (
     | {"º": "°", "˚": "°", "。": ".", "∶": ":", "【": "[", "】": "]"}
     | dict.fromkeys("\u2009\u202f", r"\,")  # thin blanks part thousands
 )
-
-
 _RAISED = re.compile("[⁰¹²³ⁱ⁴-⁾ⁿ]+|[₀-₎]+")
 
 
@@ -216,8 +215,8 @@ _STATED = re.compile(  # the answer is, answer:, the answer to it must be; no, i
     r"|\b(?:no|wait|actually|sorry), (?:it is |it's )?|\bi (?:would )?(?:choose|pick|select|go with) )"
     r"|答案(?:应该|应)?(?:是|为|选)? ?:? ?(?:选项?)? ?|选[择项]? ?:? ?"
 )
-_FILLER = re.compile(
-    r"(?i:(?:option|choice|letter|most likely|probably|clearly|simply|the) )?[\"'(\[]{0,2} ?"
+_FILLER = re.compile(  # what may stand between "the answer is" and the answer
+    r"(?i:(?:option|choice|letter|most likely|probably|clearly|simply|the) ){0,2}[\"'(\[]{0,2} ?"
 )
 _NO_WORD = re.compile(  # behind a letter: it is no word of a sentence
     r" ?(?:$|[^\w\s]|\n|[^\x00-\x7f])| (?:because|since|as|due|for|given|is|which)\b"
@@ -242,6 +241,7 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _clearest(text: str, menu: "_Menu") -> str | None:
+    """The letter that the first of the signs gives, from the clearest on."""
     box, text = extract_answer(text) or "", without_thinking(text)
     box, around = _readable(box), _readable(text.replace("{" + box + "}", " ") if box else text)
     box_meant, around_meant = _DENIED.sub(" ", box), _DENIED.sub(" ", around)
@@ -293,7 +293,7 @@ _PLAIN_MARKS = str.maketrans(_ALIKE)
 
 def _readable(text: str) -> str:
     """The ends of a text in plain characters, without fonts and formulas, with single blanks; lines stay."""
-    text = _ends(unicodedata.normalize("NFKC", _ends(text)).translate(_PLAIN_MARKS))
+    text = _ends(unicodedata.normalize("NFKC", _ends(text))).translate(_PLAIN_MARKS)
     text = re.sub(r"\\(?:text|math)[a-z]{0,8}(?= ?\{)|\*\*|[{}$`]|\\[()\[\],;!]", " ", text)
     return re.sub(r" ?\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text)).strip()
 
@@ -318,7 +318,7 @@ def _stated(text: str, menu: _Menu) -> str | None:
     for found in _STATED.finditer(text):
         start = _FILLER.match(text, found.end()).end()
         mention = menu.pattern.match(text, start)
-        is_text = mention and len(mention[0]) > 1
+        is_text = mention and mention[0].upper() not in menu.letters
         if letter := menu.letter(mention[0]) if is_text else _letter_at(text, start, menu):
             last = (start, letter)
     for found in _CALLED_RIGHT.finditer(text):
@@ -329,21 +329,21 @@ def _stated(text: str, menu: _Menu) -> str | None:
 
 def _letter_at(text: str, start: int, menu: _Menu) -> str | None:
     """The letter that stands there; a small one, and A and I, only if they are no words of the sentence."""
-    letter = text[start : start + 1]
-    if (
-        not letter
-        or letter.upper() not in menu.letters
-        or re.match(f"[{_EDGE}']", text[start + 1 : start + 2])
-    ):
+    letter, after = text[start : start + 1], text[start + 1 : start + 2]
+    if not letter or letter.upper() not in menu.letters or re.match(f"[{_EDGE}']", after):
         return None
     may_be_word = letter.islower() or letter in "AI"
     return None if may_be_word and not _NO_WORD.match(text, start + 1) else letter.upper()
 
 
 def _begun(text: str, menu: _Menu) -> str | None:
-    """What the text begins with, if a mark follows: the text of a choice, or a letter that has no list."""
+    """What the text begins with, if a mark follows: the text of a choice (no 1. of a list), or a letter."""
     mention = menu.pattern.match(text)
-    if mention and re.match(r" ?(?:[.,;:!\n]|$)", text[mention.end() : mention.end() + 2]):
+    if (
+        mention
+        and not mention[0].isdigit()
+        and re.match(r" ?(?:[.,;:!\n]|$)", text[mention.end() : mention.end() + 2])
+    ):
         return menu.letter(mention[0])
     letter = re.match(r"\(?([A-Z])(?:[:)\n]|\.(?=\s))", text)
     if letter and letter[1] in menu.letters and not _NEXT_LETTER.search(text, letter.end()):
@@ -366,12 +366,11 @@ def _lettered(text: str, menu: _Menu) -> str | None:
 
 def _mentioned(text: str, menu: _Menu) -> str | None:
     """The last text of a choice that stands somewhere without a "not" before it."""
-    last = None
-    for found in menu.pattern.finditer(text):
+    for found in reversed([*menu.pattern.finditer(text)]):
         before = text[max(0, found.start() - 12) : found.start()].lower()
         if not re.search(r"(?:\bnot|n't|\bnor|\bneither|不是|并非)\s?(?:an? |the )?$", before):
-            last = found[0]
-    return menu.letter(last) if last else None
+            return menu.letter(found[0])
+    return None
 
 
 # ---- Choices that stand in the text of a question ----

@@ -1,6 +1,7 @@
 """Labelled questions: what a line of evaluation data says, checked before anything is asked."""
 
 import json
+import math
 import re
 import string
 from dataclasses import dataclass
@@ -45,11 +46,12 @@ def _item(fields: object, folder: Path) -> Item:
     )
     for name, value in (("image", image), ("question", question)):
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{name} is not text but {value!r}")
+            raise ValueError(f"{name} is not text but {_short(value)}")
+    choices = None if choices == "" else choices
     if isinstance(choices, dict) and [*choices] == [*string.ascii_uppercase[: len(choices)]]:
         choices = [*choices.values()]
     if choices is not None and not isinstance(choices, list):
-        raise ValueError(f"choices is not a list but {choices!r}")
+        raise ValueError(f"choices is not a list but {_short(choices)}")
     names = [name for name in ("kind", "question_id", "figure_id") if fields.get(name) not in (None, "")]
     return Item(
         str(folder / image),
@@ -64,9 +66,14 @@ def _texts(values: list, name: str) -> tuple[str, ...]:
     """Texts and numbers as texts; raises ValueError if there are none, or others among them."""
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
-            raise ValueError(f"{name} is not text or a number but {value!r}")
-        if str(value) in ("nan", "inf", "-inf") or re.search("[\ud800-\udfff]", str(value)):
-            raise ValueError(f"{name} is no readable text: {value!r}")
+            raise ValueError(f"{name} is not text or a number but {_short(value)}")
+        is_odd_number = isinstance(value, float) and not math.isfinite(value)
+        if is_odd_number or re.search("[\ud800-\udfff]", str(value)):
+            raise ValueError(f"{name} is no readable text or number: {_short(value)}")
     if not values:
         raise ValueError(f"{name} is empty")
     return tuple(map(str, values))
+
+
+def _short(value: object) -> str:
+    return repr(value)[:100]

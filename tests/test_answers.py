@@ -248,6 +248,9 @@ CHOICES = {
         ("The correct option is C", FOUR, "C"), ("The answer is the blue one; B is near", FOUR, "C"),
         ("Answer: A dog", ("a cat", "a dog"), "B"), ("The answer is (C), not (A)... no, (B)", FOUR, "B"),
         ("B. green is not it. The answer is C.", FOUR, "C"), ("The answer is A because", FOUR, "A"),
+        ("The answer is 3 because 2 < 4", ("1", "2", "3", "4"), "C"),
+        ("The answer is the letter B", FOUR, "B"),
+        ("1. I see 4 cats.\n2. It is 3", ("1", "2", "3", "4"), "C"), ("答案是红，不是绿", ("绿", "红"), "B"),
     ],
     "words that look like letters": [
         ("The answer is C because I computed it.", TEN, "C"), ("As I said, nothing", TEN, None),

@@ -328,10 +328,14 @@ def test_it_runs_on_a_real_checkpoint(published, data):
         ('{"image": "a.png", "question": "?", "answer": []}', "line 1: answer is empty"),
         ('{"image": "a.png", "question": "?", "answer": ""}', "line 1: answer"),
         ('{"image": "a.png", "question": "?", "answer": true}', "line 1: answer is not text or a number"),
-        ('{"image": "a.png", "question": "?", "answer": NaN}', "line 1: answer"),
+        ('{"image": "a.png", "question": "?", "answer": NaN}', "line 1: answer is no readable"),
+        (
+            '{"image": "a.png", "question": "?", "answer": ["nan", 1e999]}',
+            "line 1: answer is no readable text or number: inf",
+        ),
         ('{"image": "a.png", "question": "?", "answer": [["E"]]}', "line 1: answer"),
         ('{"image": "a.png", "question": "?", "answer": {"a": 1}}', "line 1: answer"),
-        ('{"image": "a.png", "question": "\\ud800?", "answer": "E"}', "line 1: question is no readable text"),
+        ('{"image": "a.png", "question": "\\ud800?", "answer": "E"}', "line 1: question is no readable"),
         (
             '{"image": "a.png", "question": "?", "answer": "A", "choices": "[\'x\']"}',
             "line 1: choices is not a list",
