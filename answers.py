@@ -100,10 +100,11 @@ def _form(answer: str) -> Fraction | str:
 
 _ALIKE = (
     dict.fromkeys("‐‑‒–—−﹣－", "-")
-    | dict.fromkeys("“”„‟「」『』《》〝〞", '"')
+    | dict.fromkeys("“”„‟«»「」『』《》〝〞", '"')
     | dict.fromkeys("‘’‚‛′", "'")
     | {"º": "°", "˚": "°", "。": ".", "∶": ":", "【": "[", "】": "]"}
     | dict.fromkeys("\u2009\u202f", r"\,")  # thin blanks part thousands
+    | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\xad", "")  # have no width
 )
 _RAISED = re.compile("[⁰¹²³ⁱ⁴-⁾ⁿ]+|[₀-₎]+")
 
@@ -132,8 +133,8 @@ _THOUSANDS = re.compile(  # 1,000 anywhere, but in brackets only what cannot be 
 )
 _LETTER = re.compile(  # "b", "b. cat", "(b) cat", "option b: cat"; but not (a)(b), (a) + 1 or a : b
     r"(?:option|choice|选项)? ?:? ?"
-    r"(?:\( ?([a-j]) ?\)(?! ?[=(]|[+*/^-]| [+*/^-] )"
-    r"|([a-j])(?: ?[.)、](?= |[^\x00-\x7f])| ?:(?= \S\S| ?[^\x00-\x7f])|\)|$))"
+    r"(?:[(\[] ?([a-j]) ?[)\]](?! ?[=(]|[+*/^-]| [+*/^-] )"
+    r"|([a-j])(?: ?[.)、](?= |[^\x00-\x7f])| ?:(?= \S\S| ?[^\x00-\x7f])|[.:](?=[a-z]{2})|\)|$))"
 )
 _NEXT_LETTER = re.compile(r"(?<![\w.'(])(?:\( ?[a-j] ?\)|[a-j] ?(?:[.:)](?= \S)|\)$))", re.IGNORECASE)
 _PREFACE = re.compile(r"(?:the )?(?:correct |final )?answer(?: is ?:?| ?[:=])|答案(?:是|为)? ?:?")
@@ -222,7 +223,7 @@ _NO_WORD = re.compile(  # behind a letter: it is no word of a sentence
     r" ?(?:$|[^\w\s]|\n|[^\x00-\x7f])| (?:because|since|as|due|for|given|is|which)\b"
 )
 _CALLED_RIGHT = re.compile(
-    rf"(?<![{_EDGE}])([A-Z])\)? (?:is|must be|would be|seems|looks) (?:the |most |best |clearly ){{0,3}}"
+    rf"(?<![{_EDGE}])([A-Z])\)? (?:is|was|must be|would be|seems|looks) (?:the |most |best |clearly ){{0,3}}"
     r"(?:correct|right|true|best|answer|appropriate)|([A-Z])\)? ?(?:选项)?是?(?:正确|对的)"
 )
 

@@ -281,7 +281,9 @@ def read_items(path: Path) -> tuple[list[Item], list[tuple[str, str]]]:
     items, skipped = [], []
     for number, item in read_lines(path):
         where, choices = f"--data {path}, line {number}:", item.choices
-        if len(choices) > 26 or choices and not any(read_choice(truth, choices) for truth in item.answer):
+        if len(choices) > 26:
+            raise ValueError(f"{where} there are more than 26 choices")
+        if choices and not any(read_choice(truth, choices) for truth in item.answer):
             raise ValueError(f"{where} the answer {' or '.join(item.answer)!r} is none of the choices")
         if item.kind == "all":
             raise ValueError(f'{where} the kind "all" is the name of the overall scores')

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 DEEPEST = 50  # a text with more braces is left as it is
 _TOKEN = re.compile(r"\\sqrt\s{0,4}\[\w{1,3}\]|\\[a-z]+\s{0,4}|\\.|[\^_]\s{0,4}\{|.", re.DOTALL)
-_PARTS_THOUSANDS = re.compile(r",\s{0,4}\\!|(?<=\d)\\,(?=\d{3}(?!\d))")  # 1,\!000 and 1\,000
+_PARTS_THOUSANDS = re.compile(r",\s{0,4}\\!\s{0,4}|(?<=\d)\\,(?=\d{3}(?!\d))")  # 1,\!000 and 1\,000
 _IS_BLANK = re.compile(r"(?<=\S)~(?=[\\a-z])")  # 5~cm; but ~5 is about 5, and 5~6 a range
 _LAYOUT = set(
     "text textrm textbf textit textsf texttt textsc textup textnormal rm bf it sf tt mathrm mathbf mathit"
