@@ -94,8 +94,7 @@ class VLM:
         limit is not lower. Raises CheckpointError with a sentence for the user.
         """
         device = checkpoint.check_device(device)
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        dtype = checkpoint.check_dtype(dtype, device)
         config, processors = load_config(name_or_path), load_processors(name_or_path)
         folder = checkpoint.resolve(name_or_path, weights=True)
         checkpoint.check_weights(folder, config.tie_word_embeddings)

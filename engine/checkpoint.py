@@ -83,6 +83,15 @@ def check_device(name) -> torch.device:
     return device
 
 
+def check_dtype(dtype, device: torch.device) -> torch.dtype:
+    """The dtype of this name; default bfloat16 on CUDA, else float32. Raises CheckpointError."""
+    dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise CheckpointError(f"a model cannot compute in {dtype}; float32 and bfloat16 are known")
+    return found
+
+
 # ---- Configuration -----------------------------------------------------------------------------------------
 
 
@@ -96,10 +105,15 @@ def load_config(name_or_path: str | Path) -> Qwen2_5_VLConfig:
             raise CheckpointError(f"{name} is an adapter, no whole model: merge it into its base, {base}")
         raise CheckpointError(f"the folder {name} is no checkpoint: it has no config.json")
     for file in READ:
-        if "auto_map" in (read_json(folder, file) or {}):
+        fields = read_json(folder, file) or {}
+        if any("auto_map" in part for part in (fields, *fields.values()) if isinstance(part, dict)):
             raise CheckpointError(f"{name} asks to run code of its own (auto_map in {file}): never done here")
     fields = read_json(folder, "config.json")
     kind = fields.get("model_type")
+    if kind is None and (folder / "reasoner").is_dir():
+        raise CheckpointError(
+            f"{name} is the folder of a run: its models are {name}/questioner and /reasoner"
+        )
     if kind != "qwen2_5_vl":
         raise CheckpointError(
             f"{name} is a model of type {kind!r}; only the Qwen2.5-VL family (qwen2_5_vl) is supported"
@@ -199,7 +213,7 @@ def end_ids(folder: Path, tokenizer) -> list[int]:
     ids = []
     for token in [t for n in [*named, tokenizer.eos_token_id] for t in (n if isinstance(n, list) else [n])]:
         token = tokenizer.get_vocab().get(token) if isinstance(token, str) else token
-        if isinstance(token, int) and 0 <= token and token not in ids:
+        if isinstance(token, int) and token >= 0 and token not in ids:
             ids.append(token)
     if not ids:
         raise CheckpointError(f"{folder} names no token that ends a turn (eos_token_id)")
@@ -326,7 +340,7 @@ def prove_export(vlm, folder: Path) -> None:
 
     Writes everything but the weights under `folder`, reads it as plain transformers would, and removes it.
     """
-    with tempfile.TemporaryDirectory(dir=folder, prefix="export-") as place:
+    with tempfile.TemporaryDirectory(dir=folder, prefix="export-", suffix=".new") as place:
         try:
             for name, data in kept_files(vlm).items():
                 (Path(place) / name).write_bytes(data)

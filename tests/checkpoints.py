@@ -66,6 +66,40 @@ def publish(folder: Path, style: str) -> Path:
     return folder
 
 
+def as_transformers_5_saves(folder: Path) -> Path:
+    """Rewrites a checkpoint as `save_pretrained` of model and processor leave it: no preprocessor_config.json."""
+    from vlm import VLM
+
+    vlm = VLM.load(folder, "cpu", torch.float32)
+    for file in folder.iterdir():
+        file.unlink()
+    vlm.model.save_pretrained(folder)
+    vlm.tokenizer.save_pretrained(folder)
+    images = vlm.image_processor.to_dict() | dict(image_processor_type="Qwen2VLImageProcessorPil")
+    fields = dict(image_processor=images, processor_class="Qwen2_5_VLProcessor")
+    (folder / "processor_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def edit(folder: Path, name: str, **fields) -> None:
+    """Sets fields of a JSON file; a field that is to go is given as Ellipsis."""
+    data = json.loads((folder / name).read_text()) | fields
+    (folder / name).write_text(json.dumps({k: v for k, v in data.items() if v is not ...}))
+
+
+def as_a_hub_cache(folder: Path, home: Path, name: str) -> Path:
+    """A Hugging Face cache in which a checkpoint stands as a download leaves it; returns its snapshot."""
+    root, commit = home / "hub" / f"models--{name.replace('/', '--')}", "0123456789" * 4
+    for part in ("refs", "blobs", f"snapshots/{commit}"):
+        (root / part).mkdir(parents=True)
+    (root / "refs" / "main").write_text(commit)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        (root / "blobs" / str(number)).write_bytes(file.read_bytes())
+        (root / "blobs" / str(number)).chmod(0o600)
+        (root / "snapshots" / commit / file.name).symlink_to(root / "blobs" / str(number))
+    return root / "snapshots" / commit
+
+
 def _tokenizer(extra: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
