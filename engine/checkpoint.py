@@ -40,8 +40,8 @@ def resolve(name_or_path: str | Path, weights: bool = False) -> Path:
     too. Raises CheckpointError.
     """
     name, folder = str(name_or_path), Path(name_or_path).expanduser()
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
-        if not folder.is_dir():
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        if not folder.is_dir() or not name.strip():
             raise CheckpointError(f"there is no model folder {name}")
         return folder
     try:
@@ -162,8 +162,10 @@ def first_line(error: Exception) -> str:
 def load_processors(name_or_path: str | Path) -> tuple:
     """(tokenizer, image processor, the folder they come from); needs no torchvision, unlike AutoProcessor."""
     name, config, folder = str(name_or_path), load_config(name_or_path), resolve(name_or_path)
+    if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+        raise CheckpointError(f"{name} has no tokenizer (tokenizer.json)")  # transformers makes an empty one
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
     except Exception as error:
         raise CheckpointError(

@@ -5,13 +5,12 @@ import shutil
 
 import pytest
 import torch
-from checkpoints import noise_image, plain_inputs
+from checkpoints import TEMPLATE, edit, noise_image, plain_inputs, publish
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
+from engine.checkpoint import end_ids, load_processors
 from vlm import VLM, CheckpointError
-
-# ---- Checkpoints -------------------------------------------------------------------------------------------------------
 
 
 def test_published_layout_loads_every_weight(published):
@@ -61,11 +60,58 @@ def broken(published, folder, change):
 
 
 def rewrite(name, **fields):
+    return lambda folder: edit(folder, name, **fields)
+
+
+def write(name, data):
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def marked(name):
+    return lambda folder: (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+
+
+def template(text):
+    """Gives the checkpoint this chat template, and no other."""
+
     def change(folder):
-        data = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(data | fields))
+        (folder / "chat_template.json").unlink(missing_ok=True)
+        edit(folder, "tokenizer_config.json", chat_template=text)
 
     return change
+
+
+def adapter(folder):
+    for file in list(folder.iterdir()):
+        file.unlink()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen2.5-VL-3B-Instruct"}')
+    save_file({"lora_A.weight": torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
+
+
+def another_head(folder):
+    """A tied configuration and an output matrix that is not the embedding."""
+    edit(folder, "config.json", tie_word_embeddings=True)
+    file = sorted(folder.glob("*.safetensors"))[-1]
+    table = next(v for f in folder.glob("*.safetensors") for k, v in load_file(f).items() if "embed_t" in k)
+    save_file(load_file(file) | {"lm_head.weight": table + 1}, file, {"format": "pt"})
+    if (index := folder / "model.safetensors.index.json").exists():
+        where = json.loads(index.read_text())["weight_map"] | {"lm_head.weight": file.name}
+        edit(folder, index.name, weight_map=where)
+
+
+def without_a_vocabulary(folder):
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (folder / name).unlink()
+
+
+def a_run(folder):
+    edit(folder, "config.json", model_type=...)
+    (folder / "reasoner").mkdir()
+
+
+def without_ends(folder):
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        edit(folder, name, eos_token_id=..., eos_token=None)
 
 
 def only_pickle(folder):
@@ -122,32 +168,167 @@ def remove(pattern):
     return change
 
 
-@pytest.mark.parametrize(
-    "change, word",
-    [
-        (only_pickle, "pickle"),
-        (remove("*.safetensors"), "no weights"),
-        (remove("config.json"), "config.json"),
-        (remove("preprocessor_config.json"), "image processor"),
-        (rewrite("config.json", model_type="llama"), "llama"),
-        (rewrite("config.json", auto_map={"AutoModel": "x.Y"}), "code of its own"),
-        (rewrite("tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]}), "code of its own"),
-        (rewrite("preprocessor_config.json", auto_map={"AutoImageProcessor": "x.Y"}), "code of its own"),
-        (rewrite("config.json", use_sliding_window=True), "sliding"),
-        (rewrite("config.json", hidden_size="wide"), "config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "read as JSON"),
-        (without_a_weight, "lacks 1 weights"),
-        (wrong_shape, "cannot be loaded"),
-        (truncated, "cannot be loaded"),
-        (without_a_shard, "cannot be loaded"),
-        (a_weight_that_is(float("nan")), "not finite"),
-        (a_weight_that_is(float("-inf")), "not finite"),
+USER = "{% for m in messages %}{% for c in m.content %}"
+IMAGE, TEXT, END = "<|image_pad|>", "{{ c.text }}", "{% endfor %}{% endfor %}"
+QUANTISED = dict(quant_method="awq", bits=4)
+BAD = [
+    (only_pickle, "pickle"),
+    (remove("*.safetensors"), "no weights"),
+    (lambda f: [p.rename(f / "a.gguf") for p in f.glob("*.safetensors")], "no weights"),
+    (lambda f: [p.rename(f / "consolidated.safetensors") for p in f.glob("model*.safetensors")], "weight"),
+    (remove("config.json"), "config.json"),
+    (remove("preprocessor_config.json"), "image processor"),
+    (without_a_vocabulary, "tokenizer"),
+    (rewrite("config.json", model_type="llama"), "llama"),
+    (rewrite("config.json", model_type="qwen2_vl"), "qwen2_vl"),
+    (rewrite("config.json", model_type=["qwen2_5_vl"]), "of type"),
+    (a_run, "folder of a run"),
+    (adapter, "merge it into its base, Qwen/Qwen2.5-VL-3B-Instruct"),
+    (rewrite("config.json", auto_map={"AutoModel": "x.Y"}), "code of its own"),
+    (rewrite("tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]}), "code of its own"),
+    (rewrite("preprocessor_config.json", auto_map={"AutoImageProcessor": "x.Y"}), "code of its own"),
+    (write("processor_config.json", b'{"image_processor": {"auto_map": {}}}'), "code of its own"),
+    (rewrite("config.json", use_sliding_window=True), "sliding"),
+    (rewrite("config.json", hidden_size="wide"), "config.json"),
+    (rewrite("config.json", vision_config=[1]), "config.json"),
+    (rewrite("config.json", quantization_config=QUANTISED), "quantised"),
+    (rewrite("config.json", compression_config={"format": "pack-quantized"}), "quantised"),
+    (rewrite("config.json", text_config={"quantization_config": QUANTISED}), "quantised"),
+    (another_head, "tie_word_embeddings"),
+    *[
+        (write("config.json", data), "config.json")
+        for data in (b"{", b"", b"[1]", b"null", b"\xff\xfe{\0}\0")
     ],
-)
+    *[(marked(name), name) for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json")],
+    (write("config.json", b"[" * 100_000), "config.json"),
+    (write("generation_config.json", b"{"), "generation_config.json"),
+    (write("tokenizer.json", b"version https://git-lfs.github.com/spec/v1"), "tokenizer"),
+    (write("model.safetensors", b"version https://git-lfs.github.com/spec/v1"), "cannot be loaded"),
+    (without_a_weight, "lacks 1 weights"),
+    (wrong_shape, "cannot be loaded"),
+    (truncated, "cannot be loaded"),
+    (without_a_shard, "not there"),
+    (a_weight_that_is(float("nan")), "not finite"),
+    (a_weight_that_is(float("-inf")), "not finite"),
+    (template(None), "no chat template"),
+    (template(USER + TEXT + END), "writes no image tokens"),
+    (template(USER + IMAGE + IMAGE + TEXT + END), "writes 4 image tokens"),
+    (template("<|image_pad|><|image_pad|>" + USER + TEXT + END), "writes 2 image tokens"),
+    (template("<|image_pad|>{{ messages[0].role }}"), "drops or repeats"),
+    (template("<|image_pad|>" + USER + TEXT + TEXT + END), "drops or repeats"),
+    (template("<|image_pad|>{{ messages[0]['content'] }}"), "drops or repeats"),
+    (template("{{ raise_exception('no images\\nplease') }}"), "no images"),
+    (template("{% for m in"), "cannot be used"),
+    (without_ends, "no token that ends a turn"),
+]
+
+
+@pytest.mark.parametrize("change, word", BAD, ids=[f"{i}-{word}"[:40] for i, (_, word) in enumerate(BAD)])
 def test_a_bad_checkpoint_gets_one_sentence(published, tmp_path, change, word):
     with pytest.raises(CheckpointError) as error:
         VLM.load(broken(published, tmp_path / "bad", change))
     assert word in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change, word", BAD, ids=[f"{i}-{word}"[:40] for i, (_, word) in enumerate(BAD)])
+def test_nothing_is_loaded_before_the_checks(published, tmp_path, change, word, monkeypatch):
+    if word.startswith(("lacks", "not finite")) or change is wrong_shape:
+        pytest.skip("only seen once the weights are read")
+    monkeypatch.setattr(Qwen2_5_VLForConditionalGeneration, "from_pretrained", None)
+    with pytest.raises(CheckpointError) as error:
+        VLM.load(broken(published, tmp_path / "bad", change), "cpu")
+    assert "NoneType" not in str(error.value)
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "cuda:-1", "tpu", "gpu", "cpu:x", "0"])
+def test_a_device_that_is_not_there(published, device, monkeypatch):
+    monkeypatch.setattr("vlm.load_config", None)
+    with pytest.raises(CheckpointError, match="no device"):
+        VLM.load(published, device)
+
+
+@pytest.mark.parametrize("dtype", ["float33", "int8", torch.int64, "nn"])
+def test_a_dtype_that_is_none(published, dtype):
+    with pytest.raises(CheckpointError, match="cannot compute in"):
+        VLM.load(published, "cpu", dtype)
+
+
+# ---- What must load ----------------------------------------------------------------------------------------
+
+END, PAD = "<|im_end|>", "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    "generation, config, text, tokenizer, want",
+    [
+        ([END, PAD], END, ..., END, {END, PAD}),  # as published
+        (..., PAD, ..., END, {END, PAD}),
+        (PAD, PAD, ..., END, {END, PAD}),
+        (None, ..., ..., END, {END}),
+        ([PAD], ..., [END], None, {END, PAD}),
+        ("text", "text", ..., END, {END}),
+        ("text", [PAD, "text"], ..., None, {END, PAD}),
+        (["text"], ..., ..., None, {END}),
+        (PAD, PAD, PAD, None, {PAD}),
+        ("<|none such|>", -1, ..., END, {END}),
+    ],
+)
+def test_end_tokens_are_those_of_all_places(tmp_path, generation, config, text, tokenizer, want):
+    """A token's name stands for its number here, and "text" for the text of <|im_end|>."""
+    folder = publish(tmp_path, "qwen")
+    ids = VLM.load(folder, "cpu").tokenizer.get_vocab()
+
+    def number(value):
+        if isinstance(value, list):
+            return [number(v) for v in value]
+        return END if value == "text" else ids.get(value, value) if isinstance(value, str) else value
+
+    edit(folder, "generation_config.json", eos_token_id=number(generation))
+    edit(folder, "config.json", eos_token_id=number(config))
+    if text is not ...:
+        edit(folder, "config.json", text_config={"eos_token_id": number(text)})
+    edit(folder, "tokenizer_config.json", eos_token=tokenizer)
+    found = end_ids(folder, load_processors(folder)[0])
+    assert sorted(found) == sorted(ids[token] for token in want)
+    if text is ...:
+        assert VLM.load(folder, "cpu").end_ids == found
+
+
+def test_wherever_the_chat_template_stands(published, tmp_path):
+    want = VLM.load(published, "cpu").prompt("How many?", noise_image(60, 60)).ids
+    for place in ("config", "json", "jinja", "processor", "named"):
+        folder = broken(published, tmp_path / place, template(...))
+        if place == "config":
+            edit(folder, "tokenizer_config.json", chat_template=TEMPLATE)
+        if place == "json":
+            (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+        if place == "jinja":
+            (folder / "chat_template.jinja").write_text(TEMPLATE)
+        if place == "processor":
+            (folder / "processor_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+        if place == "named":
+            several = [dict(name="default", template=TEMPLATE), dict(name="rag", template="x")]
+            edit(folder, "tokenizer_config.json", chat_template=several)
+        vlm = VLM.load(folder, "cpu")
+        assert torch.equal(vlm.prompt("How many?", noise_image(60, 60)).ids, want), place
+        vlm.save(tmp_path / f"{place}-saved")
+        again = VLM.load(tmp_path / f"{place}-saved", "cpu")
+        assert torch.equal(again.prompt("How many?", noise_image(60, 60)).ids, want), place
+
+
+def test_a_head_in_the_file_that_equals_the_embedding(published, tmp_path):
+    def change(folder):
+        another_head(folder)
+        file = sorted(folder.glob("*.safetensors"))[-1]
+        weights = load_file(file)
+        save_file(weights | {"lm_head.weight": weights["lm_head.weight"] - 1}, file, {"format": "pt"})
+        table = next(
+            v for f in folder.glob("*.safetensors") for k, v in load_file(f).items() if "embed_t" in k
+        )
+        save_file(load_file(file) | {"lm_head.weight": table.clone()}, file, {"format": "pt"})
+
+    vlm = VLM.load(broken(published, tmp_path / "same", change), "cpu")
+    assert vlm.model.lm_head.weight is vlm.model.get_input_embeddings().weight
 
 
 def test_pickle_files_beside_safetensors_are_never_opened(published, tmp_path):
