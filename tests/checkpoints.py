@@ -32,19 +32,22 @@ CONTROL += [
     "<|vision_pad|>",
 ]
 CONTROL += ["<|image_pad|>", "<|video_pad|>"]
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+SPLIT += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEMPLATE = (  # does what Qwen's does: a default system turn, then the turns with their images
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
     "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for content in message['content'] %}"
     "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 def publish(folder: Path, style: str) -> Path:
-    """Writes a random checkpoint as Qwen2.5-VL ("qwen": tied, two shards) or MiMo-VL ("mimo": untied, <think>) is."""
+    """Writes a random checkpoint like Qwen2.5-VL ("qwen": tied, two shards) or MiMo-VL ("mimo": untied, <think>)."""
     tokenizer = _tokenizer(["<think>", "</think>"] if style == "mimo" else [])
     config = _config(tokenizer, style)
     torch.manual_seed(0)
@@ -67,7 +70,7 @@ def publish(folder: Path, style: str) -> Path:
 
 
 def as_transformers_5_saves(folder: Path) -> Path:
-    """Rewrites a checkpoint as `save_pretrained` of model and processor leave it: no preprocessor_config.json."""
+    """Rewrites a checkpoint as transformers 5 saves model and processor: no preprocessor_config.json."""
     from vlm import VLM
 
     vlm = VLM.load(folder, "cpu", torch.float32)
@@ -240,7 +243,7 @@ def _write_tokenizer(folder: Path, tokenizer, style: str) -> None:
 
 
 def load_lively(folder: Path) -> VLM:
-    """Loads a checkpoint and turns up its random weights, so that its logits are varied and depend on the input."""
+    """Loads a checkpoint and turns up its random weights, so that its logits vary with the input."""
     vlm = VLM.load(folder, "cpu", torch.float32)
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():
