@@ -47,7 +47,7 @@ TEMPLATE = (  # does what Qwen's does: a default system turn, then the turns wit
 
 
 def publish(folder: Path, style: str) -> Path:
-    """Writes a random checkpoint like Qwen2.5-VL ("qwen": tied, two shards) or MiMo-VL ("mimo": untied, <think>)."""
+    """Writes a checkpoint like Qwen2.5-VL ("qwen": tied, two shards) or MiMo-VL ("mimo": untied, <think>)."""
     tokenizer = _tokenizer(["<think>", "</think>"] if style == "mimo" else [])
     config = _config(tokenizer, style)
     torch.manual_seed(0)

@@ -142,7 +142,7 @@ def test_packed_logprobs_and_gradients_against_the_plain_forward(
 
 @pytest.mark.parametrize("batch_tokens, batches", [(1, 3), (10**6, 1)])
 def test_groups_share_batches(random_vlm, batch_tokens, batches, monkeypatch):
-    """Three groups with other prompts, images and lengths, one without a token: in one batch or alone, the same."""
+    """Three groups with other prompts, images and lengths, one without a token: in one batch or alone."""
     monkeypatch.setattr(packing, "BATCH_TOKENS", batch_tokens)
     sizes, lengths = [(120, 60), (60, 60), (60, 90)], [[5, 1, 12], [0, 3], [0]]
     prompts = [
@@ -192,7 +192,7 @@ def test_packing_loses_nothing_and_keeps_to_the_budget(shapes, row_tokens, batch
 
 
 def test_weights_can_be_lent(random_vlm):
-    """To the meta device, as there is no other here: away inside the block, back after it, also on an error."""
+    """To the meta device, as there is no other here: away in the block, back after it, on errors too."""
     vlm = random_vlm.copy()
     before = [p.clone() for p in vlm.model.parameters()]
     with pytest.raises(RuntimeError), vlm.on("meta"):
@@ -245,7 +245,7 @@ def test_copies_are_independent(published):
 
 
 def test_bfloat16_end_to_end(random_vlm):
-    """Generation, reference and an update in bfloat16; log-probabilities near float32's, masters that move."""
+    """Generation, reference and an update in bfloat16; log-probabilities near float32's."""
     import grpo
     from generate import generate
 
