@@ -9,10 +9,11 @@ import json
 import shutil
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLConfig, Qwen2VLImageProcessorPil
@@ -44,14 +45,21 @@ def resolve(name_or_path: str | Path, weights: bool = False) -> Path:
         if not folder.is_dir() or not name.strip():
             raise CheckpointError(f"there is no model folder {name}")
         return folder
+    return _from_hub(name, weights, constants.HF_HUB_CACHE)
+
+
+@cache
+def _from_hub(name: str, weights: bool, place: str) -> Path:
+    """The folder of a hub id, asked for once: without a network the hub's client tries for minutes."""
+    cached = None
     try:
-        config = try_to_load_from_cache(name, "config.json")
+        config = try_to_load_from_cache(name, "config.json", place)
         cached = Path(config).parent if isinstance(config, str) else None
         if cached and _complete(cached, weights):
             return cached
         print(f"{name} is not in the local cache: asking the hub", file=sys.stderr, flush=True)
         wanted = [*SMALL, "*.safetensors"] if weights else [*SMALL]
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, cache_dir=place, allow_patterns=wanted))
     except HFValidationError as error:
         raise CheckpointError(f"there is no model folder {name}, and a hub id does not look so") from error
     except Exception as error:  # of the network, the hub or the disk: they have no common ancestor
@@ -153,7 +161,8 @@ def _without_texts(fields: dict) -> dict:
 
 def first_line(error: Exception) -> str:
     """What an error says, on one line."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:200]
 
 
 # ---- Tokenizer, template and image processor ---------------------------------------------------------------
@@ -164,6 +173,9 @@ def load_processors(name_or_path: str | Path) -> tuple:
     name, config, folder = str(name_or_path), load_config(name_or_path), resolve(name_or_path)
     if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
         raise CheckpointError(f"{name} has no tokenizer (tokenizer.json)")  # transformers makes an empty one
+    inside = (read_json(folder, "processor_config.json") or {}).get("image_processor")
+    if not inside and not (folder / "preprocessor_config.json").is_file():
+        raise CheckpointError(f"{name} has no settings of an image processor (preprocessor_config.json)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
@@ -212,10 +224,11 @@ def end_ids(folder: Path, tokenizer) -> list[int]:
     config = read_json(folder, "config.json") or {}
     places = [read_json(folder, "generation_config.json"), config, config.get("text_config")]
     named = [place.get("eos_token_id") for place in places if isinstance(place, dict)]
-    ids = []
+    vocabulary, ids = tokenizer.get_vocab(), []
+    known = set(vocabulary.values())
     for token in [t for n in [*named, tokenizer.eos_token_id] for t in (n if isinstance(n, list) else [n])]:
-        token = tokenizer.get_vocab().get(token) if isinstance(token, str) else token
-        if isinstance(token, int) and token >= 0 and token not in ids:
+        token = vocabulary.get(token) if isinstance(token, str) else token
+        if type(token) is int and token in known and token not in ids:
             ids.append(token)
     if not ids:
         raise CheckpointError(f"{folder} names no token that ends a turn (eos_token_id)")

@@ -234,10 +234,13 @@ def test_a_bad_checkpoint_gets_one_sentence(published, tmp_path, change, word):
 def test_nothing_is_loaded_before_the_checks(published, tmp_path, change, word, monkeypatch):
     if word.startswith(("lacks", "not finite")) or change is wrong_shape:
         pytest.skip("only seen once the weights are read")
-    monkeypatch.setattr(Qwen2_5_VLForConditionalGeneration, "from_pretrained", None)
-    with pytest.raises(CheckpointError) as error:
+    calls = []
+    monkeypatch.setattr(
+        Qwen2_5_VLForConditionalGeneration, "from_pretrained", lambda *args, **kwargs: calls.append(args)
+    )
+    with pytest.raises(CheckpointError):
         VLM.load(broken(published, tmp_path / "bad", change), "cpu")
-    assert "NoneType" not in str(error.value)
+    assert not calls
 
 
 @pytest.mark.parametrize("device", ["cuda:7", "cuda:-1", "tpu", "gpu", "cpu:x", "0"])
