@@ -28,10 +28,15 @@ RAW = frozenset(
     ".3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .sr2 .srf"
     " .srw .x3f".split()
 )
-UNREAD = RAW | frozenset(
-    ".heic .heif .heics .hif .jxl .jxr .avif .avifs .svg .svgz .eps .ai .psb .xcf .exr .hdr .bpg .djvu .cur"
-    " .icns .wmf .emf".split()
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+UNREAD = (
+    RAW
+    | frozenset(Image.registered_extensions())
+    | frozenset(
+        ".heic .heif .heics .hif .jxl .jxr .avif .avifs .svg .svgz .ai .psb .xcf .exr .hdr .bpg .djvu".split()
+    )
 )
+UNREAD -= SUFFIXES | frozenset(".pdf .mpg .mpeg .h5 .hdf .grib .bufr .iim".split())  # films, documents, data
 MAX_RATIO = 200  # width / height and height / width that the image processor of Qwen2.5-VL accepts
 MAX_PIXELS = 89_478_485  # a larger image is taken for a decompression bomb (Pillow's own limit)
 # Sets upright what an EXIF orientation of 2, 3, ... 8 describes.
@@ -70,8 +75,7 @@ def find_images(where: str) -> Found:
     if not where.strip():
         raise ValueError("--images: the name of a folder, file or glob is empty")
     if place.is_dir():
-        suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
-        paths = sorted(str(p) for p in place.rglob("*") if p.suffix.lower() in suffixes | UNREAD)
+        paths = sorted(str(p) for p in place.rglob("*") if p.suffix.lower() in SUFFIXES | UNREAD)
     elif place.is_file() and place.suffix.lower() in (".txt", ".jsonl"):
         paths = _read_list(place)
     elif place.is_file():

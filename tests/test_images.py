@@ -129,16 +129,16 @@ def test_pictures_go_round_in_an_order_that_the_seed_gives(tmp_path):
 # ---- Names -------------------------------------------------------------------------------------------------
 
 HEIC = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic"
-UNREADABLE = (
-    "a.HEIC b.heif c.jxl d.svg e.eps f.CR2 g.nef h.dng i.arw j.psd k.avif l.raf m.exr n.webp o.cr3".split()
-)
+UNREADABLE = "a.HEIC b.heif c.jxl d.svg e.eps f.CR2 g.nef h.dng i.arw j.psd k.avif l.raf m.exr n.webp".split()
+UNREADABLE += "o.cr3 p.xpm q.icns".split()
 
 
 def test_whatever_is_an_image_by_its_name_is_listed(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in UNREADABLE:
         (tmp_path / "sub" / name).write_bytes(HEIC if name < "d" else b"%!PS-Adobe-3.0 EPSF or anything else")
-    (tmp_path / "notes.md").write_text("x")
+    for name in ("notes.md", "film.mpg", "paper.pdf", "data.h5", "code.py"):
+        (tmp_path / name).write_text("x")
     (tmp_path / "list.txt").write_text("\n".join(f"sub/{name}" for name in UNREADABLE))
     for where in (".", "sub/*", "list.txt"):
         found = find_images(str(tmp_path / where))
