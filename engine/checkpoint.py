@@ -44,7 +44,7 @@ def resolve(name_or_path: str | Path, weights: bool = False) -> Path:
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         if not folder.is_dir() or not name.strip():
             raise CheckpointError(f"there is no model folder {name}")
-        return folder
+        return folder.absolute()
     return _from_hub(name, weights, constants.HF_HUB_CACHE)
 
 

@@ -95,6 +95,19 @@ def test_saved_files_are_readable_as_the_umask_says(published, tmp_path, umask, 
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "saved").iterdir()} == {mode}
 
 
+def test_weights_that_lie_in_one_buffer_are_saved(published, tmp_path):
+    """As after parking: every weight is a view of one piece of memory."""
+    vlm = stirred(published)
+    weights = list(vlm.model.parameters())  # a tied matrix once
+    buffer, at = torch.cat([weight.detach().flatten() for weight in weights]), 0
+    for weight in weights:
+        weight.data, at = buffer[at : at + weight.numel()].view(weight.shape), at + weight.numel()
+    vlm.save(tmp_path / "saved")
+    again = VLM.load(tmp_path / "saved", "cpu")
+    for a, b in zip(again.model.parameters(), weights, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_generation_settings_that_transformers_would_not_save(tmp_path):
     """A temperature without sampling, which `save_pretrained` refuses at the end of a run; ends as text."""
     source = publish(tmp_path, "mimo")
