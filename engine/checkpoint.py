@@ -319,8 +319,8 @@ def stored_dtype(folder: Path) -> torch.dtype:
 def kept_files(vlm) -> dict[str, bytes]:
     """Everything in a saved folder but the weights: the source's files as they are, and what they lack."""
     source, tokenizer = vlm.source, vlm.tokenizer
-    files = {path.name: path.read_bytes() for pattern in SMALL for path in source.glob(pattern)}
-    files = {name: data for name, data in files.items() if not name.endswith(".index.json")}
+    paths = [path for pattern in SMALL for path in source.glob(pattern) if path.is_file()]
+    files = {path.name: path.read_bytes() for path in paths if not path.name.endswith(".index.json")}
     files.setdefault("chat_template.jinja", tokenizer.get_chat_template().encode())
     if "preprocessor_config.json" not in files:  # transformers 5 keeps it inside processor_config.json
         inside = read_json(source, "processor_config.json")["image_processor"]
@@ -341,6 +341,7 @@ def save(vlm, folder: Path) -> None:
     vlm.model.generation_config = GenerationConfig()  # published ones may not pass transformers' own checks
     try:
         cast = {name: cast[value.data_ptr()] for name, value in weights.items()}
+        (folder / INDEX).unlink(missing_ok=True)  # of shards that were there before
         vlm.model.save_pretrained(folder, state_dict=cast)
     finally:
         vlm.model.generation_config = written

@@ -35,10 +35,11 @@ def test_the_sources_files_are_kept_as_they_were(published, tmp_path):
     (source / "special_tokens_map.json").write_bytes(b'{ "eos_token":  "<|im_end|>"}\r\n')
     (source / "LICENSE.txt").write_bytes(b"\xff no UTF-8")
     (source / "README.md").write_text("not copied")
+    (source / "logs.json").mkdir()
     stirred(source).save(tmp_path / "saved")
     saved = {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir()}
     for file in source.iterdir():
-        if file.suffix in SMALL and not file.name.endswith(".index.json"):
+        if file.is_file() and file.suffix in SMALL and not file.name.endswith(".index.json"):
             assert saved.pop(file.name) == file.read_bytes(), file.name
     template = VLM.load(published, "cpu").tokenizer.chat_template
     assert saved.pop("chat_template.jinja").decode() == template
@@ -77,6 +78,7 @@ def test_weights_are_saved_in_the_sources_type(tmp_path, said, stored):
     edit(source, "config.json", **({"torch_dtype": ...} | ({} if said == "nothing" else {said: stored})))
     vlm, config = stirred(source), (source / "config.json").read_bytes()
     vlm.save(source)
+    assert not list(source.glob("*-of-*")) and not list(source.glob("*.index.json"))
     weights = load_file(source / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {getattr(torch, stored)}
     assert vlm.model.dtype == torch.float32 and (source / "config.json").read_bytes() == config
