@@ -270,8 +270,9 @@ def _grey(values: np.ndarray, white: float | None) -> np.ndarray:
     if not finite.size:
         raise ImageError("none of its values is a finite number")
     low, high = (0.0, white) if white else (finite.min(), finite.max())
-    if low == high:  # one value: a share of 1 or of 255, as it may be
-        low, high = 0.0, (1.0 if values.dtype.kind == "f" and high <= 1 else 255.0)
+    if low == high:  # one value: a share of 1, of 8 bits or of 16, as it may be
+        scales = (1.0, 255.0, 65535.0) if values.dtype.kind == "f" else (255.0, 65535.0)
+        low, high = 0.0, next((scale for scale in scales if high <= scale), high)
     values = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
     return ((values - low) / (high - low) * 255).clip(0, 255).round().astype(np.uint8)
 

@@ -232,7 +232,15 @@ def test_values_that_are_no_numbers_and_constant_images(tmp_path):
         assert abs(got[5:, :, 0] - ramp[5:] * 255).max() < 10 and got[0, 0, 0] == (
             255 if bad == np.inf else 0
         )
-    for value, want in ((0.0, 0), (0.5, 128), (1.0, 255), (200.0, 200), (1e9, 255), (-4.0, 0)):
+    for value, want in (
+        (0.0, 0),
+        (0.5, 128),
+        (1.0, 255),
+        (200.0, 200),
+        (40_000.0, 156),
+        (1e9, 255),
+        (-4.0, 0),
+    ):
         Image.fromarray(np.full((30, 40), value, np.float32)).save(tmp_path / "a.tif")
         assert (read(tmp_path / "a.tif") == want).all(), value
     Image.fromarray(np.full((30, 40), np.nan, np.float32)).save(tmp_path / "a.tif")
