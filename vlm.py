@@ -19,16 +19,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from engine.checkpoint import (
-    USER_TEXT,
-    CheckpointError,
-    end_ids,
-    first_line,
-    load_config,
-    load_processors,
-    require_safetensors,
-    vision_ids,
-)
+from engine import checkpoint
+from engine.checkpoint import USER_TEXT, CheckpointError, end_ids, first_line, load_config, load_processors
 from packing import PackedBatch, lay_out, pack, packed_mask, token_logprobs
 
 
@@ -78,13 +70,11 @@ class Limits:
 class VLM:
     """The model with its tokenizer and image processor. `VLM.model` is the transformers module."""
 
-    def __init__(
-        self, model, tokenizer, image_processor, preprocessor_config: str, max_pixels: int | None = None
-    ):
+    def __init__(self, model, tokenizer, image_processor, source: Path, max_pixels: int | None = None):
         self.model = model
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.preprocessor_config = preprocessor_config  # as published, so that a saved folder keeps it
+        self.source = source  # the folder that it was loaded from, whose files a saved one keeps
         self.image_size = dict(image_processor.size)  # least and most pixels of an image
         if max_pixels is not None:
             self.image_size["longest_edge"] = min(max_pixels, self.image_size["longest_edge"])
@@ -94,8 +84,8 @@ class VLM:
         self.device = model.device  # where it computes
         self.parked = False
         self.limits = Limits()
-        self.end_ids = end_ids(model)
-        self.vision_ids = vision_ids(model.config, tokenizer)
+        self.end_ids = end_ids(source, tokenizer)
+        self.vision_ids = checkpoint.vision_ids(model.config, tokenizer)
 
     @classmethod
     def load(cls, name_or_path: str | Path, device=None, dtype=None, max_pixels: int | None = None) -> "VLM":
@@ -105,14 +95,15 @@ class VLM:
         torch.dtype or its name. max_pixels: images are scaled down to so many pixels, if the checkpoint's own
         limit is not lower. Raises CheckpointError with a sentence for the user.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        load_config(name_or_path)
-        require_safetensors(name_or_path)
+        device = checkpoint.check_device(device)
+        dtype = checkpoint.check_dtype(dtype, device)
+        config, processors = load_config(name_or_path), load_processors(name_or_path)
+        folder = checkpoint.resolve(name_or_path, weights=True)
+        checkpoint.check_weights(folder, config.tie_word_embeddings)
         try:
             model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-                name_or_path,
+                folder,
+                config=config,
                 dtype=dtype,
                 use_safetensors=True,
                 attn_implementation="sdpa",
@@ -129,14 +120,11 @@ class VLM:
             raise CheckpointError(
                 f"{name_or_path} has weights that are not finite numbers, in {broken[0]} for one"
             )
-        return cls(model, *load_processors(name_or_path), max_pixels)
+        return cls(model, *processors, max_pixels)
 
     def save(self, path: str | Path) -> None:
-        """Writes a Hugging Face checkpoint folder, which transformers (and so vLLM) loads."""
-        path = Path(path)
-        self.model.save_pretrained(path)
-        self.tokenizer.save_pretrained(path)
-        (path / "preprocessor_config.json").write_text(self.preprocessor_config, encoding="utf-8")
+        """Writes a Hugging Face checkpoint folder, which transformers 4 and 5 (and so vLLM) load."""
+        checkpoint.save(self, Path(path))
 
     def copy(self) -> "VLM":
         """A second, independent set of weights; tokenizer and image processor are shared."""
@@ -221,10 +209,7 @@ class VLM:
         characters and cannot forge a turn or an image. Raises ValueError for an image more than 200 times as
         wide as high or the other way round.
         """
-        content = [{"type": "image"}, {"type": "text", "text": USER_TEXT}]
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        messages.append({"role": "user", "content": content})
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        rendered = checkpoint.render(self.tokenizer, system)
         before, after = rendered.split(USER_TEXT)
         ids = self._encode(before) + self._encode(text, plain=True) + self._encode(after)
         patches = image if isinstance(image, Patches) else self.patches(image)

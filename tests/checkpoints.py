@@ -32,19 +32,22 @@ CONTROL += [
     "<|vision_pad|>",
 ]
 CONTROL += ["<|image_pad|>", "<|video_pad|>"]
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+SPLIT += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEMPLATE = (  # does what Qwen's does: a default system turn, then the turns with their images
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
     "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for content in message['content'] %}"
     "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 def publish(folder: Path, style: str) -> Path:
-    """Writes a random checkpoint as Qwen2.5-VL ("qwen": tied, two shards) or MiMo-VL ("mimo": untied, <think>) is."""
+    """Writes a checkpoint like Qwen2.5-VL ("qwen": tied, two shards) or MiMo-VL ("mimo": untied, <think>)."""
     tokenizer = _tokenizer(["<think>", "</think>"] if style == "mimo" else [])
     config = _config(tokenizer, style)
     torch.manual_seed(0)
@@ -64,6 +67,40 @@ def publish(folder: Path, style: str) -> Path:
     images |= dict(image_processor_type="Qwen2VLImageProcessor", processor_class="Qwen2_5_VLProcessor")
     (folder / "preprocessor_config.json").write_text(json.dumps(images))
     return folder
+
+
+def as_transformers_5_saves(folder: Path) -> Path:
+    """Rewrites a checkpoint as transformers 5 saves model and processor: no preprocessor_config.json."""
+    from vlm import VLM
+
+    vlm = VLM.load(folder, "cpu", torch.float32)
+    for file in folder.iterdir():
+        file.unlink()
+    vlm.model.save_pretrained(folder)
+    vlm.tokenizer.save_pretrained(folder)
+    images = vlm.image_processor.to_dict() | dict(image_processor_type="Qwen2VLImageProcessorPil")
+    fields = dict(image_processor=images, processor_class="Qwen2_5_VLProcessor")
+    (folder / "processor_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def edit(folder: Path, name: str, **fields) -> None:
+    """Sets fields of a JSON file; a field that is to go is given as Ellipsis."""
+    data = json.loads((folder / name).read_text()) | fields
+    (folder / name).write_text(json.dumps({k: v for k, v in data.items() if v is not ...}))
+
+
+def as_a_hub_cache(folder: Path, home: Path, name: str) -> Path:
+    """A Hugging Face cache in which a checkpoint stands as a download leaves it; returns its snapshot."""
+    root, commit = home / "hub" / f"models--{name.replace('/', '--')}", "0123456789" * 4
+    for part in ("refs", "blobs", f"snapshots/{commit}"):
+        (root / part).mkdir(parents=True)
+    (root / "refs" / "main").write_text(commit)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        (root / "blobs" / str(number)).write_bytes(file.read_bytes())
+        (root / "blobs" / str(number)).chmod(0o600)
+        (root / "snapshots" / commit / file.name).symlink_to(root / "blobs" / str(number))
+    return root / "snapshots" / commit
 
 
 def _tokenizer(extra: list[str]) -> Tokenizer:
@@ -206,7 +243,7 @@ def _write_tokenizer(folder: Path, tokenizer, style: str) -> None:
 
 
 def load_lively(folder: Path) -> VLM:
-    """Loads a checkpoint and turns up its random weights, so that its logits are varied and depend on the input."""
+    """Loads a checkpoint and turns up its random weights, so that its logits vary with the input."""
     vlm = VLM.load(folder, "cpu", torch.float32)
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -22,6 +22,11 @@ def pytest_addoption(parser):
         action="store_true",
         help="more kills of runs and more examples for the parsers: takes minutes",
     )
+    parser.addoption(
+        "--compatibility",
+        action="store_true",
+        help="load saved folders in new environments with transformers 4 and 5: needs pip, 7 GB and minutes",
+    )
     parser.addoption("--device", default="cpu", help="where tests/test_device.py runs: cpu or cuda")
 
 

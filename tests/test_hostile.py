@@ -1,4 +1,4 @@
-"""Files that call themselves images: every one is used or skipped with a reason, and a run among them completes."""
+"""Files that call themselves images: each is used or skipped with a reason, and a run completes."""
 
 import os
 import random
@@ -149,7 +149,8 @@ def test_a_run_on_the_hostile_folder_completes_and_lists_what_it_skipped(
     hostile, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    args = "--iterations 1 --questioner-steps 2 --reasoner-steps 1 --images-per-step 40 --group-size 2 --answers 2 --candidates 8 --device cpu"
+    args = "--iterations 1 --questioner-steps 2 --reasoner-steps 1 --images-per-step 40 --group-size 2"
+    args += " --answers 2 --candidates 8 --device cpu"
     assert (
         loop.main(
             [*args.split(), "--tau-low", "0", "--tau-high", "1", "--images", str(hostile), "--name", "x"]
