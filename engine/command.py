@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from engine import plan
+from engine import checkpoint, plan
 from engine.checkpoint import load_config, load_processors
 from engine.images import Found, ImageError, find_images
 from engine.records import printable
@@ -78,6 +78,8 @@ def start(loop: Loop, s: Settings, ranks: Ranks) -> int:
             return 0
         roles = load_roles(s)
         start_run(s, run)
+        if ranks.first:  # what a run needs at its end is proven at its start
+            checkpoint.prove_export(roles[0], run.folder)
     except (ValueError, OSError) as error:  # CheckpointError and ImageError are ValueErrors
         sys.stderr.write(f"error: {error}\n")  # in one piece: several processes may say so at once
         return 2
@@ -168,12 +170,8 @@ def check_device(name: str | None, ranks: Ranks) -> None:
     if ranks.size > 1 and (name or "").startswith("cuda:"):
         why = "under torchrun each process takes its own GPU; say --device cuda, or nothing"
         raise ValueError(f"--device {name}: {why}")
-    try:
-        if name is not None and torch.device(name).type not in ("cpu", "cuda"):
-            raise ValueError
-        torch.empty(0, device=name or "cpu")
-    except Exception as error:  # torch raises RuntimeError, AssertionError or AttributeError, as it happens
-        raise ValueError(f"--device {name}: there is no such device here, cpu and cuda are known") from error
+    if checkpoint.check_device(name).type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: cpu and cuda are known here")
 
 
 def find(s: Settings) -> Found:
@@ -193,7 +191,7 @@ def model_of(s: Settings) -> str:
 
 def device_of(s: Settings) -> torch.device:
     """Where it computes."""
-    return torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return checkpoint.check_device(s.device)
 
 
 def load_roles(s: Settings) -> tuple[VLM, VLM]:

@@ -384,6 +384,26 @@ def test_a_run_on_a_laptop_without_posix(workplace):
     assert "is complete" in done.stdout and not list((workplace / "runs").rglob("*.old"))
 
 
+def test_export_is_proven_at_the_start(published, workplace, capsys):
+    """A source whose template is gone by the end would lose a run: it is said before the first step."""
+    shutil.copytree(published, workplace / "m")
+    image_folder(workplace / "images")
+    save = command.checkpoint.kept_files
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            command.checkpoint,
+            "kept_files",
+            lambda vlm: {k: v for k, v in save(vlm).items() if "token" not in k},
+        )
+        assert loop.main(["--model", "m", "--images", "images", "--name", "x", *SMALL]) == 2
+    err = capsys.readouterr().err
+    assert (
+        "saved" in err
+        and "Traceback" not in err
+        and not (workplace / "runs" / "x" / "metrics.jsonl").exists()
+    )
+
+
 # ---- The command line ----------------------------------------------------------------------------------------------------
 
 
@@ -509,7 +529,7 @@ def test_dry_run_of_a_real_size(published, workplace, capsys):
     out = capsys.readouterr().out
     assert "3,754,622,976 parameters" in out, "the number of the published 3B checkpoint"
     assert "6 found, 1 skipped" in out and "broken.jpg" in out and "memory" in out
-    for part in ("AdamW moments 27.9", "float32 masters 13.9", "trained role 6.99"):
+    for part in ("AdamW's moments 27.9", "float32 masters 13.9", "questioner 6.99"):
         assert part in out, out
     assert not (workplace / "runs").exists()
 

@@ -9,6 +9,7 @@ from transformers import Qwen2_5_VLProcessor
 from transformers.video_processing_utils import BaseVideoProcessor
 
 import packing
+from engine.shards import Trained
 from vlm import VLM
 
 SIZES = [(56, 56), (100, 60), (30, 200), (300, 290), (1, 1), (13, 400)]
@@ -110,7 +111,8 @@ def test_packed_logprobs_and_gradients_against_the_plain_forward(
     """One row (or, at 60 tokens, several, alone or as a batch) against one plain forward a completion."""
     if checkpointing:
         random_vlm = random_vlm.copy()
-        random_vlm.checkpoint_activations()
+        # What is trained: its `batches` have the same form.
+        policy = Trained(random_vlm, 0.0, 0.0, checkpointing=True)
     monkeypatch.setattr(packing, "ROW_TOKENS", row_tokens)
     monkeypatch.setattr(packing, "BATCH_TOKENS", batch_tokens)
     monkeypatch.setitem(packing.LOGITS, "cpu", 7 * 1000)
@@ -123,7 +125,12 @@ def test_packed_logprobs_and_gradients_against_the_plain_forward(
         sum((x * torch.linspace(-1, 1, len(x) + 1)[1:]).sum() for x in logps).backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    packed = random_vlm.logprobs(prompt, completions, temperature)
+    if checkpointing:
+        parts = list(policy.batches([(prompt, completions)], temperature))
+        found = {i: logp for which, logps, _ in parts for (_, i), logp in zip(which, logps)}
+        packed = [found[i] for i in range(len(completions))]
+    else:
+        packed = random_vlm.logprobs(prompt, completions, temperature)
     ours = gradients(packed)
     plain = [plain_logprobs(random_vlm, prompt, c, temperature) for c in completions]
     theirs = gradients(plain)
@@ -132,12 +139,10 @@ def test_packed_logprobs_and_gradients_against_the_plain_forward(
         assert a.shape == b.shape and a.dtype == torch.float32 and (a - b).abs().max() < 1e-5
     assert ours.keys() == theirs.keys() and any("visual" in name for name in ours)
     scale = max(g.abs().max() for g in theirs.values())
-    for name in (
-        ours
-    ):  # relative to each parameter's largest gradient, or to 1e-4 of the model's where it is all but zero
-        assert (ours[name] - theirs[name]).abs().max() <= 2e-5 * max(
-            theirs[name].abs().max(), 1e-4 * scale
-        ), name
+    # Relative to each parameter's largest gradient, or to 1e-4 of the model's where it is all but zero.
+    for name in ours:
+        largest = max(theirs[name].abs().max(), 1e-4 * scale)
+        assert (ours[name] - theirs[name]).abs().max() <= 2e-5 * largest, name
 
 
 @pytest.mark.parametrize("batch_tokens, batches", [(1, 3), (10**6, 1)])
@@ -150,9 +155,9 @@ def test_groups_share_batches(random_vlm, batch_tokens, batches, monkeypatch):
     ]
     groups = [(p, completions_for(random_vlm, n, seed=i)) for i, (p, n) in enumerate(zip(prompts, lengths))]
     with torch.no_grad():
-        parts = list(random_vlm.packed_logprobs(groups, 0.8))
-        got = {where: logp for which, logps in parts for where, logp in zip(which, logps)}
-        assert len(parts) == batches and len(got) == 6
+        parts = list(random_vlm.batches(groups, 0.8))
+        got = {where: logp for which, logps, _ in parts for where, logp in zip(which, logps)}
+        assert len(parts) == batches and len(got) == 6 and sum(share for *_, share in parts) == 1
         for (g, i), logp in got.items():
             want = plain_logprobs(random_vlm, groups[g][0], groups[g][1][i], 0.8)
             assert logp.shape == want.shape and torch.allclose(logp, want, atol=1e-5)
@@ -191,16 +196,27 @@ def test_packing_loses_nothing_and_keeps_to_the_budget(shapes, row_tokens, batch
     )
 
 
-def test_weights_can_be_lent(random_vlm):
-    """To the meta device, as there is no other here: away in the block, back after it, on errors too."""
+def test_weights_are_parked_and_present(random_vlm):
+    """Present on the meta device, as there is no other here: away in the block, back after it, on errors too."""
     vlm = random_vlm.copy()
     before = [p.clone() for p in vlm.model.parameters()]
-    with pytest.raises(RuntimeError), vlm.on("meta"):
-        assert {p.device.type for p in (*vlm.model.parameters(), *vlm.model.buffers())} == {"meta"}
+    vlm.park()
+    tensors = [*vlm.model.parameters(), *vlm.model.buffers()]
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == 1, "one buffer"
+    assert all(torch.equal(a, b) for a, b in zip(before, vlm.model.parameters(), strict=True))
+    twin = vlm.copy()
+    assert twin.parked and next(twin.model.parameters()).data_ptr() != next(vlm.model.parameters()).data_ptr()
+    vlm.device = torch.device("meta")
+    with pytest.raises(RuntimeError), vlm.present():
+        assert {t.device.type for t in tensors} == {"meta"} and not vlm.parked
+        with vlm.present():
+            pass
         raise RuntimeError
-    assert all(torch.equal(a, b) for a, b in zip(before, vlm.model.parameters()))
-    with vlm.on("cpu"):
-        assert vlm.device.type == "cpu"
+    assert vlm.parked and all(torch.equal(a, b) for a, b in zip(before, vlm.model.parameters()))
+    vlm.device = torch.device("cpu")
+    vlm.unpark()
+    with vlm.present():
+        assert not vlm.parked
 
 
 def test_completions_do_not_see_each_other(random_vlm):
@@ -261,7 +277,7 @@ def test_bfloat16_end_to_end(random_vlm):
     before = half.model.lm_head.weight.detach().clone()
     group = grpo.Group(prompt, completions, [1.0, 0.0, 0.0, 1.0])
     grpo.add_reference([group], half.copy())
-    with grpo.MasterAdamW(half.model.named_parameters(), lr=1e-3, weight_decay=0.01) as optimizer:
-        metrics = grpo.update(half, [group], optimizer)
+    policy = Trained(half, lr=1e-3, weight_decay=0.01)
+    metrics = grpo.update(policy, policy.optimizer, [group])
     assert metrics["skipped"] == 0 and metrics["grad_norm"] > 0
     assert half.model.dtype == torch.bfloat16 and not torch.equal(before, half.model.lm_head.weight)
