@@ -1,7 +1,8 @@
-"""A report of a run that a person wants to look at: `python report.py runs/NAME` writes runs/NAME/report.html.
+"""A report of a run, for people to look at: `python report.py runs/NAME` writes runs/NAME/report.html.
 
-One page without network or scripts: what ran, the curves (drawn as SVG), and a gallery of images with their questions and votes,
-side by side for the iterations. It reads the run's plain files and nothing else, so the run may still be going on.
+One page without network or scripts: what ran, its curves, the ladder of the built-in world, and images with
+their questions and votes, iteration beside iteration. It reads plain files of that folder and no others: the
+run may still be going on, and its folder may come from another machine.
 """
 
 import argparse
@@ -9,49 +10,68 @@ import base64
 import html
 import io
 import json
+import os
+import re
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from itertools import groupby
 from pathlib import Path
 
 from curate import Example, read_examples
+from engine.console import printable
 from engine.images import ImageError, load_image
-from engine.run import printable
 from rewards import same_answer
+from toy.answerer import understand
+from toy.scenes import read_truth
 
 GALLERY = 12  # images
 QUESTIONS = 2  # of an image and iteration
 THUMBNAIL = 168  # pixels
-Truth = Callable[[Example], str | None]  # the true answer to a question, where it is known
-Points = list[tuple[float, float]]
+Asked = tuple[Example, bool]  # a question with its votes, and whether it was kept
+Points = list[tuple[int, float]]  # (step or iteration, value)
 
 STYLE = """
-:root { color-scheme: light dark; --back: #fdfcf9; --ink: #22242a; --soft: #666a73; --line: #d9d6cd; --card: #ffffff;
-  --c0: #1f6fb4; --c1: #c8571b; --c2: #2c8a57; --c3: #8a4fa3; --good: #1d7a46; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --back: #17181c; --ink: #e9e7e1; --soft: #a4a7af; --line: #3a3c44; --card: #202228;
-  --c0: #6fb3ee; --c1: #f09a5b; --c2: #6dcf9b; --c3: #cf9be6; --good: #6dcf9b; --bad: #ff8a80; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--back); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; } p, li { max-width: 46rem; }
-.soft { color: var(--soft); font-size: .9rem; overflow-wrap: anywhere; } .warning { border-left: 4px solid var(--bad); padding: .2rem .8rem; margin: .5rem 0; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
-figure, .image { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem; margin: 0; min-width: 0; }
-figcaption { font-weight: 600; } svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 11px; }
-.axis { stroke: var(--line); stroke-width: 1; } .curve { fill: none; stroke-width: 2; } .band { fill: var(--c2); opacity: .15; }
-.key { display: inline-block; margin-right: .9rem; font-size: .85rem; color: var(--soft); } .key i { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .3rem; }
-.image { margin: 1rem 0; display: grid; grid-template-columns: 168px 1fr; gap: 1rem; } @media (max-width: 45rem) { .image { grid-template-columns: 1fr; } }
-.image img { width: 168px; max-width: 100%; border-radius: 4px; display: block; image-rendering: auto; }
-.turns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: 1rem; align-content: start; min-width: 0; }
-.question { border-top: 1px solid var(--line); padding: .5rem 0; overflow-wrap: anywhere; } .turns h3 { margin: 0; font-size: .9rem; color: var(--soft); }
-.vote { display: grid; grid-template-columns: 5.5rem 1fr 1.6rem; gap: .4rem; align-items: center; font-size: .85rem; }
+:root { color-scheme: light dark; --line: color-mix(in srgb, CanvasText 18%, Canvas);
+  --c0: #2f7dc2; --c1: #c85a14; --c2: #23864f; --c3: #9457ae;
+  --pale: color-mix(in srgb, #2f7dc2 35%, Canvas); }
+* { box-sizing: border-box; min-width: 0; overflow-wrap: anywhere; }
+body { margin: 0 auto; padding: 1rem; max-width: 72rem; font: 16px/1.5 system-ui, sans-serif; }
+h3, .soft, .key { margin: 0; font-size: .9rem; color: color-mix(in srgb, CanvasText 70%, Canvas); }
+p, p.soft { max-width: 46rem; margin: .5rem 0 .8rem; }
+.warning { border-left: 4px solid var(--c1); padding-left: .8rem; }
+pre { white-space: pre-wrap; font-size: .8rem; }
+.charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }
+figure, .image { margin: 0; padding: .7rem; border: 1px solid var(--line); border-radius: 8px; }
+figcaption { font-weight: 600; } svg { width: 100%; display: block; }
+svg text { fill: CanvasText; opacity: .7; font-size: 11px; }
+.axis { stroke: var(--line); fill: none; } .dashed { stroke: CanvasText; opacity: .4; stroke-dasharray: 3; }
+.curve { fill: none; stroke-width: 2; }
+.band { opacity: .15; }
+.key { margin-right: .9rem; display: inline-block; }
+.key i { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; }
+.image { margin-bottom: 1rem; display: grid; gap: 1rem; grid-template-columns: 168px 1fr; }
+img { width: 168px; }
+@media (max-width: 45rem) { .image { grid-template-columns: 1fr; } }
+.turns { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 13rem), 1fr)); }
+.question { border-top: 1px solid var(--line); padding: .5rem 0; }
+.vote { display: grid; gap: .4rem; grid-template-columns: 5.5rem 1fr 1.6rem; font-size: .85rem; }
 .vote span:first-child { text-align: right; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.bar { height: .7rem; background: var(--line); border-radius: 2px; } .bar.label { background: var(--c0); }
-.good { color: var(--good); } .bad { color: var(--bad); } details pre { overflow-x: auto; font-size: .8rem; }
+.bar { height: .7rem; margin-top: .3rem; background: var(--pale); } .bar.label { background: var(--c0); }
+.good { color: var(--c2); } .bad { color: var(--c1); }
 """
 
 
-# ---- Reading a run -------------------------------------------------------------------------------------------------------
+# ---- Reading a run -----------------------------------------------------------------------------------------
+
+
+def read_config(folder: Path) -> dict:
+    """The run's settings. Raises ValueError, with a sentence for the user, if the folder is not a run's."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config | {"iterations": int(config["iterations"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} is not the folder of a run: it has no readable config.json") from error
 
 
 def read_records(folder: Path) -> list[dict]:
@@ -65,209 +85,179 @@ def read_records(folder: Path) -> list[dict]:
     return records
 
 
-def read_questions(folder: Path) -> dict[int, list[Example]]:
-    """Iteration -> the questions that were proposed for curation; of an older run, those that were kept."""
-    questions, number = {}, 1
-    while True:
-        for kind in ("candidates", "curated"):
-            path = folder / kind / f"iteration-{number}.jsonl"
-            try:
-                questions[number] = read_examples(path)
-                break
-            except (OSError, ValueError, TypeError):
-                continue  # not there yet, or being written
-        else:
-            return questions
-        number += 1
+def read_questions(folder: Path, iterations: int) -> dict[int, list[Asked]]:
+    """Iteration -> the questions that were proposed, and whether each stands in curated/.
 
-
-def known_truth(folder: Path) -> Truth:
-    """What the true answers are, for the built-in scenes; for other images nobody knows."""
-    if not (folder / "images" / "scenes.jsonl").exists():
-        return lambda example: None
-    from toy.answerer import understand
-    from toy.scenes import read_truth
-
-    scenes = read_truth(folder / "images")
-
-    def truth(example: Example) -> str | None:
-        scene = scenes.get(Path(example.image).name)
-        fact = understand(example.question, scene) if scene is not None else None
-        return fact and fact.answer
-
-    return truth
-
-
-# ---- Charts --------------------------------------------------------------------------------------------------------------
-
-
-def numbers(records: Sequence[dict], phase: str, name: str) -> Points:
-    """(place among the records of the phase, value) of each that has the value."""
-    mine = [r for r in records if r.get("phase") == phase]
-    return [(i, float(r[name])) for i, r in enumerate(mine) if isinstance(r.get(name), int | float)]
-
-
-def borders(records: Sequence[dict], phase: str) -> list[int]:
-    """Where in a phase's records a new iteration begins."""
-    iterations = [r["iteration"] for r in records if r.get("phase") == phase]
-    return [i for i in range(1, len(iterations)) if iterations[i] != iterations[i - 1]]
-
-
-def nice(value: float) -> str:
-    return f"{value:.3g}"
-
-
-def frame(title: str, keys: Sequence[str], body: str, alt: str) -> str:
-    """A figure: its caption, its legend, its picture."""
-    legend = "".join(
-        f'<span class="key"><i style="background: var(--c{i})"></i>{html.escape(key)}</span>'
-        for i, key in enumerate(keys)
-    )
-    picture = f'<svg viewBox="0 0 360 190" role="img" aria-label="{html.escape(alt)}">{body}</svg>'
-    return f"<figure><figcaption>{html.escape(title)}</figcaption>{picture}{legend if len(keys) > 1 else ''}</figure>"
-
-
-def axes(low: float, high: float, left: str, right: str, below: str) -> str:
-    """Two axes with their ends written beside them. The drawing area is 52..350 by 10..150."""
-    texts = [
-        (48, 14, "end", nice(high)),
-        (48, 84, "end", nice((low + high) / 2)),
-        (48, 150, "end", nice(low)),
-    ]
-    texts += [(52, 166, "start", left), (350, 166, "end", right), (201, 182, "middle", below)]
-    marks = "".join(
-        f'<text x="{x}" y="{y}" text-anchor="{anchor}">{html.escape(text)}</text>'
-        for x, y, anchor, text in texts
-    )
-    return f'<path class="axis" d="M52 10 V150 H350 M52 80 H350" fill="none"/>{marks}'
-
-
-def line_chart(
-    title: str,
-    curves: dict[str, Points],
-    below: str,
-    marked: Sequence[int] = (),
-    first: int = 1,
-    share: bool = False,
-) -> str:
-    """Curves over places 0, 1, ..., which are called first, first + 1, ...; `marked` places get a vertical line before them.
-
-    share: the values are shares, so the axis goes from 0 to 1.
+    One that was proposed several times about an image is there once, with the votes it was kept with. Older
+    runs have only what was kept.
     """
-    curves = {name: points for name, points in curves.items() if points}
-    if not curves:
-        return f'<figure><figcaption>{html.escape(title)}</figcaption><p class="soft">Nothing to draw yet.</p></figure>'
-    places, values = ([p[axis] for points in curves.values() for p in points] for axis in (0, 1))
-    low, high, last = min(values), max(values), max(places)
-    low, high = (0.0, 1.0) if share else (low, high) if high > low else (low - 0.5, high + 0.5)
-    x = lambda place: 58 + 286 * place / max(1, last)  # noqa: E731
-    y = lambda value: 150 - 140 * (value - low) / (high - low)  # noqa: E731
-    body = axes(low, high, str(first), str(int(last) + first), below)
-    body += "".join(
-        f'<path class="axis" stroke-dasharray="3 3" d="M{x(m - 0.5):.1f} 10 V150"/>' for m in marked
-    )
-    for number, points in enumerate(curves.values()):
-        path = " ".join(f"{'L' if i else 'M'}{x(p):.1f} {y(v):.1f}" for i, (p, v) in enumerate(points))
-        body += f'<path class="curve" style="stroke: var(--c{number})" d="{path}"/>'
-        for p, v in points if len(points) <= 12 else ():
-            body += f'<circle cx="{x(p):.1f}" cy="{y(v):.1f}" r="3" style="fill: var(--c{number})"/>'
-    told = "; ".join(
-        f"{name} from {nice(points[0][1])} to {nice(points[-1][1])}" for name, points in curves.items()
-    )
-    return frame(title, list(curves), body, f"{title}: {told}")
+
+    def read(kind: str, k: int) -> list[Example] | None:
+        try:
+            return read_examples(folder / kind / f"iteration-{k}.jsonl")
+        except (OSError, ValueError, TypeError):
+            return None  # not there yet, or being written
+
+    questions = {}
+    for k in range(1, iterations + 1):
+        if (kept := read("curated", k)) is not None:
+            asked = {(e.image, e.question): (e, False) for e in read("candidates", k) or ()}
+            asked |= {(e.image, e.question): (e, True) for e in kept}
+            questions[k] = list(asked.values())
+    return questions
 
 
-def histogram(title: str, values: Sequence[float], low: float, high: float) -> str:
-    """How often each confidence occurred, in tenths; the band that curation keeps is shaded."""
-    counts = Counter(min(10, int(10 * value + 0.5)) for value in values)
-    most = max(counts.values(), default=1)
-    x = lambda value: 66 + 270 * value  # noqa: E731
-    body = (
-        axes(0, most, "", "", "confidence")
-        + f'<rect class="band" x="{x(low):.1f}" y="10" width="{270 * (high - low):.1f}" height="140"/>'
-    )
-    body += "".join(f'<text x="{x(v):.0f}" y="166" text-anchor="middle">{v}</text>' for v in (0, 0.5, 1))
-    for tenth, count in sorted(counts.items()):
-        height = 140 * count / most
-        body += f'<rect x="{x(tenth / 10) - 11:.1f}" y="{150 - height:.1f}" width="22" height="{height:.1f}" style="fill: var(--c0)"/>'
-    inside = sum(low <= value <= high for value in values)
-    return frame(
-        title,
-        [title],
-        body,
-        f"{title}: {inside} of {len(values)} questions are kept, with a confidence from {low} to {high}",
-    )
+def parts_of(path: str) -> list[str]:
+    """The parts of a path, of this system or another one."""
+    return [part for part in re.split(r"[/\\]", path) if part]
 
 
-def charts(records: Sequence[dict], questions: dict[int, list[Example]], config: dict) -> list[str]:
-    """All figures of the page."""
-    measured = {
-        "greedy": "greedy_accuracy",
-        "sampled": "sampled_accuracy",
-        "silver labels": "silver_accuracy",
-    }
-    asked, answered = borders(records, "questioner"), borders(records, "reasoner")
-
-    def of(phase: str, **names: str) -> dict[str, Points]:
-        return {label.replace("_", " "): numbers(records, phase, name) for label, name in names.items()}
-
-    shapes = {label: numbers(records, "measure", name) for label, name in measured.items()}
-    made = (
-        [line_chart("Share that is right", shapes, "iteration", first=0, share=True)]
-        if any(shapes.values())
-        else []
-    )
-    made += [
-        line_chart(
-            "Questioner's reward",
-            of("questioner", reward="reward", difficulty_r_unc="r_unc", penalty_r_div="r_div"),
-            "step",
-            asked,
-        ),
-        line_chart(
-            "Reasoner's reward", of("reasoner", reward="reward", confidence="confidence"), "step", answered
-        ),
-        line_chart(
-            "Valid outputs",
-            of("questioner", valid_questions="validity"),
-            "Questioner step",
-            asked,
-            share=True,
-        ),
-        line_chart(
-            "Distance from the start of the phase (KL)", of("questioner", KL="kl"), "Questioner step", asked
-        ),
-        line_chart("The Reasoner's KL", of("reasoner", KL="kl"), "Reasoner step", answered),
-        line_chart(
-            "Different questions about an image",
-            of("questioner", clusters="clusters"),
-            "Questioner step",
-            asked,
-        ),
-        line_chart(
-            "Variety over all images",
-            of("questioner", largest_cluster="largest_cluster", kind_entropy="kind_entropy"),
-            "Questioner step",
-            asked,
-        ),
-        line_chart(
-            "Agreement with the base",
-            of("measure", agreement="base_agreement", confidence="probe_confidence"),
-            "iteration",
-            first=0,
-            share=True,
-        ),
-        line_chart("Curated questions", of("curation", kept="curated"), "iteration"),
-    ]
-    band = float(config.get("tau_low", 0.25)), float(config.get("tau_high", 0.75))
-    return made + [
-        histogram(f"Difficulty, iteration {k}", [e.confidence for e in found], *band)
-        for k, found in questions.items()
-        if found
-    ]
+def find_picture(folder: Path, recorded: str) -> str:
+    """Where an image is now: for runs/x/images/a.png FOLDER/images/a.png if it exists, else where it was."""
+    parts = parts_of(recorded)
+    places = [folder.joinpath(*parts[i:]) for i in range(len(parts) - 1)]
+    return next((str(place) for place in places if os.path.isfile(place)), recorded)
 
 
-# ---- The gallery ---------------------------------------------------------------------------------------------------------
+def known_truth(folder: Path) -> Callable:
+    """A function that tells the fact a question is about, in built-in scenes; elsewhere nobody knows."""
+    scenes = read_truth(folder / "images") if (folder / "images" / "scenes.jsonl").exists() else {}
+    return lambda e: understand(e.question, scene) if (scene := scenes.get(parts_of(e.image)[-1])) else None
+
+
+# ---- Charts ------------------------------------------------------------------------------------------------
+
+ACCURACIES = {"greedy": "greedy_accuracy", "sampled": "sampled_accuracy", "silver labels": "silver_accuracy"}
+AGREEMENT = {"agreement": "base_agreement", "confidence": "probe_confidence"}
+CHARTS = (  # title, phase, the curves and what each shows, whether these are shares
+    ("Share that is right", "measure", ACCURACIES, True),
+    ("Difficulty r_unc, first and last third of a phase", "questioner", {"r_unc": "r_unc"}, False),
+    ("Questioner's reward", "questioner", {"reward": "reward", "penalty r_div": "r_div"}, False),
+    ("Reasoner's reward", "reasoner", {"reward": "reward", "confidence": "confidence"}, False),
+    ("Valid outputs", "questioner", {"valid questions": "validity"}, True),
+    ("Distance from the start of the phase (KL)", "questioner", {"KL": "kl"}, False),
+    ("The Reasoner's KL", "reasoner", {"KL": "kl"}, False),
+    ("Different questions about an image", "questioner", {"clusters": "clusters"}, False),
+    ("Largest cluster over all images", "questioner", {"share of all questions": "largest_cluster"}, True),
+    ("Kinds of questions (entropy in bits)", "questioner", {"entropy": "kind_entropy"}, False),
+    ("Agreement with the base", "measure", AGREEMENT, True),
+    ("Curated questions", "curation", {"kept": "curated"}, False),
+)
+
+
+def number(record: dict, name: str) -> float | None:
+    """The number under a name, "a/b" for record["a"]["b"]; None if there is none."""
+    value = record
+    for part in name.split("/"):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value if isinstance(value, int | float) else None
+
+
+def phases(points: Points, starts: list[int]) -> list[Points]:
+    """The points of each phase."""
+    return [list(p) for _, p in groupby(points, key=lambda point: sum(point[0] >= start for start in starts))]
+
+
+def thirds(points: Points, starts: list[int]) -> Points:
+    """The means of each phase's first and last third, at its ends; single steps may fall where it rises."""
+    ends = {}
+    for phase in phases(points, starts):
+        steps, values = zip(*phase)
+        third = max(1, len(values) // 3)
+        ends |= {steps[0]: sum(values[:third]) / third, steps[-1]: sum(values[-third:]) / third}
+    return list(ends.items())
+
+
+def chart(records: list[dict], title: str, phase: str, names: dict[str, str], share: bool, bands=None) -> str:
+    """A curve for each name, over all steps of a training phase or over iterations; "" without any number."""
+    mine, training = [r for r in records if r.get("phase") == phase], phase in ("questioner", "reasoner")
+    places = [step if training else r["iteration"] for step, r in enumerate(mine, start=1)]
+    starts = [i for i, r, before in zip(places[1:], mine[1:], mine) if r["iteration"] != before["iteration"]]
+    curves = {}
+    for label, name in names.items():
+        points = [(i, number(r, name)) for i, r in zip(places, mine) if number(r, name) is not None]
+        curves[label] = thirds(points, starts) if name == "r_unc" else points
+    below = f"{phase.capitalize()} step" if training else "iteration"
+    return plot(title, curves, below, starts if training else [], share, bands or {})
+
+
+def plot(title: str, curves: dict[str, Points], below: str, starts: list, share: bool, bands: dict) -> str:
+    """Curves that begin anew at `starts`, after a dashed line; shares from 0 to 1; named bands."""
+    points = [point for points in curves.values() for point in points]
+    if not points:
+        return ""
+    places, values = [place for place, _ in points], [value for _, value in points]
+    values += [0, 1] if share else [edge for band in bands.values() for edge in band]
+    x, y, drawn = scale(places, 62, 342), scale(values, 150, 10), ""
+    for i, (bottom, top) in enumerate(bands.values()):
+        area = f"M52 {y(bottom):.1f}H350V{y(top):.1f}H52"
+        drawn += f'<path class="band" style="fill: var(--c{i % 4})" d="{area}"/>'
+    for place in starts:
+        drawn += f'<path class="dashed" d="M{x(place - 0.5):.1f} 10V150"/>'
+    for i, points in enumerate(curves.values()):
+        for phase in phases(points, starts):
+            spots = " ".join(f"{x(place):.1f},{y(value):.1f}" for place, value in phase)
+            drawn += f'<polyline class="curve" style="stroke: var(--c{i % 4})" points="{spots}"/>'
+        for place, value in points if len(points) < 4 * (len(starts) + 3) else ():
+            drawn += f'<circle cx="{x(place):.1f}" cy="{y(value):.1f}" r="3" style="fill: var(--c{i % 4})"/>'
+    first, last, low, high = min(places), max(places), min(values), max(values)
+    xs = {str(i): x(i) for i in (range(first, last + 1) if last - first < 9 else (first, last))}
+    ys = {f"{value:.3g}": y(value) for value in (low, (low + high) / 2, high)}
+    ys = {name: y(sum(band) / 2) for name, band in bands.items()} or ys
+    told = [f"{name} from {p[0][1]:.3g} to {p[-1][1]:.3g}" for name, p in curves.items() if p]
+    keys = {name: f"c{i % 4}" for i, name in enumerate(curves)}
+    return figure(title, xs, ys, below, drawn, keys if len(keys) > 1 else {}, "; ".join(told))
+
+
+def scale(values: Iterable[float], start: float, end: float) -> Callable[[float], float]:
+    """From the range of these values to the pixels start..end."""
+    low, high = min(values), max(values)
+    return lambda value: start + (end - start) * ((value - low) / (high - low) if high > low else 0.5)
+
+
+def figure(title: str, xs: dict, ys: dict, below: str, drawn: str, keys: dict[str, str], told: str) -> str:
+    """A drawing in 52..350 by 10..150, with words along its axes, its colours' names, and itself in words."""
+    words = [(x, 166, "middle", word) for word, x in xs.items()] + [(201, 184, "middle", below)]
+    words += [(48, y + 4, "end", word) for word, y in ys.items()]
+    drawn = '<path class="axis" d="M52 10V150H350M52 80H350"/>' + drawn
+    for x, y, anchor, word in words:
+        drawn += f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{html.escape(word)}</text>'
+    legend = ""
+    for name, colour in keys.items():
+        legend += f'<span class="key"><i style="background: var(--{colour})"></i>{html.escape(name)}</span> '
+    caption, alt = html.escape(title), html.escape(f"{title}: {told}")
+    picture = f'<svg viewBox="0 0 360 190" role="img" aria-label="{alt}">{drawn}</svg>'
+    return f"<figure><figcaption>{caption}</figcaption>{picture}{legend}</figure>"
+
+
+def histogram(title: str, asked: list[Asked]) -> str:
+    """How often each confidence occurred, in tenths, and how many of these questions were kept."""
+    tenths = [(min(10, int(10 * example.confidence + 0.5)), kept) for example, kept in asked]
+    everything, kept = Counter(i for i, _ in tenths), Counter(i for i, kept in tenths if kept)
+    most, drawn = max(everything.values()), ""
+    x, y = scale((0, 10), 70, 332), scale((0, most), 150, 10)
+    for counts, colour in ((everything, "pale"), (kept, "c0")):  # what was kept, in front of all
+        for i, count in sorted(counts.items()):
+            place = f'x="{x(i) - 11:.1f}" y="{y(count):.1f}" width="22" height="{150 - y(count):.1f}"'
+            drawn += f'<rect {place} style="fill: var(--{colour})"/>'
+    xs, ys = {"0": x(0), "0.5": x(5), "1": x(10)}, {"0": y(0), str(most): y(most)}
+    told = f"{kept.total()} of {len(asked)} different questions are kept"
+    return figure(title, xs, ys, "confidence", drawn, {"kept": "c0", "not kept": "pale"}, told)
+
+
+def ladder(records: list[dict]) -> str:
+    """Accuracy on each rung of the built-in world, and where curated questions stand; "" for other runs."""
+    found = [r["sampled_by_objects"] for r in records if isinstance(r.get("sampled_by_objects"), dict)]
+    rungs, drawn = {rung: re.findall(r"\d+", rung) for accuracies in found for rung in accuracies}, ""
+    bands = {rung: (int(ends[0]) - 0.5, int(ends[-1]) + 0.5) for rung, ends in rungs.items() if ends}
+    for title, kind in (("Accuracy by rung", "sampled"), ("Silver labels that are right, by rung", "silver")):
+        names = {f"{rung} objects": f"{kind}_by_objects/{rung}" for rung in rungs}
+        drawn += chart(records, title, "measure", names, True)
+    objects = {"mean number of objects": "objects"}
+    return drawn and drawn + chart(records, "Where curated questions stand", "measure", objects, False, bands)
+
+
+# ---- The gallery -------------------------------------------------------------------------------------------
 
 
 def thumbnail(path: str) -> str | None:
@@ -278,145 +268,124 @@ def thumbnail(path: str) -> str | None:
         return None
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     data = io.BytesIO()
-    image.save(data, "JPEG", quality=80)
+    image.save(data, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
-def chosen_images(questions: dict[int, list[Example]]) -> list[str]:
-    """The images that most iterations asked about, in order of first appearance among these."""
-    seen = Counter(image for found in questions.values() for image in {e.image: 0 for e in found})
-    return sorted(seen, key=lambda image: -seen[image])[:GALLERY]
+def count_votes(answers: list[str | None]) -> list[tuple[str | None, int]]:
+    """Each different answer and how often it was given, the most frequent first; None could not be parsed."""
+    votes: dict[str | None, int] = {}
+    for answer in answers:
+        alike = (a for a in votes if a == answer or None not in (a, answer) and same_answer(a, answer))
+        known = next(alike, answer)
+        votes[known] = votes.get(known, 0) + 1
+    return sorted(votes.items(), key=lambda vote: -vote[1])
 
 
-def question_card(example: Example, kept: bool, true_answer: str | None) -> str:
-    """A question, its votes as bars, its label, its confidence, and whether the label is true where that is known."""
-    votes: list[tuple[str, int]] = []
-    for answer in example.answers:
-        name = "no answer" if answer is None else answer
-        place = next(
-            (
-                i
-                for i, (other, _) in enumerate(votes)
-                if answer is not None and other != "no answer" and same_answer(other, name) or other == name
-            ),
-            None,
-        )
-        votes = (
-            [*votes, (name, 1)]
-            if place is None
-            else [(n, c + (i == place)) for i, (n, c) in enumerate(votes)]
-        )
-    lines = [f'<div class="question"><div>{html.escape(example.question)}</div>']
-    for name, count in sorted(votes, key=lambda vote: -vote[1]):
-        label = " label" if example.label is not None and name == example.label else ""
-        bar = f'<div class="bar{label}" style="width: {100 * count / len(example.answers):.0f}%"></div>'
-        lines.append(
-            f'<div class="vote"><span title="{html.escape(name)}">{html.escape(name[:40])}</span>{bar}<span>{count}</span></div>'
-        )
-    verdict = ""
-    if true_answer is not None and example.label is not None:
-        good = same_answer(example.label, true_answer)
-        verdict = f' · <span class="{"good" if good else "bad"}">{"✓ right" if good else f"✗ wrong, it is {html.escape(true_answer)}"}</span>'
-    label = "none" if example.label is None else html.escape(example.label[:80])
-    lines.append(
-        f'<div class="soft">silver label {label} · confidence {example.confidence:.2f} · {"kept" if kept else "not kept"}{verdict}</div></div>'
-    )
-    return "".join(lines)
+def question_card(example: Example, kept: bool, fact) -> str:
+    """A question, its votes as bars, its label, and whether that is true (fact: a toy.answerer.Fact)."""
+    bars, label = "", example.label
+    for answer, count in count_votes(example.answers):
+        name = html.escape("no answer" if answer is None else answer)
+        kind = "bar label" if answer is not None and answer == label else "bar"
+        bar = f'<div class="{kind}" style="width: {100 * count / len(example.answers):.0f}%"></div>'
+        bars += f'<div class="vote"><span title="{name}">{name}</span>{bar}<span>{count}</span></div>'
+    told = [] if fact is None else [f"{len(fact.things)} to list"]
+    told += [f"silver label {'none' if label is None else html.escape(label[:80])}"]
+    told += [f"confidence {example.confidence:.2f}", "kept" if kept else "not kept"]
+    if fact is not None and label is not None:
+        right = same_answer(label, fact.answer)
+        verdict = "✓ right" if right else f"✗ wrong, it is {html.escape(fact.answer)}"
+        told.append(f'<span class="{"good" if right else "bad"}">{verdict}</span>')
+    question, told = html.escape(example.question), " · ".join(told)
+    return f'<div class="question"><div>{question}</div>{bars}<div class="soft">{told}</div></div>'
 
 
-def gallery(questions: dict[int, list[Example]], config: dict, truth: Truth, folder: Path) -> str:
-    """Images with the questions of each iteration side by side."""
-    low, high, cards = float(config.get("tau_low", 0.25)), float(config.get("tau_high", 0.75)), []
-    for path in chosen_images(questions):
-        here = (
-            path if Path(path).exists() else str(folder / "images" / Path(path).name)
-        )  # a run's own scenes move with its folder
-        source, name = thumbnail(here), html.escape(printable(Path(path).name))
-        picture = (
-            f'<img src="{source}" alt="{name}, an image of the run">'
-            if source
-            else '<p class="soft">The image can no longer be read.</p>'
-        )
-        turns = []
-        for k, found in questions.items():
-            about = [e for e in found if e.image == path][:QUESTIONS]
-            shown = [
-                question_card(e, e.label is not None and low <= e.confidence <= high, truth(e)) for e in about
-            ]
-            turns.append(
-                f"<div><h3>Iteration {k}</h3>{''.join(shown) or '<p class=soft>Nothing was asked about it.</p>'}</div>"
-            )
-        cards.append(
-            f'<div class="image"><div>{picture}<div class="soft">{name}</div></div><div class="turns">{"".join(turns)}</div></div>'
-        )
-    return "".join(cards) or '<p class="soft">No questions have been curated yet.</p>'
+def gallery(questions: dict[int, list[Asked]], folder: Path) -> str:
+    """The images that most iterations asked about, with the questions of each iteration side by side."""
+    asked_in = Counter(path for asked in questions.values() for path in {e.image: 0 for e, _ in asked})
+    cards, truth = "", known_truth(folder)
+    for path, _ in asked_in.most_common(GALLERY):
+        source, name = thumbnail(find_picture(folder, path)), html.escape(printable(parts_of(path)[-1]))
+        image = f'<img src="{source}" alt="{name}, an image of the run"><br>{name}'
+        turns = ""
+        for k, asked in questions.items():
+            about = [(e, kept) for e, kept in asked if e.image == path][:QUESTIONS]
+            cards_of_k = "".join(question_card(e, kept, truth(e)) for e, kept in about)
+            turns += f"<div><h3>Iteration {k}</h3>{cards_of_k or 'Nothing was asked about it.'}</div>"
+        picture = f'<div class="soft">{image if source else f"{name} can no longer be read."}</div>'
+        cards += f'<div class="image">{picture}<div class="turns">{turns}</div></div>'
+    return cards or '<p class="soft">No questions have been curated yet.</p>'
 
 
-# ---- The page ------------------------------------------------------------------------------------------------------------
+# ---- The page ----------------------------------------------------------------------------------------------
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{name}, a VisPlay run</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head><body>
+<h1>{name}</h1><p>{state}</p>
+{warnings}
+<details><summary>All settings</summary><pre>{settings}</pre></details>
+<details><summary>{skips} images skipped</summary><pre>{skipped}</pre></details>
+{ladder}
+<h2>Curves</h2>
+<p class="soft">Dashed lines: a new iteration. r_unc = 1 - |2c - 1| is largest where the Reasoner is torn;
+c is the share of its majority. In the histograms, what curation kept is coloured.</p>
+<div class="charts">{charts}</div>
+<h2>Questions and votes</h2>
+<p class="soft">Each bar is an answer and how often the Reasoner gave it; the coloured one is the majority,
+the silver label. Iteration beside iteration: how the questions about an image climb, and how sure the
+Reasoner is of them.</p>
+{gallery}
+</body></html>
+"""
+LADDER = """<h2>The ladder</h2>
+<p class="soft">A rung is how many objects one must list to answer a question. Accuracy is that of sampled
+answers to held-out questions; iteration 0 is the base. The curated questions stand where the mean of their
+objects is.</p>
+<div class="charts">{charts}</div>"""
 
 
 def page(folder: Path) -> str:
     """The whole report. Raises ValueError, with a sentence for the user, if the folder is not a run's."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        iterations = int(config["iterations"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder} is not the folder of a run of loop.py (it has no readable config.json)"
-        ) from error
-    records, questions = read_records(folder), read_questions(folder)
+    config, records = read_config(folder), read_records(folder)
+    questions, climb = read_questions(folder, config["iterations"]), ladder(records)
     done = max((r["iteration"] for r in records if r.get("phase") == "measure"), default=0)
-    state = (
-        f"complete, {iterations} iterations"
-        if done >= iterations
-        else f"{done} of {iterations} iterations complete"
-    )
-    began = time.strftime("%Y-%m-%d %H:%M", time.localtime((folder / "config.json").stat().st_mtime))
-    model = "the toy of this repository" if config.get("model") is None else str(config["model"])
-    images = "built-in scenes" if config.get("images") is None else str(config["images"])
-    skipped = (
-        (folder / "skipped.txt").read_text(encoding="utf-8", errors="replace")
-        if (folder / "skipped.txt").exists()
-        else ""
-    )
-    warnings = [
-        f"iteration {r['iteration']}, {r['signature']}: {r['message']}"
-        for r in records
-        if r.get("phase") == "warning"
-    ]
     minutes = sum(r.get("seconds") or 0 for r in records) / 60
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(printable(folder.name))}, a VisPlay run</title><style>{STYLE}</style></head><body>
-<h1>{html.escape(printable(folder.resolve().name))}</h1>
-<p>{state} · model: {html.escape(printable(model))} · images: {html.escape(printable(images))}</p>
-<p class="soft">Settings of {began}; {minutes:.1f} minutes in steps and curation; {len(skipped.splitlines())} images skipped.</p>
-{"".join(f'<p class="warning">{html.escape(w)}</p>' for w in warnings)}
-<details><summary>All settings</summary><pre>{html.escape(json.dumps(config, indent=1))}</pre></details>
-{f"<details><summary>Skipped images</summary><pre>{html.escape(skipped[:20_000])}</pre></details>" if skipped else ""}
-<h2>Curves</h2><p class="soft">Dashed lines: a new iteration. r_unc = 1 - |2c - 1| is largest where the Reasoner is torn; c is the share of its majority.
-Shaded in the histograms: what curation keeps.</p>
-<div class="charts">{"".join(charts(records, questions, config))}</div>
-<h2>Questions and votes</h2><p class="soft">Each bar is an answer and how often the Reasoner gave it; the coloured one is the majority, the silver label. The
-same image under each iteration: how the questions change, and how sure the Reasoner is.</p>
-{gallery(questions, config, known_truth(folder), folder)}
-</body></html>
-"""
+    state = f"{done} of {config['iterations']} iterations complete · {minutes:.1f} minutes of work"
+    state += f" · model: {config.get('model') or 'the toy of this repository'}"
+    state += f" · images: {config.get('images') or 'built-in scenes'}"
+    warned = [r for r in records if r.get("phase") == "warning"]
+    warnings = [f"iteration {r['iteration']}, {r['signature']}: {r['message']}" for r in warned]
+    skips = folder / "skipped.txt"
+    skipped = skips.read_text(encoding="utf-8", errors="replace") if skips.exists() else ""
+    curves = "".join(chart(records, *what) for what in CHARTS) or '<p class="soft">Nothing to draw yet.</p>'
+    for k, asked in questions.items():
+        curves += histogram(f"Difficulty, iteration {k}", asked) if asked else ""
+    return PAGE.format(
+        name=html.escape(printable(folder.resolve().name)),
+        style=STYLE,
+        state=html.escape(printable(state)),
+        warnings="".join(f'<p class="warning">{html.escape(warning)}</p>' for warning in warnings),
+        settings=html.escape(json.dumps(config, indent=1)),
+        skips=len(skipped.splitlines()),
+        skipped=html.escape(skipped[:20_000]),
+        ladder=climb and LADDER.format(charts=climb),
+        charts=curves,
+        gallery=gallery(questions, folder),
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0: done, 2: a wrong argument."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("run", type=Path, help="folder of a run, runs/NAME")
     parser.add_argument("--out", type=Path, help="where the page goes (default: report.html in that folder)")
     args = parser.parse_args(argv)
     out = args.out or args.run / "report.html"
     try:
-        text = page(args.run)
-        out.write_text(text, encoding="utf-8", errors="backslashreplace")
+        out.write_text(page(args.run), encoding="utf-8", errors="backslashreplace")
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

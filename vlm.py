@@ -151,12 +151,12 @@ class VLM:
         """From now on the weights are in CPU memory, and on the device only while they work (see `present`).
 
         They share one buffer, as pinned memory, which a GPU reads fastest, is rounded up to a power of two each time it
-        is asked for. Does nothing on a CPU.
+        is asked for.
         """
-        if self.device.type == "cpu" or self.parked:
+        if self.parked:
             return
-        tensors = self._tensors()
-        flat = torch.empty(sum(_padded_bytes(t) for t in tensors), dtype=torch.uint8, pin_memory=True)
+        tensors, pinned = self._tensors(), self.device.type == "cuda"
+        flat = torch.empty(sum(_padded_bytes(t) for t in tensors), dtype=torch.uint8, pin_memory=pinned)
         start = 0
         for tensor in tensors:
             place = flat[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)

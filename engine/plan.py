@@ -1,9 +1,10 @@
 """The plan: how much memory each moment of an iteration takes, before anything is loaded.
 
-Per parameter, a role that is trained has its weight, a float32 master, a float32 gradient and AdamW's two float32 moments;
-a float32 weight is its own master. The other role and the reference (the KL's other side) are frozen: on a GPU they are
-only while they work. With --offload masters and moments are on the CPU. Of several GPUs each has all weights and gradients, but
-the masters and moments of its own share of the tensors only (see ranks.py).
+A role in training has, per parameter, a float32 master, a float32 gradient and AdamW's two float32 moments: 16 bytes,
+shared by the processes, and in the computer's memory with --offload. Of the sharded model two layers at a time are
+there in whole, in the dtype it computes in, and all that is in no layer (embeddings, the output matrix); the gradient
+of the latter is reduced last, in float32, when the activations are gone. The plain copies (both roles, and the reference) are in the computer's memory, and on a GPU only while
+they work. One process in float32 trains its plain copy itself, which then stays.
 
 Activations are counted from what autograd keeps (found with `saved_tensors_hooks` in transformers 5.23): of a token or
 patch each layer keeps 8 vectors of its width and 4 of its MLP's, and 2 more of its width in float32, from the norms; the
@@ -23,8 +24,11 @@ from packing import BATCH_IMAGE_TOKENS, BATCH_TOKENS, LOGITS, ROW_TOKENS
 
 @dataclass(frozen=True)
 class Work:
-    """What a step deals with: tokens of an image, of the text around it and of the longest completion, G, and how many
-    questions (each of them answered `answers` times)."""
+    """What a step deals with.
+
+    Tokens of an image, of the text around it and of the longest completion, G, and how many questions (each of them
+    answered `answers` times).
+    """
 
     image_tokens: int
     text_tokens: int
@@ -35,6 +39,7 @@ class Work:
 
     @property
     def prompt_tokens(self) -> int:
+        """Tokens before the first that is written."""
         return self.image_tokens + self.text_tokens
 
 
@@ -47,6 +52,7 @@ class Moment:
 
     @property
     def total(self) -> int:
+        """All parts together."""
         return sum(self.parts.values())
 
 
@@ -66,55 +72,87 @@ def memory_plan(
     offload: bool,
     ranks: int = 1,
 ) -> list[Moment]:
-    """The memory of the moments of one iteration that take most, on the GPU, of `ranks`, that has most to hold.
+    """The memory of the moments of one iteration that take most, on one GPU of `ranks`.
 
     device_bytes: the memory of the GPU, None on a CPU. `work` is what all ranks have to do.
     """
     sizes, work = parameter_sizes(config), replace(work, questions=-(-work.questions // ranks))
-    parameters = sum(sizes.values())
-    owned = -(-parameters // ranks)
-    weights = parameters * dtype.itemsize
-    trained, other, reference = {"trained role": weights}, {"other role": weights}, {"reference": weights}
-    optimizer = {"float32 masters": 0 if dtype == torch.float32 else 4 * owned, "AdamW moments": 8 * owned}
+    parameters, sharded = sum(sizes.values()), ranks > 1 or offload or dtype != torch.float32
+    weights, own = parameters * dtype.itemsize, -(-parameters // ranks)
+    roles, reference = {"questioner": weights, "reasoner": weights}, {"reference": weights}
+    in_training = {"float32 masters": 4 * own if sharded else 0, "AdamW's moments": 8 * own}
     device = "cpu" if device_bytes is None else "cuda"
-    gradients = {
-        "gradients": 4 * parameters,
-        "activations": activation_bytes(config, dtype, work, checkpointing, device),
+    rest, layer = layer_sizes(sizes)
+    activations = activation_bytes(config, dtype, work, checkpointing, device)
+    if sharded:
+        activations = max(activations, rest * (dtype.itemsize + 4 + 4))
+    update = {
+        "gradients": 4 * own,
+        "whole layers": (rest + 2 * layer) * dtype.itemsize if sharded else 0,
+        "activations": activations,
     }
-    always = trained | ({} if offload else optimizer)
-    if device_bytes is None:  # one memory for all
-        always = trained | other | reference | optimizer
+    if device_bytes is not None and offload:
+        in_training, update["gradients"] = {}, 0
+    # What stays while nothing works: on a CPU all copies, on a GPU the one that is trained itself.
+    stays = (roles | reference) if device_bytes is None else {} if sharded else {"trained role": weights}
 
-    def with_cache(parts: dict[str, int], rows: int, n: int) -> dict[str, int]:
+    def rollouts(name: str, role: str, rows: int, n: int, training: bool) -> Moment:
+        parts = (stays | in_training if training else roles if device_bytes is None else {}) | {role: weights}
+        if "trained role" in parts and name.startswith(role.title()):
+            parts.pop(role)  # it is the trained role
         free = CPU_CACHE_BYTES if device_bytes is None else max(0, device_bytes - sum(parts.values())) // 2
-        return parts | {"rollouts": min(rollout_bytes(config, dtype, work, rows, n), free)}
+        return Moment(name, parts | {"cache": min(rollout_bytes(config, dtype, work, rows, n), free)})
 
+    answers, G = work.questions * work.answers, work.group_size
     return [
-        Moment(
-            "Questioner's rollouts", with_cache(always | other, work.questions * work.answers, work.answers)
-        ),
-        Moment("Questioner's update", always | gradients),
-        Moment("curation", with_cache(trained | other, work.questions * work.answers, work.answers)),
-        Moment("Reasoner's rollouts", with_cache(always, work.questions, work.group_size)),
-        Moment("Reasoner's update", always | gradients),
+        rollouts("Questioner's phase, asking", "questioner", work.questions, G, True),
+        rollouts("Questioner's phase, answering", "reasoner", answers, work.answers, True),
+        Moment("an update, in both phases", stays | in_training | update),
+        rollouts("curation", "reasoner", answers, work.answers, False),
+        rollouts("Reasoner's phase, answering", "reasoner", work.questions, G, True),
     ]
+
+
+def host_plan(config: Qwen2_5_VLConfig, dtype: torch.dtype, offload: bool, ranks: int = 1) -> Moment:
+    """What one process with a GPU keeps in the computer's memory: three plain copies, and what --offload moves there.
+
+    It is pinned, and pinned memory is rounded up to a power of two: of a copy as one, of masters and gradients each
+    tensor's.
+    """
+    sizes = parameter_sizes(config).values()
+    parts = {"three plain copies": 3 * _power_of_two(sum(sizes) * dtype.itemsize)}
+    if offload:
+        shards = [-(-4 * size // ranks) for size in sizes]
+        parts["masters and gradients"] = 2 * sum(map(_power_of_two, shards))
+        parts["AdamW's moments"] = 2 * sum(shards)
+    return Moment("in the computer's memory, for each process", parts)
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def layer_sizes(sizes: dict[str, int]) -> tuple[int, int]:
+    """The elements of all that is in no layer (embeddings, the output matrix), and those of the largest layer."""
+    layers: dict[str, int] = {}
+    for name, size in sizes.items():
+        parts = name.split(".")
+        where = next((parts[: i + 2] for i, part in enumerate(parts) if part in ("layers", "blocks")), [])
+        layers[".".join(where)] = layers.get(".".join(where), 0) + size
+    rest = layers.pop("")
+    return rest, max(layers.values())
 
 
 def rollout_bytes(config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, rows: int, n: int) -> int:
     """Keys and values of all rows and their prompts, what sampling needs, and one layer of a prefill's activations."""
     text, tokens = config.text_config, rows * work.new_tokens + rows // n * work.prompt_tokens
-    prefill = min(PREFILL_TOKENS, rows // n * work.prompt_tokens) * (
-        6 * text.hidden_size + 3 * text.intermediate_size
-    )
-    return (
-        tokens * cache_token_bytes(config, dtype)
-        + rows * text.vocab_size * SAMPLING_BYTES
-        + prefill * dtype.itemsize
-    )
+    cache, sampling = tokens * cache_token_bytes(config, dtype), rows * text.vocab_size * SAMPLING_BYTES
+    layer = 6 * text.hidden_size + 3 * text.intermediate_size
+    return cache + sampling + min(PREFILL_TOKENS, rows // n * work.prompt_tokens) * layer * dtype.itemsize
 
 
 def largest_batch(work: Work) -> tuple[int, int]:
-    """How many rows of how many tokens are forwarded and differentiated together at most (see `vlm.pack`)."""
+    """How many rows of how many tokens are forwarded and differentiated together at most (see `packing.pack`)."""
     group = work.prompt_tokens + work.group_size * (work.new_tokens - 1)
     row = min(group, max(ROW_TOKENS, work.prompt_tokens + work.new_tokens - 1))
     return min(max(1, min(BATCH_TOKENS // row, BATCH_IMAGE_TOKENS // work.image_tokens)), work.questions), row
@@ -123,7 +161,7 @@ def largest_batch(work: Work) -> tuple[int, int]:
 def activation_bytes(
     config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, checkpointing: bool, device: str
 ) -> int:
-    """What the backward pass keeps at most, see this file's docstring: shorter completions put more images in a batch."""
+    """What the backward pass keeps at most (see the top); shorter completions put more images in a batch."""
     lengths = sorted({max(1, work.new_tokens * i // 32) for i in range(1, 33)})
     return max(
         batch_bytes(config, dtype, replace(work, new_tokens=length), checkpointing, device)
@@ -145,12 +183,10 @@ def batch_bytes(
     text_layer = layer(rows * row, text.hidden_size, text.intermediate_size, 8)
     vision_layer = layer(patches, vision.hidden_size, vision.intermediate_size, 12)
     mask = rows * row * row * dtype.itemsize
-    matrix = (
-        text.vocab_size * text.hidden_size * dtype.itemsize
-    )  # the gradient of the matrix that makes the logits
+    matrix = text.vocab_size * text.hidden_size * dtype.itemsize  # the gradient of the output matrix
     logits = min(LOGITS[device], rows * row * text.vocab_size) * (
         4 + dtype.itemsize
-    )  # in float32, and before that
+    )  # as made, and in float32
     if not checkpointing:
         return mask + text.num_hidden_layers * text_layer + vision.depth * vision_layer + logits + matrix
     inputs = (

@@ -1,5 +1,6 @@
 """Generation against `model.generate`, against itself one prompt at a time, and against the distribution it samples."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import cache
 import generate as generate_module
 from generate import generate, sample
+from vlm import Limits, embed, hidden_states
 
 SIZES = [(56, 56), (100, 60), (30, 200), (112, 112), (60, 60)]
 TEXTS = [
@@ -66,7 +69,7 @@ def test_rows_stop_at_every_end_token_and_leave_the_batch(random_vlm, monkeypatc
 def test_batches_do_not_change_the_result(random_vlm, monkeypatch):
     prompts = ragged_prompts(random_vlm)
     whole = generate(random_vlm, prompts, 3, 12, temperature=0)
-    monkeypatch.setattr(generate_module, "CPU_CACHE_BYTES", 1)
+    monkeypatch.setattr(cache, "CPU_CACHE_BYTES", 1)
     monkeypatch.setattr(generate_module, "PREFILL_TOKENS", 1)
     assert generate_module.slots_in_memory(random_vlm, 100, 3, 12) == 1
     assert generate(random_vlm, prompts, 3, 12, temperature=0) == whole
@@ -104,7 +107,7 @@ def test_every_row_is_the_plain_forwards_while_rows_come_and_go(
     prompts = ragged_prompts(vlm) + ragged_prompts(vlm)[:2]
     monkeypatch.setattr(generate_module, "slots_in_memory", lambda *a: slots)
     monkeypatch.setitem(generate_module.CHECK_EVERY, "cpu", every)
-    monkeypatch.setitem(generate_module.BUCKETS, "cpu", buckets)
+    monkeypatch.setitem(cache.BUCKETS, "cpu", buckets)
     take, admit, step = generate_module.Rows.take, generate_module.admit, generate_module.step
 
     def watched_take(rows, token):
@@ -146,7 +149,7 @@ def test_a_step_can_be_recorded(ending_vlm, monkeypatch):
     """What a CUDA graph needs: a step done twice gives the same, and reads and writes at addresses that never change."""
     addresses = []
 
-    def recorded(step, device, pool):
+    def recorded(step, vlm, pool):
         def replay():
             (rows,) = (argument for argument in step.args if isinstance(argument, generate_module.Rows))
             step(), step()
@@ -193,21 +196,97 @@ def test_a_step_never_asks_the_device(ending_vlm, monkeypatch):
 
 
 def test_what_cannot_be_recorded_is_done_eagerly(ending_vlm, monkeypatch, capsys):
-    """Here nothing can be: this torch has no CUDA, or this machine has no GPU. One try, one line."""
+    """Here nothing can be: this torch has no CUDA, or this machine has no GPU. One try and one line in a process."""
     if torch.cuda.is_available():
         pytest.skip("a GPU records")
-    done, recorded = [], generate_module.recorded
-    step = lambda: done.append(1)  # noqa: E731
-    assert recorded(step, torch.device("cuda:0"), None) is step
-    assert "without a CUDA graph" in capsys.readouterr().err
-    tries = []
+    vlm, tries = ending_vlm.copy(), []
+    vlm.limits = Limits()
+
+    def recorded(step, vlm, pool):
+        claims = SimpleNamespace(device=torch.device("cuda:0"), limits=vlm.limits)
+        tries.append(vlm.limits.record)
+        return cache.recorded(step, claims, pool)
+
+    want = generate(ending_vlm, ragged_prompts(ending_vlm), 2, 6, temperature=0)
+    monkeypatch.setattr(generate_module, "recorded", recorded)
+    for role in (vlm, vlm, vlm.copy()):  # copies of a role run in the same process
+        assert generate(role, ragged_prompts(ending_vlm), 2, 6, temperature=0) == want
+    assert tries.count(True) == 1 and len(tries) > 3
+    assert capsys.readouterr().err.count("without a CUDA graph") == 1
+
+
+def test_a_recording_that_breaks_off_is_left(ending_vlm, monkeypatch):
+    """On a pretended CUDA: its own stream is current, and the allocator believes that it goes on; both are undone."""
+    left = []
+
+    class Broken:
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    for name, pretended in dict(
+        device=lambda device: contextlib.nullcontext(),
+        current_stream=lambda: "mine",
+        set_stream=lambda stream: left.append(stream),
+        current_device=lambda: 3,
+        CUDAGraph=object,
+        graph=lambda graph, pool: Broken(),
+    ).items():
+        monkeypatch.setattr(torch.cuda, name, pretended)
+    ended = lambda device, pool: left.append((device, pool))  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended, raising=False)
+    claims, step = SimpleNamespace(device=torch.device("cuda"), limits=Limits()), lambda: None
+    assert cache.recorded(step, claims, "pool") is step
+    assert left == ["mine", (3, "pool")] and not claims.limits.record
+
+
+# ---- Out of memory ------------------------------------------------------------------------------------------
+
+
+def once(function, when):
+    """Runs out of memory in its call number `when`."""
+    calls = []
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == when:
+            raise torch.OutOfMemoryError("out of memory")
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    "name, when", [("Rows", 1), ("prefill", 1), ("prefill", 3), ("step", 1), ("step", 9)]
+)
+def test_a_rollout_that_runs_out_of_memory_goes_on_with_half_the_rows(random_vlm, monkeypatch, name, when):
+    vlm, prompts = random_vlm.copy(), ragged_prompts(random_vlm)
+    vlm.limits = Limits()
+    want = generate(vlm, prompts, 3, 12, temperature=0)
+    bytes_of_four = 4 * (max(map(len, prompts)) + 3 * 12) * 4 * 1024  # some slots, not all
+    monkeypatch.setattr(cache, "CPU_CACHE_BYTES", bytes_of_four)
+    monkeypatch.setattr(generate_module, "PREFILL_TOKENS", 1)
+    monkeypatch.setattr(generate_module, name, once(getattr(generate_module, name), when))
+    slots, slots_in_memory = [], generate_module.slots_in_memory
     monkeypatch.setattr(
-        generate_module,
-        "recorded",
-        lambda step, *_: tries.append(1) or recorded(step, torch.device("cuda:0"), None),
+        generate_module, "slots_in_memory", lambda *a: slots.append(slots_in_memory(*a)) or slots[-1]
     )
-    generate(ending_vlm, ragged_prompts(ending_vlm), 2, 6)
-    assert len(tries) == 1
+    assert generate(vlm, prompts, 3, 12, temperature=0) == want
+    assert vlm.limits.budget == 0.5 and len(slots) == 2 and slots[1] <= max(1, slots[0] // 2)
+
+
+def test_a_rollout_that_never_fits_says_so(random_vlm, monkeypatch):
+    vlm = random_vlm.copy()
+    vlm.limits = Limits()
+
+    def never(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(generate_module, "step", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(vlm, ragged_prompts(vlm), 1, 3)
 
 
 def test_bfloat16_attention_is_as_exact_as_torchs(size=30.0):
@@ -220,7 +299,7 @@ def test_bfloat16_attention_is_as_exact_as_torchs(size=30.0):
     rows.keys, rows.values, rows.row_of_cell = [normal(n, 2, own, d)], [normal(n, 2, own, d)], torch.arange(n)
     rows.cell_of_row, q = torch.arange(n), normal(n, 6, d) * size / 8
     seen, mine = torch.ones(1, 1, 1, prompt, dtype=torch.bool), torch.ones(n, 1, 1, own, dtype=torch.bool)
-    got = generate_module.attend(q, rows, 0, seen, mine).view(n, 6, d)
+    got = cache.attend(q, rows, 0, seen, mine).view(n, 6, d)
     keys, values = (
         torch.cat([a.expand(n, -1, -1, -1), b], 2)
         for a, b in ((rows.prompt_keys[0], rows.keys[0]), (rows.prompt_values[0], rows.values[0]))
@@ -234,7 +313,7 @@ def test_bfloat16_attention_is_as_exact_as_torchs(size=30.0):
 def test_few_shapes_are_recorded(ending_vlm, monkeypatch):
     """With a GPU's buckets a whole generation needs few graphs, whatever the lengths."""
     shapes, step = [], generate_module.step
-    monkeypatch.setitem(generate_module.BUCKETS, "cpu", (8, 4, 256, 8))
+    monkeypatch.setitem(cache.BUCKETS, "cpu", (8, 4, 256, 8))
     monkeypatch.setattr(generate_module, "slots_in_memory", lambda *a: 4)
     monkeypatch.setattr(
         generate_module, "step", lambda vlm, rows, *shape: shapes.append(shape) or step(vlm, rows, *shape)
@@ -270,7 +349,7 @@ def test_attention_in_two_parts_is_attention(slots, n, prompt_tokens, own_tokens
     seen = torch.arange(prompt_tokens) < prompt_length[:, None, None, None]
     own = torch.arange(own_tokens) < written[:, None, None, None]
     q = normal(count, kv * groups, d) * size
-    got = generate_module.attend(q, rows, 0, seen, own).view(count, kv * groups, d)
+    got = cache.attend(q, rows, 0, seen, own).view(count, kv * groups, d)
     for r in range(count):
         slot = int(cells[r]) // n
         for head in range(kv * groups):
@@ -307,13 +386,9 @@ def test_vision_tokens_are_never_sampled(random_vlm):
     weight = vlm.model.get_output_embeddings().weight
     prompt = vlm.prompt("How many?", noise_image(60, 60))
     with torch.no_grad():  # make the image token by far the likeliest, whatever the state
-        hidden = torch.cat(
-            [
-                vlm.forward(
-                    vlm.embed(prompt.ids[None], [prompt]), prompt.positions[:, None], _causal(len(prompt))
-                )[0, -1:]
-            ]
-        )
+        embeds = embed(vlm.model, prompt.ids[None], [prompt])
+        mask = _causal(len(prompt))
+        hidden = hidden_states(vlm.model, embeds, prompt.positions[:, None], mask)[0, -1:]
         weight[vlm.vision_ids] = 50 * hidden[0] / hidden[0].norm() ** 2 * 10
     logits = generate_module.prefill(vlm, [prompt])[0]
     assert logits[0].argmax().item() in vlm.vision_ids, "the trap is set"

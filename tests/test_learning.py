@@ -12,7 +12,8 @@ import pytest
 from conftest import ROOT
 
 import loop
-from engine.shards import Ranks
+from engine import command
+from engine.settings import parse_arguments
 
 
 def measured(folder, phase="measure"):
@@ -71,13 +72,9 @@ def test_random_rewards_teach_nothing(default_run, tmp_path, monkeypatch):
     gains = []
     for seed in range(6):
         coin, seeded = random.Random(f"coin {seed}"), f"--seed {seed} --name {seed}"
-        s = loop.parse_arguments(f"--iterations 1 --questioner-steps 1 --device cpu {seeded}".split())
-        run = loop.prepare(s, Ranks())
-        roles = loop.load_roles(s)
-        loop.start_run(s, run)
-        loop.visplay(
-            s, run, *roles, answer_reward=lambda answer, example, coin=coin: float(coin.random() < 0.5)
-        )
+        s = parse_arguments("", f"--iterations 1 --questioner-steps 1 --device cpu {seeded}".split())
+        run = command.ready(s)
+        loop.visplay(s, run, answer_reward=lambda answer, example, coin=coin: float(coin.random() < 0.5))
         before, after = measured(run.folder)
         steps = measured(run.folder, "reasoner")
         assert len(steps) == s.reasoner_steps and all(

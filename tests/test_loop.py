@@ -1,7 +1,6 @@
 """The loop and its command line: whole iterations on real files, wrong input, and who may see the truth."""
 
 import ast
-import contextlib
 import dataclasses
 import json
 import shutil
@@ -16,10 +15,13 @@ from conftest import ROOT
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+import generate as generate_module
 import loop
 import questioner
+import vlm as vlm_module
 from curate import read_examples
-from engine.shards import Ranks
+from engine import command
+from engine.settings import Settings, flag, parse_arguments
 from toy import measure
 from vlm import VLM
 
@@ -170,32 +172,26 @@ def test_saving_memory_changes_no_number(workplace):
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_no_model_works_while_it_is_parked(workplace, monkeypatch):
-    """On a GPU a model that does not work at the moment is on the CPU. Here that is played: each use must be inside a loan."""
-    parked, used, settle, forward = set(), [], loop.settle, VLM.embed
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_model_works_while_it_is_parked(workplace, monkeypatch, dtype):
+    """On a GPU a model that does not work at the moment is on the CPU: each use must be while it is present."""
+    roles, used, embed, park = [], set(), vlm_module.embed, VLM.park
 
-    @contextlib.contextmanager
-    def on(self, device):
-        was = id(self) in parked
-        parked.discard(id(self))
-        yield self
-        parked.update({id(self)} if was else ())
+    def parked(self):
+        roles.append(self)
+        park(self)
 
-    def settled(s, trained, frozen):
-        settle(s, trained, frozen)
-        parked.discard(id(trained))
+    def watched(model, *args):
+        owner = [role for role in roles if role.model is model]
+        assert not any(role.parked for role in owner)
+        used.update(map(id, owner))
+        return embed(model, *args)
 
-    def embed(self, *args):
-        assert id(self) not in parked
-        used.append(id(self))
-        return forward(self, *args)
-
-    monkeypatch.setattr(VLM, "park", lambda self: parked.add(id(self)))
-    monkeypatch.setattr(VLM, "on", on)
-    monkeypatch.setattr(VLM, "embed", embed)
-    monkeypatch.setattr(loop, "settle", settled)
-    assert loop.main([*SMALL, "--name", "x", "--iterations", "2"]) == 0
-    assert len(set(used)) >= 4 and parked, "two roles and their references"
+    monkeypatch.setattr(VLM, "park", parked)
+    monkeypatch.setattr(vlm_module, "embed", watched)
+    monkeypatch.setattr(generate_module, "embed", watched)
+    assert loop.main([*SMALL, "--name", "x", "--iterations", "2", "--dtype", dtype]) == 0
+    assert len(used) >= 4 and all(role.parked for role in roles), "two roles and their references"
 
 
 def test_training_never_sees_the_truth(workplace, monkeypatch):
@@ -320,13 +316,11 @@ def test_failure_signatures_are_printed_and_written(workplace, monkeypatch, caps
 
 def test_the_base_agrees_with_itself(workplace):
     """A Reasoner that learns nothing gives the base's majorities again, but for the luck of the draw."""
-    s = loop.parse_arguments(
-        [*SMALL, "--iterations", "1", "--candidates", "60", "--answers", "30", "--lr", "0", "--name", "x"]
+    s = parse_arguments(
+        "", [*SMALL, "--iterations", "1", "--candidates", "60", "--answers", "30", "--lr", "0", "--name", "x"]
     )
-    run = loop.prepare(s, Ranks())
-    roles = loop.load_roles(s)
-    loop.start_run(s, run)
-    loop.visplay(s, run, *roles)
+    run = command.ready(s)
+    loop.visplay(s, run)
     assert records(run.folder, "measure")[-1]["base_agreement"] > 0.75
 
 
@@ -336,7 +330,7 @@ def test_invalid_questions_and_an_empty_curated_set(published, workplace, capsys
     args = ["--model", str(published), "--images", "images", "--name", "x", "--max-new-tokens", "8", *SMALL]
     assert loop.main(args) == 0
     err = capsys.readouterr().err
-    assert "not one question was valid" in err and "the Reasoner is not trained" in err
+    assert "not one output was valid" in err and "the Reasoner is not trained" in err
     run = workplace / "runs" / "x"
     assert [s["validity"] for s in records(run, "questioner")] == [0, 0] and records(run, "reasoner") == []
     assert all(s["equal_groups"] == 1 for s in records(run, "questioner"))
@@ -347,26 +341,21 @@ def test_invalid_questions_and_an_empty_curated_set(published, workplace, capsys
 
 def test_equal_rewards_and_a_gradient_that_is_not_finite(workplace, monkeypatch, capsys):
     """Every answer gets the same reward, then every log-probability is NaN: the Reasoner ends with finite weights."""
-    s = loop.parse_arguments([*SMALL, "--name", "x"])
-    run = loop.prepare(s, Ranks())
-    roles = loop.load_roles(s)
-    loop.start_run(s, run)
-    before = [p.clone() for p in roles[1].model.parameters()]
-    loop.visplay(s, run, *roles, answer_reward=lambda answer, example: 1.0)
+    s = parse_arguments("", [*SMALL, "--name", "x"])
+    run = command.ready(s)
+    before = [p.clone() for p in run.reasoner.model.parameters()]
+    loop.visplay(s, run, answer_reward=lambda answer, example: 1.0)
     steps = records(run.folder, "reasoner")
     assert steps and all(r["equal_groups"] == 1 and r["policy_loss"] == 0 for r in steps)
 
-    logprobs = VLM._token_logprobs
-    monkeypatch.setattr(VLM, "_token_logprobs", lambda *a: logprobs(*a) * float("nan"))
-    s = dataclasses.replace(
-        s, name="y", questioner_steps=1, reasoner_steps=1
-    )  # three in a row would stop the run
-    run = loop.prepare(s, Ranks())
-    loop.start_run(s, run)
-    roles = loop.load_roles(s)
-    loop.visplay(s, run, *roles)
+    logprobs = vlm_module.token_logprobs
+    monkeypatch.setattr(vlm_module, "token_logprobs", lambda *a: logprobs(*a) * float("nan"))
+    # One step each: three in a row would stop the run.
+    s = dataclasses.replace(s, name="y", questioner_steps=1, reasoner_steps=1)
+    run = command.ready(s)
+    loop.visplay(s, run)
     assert all(r["skipped"] == 1 for r in records(run.folder, "reasoner") + records(run.folder, "questioner"))
-    assert all(torch.equal(a, b) for a, b in zip(before, roles[1].model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(before, run.reasoner.model.parameters()))
     assert "not finite" in capsys.readouterr().err
 
 
@@ -442,8 +431,8 @@ def test_every_hyper_parameter_is_a_flag_with_help_and_default(capsys):
         loop.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    for field in dataclasses.fields(loop.Settings):
-        assert loop._flag(field.name) + " " in text
+    for field in dataclasses.fields(Settings):
+        assert flag(field.name) + " " in text
         assert field.default in (None, False) or f"(default: {field.default}" in text, field.name
     for symbol in (
         "S_Q",
@@ -461,7 +450,7 @@ def test_every_hyper_parameter_is_a_flag_with_help_and_default(capsys):
 
 
 def test_the_papers_values_are_the_defaults_for_a_real_model():
-    s = loop.parse_arguments(["--model", "Qwen/Qwen2.5-VL-3B-Instruct"])
+    s = parse_arguments("", ["--model", "Qwen/Qwen2.5-VL-3B-Instruct"])
     assert (s.iterations, s.group_size, s.answers, s.questioner_steps, s.reasoner_steps) == (3, 8, 10, 20, 20)
     assert (s.tau_low, s.tau_high, s.diversity_weight) == (0.25, 0.75, 1.0)
     assert (s.lr, s.weight_decay, s.beta, s.clip, s.temperature, s.top_p) == (
@@ -513,7 +502,7 @@ def test_without_images_scenes_suit_the_model(published, workplace, capsys):
 
 def test_instructions_are_the_same_for_every_model(toy, random_vlm):
     for vlm in (toy, random_vlm):
-        prompt = questioner.ask_prompt(vlm, Image.new("RGB", (60, 60)))
+        prompt = vlm.prompt(questioner.INSTRUCTION, Image.new("RGB", (60, 60)))
         assert questioner.INSTRUCTION in vlm.tokenizer.decode(prompt.ids)
 
 
@@ -525,5 +514,5 @@ def test_the_readmes_commands_are_understood():
         if line.startswith(("python loop.py", "pip install")) and "python loop.py" in line
     ]
     assert len(commands) >= 3
-    for command in commands:
-        loop.parse_arguments(command.split())
+    for line in commands:
+        parse_arguments("", line.split())

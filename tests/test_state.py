@@ -38,7 +38,7 @@ def save(folder, number):
 def check(folder, *numbers):
     number, state, complaints = recover(folder)
     assert number in numbers and state.step == number
-    assert read_tensors(folder, state.files["reasoner"])["w"].tolist() == [float(number)] * 50
+    assert dict(read_tensors(folder, state.files["reasoner"]))["w"].tolist() == [float(number)] * 50
     return complaints
 
 

@@ -181,8 +181,8 @@ def questioner_output(question: str, scene: Scene) -> str:
 
 def supervised_loss(vlm: VLM, prompts: list[Prompt], completions: list[list[int]]) -> torch.Tensor:
     """Mean negative log-likelihood of the completions' tokens."""
-    batches = vlm.packed_logprobs([(prompt, [ids]) for prompt, ids in zip(prompts, completions)])
-    return -torch.cat([logp for _, logps in batches for logp in logps]).mean()
+    batches = vlm.batches([(prompt, [ids]) for prompt, ids in zip(prompts, completions)])
+    return -torch.cat([logp for _, logps, _ in batches for logp in logps]).mean()
 
 
 class Lessons:
