@@ -5,12 +5,12 @@ its own, so that what fails or takes too long is reported and the rest goes on, 
 of another.
 
     bandwidth   bytes a second that the device copies, and the matrix products it does in --dtype
-    rollout     `generate` against `model.generate`                                        (bench/rollout.py)
+    rollout     `generate` against `model.generate` (bench/rollout.py)
     decode      a decode step against reading weights and live cache once at that bandwidth
-    update      the packed update against the plain one, and its share of the matrix peak  (bench/update.py)
+    update      the packed update against the plain one (bench/update.py), and its share of the matrix peak
     memory      the peak of rollouts and of an update, with all that the loop keeps on the device, and the
                 plan's: 3B, 3B and 7B with --offload
-    iteration   where the seconds go                                                       (bench/iteration.py)
+    iteration   where the seconds go (bench/iteration.py)
     learn       the toy's own run on this device: accuracy before and after
     tests       the tests that run on a device (tests/test_device.py)
 
@@ -138,7 +138,8 @@ def planned_peaks(args, size: str, offload: bool) -> dict[str, int]:
     dtype = getattr(torch, args.dtype)
     moments = plan.memory_plan(shape_config(size), dtype, total, work, True, offload)
     totals = {moment.name: moment.total for moment in moments}
-    return {name: totals[f"Reasoner's {name}"] for name in ("rollouts", "update")}
+    names = dict(rollouts="Reasoner's phase, answering", update="an update, in both phases")
+    return {name: totals[moment] for name, moment in names.items()}
 
 
 def learn(args) -> dict:

@@ -1,4 +1,4 @@
-"""Rollouts: `generate.generate` against transformers' `model.generate(num_return_sequences=G)`, settings equal.
+"""Rollouts: `generate.generate` against transformers' `model.generate(num_return_sequences=G)`, all else equal.
 
     python bench/rollout.py --size small --prompt-tokens 300 --group-size 8 --new-tokens 48
 

@@ -1,9 +1,9 @@
-"""The paper's questions, put to the toy, where the truth is known: the runs behind notebook 06.
+"""The paper's questions, put to the toy, where the truth is known: the runs of notebook 06.
 
-    python notebooks/experiments.py             every run of EXPERIMENTS with 3 seeds; goes on where
-                                                it was stopped (about an hour on 2 cores)
-    python notebooks/experiments.py --short     the same code with everything small, to see that it
-                                                works (a minute)
+    python notebooks/experiments.py           every run of EXPERIMENTS with 3 seeds; goes on
+                                              where it was stopped (about an hour on 2 cores)
+    python notebooks/experiments.py --short   the same code with everything small, to see that
+                                              it works (a minute)
 
 Each run is one process with one thread. Results are appended to --out, a line of JSON a run.
 """
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -36,8 +37,7 @@ from engine.images import Found, Pictures
 from engine.settings import TOY, TOY_DEFAULTS, Settings
 from engine.shards import Ranks, Trained
 from toy.answerer import understand
-from toy.build import working
-from toy.scenes import read_truth, write_scenes
+from toy.scenes import COLOURS, SHAPES, Scene, read_truth, write_scenes
 from vlm import VLM
 
 WEAKER = "weaker base"
@@ -62,7 +62,7 @@ UNWANTED |= set("skipped equal_groups length truncated".split())
 ORACLE_STEPS, ORACLE_NOISE = 60, 0.25  # of the objects it looks at a quarter are misread
 
 
-# ---- Self-play -------------------------------------------------------------------------------
+# ---- Self-play ----------------------------------------------------------------------------
 
 
 def selfplay(experiment: str, seed: int, short: bool, weaker: Path) -> list[dict]:
@@ -98,14 +98,14 @@ def random_label_reward(seed: int) -> loop.Reward:
 
     def reward(answer: str | None, example: Example) -> float:
         rng = random.Random(f"{seed} {example.image} {example.question}")
-        number, word = str(rng.randint(0, 5)), rng.choice(["yes", "no"])
-        label = number if example.kind == "numerical" else word
+        numerical = example.kind == "numerical"
+        label = str(rng.randint(0, 5)) if numerical else rng.choice(["yes", "no"])
         return rewards.answer_reward(answer, label)
 
     return reward
 
 
-# ---- The oracle ------------------------------------------------------------------------------
+# ---- The oracle ---------------------------------------------------------------------------
 
 
 def oracle(seed: int, short: bool) -> list[dict]:
@@ -123,9 +123,7 @@ def oracle(seed: int, short: bool) -> list[dict]:
     reference, policy = vlm.copy(), Trained(vlm, s.lr, s.weight_decay)
     for step in range(1, steps + 1):
         asked = questioner.ask(vlm, pictures.take(images, Ranks()), group_size, **sampling)
-        votes = [
-            [oracle_vote(a.path, q, truth, answers, rng) for q in a.questions] for a in asked
-        ]
+        votes = oracle_votes(asked, truth, answers, rng)
         reward = [loop.questioner_reward(group, s.diversity_weight) for group in votes]
         groups = [grpo.Group(a.prompt, a.completions, r) for a, r in zip(asked, reward)]
         grpo.add_reference(groups, reference)
@@ -134,23 +132,38 @@ def oracle(seed: int, short: bool) -> list[dict]:
     return records
 
 
-def oracle_vote(
-    path: str, question, truth: dict, m: int, rng: random.Random
-) -> Example | None:
-    """What `reasoner.vote` would make of the question; None if it is invalid."""
-    if question is None:
-        return None
-    fact = understand(question.text, truth[Path(path).name])
+def oracle_votes(asked: list, truth: dict, m: int, rng: random.Random) -> loop.Votes:
+    """As `reasoner.vote`, but by the exact answerer, from what it sees of the objects."""
 
-    def answer() -> str | None:
-        return fact and understand(question.text, working(fact, rng, ORACLE_NOISE)[1]).answer
+    def vote(path: str, question) -> Example:
+        fact, answers = understand(question.text, truth[Path(path).name]), [None] * m
+        if fact is not None:
+            seen = [misread(fact.things, rng) for _ in range(m)]
+            answers = [understand(question.text, things).answer for things in seen]
+        return Example(
+            path, question.text, question.kind, *rewards.confidence(answers), answers
+        )
 
-    answers = [answer() for _ in range(m)]
-    return Example(path, question.text, question.kind, *rewards.confidence(answers), answers)
+    return [[q and vote(a.path, q) for q in a.questions] for a in asked]
+
+
+def misread(things: Scene, rng: random.Random) -> Scene:
+    """What is seen of some objects: some are missed, or have another colour or shape."""
+    seen = []
+    for thing in things:
+        if rng.random() < ORACLE_NOISE:
+            if rng.random() < 0.5:
+                continue
+            if rng.random() < 0.5:
+                thing = replace(thing, colour=rng.choice(list(COLOURS)))
+            else:
+                thing = replace(thing, shape=rng.choice(SHAPES))
+        seen.append(thing)
+    return tuple(seen)
 
 
 def oracle_metrics(votes: loop.Votes, truth: dict) -> dict:
-    """Of the questions that have an answer: their share, r_unc, and the objects they are about."""
+    """Of the questions that have an answer: their share, r_unc, and their objects."""
     asked = [v for group in votes for v in group]
     answered = [v for v in asked if v and v.label is not None]
     facts = [understand(v.question, truth[Path(v.image).name]) for v in answered]
@@ -161,7 +174,7 @@ def oracle_metrics(votes: loop.Votes, truth: dict) -> dict:
     )
 
 
-# ---- Running all of them ---------------------------------------------------------------------
+# ---- Running all of them ------------------------------------------------------------------
 
 
 def one(experiment: str, seed: int, short: bool, weaker: Path) -> dict:
@@ -190,16 +203,10 @@ def build_weaker(folder: Path, short: bool) -> None:
 
     80% of its answers are bare guesses, and a fifth of the objects are misread.
     """
-    lessons = [
-        "--guess-steps",
-        "1" if short else "150",
-        "--guess-share",
-        "0.8",
-        "--noise",
-        "0.2",
-    ]
     build = [sys.executable, "-m", "toy.build", "--start", str(TOY), "--out", str(folder)]
-    subprocess.run([*build, *lessons], check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
+    lessons = f"--guess-steps {1 if short else 150} --guess-share 0.8 --noise 0.2"
+    build += lessons.split()
+    subprocess.run(build, check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
 
 
 def parse_arguments() -> argparse.Namespace:
