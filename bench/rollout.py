@@ -1,8 +1,9 @@
-"""Rollouts: `generate.generate` against transformers' `model.generate(num_return_sequences=G)`, all else equal.
+"""Rollouts: `generate.generate` against transformers' `model.generate`, at equal settings.
 
     python bench/rollout.py --size small --prompt-tokens 300 --group-size 8 --new-tokens 48
 
-Both sample at temperature 1 and with top-p 0.99 (the paper's) and write exactly --new-tokens tokens a row.
+Both sample at temperature 1 and with top-p 0.99 (the paper's) and write exactly --new-tokens tokens a row, theirs
+with `num_return_sequences`.
 """
 
 import torch
