@@ -2,8 +2,8 @@
 
     python bench/rollout.py --size small --prompt-tokens 300 --group-size 8 --new-tokens 48
 
-Both sample at temperature 1 and with top-p 0.99 (the paper's) and write exactly --new-tokens tokens a row, theirs
-with `num_return_sequences`.
+Both sample at temperature 1 and with top-p 0.99 (the paper's) and write exactly --new-tokens tokens a row; a
+group is `num_return_sequences` there.
 """
 
 import torch
