@@ -2,9 +2,9 @@
 
     step     forwards one token per row; a row attends to its prompt's keys and to its own (see `attend`)
 
-All tensors are allocated once and written in place, so a step is a fixed sequence of kernels on fixed addresses. On a
-GPU it is therefore recorded once as a CUDA graph and replayed: launching a thousand small kernels from Python takes
-longer than running them.
+All tensors are allocated once and written in place, so a step is a fixed sequence of kernels on fixed
+addresses. On a GPU it is therefore recorded once as a CUDA graph and replayed: launching a thousand small
+kernels from Python takes longer than running them.
 """
 
 import sys
@@ -17,20 +17,22 @@ from vlm import VLM
 
 CPU_CACHE_BYTES = 1 << 29  # memory for keys and values on a CPU; on CUDA it is derived from what is free
 SAMPLING_BYTES = 32  # per row and vocabulary entry: logits, probabilities and their sums, in all their copies
-# Rows, slots, prompt tokens and new tokens of a step are rounded up to multiples of these: a GPU records few graphs.
+# Rows, slots, prompt tokens and new tokens of a step are rounded up to multiples of these: a GPU records few
+# graphs.
 BUCKETS = {"cpu": (1, 1, 1, 1), "cuda": (64, 8, 256, 128)}
 
 
 class Rows:
     """The rows being written and the prompts they belong to, in tensors that are allocated once.
 
-    A prompt sits in a *slot*; sample i of the prompt in slot s has the *cell* s * n + i, by which `attend` finds its
-    prompt. Rows are kept dense: when some leave, the others move up. With R rows, S slots, P tokens in the longest prompt and T new tokens:
+    A prompt sits in a *slot*; sample i of the prompt in slot s has the *cell* s * n + i, by which `attend`
+    finds its prompt. Rows are kept dense: when some leave, the others move up. With R rows, S slots, P tokens
+    in the longest prompt and T new tokens:
 
-    prompt_keys, prompt_values: a layer each, [S, heads, P, head_dim]; prompt_length: [S].
-    keys, values: a layer each, [R, heads, T, head_dim], of the tokens that the row has written.
-    row_of_cell: [S * n], cell_of_row: [R]; written: [R] tokens written; first: [R] the position of the first of them.
-    tokens: [R, T + 1] (the last column is scrap: where finished rows go on writing); logits: [R, vocabulary], float32.
+    prompt_keys, prompt_values: a layer each, [S, heads, P, head_dim]; prompt_length: [S]. keys, values: a
+    layer each, [R, heads, T, head_dim], of the tokens that the row has written. row_of_cell: [S * n],
+    cell_of_row: [R]; written: [R] tokens written; first: [R] the position of the first of them. tokens: [R, T
+    + 1] (the last column is scrap: where finished rows go on writing); logits: [R, vocabulary], float32.
     """
 
     def __init__(self, vlm: VLM, slots: int, n: int, prompt_tokens: int, new_tokens: int):
@@ -75,7 +77,8 @@ class Rows:
         self.finished[live] |= torch.isin(token, self.end_ids) | (self.written[live] >= self.new_tokens)
 
     def shape(self) -> tuple[int, int, int, int]:
-        """Rows, slots, prompt tokens and new tokens that the next step has to deal with, rounded up to buckets."""
+        """Rows, slots, prompt tokens and new tokens that the next step has to deal with, rounded up to
+        buckets."""
         longest = self.time - min(born for _, _, born in self.owners)
         used = len(self.owners), len(self.prompt_lengths), max(self.prompt_lengths), longest
         most = len(self.written), len(self.prompt_length), self.prompt_keys[0].shape[2], self.new_tokens
@@ -143,9 +146,9 @@ def cache_budget(device: torch.device) -> int:
 def step(vlm: VLM, rows: Rows, R: int, S: int, P: int, T: int) -> None:
     """Forwards the last token of the first R rows; leaves the logits of the next in `rows.logits`.
 
-    This is the transformer, a token a row: everything but attention treats the R tokens like any [R, hidden] batch. It
-    looks at S slots, P tokens of each prompt and T written tokens of each row (see `Rows.shape`). Done twice it gives the
-    same, and it never asks the GPU for a number, as `recorded` needs.
+    This is the transformer, a token a row: everything but attention treats the R tokens like any [R, hidden]
+    batch. It looks at S slots, P tokens of each prompt and T written tokens of each row (see `Rows.shape`).
+    Done twice it gives the same, and it never asks the GPU for a number, as `recorded` needs.
     """
     model, index = vlm.model.model.language_model, (rows.written[:R] - 1).clamp(0, rows.new_tokens - 1)
     x = model.embed_tokens(rows.tokens[:R].gather(1, index[:, None])[:, 0])
@@ -183,13 +186,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, rows: Rows, layer: int, seen: Tensor, own: Tensor) -> Tensor:
-    """Attention of q [R, heads, head_dim] to the row's prompt and to its own tokens; returns [R, heads * head_dim].
+    """Attention of q [R, heads, head_dim] to the row's prompt and to its own tokens; returns [R, heads *
+    head_dim].
 
-    The softmax over both is the mean of the two softmaxes, weighted with their sums (Hydragen, arXiv 2402.05099), so
-    the n samples of a prompt can read its keys together, as one matrix product, and none needs a copy of them.
-    seen: [S, 1, 1, P], own: [R, 1, 1, T]: True where there is a token. With 2 prompts, n = 2 and one row gone, rows 0, 1, 2
-    may stand in cells 0, 2, 3: their queries are laid out by cell, [2 slots, 2 samples], for the prompts (cell 1 holds a
-    query that nobody asked), and what comes of it is laid out by row again.
+    The softmax over both is the mean of the two softmaxes, weighted with their sums (Hydragen, arXiv
+    2402.05099), so the n samples of a prompt can read its keys together, as one matrix product, and none
+    needs a copy of them. seen: [S, 1, 1, P], own: [R, 1, 1, T]: True where there is a token. With 2 prompts,
+    n = 2 and one row gone, rows 0, 1, 2 may stand in cells 0, 2, 3: their queries are laid out by cell, [2
+    slots, 2 samples], for the prompts (cell 1 holds a query that nobody asked), and what comes of it is laid
+    out by row again.
     """
     (R, _, d), (S, P), T = q.shape, (len(seen), seen.shape[-1]), own.shape[-1]
     q = (q * d**-0.5).view(R, rows.keys[layer].shape[1], -1, d)  # [R, key heads, query heads of each, d]
@@ -227,7 +232,8 @@ def partial_attention(
 
 
 def float_scores(q: Tensor, keys: Tensor) -> Tensor:
-    """Q . k in float32, also of bfloat16 [A, B, Q, d] and [A, B, K, d]: a score of 100 rounded to bfloat16 is off by up to 0.25."""
+    """Q . k in float32, also of bfloat16 [A, B, Q, d] and [A, B, K, d]: a score of 100 rounded to bfloat16 is
+    off by up to 0.25."""
     if q.is_cuda and q.dtype != torch.float32:
         return torch.bmm(
             q.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32
@@ -236,15 +242,17 @@ def float_scores(q: Tensor, keys: Tensor) -> Tensor:
 
 
 def recorded(step: Callable[[], None], vlm: VLM, pool) -> Callable[[], None]:
-    """The step as a CUDA graph to replay; the step itself on a CPU, and where recording has failed in this process.
+    """The step as a CUDA graph to replay; the step itself on a CPU, and where recording has failed in this
+    process.
 
-    A graph is the list of kernels that a function launches, with their addresses and all numbers that Python worked
-    out (here R, S, P and T) frozen into it. A replay launches the list at once and runs no Python, so everything that
-    changes from step to step must be in tensors that stay where they are: hence `Rows`, and a graph for each shape.
+    A graph is the list of kernels that a function launches, with their addresses and all numbers that Python
+    worked out (here R, S, P and T) frozen into it. A replay launches the list at once and runs no Python, so
+    everything that changes from step to step must be in tensors that stay where they are: hence `Rows`, and a
+    graph for each shape.
 
-    The step is done once before it is recorded, because libraries set themselves up in their first call, which they
-    may not do during a recording. Recording computes nothing. All graphs take their scratch memory from one pool: no
-    two run at the same time, and nothing in it outlives a step.
+    The step is done once before it is recorded, because libraries set themselves up in their first call,
+    which they may not do during a recording. Recording computes nothing. All graphs take their scratch memory
+    from one pool: no two run at the same time, and nothing in it outlives a step.
     """
     if vlm.device.type != "cuda" or not vlm.limits.record:
         return step

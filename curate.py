@@ -1,9 +1,9 @@
 """Curation: which questions become the Reasoner's training set (VisPlay, section 3.3).
 
-    D = { (image, x, y~) :  tau_low <= c <= tau_high }           tau_low = 0.25, tau_high = 0.75, both inclusive
+    D = { (image, x, y~) :  tau_low <= c <= tau_high }        tau_low = 0.25, tau_high = 0.75, inclusive
 
-A question of high confidence teaches nothing new, one of low confidence has a label that is probably wrong. The
-official code uses 0.3 and 0.8 instead of the paper's thresholds.
+A question of high confidence teaches nothing new, one of low confidence has a label that is probably wrong.
+The official code uses 0.3 and 0.8 instead of the paper's thresholds.
 """
 
 import json
@@ -14,7 +14,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Example:
-    """One question that the Reasoner has answered m times; curated, it is one line of `curated/iteration-K.jsonl`."""
+    """One question that the Reasoner has answered m times; curated, it is one line of
+    `curated/iteration-K.jsonl`."""
 
     image: str  # path of the image file
     question: str
@@ -25,7 +26,7 @@ class Example:
 
 
 def keep(confidence: float, low: float = 0.25, high: float = 0.75) -> bool:
-    """Whether a question of this confidence is kept; low and high are the paper's tau_low and tau_high, inclusive."""
+    """Whether a question of this confidence is kept; low, high: tau_low and tau_high, inclusive."""
     return low <= confidence <= high
 
 

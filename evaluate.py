@@ -1,29 +1,33 @@
-r"""Scores checkpoints on labelled visual questions: is the VLM better after self-play, and is its confidence worth anything?
+r"""Scores checkpoints on labelled visual questions: is the VLM better after self-play, and rightly sure?
 
-Each question is answered once greedily and m times at random. Over N questions, with c_i of the m samples of question i right,
+Each question is answered once greedily and m times at random. Of N questions, c_i samples of the i-th right:
 
-    greedy_accuracy     share of greedy answers that are right              sampled_accuracy    mean of c_i / m
-    majority_accuracy   share of majorities that are right                  pass_at_m           share of questions with c_i > 0
-    confidence          mean share of the majority, the paper's c           ece                 sum_b n_b / N |right_b - confidence_b|
+    greedy_accuracy     share of greedy answers that are right      sampled_accuracy    mean of c_i / m
+    majority_accuracy   share of majorities that are right          pass_at_m           share with c_i > 0
+    confidence          mean share of the majority, the paper's c
+    ece                 sum_b n_b / N |right_b - confidence_b|, over ten bins b of confidence
 
-the last over ten bins b of confidence. Every mean has a 95% interval by the bootstrap over questions; of several models each is
-compared with the first on the same questions (a paired bootstrap, and McNemar's exact test).
+Every mean has a 95% interval by the bootstrap over questions; of several models each is compared with the
+first on the same questions (a paired bootstrap, and McNemar's exact test).
 
-    python evaluate.py --model toy --model runs/x/reasoner --data runs/x/held-out/questions.jsonl --max-new-tokens 32
+    python evaluate.py --model toy --model runs/x/reasoner --data runs/x/held-out/questions.jsonl
 
-A line of the data is {"image": path, "question": text, "answer": text or list of texts that all count as right}, and may have
-"choices" (a list; the answer is then a letter or the text of one), "kind" (scored apart), and "question_id" and "figure_id" (see
-`pair_scores`). How the paper's benchmarks become such lines is in the README.
+A line of the data is {"image": path, "question": text, "answer": text or list of texts that all count as
+right}, and may have "choices" (a list; the answer is then a letter or the text of one), "kind" (scored
+apart), and "question_id" and "figure_id" (see `pair_scores`). How the paper's benchmarks become such lines is
+in the README.
 """
 
 import argparse
 import json
 import math
+import re
 import string
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +36,11 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import reasoner
-from answers import canonical, extract_answer, read_choice, same_answer, without_thinking
+from answers import canonical, extract_answer, options_in, read_choice, read_yes_no, same_answer
+from engine.checkpoint import load_config
 from engine.images import ImageError, load_image
+from engine.items import Item, read_lines
+from engine.table import table
 from generate import generate
 from rewards import confidence
 from vlm import VLM
@@ -48,86 +55,88 @@ JUDGE = (
 )
 
 
-@dataclass(frozen=True)
-class Item:
-    """A question about an image with its true answer: all of `answer` count as right."""
-
-    image: str
-    question: str
-    answer: tuple[str, ...]
-    choices: tuple[str, ...] = ()
-    kind: str = ""
-    question_id: str = ""
-    figure_id: str = ""
-
-
 @dataclass
 class Outcome:
-    """What a model answered to an item: once greedily, m times at random."""
+    """What a model answered to an item: once greedily, m times at random.
+
+    judged: what the judge says of the greedy answer, None if it was not asked or not clear.
+    """
 
     item: Item
     greedy: str | None
     samples: list[str | None]
-    judged: bool | None = (
-        None  # what the judge says of the greedy answer, None if it was not asked or not clear
-    )
+    judged: bool | None = None
 
     @property
     def greedy_right(self) -> bool:
+        """Whether the greedy answer is right."""
         return right(self.greedy, self.item)
 
-    @property
-    def samples_right(self) -> list[bool]:
-        return [right(answer, self.item) for answer in self.samples]
-
-    @property
-    def majority(self) -> tuple[str | None, float]:
-        return confidence(self.samples)
-
+    @cached_property
     def values(self) -> dict[str, float]:
         """What each of MEANS is the mean of."""
-        label, share = self.majority
-        of_samples = self.samples_right
-        values = (
-            self.greedy_right,
-            sum(of_samples) / len(of_samples),
-            right(label, self.item),
-            any(of_samples),
-            share,
-        )
+        label, share = confidence(self.samples)
+        samples_right = [right(answer, self.item) for answer in self.samples]
+        sampled = sum(samples_right) / len(samples_right)
+        values = (self.greedy_right, sampled, right(label, self.item), any(samples_right), share)
         return dict(zip(MEANS, map(float, values)))
 
+    def record(self) -> dict:
+        """All of it, for --json."""
+        return asdict(self) | {"greedy_right": self.greedy_right}
 
-# ---- Which answer is right -----------------------------------------------------------------------------------------------
+
+# ---- Which answer is right ----
+
+
+def choices_of(item: Item) -> tuple[str, ...]:
+    """The choices of an item: its own, or those in its question's text if its answer is the letter of one."""
+    if item.choices:
+        return item.choices
+    choices = options_in(item.question)
+    letters = string.ascii_uppercase[: len(choices)]
+    is_lettered = choices and all(len(a) == 1 and a.upper() in letters for a in item.answer)
+    return choices if is_lettered else ()
 
 
 def read_answer(text: str, item: Item) -> str | None:
-    """The answer in what a model wrote: the content of its last box, of a multiple-choice question the letter."""
-    answer = extract_answer(text)
-    if not item.choices:
-        return answer
-    return read_choice(answer if answer is not None else without_thinking(text), item.choices)
+    """The answer in what a model wrote.
+
+    With choices it is the letter, if the true answer is yes or no that word, both also where there is no box;
+    else the content of the last box.
+    """
+    if item.choices:
+        return read_choice(text, item.choices)
+    if choices := choices_of(item):
+        return read_choice(text, choices) or extract_answer(text)
+    if {canonical(answer) for answer in item.answer} <= {"yes", "no"}:
+        verdict = read_yes_no(text)
+        return extract_answer(text) if verdict is None else ("no", "yes")[verdict]
+    return extract_answer(text)
 
 
 def right(answer: str | None, item: Item) -> bool:
     """Whether an answer, as `read_answer` gives it, is right.
 
-    Of a question without choices: equal to one of the true answers by `rewards.same_answer`, or the same number after rounding to
-    two decimals (MMMU's rule for open questions).
+    Of a question without choices: equal to one of the true answers by `same_answer`, or the same number after
+    rounding to two decimals (MMMU's rule for open questions).
     """
     if answer is None:
         return False
-    if item.choices:
-        return any(answer == read_choice(truth, item.choices) for truth in item.answer)
+    if choices := choices_of(item):
+        return any(answer == read_choice(truth, choices) for truth in item.answer)
     return any(same_answer(answer, truth) or _same_rounded(answer, truth) for truth in item.answer)
 
 
 def _same_rounded(a: str, b: str) -> bool:
+    """Of plain numbers only: in hundredths, a percentage would be rounded to a whole one."""
+    if any(re.search(r"[%％]|per ?cent", text, re.IGNORECASE) for text in (a, b)):
+        return False
     values = [canonical(a), canonical(b)]
     return not any(isinstance(value, str) for value in values) and round(values[0], 2) == round(values[1], 2)
 
 
-# ---- Asking --------------------------------------------------------------------------------------------------------------
+# ---- Asking ----
 
 
 def question_text(item: Item) -> str:
@@ -139,99 +148,80 @@ def question_text(item: Item) -> str:
 def answer_all(vlm: VLM, items: Sequence[Item], samples: int, batch: int = 64, **sampling) -> list[Outcome]:
     """Asks every item once greedily and `samples` times at random; `sampling` goes to `generate.generate`."""
     outcomes = []
-    for start in tqdm(
-        range(0, len(items), batch),
-        desc="answering",
-        leave=False,
-        disable=None if len(items) > batch else True,
-    ):
+    starts = range(0, len(items), batch)
+    for start in tqdm(starts, desc="answering", leave=False, disable=None if len(items) > batch else True):
         some = items[start : start + batch]
         prompts = [reasoner.answer_prompt(vlm, load_image(item.image), question_text(item)) for item in some]
         greedy = generate(vlm, prompts, 1, **sampling | {"temperature": 0.0})
         drawn = generate(vlm, prompts, samples, **sampling)
-        for item, (first,), group in zip(some, greedy, drawn):
-            outcomes.append(
-                Outcome(
-                    item,
-                    read_answer(vlm.decode(first), item),
-                    [read_answer(vlm.decode(ids), item) for ids in group],
-                )
-            )
+        for item, first, others in zip(some, greedy, drawn):
+            answers = [read_answer(vlm.decode(ids), item) for ids in first + others]
+            outcomes.append(Outcome(item, answers[0], answers[1:]))
     return outcomes
 
 
 def judge_all(judge: VLM, outcomes: Sequence[Outcome], max_new_tokens: int, batch: int = 64) -> None:
-    """Lets a model decide whether the greedy answers to free-form questions are right; sets `judged` where its verdict is clear."""
-    free = [o for o in outcomes if not o.item.choices and o.greedy is not None]
+    """Asks a model whether the greedy answers to free-form questions are right, and sets `judged`."""
+    free = [o for o in outcomes if not choices_of(o.item) and o.greedy is not None]
     for start in range(0, len(free), batch):
         some = free[start : start + batch]
-        texts = [
-            JUDGE.format(question=o.item.question, truth=" or ".join(o.item.answer), answer=o.greedy)
-            for o in some
-        ]
-        prompts = [judge.prompt(text, load_image(o.item.image)) for text, o in zip(texts, some)]
+        prompts = []
+        for o in some:
+            text = JUDGE.format(question=o.item.question, truth=" or ".join(o.item.answer), answer=o.greedy)
+            prompts.append(judge.prompt(text, load_image(o.item.image)))
         for outcome, (ids,) in zip(some, generate(judge, prompts, 1, max_new_tokens, temperature=0.0)):
-            verdict = (extract_answer(judge.decode(ids)) or "").strip(" .").lower()
-            outcome.judged = {"yes": True, "no": False}.get(verdict)
+            outcome.judged = read_yes_no(judge.decode(ids))
 
 
-# ---- Scores --------------------------------------------------------------------------------------------------------------
+# ---- Scores ----
 
 
 def scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """The means of MEANS, and `ece`."""
-    values = [outcome.values() for outcome in outcomes]
-    means = {name: sum(v[name] for v in values) / len(values) for name in MEANS}
-    table = reliability(outcomes)
-    return means | {"ece": sum(b["share"] * abs(b["right"] - b["confidence"]) for b in table)}
+    means = {name: sum(o.values[name] for o in outcomes) / len(outcomes) for name in MEANS}
+    bins = reliability(outcomes)
+    return means | {"ece": sum(b["share"] * abs(b["right"] - b["confidence"]) for b in bins)}
 
 
 def reliability(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
-    """Per bin of confidence that is not empty: its bounds (upper one inclusive), the share of questions in it, their mean
-    confidence, and how many of their majorities are right."""
+    """Per bin of confidence that is not empty: its bounds (the upper one belongs to it), the share of
+    questions in it, their mean confidence, and how many of their majorities are right."""
     bins: dict[int, list[dict]] = {}
-    for values in (outcome.values() for outcome in outcomes):
+    for values in (outcome.values for outcome in outcomes):
         bins.setdefault(max(0, math.ceil(round(values["confidence"] * BINS, 9)) - 1), []).append(values)
     table = []
     for number, members in sorted(bins.items()):
-        mean = {
-            name: sum(v[name] for v in members) / len(members) for name in ("confidence", "majority_accuracy")
-        }
-        bounds = dict(above=number / BINS, upto=(number + 1) / BINS)
-        table.append(
-            bounds
-            | dict(
-                share=len(members) / len(outcomes),
-                confidence=mean["confidence"],
-                right=mean["majority_accuracy"],
-            )
+        sure, right = (
+            sum(v[name] for v in members) / len(members) for name in ("confidence", "majority_accuracy")
         )
+        bounds = dict(above=number / BINS, upto=(number + 1) / BINS)
+        table.append(bounds | dict(share=len(members) / len(outcomes), confidence=sure, right=right))
     return table
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """The 95% interval of the mean: the questions are drawn anew, with replacement, RESAMPLES times."""
-    drawn = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.quantile(np.asarray(values, dtype=float)[drawn].mean(axis=1), [0.025, 0.975])
+    values, rng = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 
 def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
-    """McNemar's exact test (two-sided p): among the questions that only one of two models gets right, is it a fair coin which?"""
-    only_ours, only_theirs = (
-        sum(a and not b for a, b in zip(ours, theirs)),
-        sum(b and not a for a, b in zip(ours, theirs)),
-    )
+    """McNemar's exact test (two-sided p): of the questions that only one model gets right, is it a fair coin
+    which?"""
+    only_ours = sum(a and not b for a, b in zip(ours, theirs))
+    only_theirs = sum(b and not a for a, b in zip(ours, theirs))
     n, k = only_ours + only_theirs, min(only_ours, only_theirs)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
 
 def compare(first: Sequence[Outcome], second: Sequence[Outcome]) -> dict[str, dict]:
-    """How much better the second model is than the first on the same questions: the difference of each mean with its interval,
-    and for right-or-wrong answers McNemar's p."""
+    """How much better the second model is than the first on the same questions: the difference of each mean
+    with its interval, and for right-or-wrong answers McNemar's p."""
     result = {}
     for name in MEANS:
-        a, b = ([outcome.values()[name] for outcome in outcomes] for outcomes in (first, second))
+        a, b = ([outcome.values[name] for outcome in outcomes] for outcomes in (first, second))
         difference = [y - x for x, y in zip(a, b)]
         result[name] = dict(difference=sum(difference) / len(difference), interval=bootstrap(difference))
         if name in ("greedy_accuracy", "majority_accuracy"):
@@ -240,69 +230,63 @@ def compare(first: Sequence[Outcome], second: Sequence[Outcome]) -> dict[str, di
 
 
 def pair_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """HallusionBench's scores of greedy answers (arXiv 2310.14566): aAcc of all questions; qAcc of questions that are right for
-    each of their figures; fAcc of figures all of whose questions are right. {} unless every item has both ids."""
+    """HallusionBench's scores of greedy answers (arXiv 2310.14566): aAcc of all questions; qAcc of questions
+    that are right for each of their figures; fAcc of figures all of whose questions are right. {} without all
+    ids."""
     if not outcomes or not all(o.item.question_id and o.item.figure_id for o in outcomes):
         return {}
 
     def all_right(key: Callable[[Item], str]) -> float:
         groups: dict[str, bool] = {}
-        for outcome in outcomes:
-            groups[key(outcome.item)] = groups.get(key(outcome.item), True) and outcome.greedy_right
+        for o in outcomes:
+            groups[key(o.item)] = groups.get(key(o.item), True) and o.greedy_right
         return sum(groups.values()) / len(groups)
 
     a_acc = sum(o.greedy_right for o in outcomes) / len(outcomes)
-    return dict(
-        aAcc=a_acc, qAcc=all_right(lambda item: item.question_id), fAcc=all_right(lambda item: item.figure_id)
-    )
+    q_acc, f_acc = all_right(lambda item: item.question_id), all_right(lambda item: item.figure_id)
+    return dict(aAcc=a_acc, qAcc=q_acc, fAcc=f_acc)
 
 
 def judge_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Of the free-form questions that the judge gave a clear verdict on: their share of all, how many it calls right, and how
-    often it disagrees with the rules."""
+    """Of the free-form questions that the judge gave a clear verdict on: their share of all, how many it
+    calls right, and how often it disagrees with the rules."""
     judged = [o for o in outcomes if o.judged is not None]
     if not judged:
         return dict(judged=0.0)
-    disagreement = sum(o.judged != o.greedy_right for o in judged) / len(judged)
     return dict(
         judged=len(judged) / len(outcomes),
         judged_right=sum(o.judged for o in judged) / len(judged),
-        judge_disagreement=disagreement,
+        judge_disagreement=sum(o.judged != o.greedy_right for o in judged) / len(judged),
     )
 
 
 def full_report(outcomes: Sequence[Outcome]) -> dict:
     """All scores, overall and per kind, with intervals."""
-    kinds = {"all": list(outcomes)} | {
-        kind: [o for o in outcomes if o.item.kind == kind]
-        for kind in sorted({o.item.kind for o in outcomes} - {""})
-    }
     report = {}
-    for kind, some in kinds.items():
-        intervals = {name: bootstrap([o.values()[name] for o in some]) for name in MEANS}
+    for kind in ["all", *sorted({o.item.kind for o in outcomes} - {""})]:
+        some = [o for o in outcomes if kind in ("all", o.item.kind)]
+        intervals = {name: bootstrap([o.values[name] for o in some]) for name in MEANS}
         report[kind] = dict(questions=len(some), **scores(some), intervals=intervals)
     return dict(scores=report, reliability=reliability(outcomes), **pair_scores(outcomes))
 
 
-# ---- The command line ----------------------------------------------------------------------------------------------------
+# ---- The command line ----
 
 
 def read_items(path: Path) -> tuple[list[Item], list[tuple[str, str]]]:
-    """The items of a JSONL file, and (image, reason) for each whose image cannot be read. Raises ValueError with a sentence."""
+    """The items of a JSONL file, and (image, reason) for each whose image cannot be read.
+
+    Raises ValueError with a sentence, which names the line.
+    """
     items, skipped = [], []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--data {path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            item = _item(json.loads(line), path.parent)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"--data {path}, line {number}: {error!r}; needed are image, question, answer"
-            ) from error
+    for number, item in read_lines(path):
+        where, choices = f"--data {path}, line {number}:", item.choices
+        if len(choices) > 26:
+            raise ValueError(f"{where} there are more than 26 choices")
+        if choices and not any(read_choice(truth, choices) for truth in item.answer):
+            raise ValueError(f"{where} the answer {' or '.join(item.answer)!r} is none of the choices")
+        if item.kind == "all":
+            raise ValueError(f'{where} the kind "all" is the name of the overall scores')
         try:
             load_image(item.image)
             items.append(item)
@@ -313,99 +297,66 @@ def read_items(path: Path) -> tuple[list[Item], list[tuple[str, str]]]:
     return items, skipped
 
 
-def _item(fields: dict, folder: Path) -> Item:
-    answer, choices = fields["answer"], tuple(map(str, fields.get("choices") or ()))
-    answers = tuple(map(str, answer)) if isinstance(answer, list) else (str(answer),)
-    if len(choices) > 26 or (choices and not any(read_choice(a, choices) for a in answers)):
-        raise ValueError(f"the answer {answer!r} is none of the choices")
-    ids = {name: str(fields.get(name, "")) for name in ("kind", "question_id", "figure_id")}
-    if ids["kind"] == "all":
-        raise ValueError('the kind "all" is the name of the overall scores')
-    return Item(str(folder / fields["image"]), str(fields["question"]), answers, choices, **ids)
-
-
-def table(reports: dict[str, dict]) -> str:
-    """The scores of all models side by side, as text."""
-    lines = [
-        f"{'model':<24} {'kind':<20} {'n':>5}"
-        + "".join(f" {name.removesuffix('_accuracy'):>18}" for name in MEANS)
-        + f" {'ece':>6}"
-    ]
-    for model, report in reports.items():
-        for kind, s in report["scores"].items():
-            cells = [
-                f" {s[name]:.3f} [{s['intervals'][name][0]:.2f}, {s['intervals'][name][1]:.2f}]"
-                for name in MEANS
-            ]
-            lines.append(
-                f"{model[-24:]:<24} {kind[:20]:<20} {s['questions']:>5}"
-                + "".join(cells)
-                + f" {s['ece']:>6.3f}"
-            )
-        for name in ("aAcc", "qAcc", "fAcc", "judged", "judged_right", "judge_disagreement"):
-            if name in report:
-                lines.append(f"{model[-24:]:<24} {name:<20} {report[name]:>14.3f}")
-        for b in report["reliability"]:
-            where = f"confidence ({b['above']:.1f}, {b['upto']:.1f}]"
-            lines.append(
-                f"{model[-24:]:<24} {where:<20} {b['share']:>8.3f} of the questions, mean {b['confidence']:.3f}, right {b['right']:.3f}"
-            )
-        for name, c in report.get("against_first", {}).items():
-            p = f", McNemar p = {c['p']:.4f}" if "p" in c else ""
-            lines.append(
-                f"{model[-24:]:<24} {name:<20} {c['difference']:>+8.3f} against the first [{c['interval'][0]:+.3f}, {c['interval'][1]:+.3f}]{p}"
-            )
-    return "\n".join(lines)
+def device(name: str) -> str:
+    """The name of a device, if it is there; else raises ArgumentTypeError."""
+    try:
+        found = torch.device(name)
+        known = found.type == "cpu" or found.type == "cuda" and (found.index or 0) < torch.cuda.device_count()
+    except RuntimeError:
+        known = False
+    if not known:
+        raise argparse.ArgumentTypeError(f"there is no device {name} here, cpu and cuda are known")
+    return name
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """The arguments; ends the program with code 2 and one sentence if one is wrong."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
-    parser.add_argument(
-        "--model",
-        action="append",
-        required=True,
-        help="folder or hub id of a checkpoint; give it again to compare several",
-    )
-    parser.add_argument("--data", type=Path, required=True, help="labelled questions, JSON lines")
-    parser.add_argument("--answers", type=int, default=10, help="sampled answers a question, m (default: 10)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: 1.0)")
-    parser.add_argument("--top-p", type=float, default=0.99, help="nucleus sampling (default: 0.99)")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=1024, help="longest answer in tokens (default: 1024)"
-    )
-    parser.add_argument(
-        "--max-pixels",
-        type=int,
-        default=802_816,
-        help="larger images are scaled down to this (default: 802816)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampled answers (default: 0)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on cuda, float32 on cpu"
-    )
-    parser.add_argument(
-        "--judge",
-        help="checkpoint that judges the greedy answers to questions without choices, beside the rules",
-    )
-    parser.add_argument("--json", type=Path, help="write everything here, each answer too")
+    add = parser.add_argument
+    add("--model", action="append", required=True, help="folder or hub id; give it again to compare several")
+    add("--data", type=Path, required=True, help="labelled questions, JSON lines")
+    add("--answers", type=int, default=10, help="sampled answers a question, m (default: 10)")
+    add("--temperature", type=float, default=1.0, help="sampling temperature (default: 1.0)")
+    add("--top-p", type=float, default=0.99, help="nucleus sampling (default: 0.99)")
+    add("--max-new-tokens", type=int, default=1024, help="longest answer in tokens (default: 1024)")
+    add("--max-pixels", type=int, default=802_816, help="larger images are scaled down (default: 802816)")
+    add("--seed", type=int, default=0, help="seed of the sampled answers (default: 0)")
+    add("--device", type=device, help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on cuda, float32 on cpu")
+    add("--judge", help="checkpoint that judges, beside the rules, greedy answers to free-form questions")
+    add("--json", type=Path, help="write everything here, each answer too")
     args = parser.parse_args(argv)
-    if (
-        args.answers < 1
-        or args.max_new_tokens < 1
-        or args.max_pixels < 784
-        or args.temperature <= 0
-        or not 0 < args.top_p <= 1
-    ):
-        parser.error(
-            "--answers and --max-new-tokens must be at least 1, --max-pixels 784, --temperature above 0, --top-p in (0, 1]"
-        )
+    if args.answers < 1 or args.max_new_tokens < 1 or args.max_pixels < 784:
+        parser.error("--answers and --max-new-tokens must be at least 1, --max-pixels 784")
+    if not 0 < args.temperature < math.inf or not 0 < args.top_p <= 1:
+        parser.error("--temperature must be above 0, --top-p in (0, 1]")
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         parser.error(f"--json {args.json}: it must be a file in a folder that exists")
     return args
+
+
+def answer_items(args: argparse.Namespace) -> dict[str, list[Outcome]]:
+    """What each model answers, judged if there is a judge. Raises ValueError, OSError or RuntimeError."""
+    items, skipped = read_items(args.data)
+    for image, reason in skipped:
+        print(f"skipped {image}: {reason}", file=sys.stderr)
+    models = dict.fromkeys(args.model)
+    for name in filter(None, [*models, args.judge]):  # before the first one answers for hours
+        load_config(name)
+    outcomes = {}
+    for name in models:
+        vlm = VLM.load(name, args.device, args.dtype, args.max_pixels)
+        sampling = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
+        generator = torch.Generator(vlm.device).manual_seed(args.seed)
+        outcomes[name] = answer_all(vlm, items, args.answers, **sampling, generator=generator)
+        del vlm  # before the next one is loaded
+    if args.judge:
+        judge = VLM.load(args.judge, args.device, args.dtype, args.max_pixels)
+        for answered in outcomes.values():
+            judge_all(judge, answered, args.max_new_tokens)
+    return outcomes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -415,23 +366,8 @@ def main(argv: list[str] | None = None) -> int:
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     try:
-        items, skipped = read_items(args.data)
-        for image, reason in skipped:
-            print(f"skipped {image}: {reason}", file=sys.stderr)
-        outcomes = {}
-        for name in dict.fromkeys(args.model):
-            vlm = VLM.load(name, args.device, args.dtype, args.max_pixels)
-            sampling = dict(
-                max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p
-            )
-            generator = torch.Generator(vlm.device).manual_seed(args.seed)
-            outcomes[name] = answer_all(vlm, items, args.answers, **sampling, generator=generator)
-            del vlm  # before the next one is loaded
-        if args.judge:
-            judge = VLM.load(args.judge, args.device, args.dtype, args.max_pixels)
-            for answered in outcomes.values():
-                judge_all(judge, answered, args.max_new_tokens)
-    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: torch, of a device that is not there
+        outcomes = answer_items(args)
+    except (ValueError, OSError, RuntimeError) as error:
         sys.stderr.write(f"error: {str(error).splitlines()[0]}\n")
         return 2
     except KeyboardInterrupt:
@@ -444,15 +380,10 @@ def main(argv: list[str] | None = None) -> int:
             reports[name]["against_first"] = compare(first, answered)
     print(table(reports))
     if args.json:
-        answers = {
-            name: [asdict(o) | {"greedy_right": o.greedy_right} for o in answered]
-            for name, answered in outcomes.items()
-        }
+        answers = {name: [outcome.record() for outcome in answered] for name, answered in outcomes.items()}
+        content = dict(settings=vars(args), reports=reports, answers=answers)
         try:
-            args.json.write_text(
-                json.dumps(dict(settings=vars(args), reports=reports, answers=answers), default=str, indent=1)
-                + "\n"
-            )
+            args.json.write_text(json.dumps(content, default=str, indent=1) + "\n")
         except OSError as error:  # a full disk: the table stands above
             sys.stderr.write(f"error: --json {args.json} cannot be written: {error}\n")
             return 2

@@ -1,17 +1,17 @@
 """Generation: n sampled completions for every prompt of a batch,
 
-    y_t ~ top-p( softmax( logits(image, x, y_<t) / temperature ) )        until an end token or max_new_tokens.
+    y_t ~ top-p( softmax( logits(image, x, y_<t) / temperature ) )    until an end token or max_new_tokens.
 
-`model.generate(num_return_sequences=n)` repeats image and prompt n times, copies the whole cache at every token and
-carries rows that are finished. Here a prompt is paid for once:
+`model.generate(num_return_sequences=n)` repeats image and prompt n times, copies the whole cache at every
+token and carries rows that are finished. Here a prompt is paid for once:
 
-    admit    encodes images, forwards prompts, and keeps their keys and values once, however many samples they get
+    admit    encodes images, forwards prompts, keeps their keys and values once for all samples
     sample   draws the next token of every row
     step     forwards one token per row; a row attends to its prompt's keys and to its own (in cache.py)
     retire   rows that are finished leave; waiting prompts take their place
 
-Differs from `model.generate` in one more point: a token that stands for image data is never sampled, because a
-completion that holds one could not be fed back (R1-V issue 91).
+Differs from `model.generate` in one more point: a token that stands for image data is never sampled, because
+a completion that holds one could not be fed back (R1-V issue 91).
 """
 
 import functools
@@ -25,8 +25,8 @@ from cache import Rows, recorded, slots_in_memory, step
 from vlm import VLM, Prompt, embed, hidden_states
 
 PREFILL_TOKENS = 16384  # prompts are forwarded so many tokens at a time
-# Tokens between two looks at which rows are finished; a look waits for the GPU. Until then finished rows go on writing,
-# in a column that nobody reads.
+# Tokens between two looks at which rows are finished; a look waits for the GPU. Until then finished rows go
+# on writing, in a column that nobody reads.
 CHECK_EVERY = {"cpu": 1, "cuda": 16}
 LEAVE_BELOW = 0.8  # finished rows leave when this share is still being written: leaving copies the cache
 
@@ -44,11 +44,11 @@ def generate(
 ) -> list[list[list[int]]]:
     """Samples n completions a prompt: [prompts][n][tokens], the end token included where one was reached.
 
-    temperature 0 is greedy. top_p in (0, 1] keeps the likeliest tokens up to that much probability, top_k the k
-    likeliest (0: all). `generator` makes it reproducible, on CUDA as long as the free memory, and with it the number of
-    rows at once, stays the same; it is fastest on the model's own device. Where memory runs out, prompts that are done
-    are kept, and the others begin again with half as many rows at a time.
-    Raises ValueError for arguments out of range, OutOfMemoryError if not even a few rows fit.
+    temperature 0 is greedy. top_p in (0, 1] keeps the likeliest tokens up to that much probability, top_k the
+    k likeliest (0: all). `generator` makes it reproducible, on CUDA as long as the free memory, and with it
+    the number of rows at once, stays the same; it is fastest on the model's own device. Where memory runs
+    out, prompts that are done are kept, and the others begin again with half as many rows at a time. Raises
+    ValueError for arguments out of range, OutOfMemoryError if not even a few rows fit.
     """
     if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
         raise ValueError("need n >= 1, max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
@@ -76,7 +76,8 @@ def write(
     draw_token: Callable[[Tensor], Tensor],
     results: list[list],
 ) -> None:
-    """Writes n completions of the waiting prompts into `results`; draw_token: logits [R, vocabulary] -> tokens [R]."""
+    """Writes n completions of the waiting prompts into `results`; draw_token: logits [R, vocabulary] ->
+    tokens [R]."""
     waiting = sorted(waiting, key=lambda i: len(prompts[i]))  # the longest come first: all others fit
     longest = len(prompts[waiting[-1]])
     slots = min(len(waiting), slots_in_memory(vlm, longest, n, new_tokens))
@@ -98,7 +99,7 @@ def write(
 
 
 def admit(vlm: VLM, rows: Rows, prompts: list[Prompt], chosen: list[int]) -> None:
-    """Forwards the chosen prompts and opens n rows for each; chosen: indices of prompts, the longest first."""
+    """Forwards prompts and opens n rows for each; chosen: which ones, the longest first."""
     while chosen:
         batch = chosen[: max(1, int(PREFILL_TOKENS * vlm.limits.budget) // len(prompts[chosen[0]]))]
         chosen = chosen[len(batch) :]
@@ -134,24 +135,27 @@ def retire(rows: Rows, results: list[list]) -> None:
     rows.keep([row for row, done in enumerate(finished) if not done])
 
 
-# ---- Forward: a prompt at once, then a token at a time -------------------------------------------------------------------
+# ---- Forward: a prompt at once, then a token at a time -----------------------------------------------------
 
 
 class Recorder:
-    """Stands where transformers expects a cache; keeps the keys and values [prompts, heads, P, head_dim] of each layer."""
+    """Stands where transformers expects a cache; keeps a layer's keys and values [prompts, heads, P, d]."""
 
     def __init__(self):
         self.layers: list[tuple[Tensor, Tensor]] = []
 
     def update(self, keys: Tensor, values: Tensor, *_) -> tuple[Tensor, Tensor]:
+        """Called by each layer."""
         self.layers.append((keys, values))
         return keys, values
 
 
 def prefill(vlm: VLM, prompts: list[Prompt]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Forwards prompts: the logits [prompts, vocabulary] of their first tokens, and each layer's keys and values.
+    """Forwards prompts: the logits [prompts, vocabulary] of their first tokens, and each layer's keys and
+    values.
 
-    Prompts are padded on the right, to the longest; causal attention keeps padding out of sight of what is real.
+    Prompts are padded on the right, to the longest; causal attention keeps padding out of sight of what is
+    real.
     """
     ids = torch.nn.utils.rnn.pad_sequence([p.ids for p in prompts], batch_first=True)
     positions = torch.nn.utils.rnn.pad_sequence([p.positions.T for p in prompts], batch_first=True).permute(
@@ -166,16 +170,16 @@ def prefill(vlm: VLM, prompts: list[Prompt]) -> tuple[Tensor, list[tuple[Tensor,
     ).float(), recorder.layers
 
 
-# ---- Sampling ------------------------------------------------------------------------------------------------------------
+# ---- Sampling ----------------------------------------------------------------------------------------------
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generator) -> Tensor:
     """Draws one token a row from logits [R, vocabulary]; temperature 0 takes the likeliest.
 
-    The nucleus is every token that has less than top_p of probability in likelier ones (equally likely tokens are in it
-    together, where a sort would cut between them). Sorting 151,936 probabilities
-    to find it takes longer than the transformer's step, so a token is drawn first, and drawn again from the likelier
-    ones if it was outside: that is the distribution of the nucleus alone. A token of probability 0 never comes out.
+    The nucleus is every token that has less than top_p of probability in likelier ones (equally likely tokens
+    are in it together, where a sort would cut between them). Sorting 151,936 probabilities to find it takes
+    longer than the transformer's step, so a token is drawn first, and drawn again from the likelier ones if
+    it was outside: that is the distribution of the nucleus alone. A token of probability 0 never comes out.
     """
     if temperature < 1e-6:
         return logits.argmax(dim=-1)
@@ -200,7 +204,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generat
 
 
 def draw(probs: Tensor, generator) -> Tensor:
-    """One token a row [R, 1]: the first whose cumulative probability exceeds a uniform number; probs need not sum to 1."""
+    """One token a row [R, 1]: the first whose cumulative probability exceeds a uniform number; probs need not
+    sum to 1."""
     device = probs.device if generator is None else generator.device
     uniform = torch.rand(len(probs), 1, device=device, generator=generator).to(probs.device)
     cumulative = probs.cumsum(dim=1)
@@ -210,8 +215,10 @@ def draw(probs: Tensor, generator) -> Tensor:
 
 
 def _rounds(top_p: float) -> int:
-    """Draws after which less than one row in a billion is still outside the nucleus (it gets its likeliest token).
+    """Draws after which less than one row in a billion is still outside the nucleus (it gets its likeliest
+    token).
 
-    The first draw is outside with probability 1 - top_p at most, and what is left outside shrinks by half on average.
+    The first draw is outside with probability 1 - top_p at most, and what is left outside shrinks by half on
+    average.
     """
     return 1 if top_p == 1 else math.ceil(min(64.0, math.log(1e-9) / math.log1p(-top_p)))

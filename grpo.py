@@ -1,23 +1,20 @@
 r"""Group Relative Policy Optimization, by hand (DeepSeekMath, arXiv 2402.03300; VisPlay, section 3.1).
 
-G completions y_1 .. y_G of one prompt have rewards r_1 .. r_G. There is no value network: the group is its own baseline,
+G completions y_1 .. y_G of one prompt have rewards r_1 .. r_G. There is no value network: the group is its
+own baseline,
 
     A_i     = (r_i - mean(r_1 .. r_G)) / (std(r_1 .. r_G) + eps)                           -> group_advantages
     rho_i,t = exp(log pi(y_i,t) - log pi_old(y_i,t))
     KL_i,t  = exp(log pi_ref - log pi) - (log pi_ref - log pi) - 1                           -> kl_estimate
     L       = 1/N sum_i 1/|y_i| sum_t [ -min(rho A, clip(rho, 1 - eps, 1 + eps) A) + beta KL ]   -> grpo_loss
 
-`update` makes one step of AdamW out of it. What differs from the official code: it makes four updates of each rollout,
-here it is one, so that rho = 1 and clip is idle; it clips at 0.2 below and 0.3 above; its std divides by G - 1, here
-by G; its eps is 1e-6.
+`update` makes one optimizer step out of it; as each rollout is used once, rho = 1 and the clip is idle. What
+the official code does otherwise is in docs/differences.md.
 
-This file knows nothing of models, images or files. A policy, and a reference, is anything that has
-
-    batches(groups, temperature)   yields ([(group, completion), ...], [log-probabilities [T_i], ...], share), the completions
-                                   that are forwarded together, and their share of all completions
-    use_less_memory()              makes the batches smaller, or raises OutOfMemoryError
-
-and a policy has `parameters()` besides (see `vlm.VLM.batches` and engine/shards.py).
+This file knows nothing of models, images or files. A policy, or a reference, is anything that has
+`batches(groups, temperature)`, which yields completions that are forwarded together, as [(group, completion),
+..], [their log-probabilities [T_i], ..] and their share of all; and `use_less_memory()`, which makes batches
+smaller or raises OutOfMemoryError. A policy has `parameters()` besides (see vlm.py, engine/shards.py).
 """
 
 import math
@@ -30,10 +27,10 @@ from torch import Tensor
 
 @dataclass
 class Group:
-    """The G completions of one prompt, with all that an update needs to know of them.
+    """The G completions of one prompt, with their rewards.
 
-    old_logp, ref_logp: of completion i a tensor [T_i] of log-probabilities under the policy that sampled it and under
-    the reference. The first `update` fills in old_logp, `add_reference` fills in ref_logp.
+    old_logp, ref_logp: of completion i the log-probabilities [T_i] under the policy that sampled it (filled
+    in by the first `update`) and under the reference (by `add_reference`).
     """
 
     prompt: Any
@@ -43,13 +40,13 @@ class Group:
     old_logp: dict[int, Tensor] = field(default_factory=dict)
 
 
-# ---- The equations -----------------------------------------------------------------------------------------------------
+# ---- The equations -------------------------------------------------------------------------------------
 
 
 def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     """A_i = (r_i - mean) / (std + eps) over each group. rewards: [N, G], returns [N, G].
 
-    std is that of the group itself (divided by G). A group whose rewards are all equal has advantage 0, exactly.
+    std divides by G. A group whose rewards are all equal has advantage 0, exactly.
     """
     rewards = rewards if rewards.is_floating_point() else rewards.float()
     centred = rewards - rewards.mean(dim=1, keepdim=True)
@@ -58,7 +55,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """KL(pi || pi_ref) per token, estimated at a sample of pi: unbiased and never negative (Schulman's k3)."""
+    """KL(pi || pi_ref) per token at a sample of pi: unbiased and never negative (Schulman's k3)."""
     difference = ref_logp - logp
     return difference.exp() - difference - 1.0
 
@@ -72,12 +69,11 @@ def grpo_loss(
     clip: float = 0.2,
     beta: float = 0.01,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The GRPO loss of B completions of at most T tokens.
+    """The GRPO loss of B completions of at most T tokens, a mean over tokens, then over completions.
 
-    logp, old_logp, ref_logp: [B, T] log-probabilities; mask: [B, T], nonzero where there is a token (what stands in the
-    other places does not matter, NaN included); advantages: [B]. Averages over the tokens of each completion, then over
-    completions. Returns the loss and its parts as numbers: policy_loss, kl, clip_share (tokens whose ratio is clipped),
-    ratio.
+    logp, old_logp, ref_logp: [B, T] log-probabilities; mask: [B, T], nonzero where there is a token (what
+    stands elsewhere does not matter, NaN included); advantages: [B]. Returns the loss and its parts as
+    numbers: policy_loss, kl, clip_share (tokens whose ratio is clipped), ratio.
     """
     real = mask.bool()
     logp, old_logp, ref_logp = (torch.where(real, x, 0.0) for x in (logp, old_logp, ref_logp))
@@ -85,7 +81,6 @@ def grpo_loss(
     rho = (logp - old_logp).exp()
     unclipped, clipped = rho * advantage, rho.clamp(1 - clip, 1 + clip) * advantage
     policy, kl = -torch.minimum(unclipped, clipped), kl_estimate(logp, ref_logp)
-
     tokens = real.sum(dim=1, keepdim=True).clamp(min=1)
     weight = real.to(logp.dtype) / (tokens * max(1, len(logp)))
     loss = ((policy + beta * kl) * weight).sum()
@@ -94,7 +89,7 @@ def grpo_loss(
     return loss, {"loss": loss.item()} | metrics
 
 
-# ---- The update --------------------------------------------------------------------------------------------------------
+# ---- The update ----------------------------------------------------------------------------------------
 
 
 def add_reference(groups: list[Group], reference, temperature: float = 1.0) -> None:
@@ -102,7 +97,7 @@ def add_reference(groups: list[Group], reference, temperature: float = 1.0) -> N
     while True:
         try:
             with torch.no_grad():
-                for which, logps, _ in reference.batches(_pairs(groups), temperature):
+                for which, logps, _ in reference.batches(pairs(groups), temperature):
                     for (g, i), logp in zip(which, logps):
                         groups[g].ref_logp[i] = logp
             return
@@ -122,23 +117,19 @@ def update(
 ) -> dict[str, float]:
     """One optimizer step on all groups; begins again with smaller batches where memory runs out.
 
-    In the first update after a rollout the policy is the one that sampled, so its log-probabilities are kept as
-    log pi_old, every ratio is 1 and nothing is clipped; later updates on the same groups find them there. Returns the
-    means of `grpo_loss`'s metrics, `grad_norm` before clipping, and `skipped`: 1 if loss or gradient were not finite,
-    which changes nothing.
+    Returns the means of `grpo_loss`'s metrics, `grad_norm` before clipping, and `skipped`: 1 if the gradient
+    was not finite, which changes nothing.
     """
     while True:
         try:
             metrics = backward(policy, groups, clip, beta, temperature)
             break
         except torch.OutOfMemoryError:
-            pass
+            pass  # as above
         optimizer.zero_grad()
         policy.use_less_memory()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
-    norm = float(
-        norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    )  # of sharded parameters: over all shards
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # over all shards
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
@@ -148,15 +139,18 @@ def update(
 def backward(
     policy, groups: list[Group], clip: float = 0.2, beta: float = 0.01, temperature: float = 1.0
 ) -> dict[str, float]:
-    """Adds the gradient of the loss of all groups, a batch at a time, each by its share; returns the loss's metrics."""
+    """Adds the gradient of the loss of all groups, each batch by its share; returns the loss's metrics.
+
+    In the first update after a rollout the policy is the one that sampled: log pi_old is kept for later ones.
+    """
     advantages = [group_advantages(torch.tensor([g.rewards]))[0].tolist() for g in groups]
     totals: dict[str, float] = {}
-    for which, logps, share in policy.batches(_pairs(groups), temperature):
+    for which, logps, share in policy.batches(pairs(groups), temperature):
         for (g, i), logp in zip(which, logps):
             groups[g].old_logp.setdefault(i, logp.detach())
         logp, mask = _pad(logps)
-        old, _ = _pad([groups[g].old_logp[i] for g, i in which])
-        ref, _ = _pad([groups[g].ref_logp[i] for g, i in which])
+        old = _pad([groups[g].old_logp[i] for g, i in which])[0]
+        ref = _pad([groups[g].ref_logp[i] for g, i in which])[0]
         advantage = torch.tensor([advantages[g][i] for g, i in which], device=logp.device)
         loss, metrics = grpo_loss(logp, old, ref, advantage, mask, clip, beta)
         (loss * share).backward()
@@ -165,12 +159,12 @@ def backward(
     return totals
 
 
-def _pairs(groups: list[Group]) -> list[tuple[Any, list[list[int]]]]:
+def pairs(groups: list[Group]) -> list[tuple[Any, list[list[int]]]]:
+    """What `batches` takes."""
     return [(group.prompt, group.completions) for group in groups]
 
 
 def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Tensors [T_i] -> ([B, T], mask [B, T])."""
-    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
-    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+    mask = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+    return tuple(torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (rows, mask))

@@ -9,12 +9,12 @@ r"""VisPlay: one vision-language model teaches itself from unlabelled images (ar
 `python loop.py` runs it on the toy model and scenes of this repository; `python loop.py --model
 Qwen/Qwen2.5-VL-3B-Instruct --images FOLDER` on a real model and your own images. A run lives in runs/NAME/.
 
-Differs from the paper: both roles live in one process, with no server between them. Differs from the official code:
-see docs/differences.md.
+Differs from the paper: both roles live in one process, with no server between them. Differs from the
+official code: see docs/differences.md.
 
-Read it downward from `visplay`. Prompts are in questioner.py and reasoner.py, equations in rewards.py, curate.py and
-grpo.py. `run` carries everything else (engine/run.py): the two roles, the images, random numbers, files, and what of
-a run that was stopped is done already.
+Read it downward from `visplay`. Prompts are in questioner.py and reasoner.py, equations in rewards.py,
+curate.py and grpo.py. `run` carries everything else (engine/run.py): the two roles, the images, random
+numbers, files, and what of a run that was stopped is done already.
 """
 
 import signal
@@ -36,7 +36,7 @@ import rewards
 import signatures
 from curate import Example
 from engine import command
-from engine.console import mean
+from engine.records import mean
 from engine.run import Run
 from engine.settings import HELD_OUT_QUESTIONS, HELD_OUT_SEED, Settings
 
@@ -46,7 +46,7 @@ Votes = list[list[Example | None]]  # of each image its questions with their vot
 
 
 def silver_label_reward(answer: str | None, example: Example) -> float:
-    """The Reasoner's reward: 1 if the answer equals the silver label, else 0."""
+    """The Reasoner's reward: 1 if the answer equals the silver label, else 0. Experiments replace it."""
     return rewards.answer_reward(answer, example.label)
 
 
@@ -54,7 +54,7 @@ def silver_label_reward(answer: str | None, example: Example) -> float:
 
 
 def visplay(s: Settings, run: Run, answer_reward: Reward = silver_label_reward) -> None:
-    """All iterations, from where the run stands. `answer_reward` is the Reasoner's; experiments replace it."""
+    """All iterations, from where the run stands. `answer_reward`: see `silver_label_reward`."""
     measure(s, run, 0)
     for k in range(1, s.iterations + 1):
         train_questioner(s, run, k)
@@ -77,7 +77,7 @@ def train_questioner(s: Settings, run: Run, k: int) -> None:
 
 
 def curate_questions(s: Settings, run: Run, k: int) -> None:
-    """Phase 2: the updated Questioner asks, the Reasoner votes, and questions of middling confidence are kept."""
+    """Phase 2: the updated Questioner asks, the Reasoner votes, and middling confidence is kept."""
     if not run.at(k, "curation"):
         return
     start, candidates = time.time(), []

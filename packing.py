@@ -2,15 +2,17 @@ r"""Packing: the G completions of a prompt in one row, the prompt once.
 
     [ prompt | completion_1 | ... | completion_G ]
 
-A completion's positions start at the end of the prompt, and it sees the prompt and itself only. So the row gives
+A completion's positions start at the end of the prompt, and it sees the prompt and itself only. So the row
+gives
 
     log pi_theta(y_t | image, x, y_<t)        for every token t of every completion y,
 
-exactly as G rows of their own would, in values and gradients, but the image is encoded once and the prompt forwarded
-once (the idea of Prefix Grouper, arXiv 2506.05433; the official code forwards both once per completion).
+exactly as G rows of their own would, in values and gradients, but the image is encoded once and the prompt
+forwarded once (the idea of Prefix Grouper, arXiv 2506.05433; the official code forwards both once per
+completion).
 
-This file lays rows out; the model that reads them is in vlm.py. Of a prompt it needs `ids`, `positions`, `next_position`
-and `image_tokens` (see `vlm.Prompt`).
+This file lays rows out; the model that reads them is in vlm.py. Of a prompt it needs `ids`, `positions`,
+`next_position` and `image_tokens` (see `vlm.Prompt`).
 """
 
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ BATCH_TOKENS = 8192  # rows are forwarded and differentiated together up to so m
 BATCH_IMAGE_TOKENS = (
     2048  # and so many image tokens: each is four patches in the image encoder, and costs more than text
 )
-# So many logits are made at a time: 39 MB of float32 on a CPU; a GPU wants larger matrices, and has room for them.
+# So many logits are made at a time: 39 MB of float32 on a CPU; a GPU wants larger matrices.
 LOGITS = {"cpu": 64 * 151_936, "cuda": 512 * 151_936}
 
 
@@ -40,9 +42,10 @@ class PackedRow:
 class PackedBatch:
     """B rows of at most T tokens that are forwarded together, holding N tokens of completions.
 
-    which: of each completion, in order, its group and its number in it; sizes: how many of the N tokens are its own.
-    prompts: one a row. ids, segment: [B, T]; positions: [3, B, T]. segment: 0 is the prompt, 1, 2, ... its completions,
-    -1 padding. where: [N] the place in B * T whose hidden state predicts a token; targets: [N] that token.
+    which: of each completion, in order, its group and its number in it; sizes: how many of the N tokens are
+    its own. prompts: one a row. ids, segment: [B, T]; positions: [3, B, T]. segment: 0 is the prompt, 1, 2,
+    ... its completions, -1 padding. where: [N] the place in B * T whose hidden state predicts a token;
+    targets: [N] that token.
     """
 
     which: list[tuple[int, int]]
@@ -58,9 +61,10 @@ class PackedBatch:
 def pack(groups: list[tuple], budget: float = 1.0) -> list[list[PackedRow]]:
     """Cuts groups into rows, and gathers rows into batches that are forwarded together.
 
-    groups: (prompt, completions as lists of token ids). A row has at most ROW_TOKENS tokens, a batch at most BATCH_TOKENS
-    and BATCH_IMAGE_TOKENS; budget: the share of these that is used. A row has at least one completion and a batch at
-    least one row, however long. Rows of similar length go together, as the shorter ones are padded to the longest.
+    groups: (prompt, completions as lists of token ids). A row has at most ROW_TOKENS tokens, a batch at most
+    BATCH_TOKENS and BATCH_IMAGE_TOKENS; budget: the share of these that is used. A row has at least one
+    completion and a batch at least one row, however long. Rows of similar length go together, as the shorter
+    ones are padded to the longest.
     """
     rows, batches = [], []
     for g, (prompt, completions) in enumerate(groups):
@@ -109,10 +113,11 @@ def lay_out(groups: list[tuple], rows: list[PackedRow]) -> PackedBatch:
 
 
 def packed_mask(segment: Tensor) -> Tensor:
-    """[B, 1, T, T] bool for segment [B, T] (see `PackedBatch`): True where a query (row) may see a key (column).
+    """[B, 1, T, T] bool for segment [B, T] (see `PackedBatch`): True where a query (row) may see
+    a key (column).
 
-    A token sees what stands before it in the prompt and in its own completion. Padding sees at least itself: a softmax
-    over nothing would be NaN.
+    A token sees what stands before it in the prompt and in its own completion. Padding sees at least itself:
+    a softmax over nothing would be NaN.
     """
     order = torch.arange(segment.shape[1], device=segment.device)
     shared_or_own = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
@@ -120,7 +125,7 @@ def packed_mask(segment: Tensor) -> Tensor:
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """[N] log-probabilities, float32, of targets [N] from hidden [N, hidden] and the output matrix [vocabulary, hidden]."""
+    """[N] log-probabilities, float32, of targets [N]; hidden: [N, hidden], weight: [vocabulary, hidden]."""
     size = max(1, LOGITS[hidden.device.type] // len(weight))
     return TargetLogprobs.apply(hidden, weight, targets, temperature, size)
 
@@ -128,8 +133,8 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
 class TargetLogprobs(torch.autograd.Function):
     """log softmax(hidden W^T / temperature) at N targets, `size` of them at a time.
 
-    151,936 logits take 0.6 MB a token, so all of them are never there at once: forward keeps only each token's
-    log-sum-exp; backward makes a chunk's logits z again, turns them in place into
+    151,936 logits take 0.6 MB a token, so all of them are never there at once: forward keeps only each
+    token's log-sum-exp; backward makes a chunk's logits z again, turns them in place into
 
         d log p(target) / d z_v = 1[v = target] - softmax(z)_v
 

@@ -1,10 +1,13 @@
 r"""The Image-Conditioned Questioner: one image in, one hard but answerable question out.
 
-    x_i ~ Q_theta( . | image),  i = 1 .. G         written as  <type>..</type> <question>..</question> <answer>..</answer>
+    x_i ~ Q_theta( . | image),  i = 1 .. G
 
-A question is valid when the output has exactly these three blocks, in this order, with a known type and an answer
-in \boxed{}; a leading <think>..</think> is allowed, as MiMo-VL writes one. The Questioner's own answer is demanded
-because working it out makes better questions; the algorithm never uses it, the silver label is the Reasoner's majority.
+written as <type>..</type> <question>..</question> <answer>..</answer>.
+
+A question is valid when the output has exactly these three blocks, in this order, with a known type; before
+them a thought up to </think> may stand, as MiMo-VL writes one. The Questioner's own answer, boxed or not, is
+demanded because working it out makes better questions; the algorithm never uses it, the silver label is the
+Reasoner's majority.
 
 The prompt is our own and the same for every model; the paper's is longer and names example topics.
 """
@@ -37,7 +40,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Asked:
-    """The G outputs of the Questioner for one image: their token ids, and the question in each, None if it is invalid."""
+    """The G outputs of the Questioner for one image: token ids, and the question in each (None: invalid)."""
 
     path: str
     patches: Patches
@@ -59,8 +62,11 @@ def ask(vlm: VLM, pictures: list[Picture], n: int, **sampling) -> list[Asked]:
 def parse_question(text: str) -> Question | None:
     """The question in an output of the Questioner, or None if it is not valid.
 
-    Takes time linear in the text, raises nothing and evaluates nothing, whatever the model wrote.
+    One thought at most may stand before it. Takes time linear in the text, raises nothing and evaluates
+    nothing, whatever the model wrote.
     """
+    if max(text.count("<think>"), text.count("</think>")) > 1:
+        return None
     rest, blocks = without_thinking(text).strip(), {}
     for name in ("type", "question", "answer"):
         opening, closing = f"<{name}>", f"</{name}>"
@@ -69,12 +75,12 @@ def parse_question(text: str) -> Question | None:
         blocks[name], _, rest = rest.removeprefix(opening).partition(closing)
         rest = rest.lstrip()
     kind, question = " ".join(blocks["type"].lower().replace("-", " ").split()), blocks["question"].strip()
-    answer = extract_answer(blocks["answer"])
+    answer = extract_answer(blocks["answer"]) or blocks["answer"].replace("\\boxed{}", "").strip()
     if (
         rest
         or kind not in KINDS
         or not question
-        or answer is None
+        or not answer
         or "<type>" in question
         or "<answer>" in question
     ):

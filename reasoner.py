@@ -4,9 +4,10 @@ r"""The Multimodal Reasoner: an image and a question in, worked answers out.
 
     y~ = the majority of y_1 .. y_m, the silver label,       c = its share, the confidence         -> vote
 
-The paper's Reasoner is told to think inside tags; this prompt only asks for a step-by-step answer in \boxed{}, which
-every model of the family follows with or without tags of its own. The official code has a second prompt for the votes
-of the Questioner's phase, which forbids reasoning; here all votes are taken in the same way.
+The paper's Reasoner is told to think inside tags; this prompt only asks for a step-by-step answer in
+\boxed{}, which every model of the family follows with or without tags of its own. The official code has a
+second prompt for the votes of the Questioner's phase, which forbids reasoning; here all votes are taken in
+the same way.
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ INSTRUCTION = "\nThink step by step, then give the final answer in \\boxed{}."
 
 @dataclass(frozen=True)
 class Answered:
-    """The n outputs of the Reasoner for one prompt: their token ids, and the answer in each, None if there is none."""
+    """The n outputs of the Reasoner for one prompt: token ids, and the answer in each (None: none)."""
 
     prompt: Prompt
     completions: list[list[int]]
@@ -47,7 +48,7 @@ def answer(vlm: VLM, prompts: list[Prompt], n: int, **sampling) -> list[Answered
 
 
 def vote(vlm: VLM, asked: list[Asked], m: int, **sampling) -> list[list[Example | None]]:
-    """Answers every valid question m times: the question with its silver label and confidence; None if it is invalid."""
+    """Answers every valid question m times: each with its silver label and confidence (None: invalid)."""
     places = [(a, question) for a in asked for question in a.questions if question is not None]
     prompts = [answer_prompt(vlm, a.patches, question.text) for a, question in places]
     answered = iter(answer(vlm, prompts, m, **sampling))

@@ -19,8 +19,8 @@ from itertools import groupby
 from pathlib import Path
 
 from curate import Example, read_examples
-from engine.console import printable
 from engine.images import ImageError, load_image
+from engine.records import printable
 from rewards import same_answer
 from toy.answerer import understand
 from toy.scenes import read_truth

@@ -1,6 +1,7 @@
 r"""Rewards: what is a good question, and what is a good answer (VisPlay, arXiv 2511.15661, section 3).
 
-The Reasoner answers a question m times: y_1 .. y_m. The majority answer is the silver label, its share the confidence:
+The Reasoner answers a question m times: y_1 .. y_m. The majority answer is the silver label, its share the
+confidence:
 
     y~ = argmax_y  sum_j 1[y_j = y]          c = (1/m) sum_j 1[y_j = y~]              -> confidence
 
@@ -12,37 +13,40 @@ The Questioner asks G questions x_1 .. x_G about one image; C_k is the BLEU clus
 
 The Reasoner's own reward for an answer y to a curated question is 1[y = y~]         -> answer_reward
 
-The official code differs from the paper: it scores min(c, 1 - c) in place of r_unc (the same tent, half as high),
-subtracts the cluster's share of the *whole batch* instead of one image's group, and does not clip at 0. This file
-follows the paper. The similarity is the official one: BLEU over words split at white space, smoothing method 1.
+The official code differs from the paper: it scores min(c, 1 - c) in place of r_unc (the same tent, half as
+high), subtracts the cluster's share of the *whole batch* instead of one image's group, and does not clip at
+0. This file follows the paper. The similarity is BLEU as there (words split at white space, smoothing method
+1), but the mean of both directions, where the official code takes one; and scripts without spaces are split
+into characters.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from nltk.util import ngrams
 
-from answers import canonical, same_answer
+from answers import canonical, same_answer, says_something
 
 
 def confidence(answers: Sequence[str | None]) -> tuple[str | None, float]:
     """The silver label y~ and its share c of the m answers (the paper's confidence).
 
-    None stands for an answer that could not be parsed: it counts in m and never wins. A tie goes to the answer that
-    appeared first, and the label is written as it was there. Without any answer: (None, 0.0).
+    None stands for an answer that could not be parsed: it counts in m and never wins, and neither does one
+    that says nothing ("..."). A tie goes to the answer that appeared first, and the label is written as it
+    was there. Without any answer: (None, 0.0).
     """
     votes, written = Counter(), {}
     for answer in answers:
-        if answer is not None:
+        if answer is not None and says_something(answer):
             key = canonical(answer)
             votes[key] += 1
             written.setdefault(key, answer)
     if not votes:
         return None, 0.0
-    winner = max(
-        written, key=lambda key: votes[key]
-    )  # max keeps the first of equals; `written` is in order of appearance
+    # max keeps the first of equals, and `written` is in order of appearance
+    winner = max(written, key=lambda key: votes[key])
     return written[winner], votes[winner] / len(answers)
 
 
@@ -51,7 +55,7 @@ def answer_reward(answer: str | None, label: str) -> float:
     return float(answer is not None and same_answer(answer, label))
 
 
-# ---- Questions -------------------------------------------------------------------------------------------------------
+# ---- Questions ----
 
 
 def uncertainty_reward(c: float) -> float:
@@ -59,29 +63,40 @@ def uncertainty_reward(c: float) -> float:
     return 1.0 - abs(2.0 * c - 1.0)
 
 
+_UNSPACED = (  # Chinese, Japanese, and the scripts of south-east Asia; Korean has spaces
+    "\u0e00-\u0eff\u0f00-\u109f\u1780-\u17ff\u1950-\u19ff"  # Thai, Lao, Tibetan, Burmese, Khmer, Tai Lue
+    "\u2e80-\u2fff\u3001-\u312f\u31a0-\ua4cf\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
+
+
+def words(text: str) -> list[str]:
+    """What stands between white space; of scripts without spaces each character, as sacreBLEU's zh does."""
+    return _WORD.findall(text)
+
+
 def bleu_similarities(texts: Sequence[str]) -> np.ndarray:
     """The matrix [n, n] of `bleu_similarity` of all pairs of texts.
 
-    Each question's n-grams are counted once. The k-th occurrence of an n-gram in a text is one item, so the clipped
-    count of common n-grams, sum_g min(count_a(g), count_b(g)), is the number of common items: with a text's items as a
-    row of zeros and ones, one matrix product gives it for all pairs.
+    Each question's n-grams are counted once. The k-th occurrence of an n-gram in a text is one item, so the
+    clipped count of common n-grams, sum_g min(count_a(g), count_b(g)), is the number of common items: with a
+    text's items as a row of zeros and ones, one matrix product gives it for all pairs.
     """
-    words = [text.split() for text in texts]
-    length = np.array([len(w) for w in words], dtype=float)
+    split = [words(text) for text in texts]
+    length = np.array([len(w) for w in split], dtype=float)
     log_precision = np.zeros((len(texts), len(texts)))  # [hypothesis, reference]
     for n in range(1, 5):
         common, total = (
-            _common_items([_occurrences(ngrams(w, n)) for w in words]),
+            _common_items([_occurrences(ngrams(w, n)) for w in split]),
             np.maximum(1, length - n + 1),
         )
-        log_precision += (
-            np.log(np.where(common > 0, common, 0.1) / total[:, None]) / 4
-        )  # smoothing method 1: 0 becomes 0.1
+        smoothed = np.where(common > 0, common, 0.1)  # method 1: 0 becomes 0.1
+        log_precision += np.log(smoothed / total[:, None]) / 4
         if n == 1:
             nothing_in_common = common == 0
     brevity = np.exp(np.minimum(0, 1 - length[None, :] / np.maximum(1, length)[:, None]))
     bleu = np.where(nothing_in_common, 0.0, brevity * np.exp(log_precision))
-    similarity, (same, _) = (bleu + bleu.T) / 2, _numbered(map(tuple, words))
+    similarity, (same, _) = (bleu + bleu.T) / 2, _numbered(map(tuple, split))
     same = np.array(same)
     return np.where(same[:, None] == same[None, :], 1.0, similarity)
 
@@ -114,8 +129,8 @@ def _numbered(items: Iterable) -> tuple[list[int], int]:
 def bleu_similarity(a: str, b: str) -> float:
     """The mean of BLEU(a | b) and BLEU(b | a): symmetric, in [0, 1]; 1 for the same words in the same order.
 
-    Equal to nltk's `sentence_bleu` with smoothing method 1, symmetrised; the exception is a question of fewer than
-    four words against itself, which nltk scores below 1 for want of 4-grams.
+    Equal to nltk's `sentence_bleu` with smoothing method 1, symmetrised; the exception is a question of fewer
+    than four words against itself, which nltk scores below 1 for want of 4-grams.
     """
     return float(bleu_similarities([a, b])[0, 1])
 
@@ -123,9 +138,9 @@ def bleu_similarity(a: str, b: str) -> float:
 def cluster_questions(questions: Sequence[str], threshold: float = 0.5) -> list[int]:
     """Average-linkage agglomerative clustering of the distances 1 - bleu_similarity.
 
-    The two nearest clusters are merged while their mean distance is below `threshold`. Returns a label per question:
-    0, 1, ... in order of first appearance. The work is done on the sorted texts, so that ties are broken by what the
-    questions say and the clusters do not depend on the order they come in.
+    The two nearest clusters are merged while their mean distance is below `threshold`. Returns a label per
+    question: 0, 1, ... in order of first appearance. The work is done on the sorted texts, so that ties are
+    broken by what the questions say and the clusters do not depend on the order they come in.
     """
     texts = sorted(questions)
     distance = 1.0 - bleu_similarities(texts)
@@ -137,7 +152,7 @@ def cluster_questions(questions: Sequence[str], threshold: float = 0.5) -> list[
 
 
 def _average_linkage(distance: np.ndarray, threshold: float) -> list[list[int]]:
-    """Merges by mean distance (UPGMA). distance: [n, n], symmetric, infinite on the diagonal. Returns the clusters."""
+    """Merges by mean distance (UPGMA). distance: [n, n], symmetric, infinite on the diagonal."""
     members = [[i] for i in range(len(distance))]
     while len(members) > 1:
         a, b = divmod(int(distance.argmin()), len(members))
@@ -170,7 +185,8 @@ def questioner_rewards(
 ) -> list[float]:
     """R = 1[valid] max(0, r_unc - r_div) for the G questions of one image; None is an invalid question.
 
-    Only valid questions are clustered, and G counts all of them, so an invalid neighbour changes nobody's penalty.
+    Only valid questions are clustered, and G counts all of them, so an invalid neighbour changes nobody's
+    penalty.
     """
     valid = [question for question in questions if question is not None]
     penalties = iter(diversity_penalty(valid, weight, len(questions)))

@@ -1,11 +1,14 @@
-"""The paper's failure signatures, watched while a run goes on (VisPlay, section 5): self-play that looks well and is not.
+"""The paper's failure signatures (VisPlay, section 5), watched in a run: self-play that only looks well.
 
-    question collapse       the Questioner repeats what is rewarded: few different n-grams, one large BLEU cluster, one kind
-    pseudo-label drift      the Reasoner grows surer while its majority is right less often: it learns its own mistakes
-    stagnant difficulty     r_unc does not rise over a Questioner phase: the Questioner has stopped to follow the Reasoner
+    question collapse       the Questioner repeats what is rewarded: few different n-grams, one large BLEU
+                            cluster, one kind
+    pseudo-label drift      the Reasoner grows surer while its majority is right less often: it learns its own
+                            mistakes
+    stagnant difficulty     r_unc does not rise over a Questioner phase: the Questioner no longer follows the
+                            Reasoner
 
-The first functions measure, the last three judge, and each of those gives a sentence with the number, what it means and the
-flag to turn, or None. The limits are ours; the paper names the signatures and gives none.
+The first functions measure, the last three judge, and each of those gives a sentence with the number, what it
+means and the flag to turn, or None. The limits are ours; the paper names the signatures and gives none.
 """
 
 import math
@@ -14,7 +17,7 @@ from collections.abc import Sequence
 
 from nltk.util import ngrams
 
-from rewards import cluster_questions
+from rewards import cluster_questions, words
 
 CLUSTERED = 256  # so many questions at most are clustered: the work grows with their square
 FELL = 0.5  # of its first value: how far variety may fall
@@ -24,8 +27,8 @@ AGREEMENT = 0.6  # least share of questions on which the Reasoner's majority is 
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
-    """The share of different n-grams among all n-grams of all texts (distinct-n, arXiv 1510.03055); 0 if there are none."""
-    grams = [gram for text in texts for gram in ngrams(text.split(), n)]
+    """The share of different n-grams among all n-grams of all texts (distinct-n, arXiv 1510.03055), or 0."""
+    grams = [gram for text in texts for gram in ngrams(words(text), n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
@@ -36,8 +39,9 @@ def entropy(labels: Sequence[str]) -> float:
 
 
 def variety(questions: Sequence[str], kinds: Sequence[str]) -> dict[str, float]:
-    """How different questions are, over all images: distinct_2, the number of BLEU clusters, the share of the largest one,
-    and the entropy of their kinds in bits. Of more than CLUSTERED questions as many are clustered, evenly spread."""
+    """How different questions are, over all images: distinct_2, the number of BLEU clusters, the share of the
+    largest one, and the entropy of their kinds in bits. Of more than CLUSTERED questions as many are
+    clustered, evenly spread."""
     some = (
         [questions[i * len(questions) // CLUSTERED] for i in range(CLUSTERED)]
         if len(questions) > CLUSTERED
@@ -60,21 +64,24 @@ def question_collapse(first: dict, now: dict) -> str | None:
         if now[name] < FELL * first[name]:
             signs.append(f"{name} is {now[name]:.2f}, at first {first[name]:.2f}")
     if now["largest_cluster"] > max(LARGEST, first["largest_cluster"] / FELL):
-        signs.append(
-            f"one cluster holds {now['largest_cluster']:.2f} of the questions, at first {first['largest_cluster']:.2f}"
-        )
+        share, was = now["largest_cluster"], first["largest_cluster"]
+        signs.append(f"one cluster holds {share:.2f} of the questions, at first {was:.2f}")
     if not signs:
         return None
-    return f"{'; '.join(signs)}. The Questioner repeats what is rewarded: try a higher --diversity-weight or fewer --questioner-steps"
+    advice = "try a higher --diversity-weight or fewer --questioner-steps"
+    return f"{'; '.join(signs)}. The Questioner repeats what is rewarded: {advice}"
 
 
 def label_drift(before: dict, now: dict) -> str | None:
-    """before, now: of two iterations `confidence` of the candidates, `base_agreement`, and `silver_accuracy` where the truth is
-    known. There it decides; elsewhere, whether the Reasoner still agrees with the base.
+    """before, now: of two iterations `confidence` of the candidates, `base_agreement`, and `silver_accuracy`
+    where the truth is known. There it decides; elsewhere, whether the Reasoner still agrees with the base.
     """
     was_right, is_right = before.get("silver_accuracy"), now.get("silver_accuracy")
     surer = now["confidence"] >= before["confidence"]
-    advice = "The Reasoner learns its own mistakes: try a narrower band (--tau-low, --tau-high), more --answers or fewer --reasoner-steps"
+    advice = (
+        "The Reasoner learns its own mistakes: try a narrower band (--tau-low, --tau-high), more --answers or"
+        " fewer --reasoner-steps"
+    )
     if was_right is not None and is_right is not None:
         if surer and is_right < was_right - DRIFT:
             numbers = f"silver labels are right in {is_right:.2f}, before in {was_right:.2f}"
@@ -82,16 +89,18 @@ def label_drift(before: dict, now: dict) -> str | None:
                 f"{numbers}, with confidence {before['confidence']:.2f} -> {now['confidence']:.2f}. {advice}"
             )
     elif surer and now["base_agreement"] is not None and now["base_agreement"] < AGREEMENT:
-        return f"the Reasoner gives the base's answer to {now['base_agreement']:.2f} of the base's questions, as sure as before. {advice}"
+        share = f"{now['base_agreement']:.2f} of the base's questions"
+        return f"the Reasoner gives the base's answer to {share}, as sure as before. {advice}"
     return None
 
 
 def stagnant_difficulty(r_unc: Sequence[float]) -> str | None:
-    """r_unc: of each step of a phase. Compares the means of the first and the last third; silent on fewer than 6 steps."""
+    """r_unc: of each step of a phase. Compares the means of its first and last third, of 6 steps or more."""
     third = len(r_unc) // 3
     if third < 2:
         return None
     start, end = sum(r_unc[:third]) / third, sum(r_unc[-third:]) / third
     if end > start:
         return None
-    return f"r_unc {start:.3f} -> {end:.3f} over the phase. The Questioner finds nothing harder: try more --questioner-steps or a lower --beta"
+    advice = "try more --questioner-steps or a lower --beta"
+    return f"r_unc {start:.3f} -> {end:.3f} over the phase. The Questioner finds nothing harder: {advice}"

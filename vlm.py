@@ -1,10 +1,11 @@
-"""A vision-language model of the Qwen2.5-VL family: load, save, turn an image and a text into a prompt, and give
+"""A vision-language model of the Qwen2.5-VL family: load, save, turn an image and a text into a prompt, and
+give
 
     log pi_theta(y_t | image, x, y_<t)        for every token t of a completion y,
 
-differentiably: the quantity that GRPO is made of. The transformer itself is transformers' module; everything around
-it that usually goes wrong is here, in the open: where image features go, which 3-D position each token has, and
-(in packing.py) which token may see which.
+differentiably: the quantity that GRPO is made of. The transformer itself is transformers' module; everything
+around it that usually goes wrong is here, in the open: where image features go, which 3-D position each token
+has, and (in packing.py) which token may see which.
 """
 
 import copy
@@ -68,7 +69,7 @@ class Prompt:
 
 @dataclass
 class Limits:
-    """What has been learnt of the GPU: the share of the token budgets that fits, whether decode steps can be recorded."""
+    """What was learnt of the GPU: the share of the token budgets that fits, and if it can record steps."""
 
     budget: float = 1.0
     record: bool = True
@@ -100,9 +101,9 @@ class VLM:
     def load(cls, name_or_path: str | Path, device=None, dtype=None, max_pixels: int | None = None) -> "VLM":
         """Loads a local folder or a hub id; safetensors only, and no code from the checkpoint is ever run.
 
-        device: default "cuda" if there is one, else "cpu". dtype: default bfloat16 on CUDA, else float32; a torch.dtype or its name.
-        max_pixels: images are scaled down to so many pixels, if the checkpoint's own limit is not lower.
-        Raises CheckpointError with a sentence for the user.
+        device: default "cuda" if there is one, else "cpu". dtype: default bfloat16 on CUDA, else float32; a
+        torch.dtype or its name. max_pixels: images are scaled down to so many pixels, if the checkpoint's own
+        limit is not lower. Raises CheckpointError with a sentence for the user.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -145,13 +146,13 @@ class VLM:
             twin.park()
         return twin
 
-    # ---- Where the weights are -------------------------------------------------------------------------------------
+    # ---- Where the weights are -----------------------------------------------------------------------------
 
     def park(self) -> None:
         """From now on the weights are in CPU memory, and on the device only while they work (see `present`).
 
-        They share one buffer, as pinned memory, which a GPU reads fastest, is rounded up to a power of two each time it
-        is asked for.
+        They share one buffer, as pinned memory, which a GPU reads fastest, is rounded up to a power of two
+        each time it is asked for.
         """
         if self.parked:
             return
@@ -194,7 +195,8 @@ class VLM:
         return [*self.model.parameters(), *self.model.buffers()]
 
     def use_less_memory(self) -> None:
-        """After the GPU ran out of memory: from now on half as many tokens at a time. Raises OutOfMemoryError at the end.
+        """After the GPU ran out of memory: from now on half as many tokens at a time. Raises OutOfMemoryError
+        at the end.
 
         Roles that are copies of one another share this: they share the GPU, too.
         """
@@ -204,10 +206,11 @@ class VLM:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    # ---- Text and image -> prompt ----------------------------------------------------------------------------------
+    # ---- Text and image -> prompt --------------------------------------------------------------------------
 
     def patches(self, image: Image.Image) -> Patches:
-        """Scales an image and cuts it into patches. Do it once and give it to `prompt` to ask many questions."""
+        """Scales an image and cuts it into patches. Do it once and give it to `prompt` to ask many
+        questions."""
         made = self.image_processor(images=[image.convert("RGB")], size=self.image_size, return_tensors="pt")
         return Patches(made["pixel_values"], made["image_grid_thw"])
 
@@ -238,7 +241,7 @@ class VLM:
         """The text of a completion, without control tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    # ---- Log-probabilities -----------------------------------------------------------------------------------------
+    # ---- Log-probabilities ---------------------------------------------------------------------------------
 
     def logprobs(
         self, prompt: Prompt, completions: list[list[int]], temperature: float = 1.0
@@ -254,10 +257,11 @@ class VLM:
         return results
 
     def batches(self, groups: list[tuple[Prompt, list[list[int]]]], temperature: float = 1.0) -> Iterator:
-        """The same for many groups, a batch at a time: yields ([(group, completion), ...], [logp [T_i], ...], share).
+        """The same for many groups, a batch at a time: yields ([(group, completion), ...], [logp [T_i], ...],
+        share).
 
-        share: that of the batch in all completions. Differentiate a batch before asking for the next: then only one
-        batch's activations are in memory at a time.
+        share: that of the batch in all completions. Differentiate a batch before asking for the next: then
+        only one batch's activations are in memory at a time.
         """
         forward, total = PackedForward(self.model), sum(len(completions) for _, completions in groups)
         with self.present():
@@ -267,14 +271,15 @@ class VLM:
                 yield batch.which, list(logps), len(batch.which) / total
 
 
-# ---- Forward -----------------------------------------------------------------------------------------------------------
+# ---- Forward -----------------------------------------------------------------------------------------------
 
 
 class PackedForward(torch.nn.Module):
     """The model as GRPO sees it: a packed batch in, the log-probabilities [N] of its completions' tokens out.
 
-    A module, so that the whole of it can be sharded over processes (see engine/shards.py). With `checkpointing` the
-    backward pass computes a layer's activations again instead of keeping them: one more forward.
+    A module, so that the whole of it can be sharded over processes (see engine/shards.py). With
+    `checkpointing` the backward pass computes a layer's activations again instead of keeping them: one more
+    forward.
     """
 
     def __init__(self, model, checkpointing: bool = False):
@@ -302,8 +307,8 @@ class PackedForward(torch.nn.Module):
 def embed(model, ids: Tensor, prompts: list[Prompt]) -> Tensor:
     """Input embeddings [B, T, hidden] of ids [B, T], whose rows start with these prompts.
 
-    All images are encoded in one pass, each once. Their features are placed by the prompts' own positions, never by
-    looking for the image token.
+    All images are encoded in one pass, each once. Their features are placed by the prompts' own positions,
+    never by looking for the image token.
     """
     device, images = (
         ids.device,
@@ -341,14 +346,14 @@ def _padded_bytes(tensor: Tensor) -> int:
     return -(-tensor.nbytes // 256) * 256  # so that each tensor in a shared buffer starts where its dtype may
 
 
-# ---- Positions -----------------------------------------------------------------------------------------------
+# ---- Positions ---------------------------------------------------------------------------------------------
 
 
 def rope_positions(text_before: int, grid: list[int], merge: int, text_after: int) -> Tensor:
     """The 3-D positions [3, P] of text, one image and text again (Qwen2-VL, arXiv 2409.12191, section 2.1).
 
-    Text counts up by one in all three rows. Image tokens share one temporal position and carry their row and column,
-    all offset by where the image starts; text goes on after the largest position the image used.
+    Text counts up by one in all three rows. Image tokens share one temporal position and carry their row and
+    column, all offset by where the image starts; text goes on after the largest position the image used.
     grid: the image's patches (time, height, width); merge: patches along one side of an image token.
     """
     frames, height, width = grid[0], grid[1] // merge, grid[2] // merge

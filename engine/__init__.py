@@ -1,1 +1,2 @@
-"""The machinery behind the algorithm: flags, the run folder, its state, images, checkpoints, processes, memory."""
+"""The machinery behind the algorithm: flags, the run folder, its state, images, checkpoints, processes,
+memory."""

@@ -1,4 +1,5 @@
-"""`python loop.py`: checks everything, says what will run, and turns what can stop a run into a sentence and a code.
+"""`python loop.py`: checks everything, says what will run, and turns what can stop a run into a sentence and
+a code.
 
 Exit codes: 0 done, 2 a wrong argument or input, 1 anything else.
 """
@@ -20,8 +21,8 @@ from transformers.utils import logging as transformers_logging
 
 from engine import plan
 from engine.checkpoint import load_config, load_processors
-from engine.console import printable
 from engine.images import Found, ImageError, find_images
+from engine.records import printable
 from engine.run import Run, RunError, Stopped
 from engine.settings import MAY_CHANGE, TOY, Settings, flag, parse_arguments
 from engine.shards import Ranks, started
@@ -29,8 +30,9 @@ from vlm import VLM
 
 SCENES = 512  # built-in scenes, if there are no other images
 TOO_LITTLE_MEMORY = (
-    "the GPU has too little memory: run again with the same --name and --gradient-checkpointing, --offload or both, "
-    "which goes on where this stopped; or begin anew with a lower --max-new-tokens, --max-pixels or --group-size"
+    "the GPU has too little memory: run again with the same --name and --gradient-checkpointing, --offload "
+    "or both, which goes on where this stopped; or begin anew with a lower --max-new-tokens, --max-pixels or "
+    "--group-size"
 )
 Loop = Callable[[Settings, Run], None]
 
@@ -132,7 +134,7 @@ def ready(s: Settings, ranks: Ranks | None = None) -> Run:
 
 
 def prepare(s: Settings, ranks: Ranks) -> Run:
-    """Checks the settings and finds the images; writes nothing. Raises ValueError with a sentence for the user."""
+    """Checks the settings and finds the images; writes nothing. Raises ValueError for the user."""
     s.check()
     check_device(s.device, ranks)
     if s.images is not None:
@@ -218,7 +220,7 @@ def start_run(s: Settings, run: Run) -> None:
         print(f"no --images given: built-in scenes are in {run.folder / 'images'}")
 
 
-# ---- A run that goes on --------------------------------------------------------------------------------------
+# ---- A run that goes on ------------------------------------------------------------------------------------
 
 
 def resume(folder: Path, ranks: Ranks) -> tuple[Settings, Run]:
@@ -266,7 +268,7 @@ def reopened(s: Settings, folder: Path, scene_size: int, ranks: Ranks) -> Run:
     return run
 
 
-# ---- The plan ------------------------------------------------------------------------------------------------
+# ---- The plan ----------------------------------------------------------------------------------------------
 
 
 def print_plan(s: Settings, run: Run) -> None:
@@ -301,3 +303,6 @@ def print_plan(s: Settings, run: Run) -> None:
         too_much = total is not None and moment.total >= total
         verdict = f"; MORE than the {total / 2**30:.0f} GiB of {device}" if too_much else ""
         print(f"memory   {moment.name}: {moment.total / 2**30:.2f} GiB ({parts}){verdict}")
+    if device.type == "cuda":
+        host = plan.host_plan(config, dtype, s.offload, run.ranks.size)
+        print(f"memory   {host.name}: {host.total / 2**30:.2f} GiB")

@@ -1,15 +1,16 @@
 """The plan: how much memory each moment of an iteration takes, before anything is loaded.
 
-A role in training has, per parameter, a float32 master, a float32 gradient and AdamW's two float32 moments: 16 bytes,
-shared by the processes, and in the computer's memory with --offload. Of the sharded model two layers at a time are
-there in whole, in the dtype it computes in, and all that is in no layer (embeddings, the output matrix); the gradient
-of the latter is reduced last, in float32, when the activations are gone. The plain copies (both roles, and the reference) are in the computer's memory, and on a GPU only while
-they work. One process in float32 trains its plain copy itself, which then stays.
+A role in training has, per parameter, a float32 master, a float32 gradient and AdamW's two float32 moments:
+16 bytes, shared by the processes, and in the computer's memory with --offload. Of the sharded model two
+layers at a time are there in whole, in the dtype it computes in, and all that is in no layer (embeddings, the
+output matrix); the gradient of the latter is reduced last, in float32, when the activations are gone. The
+plain copies (both roles, and the reference) are in the computer's memory, and on a GPU only while they work.
+One process in float32 trains its plain copy itself, which then stays.
 
-Activations are counted from what autograd keeps (found with `saved_tensors_hooks` in transformers 5.23): of a token or
-patch each layer keeps 8 vectors of its width and 4 of its MLP's, and 2 more of its width in float32, from the norms; the
-image encoder, which cuts its windows out and puts them together again, keeps 12 in place of 8. A test compares the total
-with the peak of an update: 15% at most between them.
+Activations are counted from what autograd keeps (found with `saved_tensors_hooks` in transformers 5.23): of
+a token or patch each layer keeps 8 vectors of its width and 4 of its MLP's, and 2 more of its width in
+float32, from the norms; the image encoder, which cuts its windows out and puts them together again, keeps 12
+in place of 8. A test compares the total with the peak of an update: 15% at most between them.
 """
 
 from dataclasses import dataclass, replace
@@ -26,8 +27,8 @@ from packing import BATCH_IMAGE_TOKENS, BATCH_TOKENS, LOGITS, ROW_TOKENS
 class Work:
     """What a step deals with.
 
-    Tokens of an image, of the text around it and of the longest completion, G, and how many questions (each of them
-    answered `answers` times).
+    Tokens of an image, of the text around it and of the longest completion, G, and how many questions (each
+    of them answered `answers` times).
     """
 
     image_tokens: int
@@ -114,10 +115,11 @@ def memory_plan(
 
 
 def host_plan(config: Qwen2_5_VLConfig, dtype: torch.dtype, offload: bool, ranks: int = 1) -> Moment:
-    """What one process with a GPU keeps in the computer's memory: three plain copies, and what --offload moves there.
+    """What one process with a GPU keeps in the computer's memory: three plain copies, and what --offload
+    moves there.
 
-    It is pinned, and pinned memory is rounded up to a power of two: of a copy as one, of masters and gradients each
-    tensor's.
+    It is pinned, and pinned memory is rounded up to a power of two: of a copy as one, of masters and
+    gradients each tensor's.
     """
     sizes = parameter_sizes(config).values()
     parts = {"three plain copies": 3 * _power_of_two(sum(sizes) * dtype.itemsize)}
@@ -133,7 +135,7 @@ def _power_of_two(size: int) -> int:
 
 
 def layer_sizes(sizes: dict[str, int]) -> tuple[int, int]:
-    """The elements of all that is in no layer (embeddings, the output matrix), and those of the largest layer."""
+    """The elements of all that is in no layer (embeddings, the output matrix), and of the largest layer."""
     layers: dict[str, int] = {}
     for name, size in sizes.items():
         parts = name.split(".")
@@ -144,7 +146,7 @@ def layer_sizes(sizes: dict[str, int]) -> tuple[int, int]:
 
 
 def rollout_bytes(config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, rows: int, n: int) -> int:
-    """Keys and values of all rows and their prompts, what sampling needs, and one layer of a prefill's activations."""
+    """Keys and values of all rows and prompts, what sampling needs, and one layer of a prefill."""
     text, tokens = config.text_config, rows * work.new_tokens + rows // n * work.prompt_tokens
     cache, sampling = tokens * cache_token_bytes(config, dtype), rows * text.vocab_size * SAMPLING_BYTES
     layer = 6 * text.hidden_size + 3 * text.intermediate_size
@@ -152,7 +154,8 @@ def rollout_bytes(config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, rows
 
 
 def largest_batch(work: Work) -> tuple[int, int]:
-    """How many rows of how many tokens are forwarded and differentiated together at most (see `packing.pack`)."""
+    """How many rows of how many tokens are forwarded and differentiated together at most (see
+    `packing.pack`)."""
     group = work.prompt_tokens + work.group_size * (work.new_tokens - 1)
     row = min(group, max(ROW_TOKENS, work.prompt_tokens + work.new_tokens - 1))
     return min(max(1, min(BATCH_TOKENS // row, BATCH_IMAGE_TOKENS // work.image_tokens)), work.questions), row

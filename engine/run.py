@@ -8,14 +8,13 @@
     skipped.txt                  images that could not be used, and why
     state/                       what an interrupted run goes on from (see state.py)
 
-An iteration has four phases. `loop.py` walks through all of them; what is done already is skipped here, so that a run
-that was stopped goes on where it was. The state is saved at the border of two phases, every few steps, and when the
-user stops the run. Of several processes the first writes, and all wait for it.
+An iteration has four phases. `loop.py` walks through all of them; what is done already is skipped here, so
+that a run that was stopped goes on where it was. The state is saved at the border of two phases, every few
+steps, and when the user stops the run. Of several processes the first writes, and all wait for it.
 """
 
 import hashlib
 import json
-import math
 import os
 import sys
 import time
@@ -31,14 +30,16 @@ from tqdm import tqdm
 
 import curate
 from curate import Example
-from engine.console import HEADER, mean, printable, row
+from engine import records
 from engine.images import Found, ImageError, Picture, Pictures, load_image
 from engine.settings import Settings
 from engine.shards import Ranks, Trained
 from engine.state import (
     State,
+    copy_tensors,
     entry,
     lock,
+    read_records,
     read_tensors,
     recover,
     replace_folder,
@@ -50,6 +51,10 @@ from vlm import VLM
 
 PHASES = ("questioner", "curation", "reasoner", "measure")
 BAD_STEPS = 3  # in a row with a loss or gradient that is not finite stop a run
+NOT_FINITE = (
+    f"loss or gradient were not finite {BAD_STEPS} steps in a row, the weights are those of before: start a "
+    "new run (--name) with a lower --lr or with --dtype float32"
+)
 
 
 class RunError(Exception):
@@ -63,8 +68,8 @@ class Stopped(Exception):
 class Run:
     """What carries the algorithm: roles, images, random numbers, records and files.
 
-    questioner, reasoner: the two roles. In a training phase `policy` and `optimizer` are those of the role in training,
-    and `reference` is the role as it was when the phase began.
+    questioner, reasoner: the two roles. In a training phase `policy` and `optimizer` are those of the role in
+    training, and `reference` is the role as it was when the phase began.
     """
 
     def __init__(self, folder: Path, images: Found, scene_size: int, settings: Settings, ranks: Ranks):
@@ -82,7 +87,8 @@ class Run:
     # ---- Beginning, and going on ---------------------------------------------------------------------
 
     def create(self, config: dict) -> None:
-        """Makes the folder and writes the settings, and which images there are: a resumed run has the same."""
+        """Makes the folder and writes the settings, and which images there are: a resumed run has the
+        same."""
         if self.ranks.first:
             self.lock()
             found = {"paths": self.images.paths, "skipped": self.images.skipped}
@@ -123,15 +129,12 @@ class Run:
         self.state = State(**state)
         self.pictures = Pictures(self.images, f"{self.seed} {self.state.iteration}", self.state.pictures)
         self.images.skipped[:] = [(path, why) for path, why in self.state.skipped] or self.images.skipped
-        if (self.folder / "metrics.jsonl").exists():
-            lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            self.records = [json.loads(line) for line in lines]
-        self.skips_told = 0
+        self.records, self.skips_told = read_records(self.folder), 0
         self.tell_skips()
 
     @torch.no_grad()
     def cast(self, questioner: VLM, reasoner: VLM) -> None:
-        """Takes both roles, with the weights of the state; in a new run they are the base's, and saved as such."""
+        """Takes both roles, with the weights of the state; a new run's are the base's, and saved as such."""
         self.questioner, self.reasoner = questioner, reasoner
         if "questioner" not in self.state.files:
             base = dict(questioner.model.named_parameters()) if self.ranks.first else {}
@@ -140,7 +143,7 @@ class Run:
             self.state.files |= {"questioner": base, "reasoner": base}
         else:
             for role, vlm in self.roles.items():
-                load_weights(vlm, read_tensors(self.folder, self.state.files[role]))
+                copy_tensors(vlm.model.named_parameters(), read_tensors(self.folder, self.state.files[role]))
         for vlm in self.roles.values():
             vlm.park()
 
@@ -157,9 +160,9 @@ class Run:
         return (self.state.iteration, self.state.phase) == (k, phase)
 
     def steps(self, k: int, role: str, count: int) -> Iterator[int]:
-        """The steps of a training phase that are still to do, from 1 to `count`; saves on the way, and at the end.
+        """The steps of a training phase that are still to do, to `count`; saves on the way and at the end.
 
-        Raises Stopped when the user has asked for it, after the step, and RunError after too many skipped steps.
+        Raises Stopped, after the step, if the user asks for it, and RunError after too many skipped steps.
         """
         if not self.at(k, role):
             return
@@ -170,10 +173,7 @@ class Run:
             yield step
             self.state.step, stop = step, self.ranks.any(self.stopping)
             if self.skipped_in_a_row() >= BAD_STEPS:
-                raise RunError(
-                    f"loss or gradient were not finite {BAD_STEPS} steps in a row, the weights are those of before: "
-                    "start a new run (--name) with a lower --lr or with --dtype float32"
-                )
+                raise RunError(NOT_FINITE)
             if (step % self.save_every == 0 and step < count) or stop:
                 self.save({role: self.policy.weights(), "moments": self.policy.moments()})
             if stop:
@@ -190,7 +190,9 @@ class Run:
         if self.state.step == 0:
             files["reference"] = files[role]
         else:
-            load_weights(self.reference, read_tensors(self.folder, files["reference"]))
+            copy_tensors(
+                self.reference.model.named_parameters(), read_tensors(self.folder, files["reference"])
+            )
         self.policy = Trained(vlm, s.lr, s.weight_decay, s.offload, s.gradient_checkpointing, self.ranks)
         self.policy.load_weights(read_tensors(self.folder, files[role]))
         if self.state.step:
@@ -202,7 +204,8 @@ class Run:
         return self.policy.optimizer
 
     def seeded(self, *place) -> torch.Generator:
-        """Random numbers that depend on nothing but a place in the run (and the process): it can be done again."""
+        """Random numbers that depend on nothing but a place in the run (and the process): it can be done
+        again."""
         words = [self.seed, *place] + ([f"rank {self.ranks.rank}"] if self.ranks.rank else [])
         digest = hashlib.sha256(" ".join(map(str, words)).encode()).digest()
         return torch.Generator(self.questioner.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -230,7 +233,8 @@ class Run:
             self.stop_if_asked()
 
     def next_examples(self, examples: list[Example], count: int, step: int) -> list[Example]:
-        """What the step takes of the curated questions, round and round; of several processes this one's share."""
+        """What the step takes of the curated questions, round and round; of several processes this one's
+        share."""
         return self.share([examples[i % len(examples)] for i in range((step - 1) * count, step * count)])
 
     def share(self, items: list) -> list:
@@ -308,7 +312,7 @@ class Run:
         try:
             return load_image(example.image)
         except ImageError as error:
-            path = printable(example.image)
+            path = records.printable(example.image)
             raise ImageError(f"the image {path} of a curated question is gone or changed: {error}") from error
 
     def finish_iteration(self, k: int) -> None:
@@ -330,7 +334,7 @@ class Run:
 
     def write(self, record: dict) -> None:
         """Adds a record to metrics.jsonl; a number that is not finite becomes null."""
-        record = {name: _plain(value) for name, value in record.items()}
+        record = {name: records.plain(value) for name, value in record.items()}
         if self.ranks.first:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -338,30 +342,20 @@ class Run:
         self.tell_skips()
 
     def log(self, metrics: dict, groups: list, more: dict) -> None:
-        """The record of this GRPO step. metrics: what `grpo.update` gave; groups: what it was given; more: of all."""
-        ends, seconds = set(self.questioner.end_ids), time.time() - self.started
-        mine = [[g.rewards, [[len(c), not c or c[-1] not in ends] for c in g.completions]] for g in groups]
-        rewards, completions = zip(*self.ranks.gather(mine))
-        lengths = [length for group in completions for length, _ in group]
-        step = self.state.step + 1
-        self.write(
-            dict(iteration=self.state.iteration, phase=self.state.phase, step=step)
-            | dict(reward=mean([r for group in rewards for r in group]))
-            | dict(equal_groups=mean([len(set(group)) == 1 for group in rewards]))
-            | self.ranks.mean(metrics)
-            | more
-            | dict(length=mean(lengths), seconds=seconds, tokens_per_second=sum(lengths) / seconds)
-            | dict(truncated=mean([cut for group in completions for _, cut in group]))
-        )
+        """The record of this GRPO step. metrics: what `grpo.update` gave; groups: what it was given; more: of
+        all."""
+        step, seconds = self.state.step + 1, time.time() - self.started
+        place = dict(iteration=self.state.iteration, phase=self.state.phase, step=step)
+        written = records.of_groups(groups, self.questioner.end_ids, seconds, self.ranks)
+        self.write(place | written | self.ranks.mean(metrics) | more | dict(seconds=seconds))
         if not more["validity"]:
             self.say(f"step {step}: not one output was valid; rewards and advantages are 0")
         if metrics["skipped"]:
-            self.say(
-                f"step {step}: loss or gradient is not finite; the step is skipped and the weights are unchanged"
-            )
+            self.say(f"step {step}: loss or gradient is not finite; skipped, the weights are unchanged")
 
     def warn(self, signature: str, message: str | None) -> None:
-        """Writes and prints that a failure signature has shown itself; does nothing if there is no message."""
+        """Writes and prints that a failure signature has shown itself; does nothing if there is no
+        message."""
         if message is not None:
             place = dict(iteration=self.state.iteration, phase="warning")
             self.write(place | dict(signature=signature, message=message))
@@ -373,14 +367,15 @@ class Run:
         return len(list(takewhile(bool, reversed(skipped))))
 
     def report(self, k: int, results: dict) -> None:
-        """Writes and prints what was measured after iteration k (0: before the first): one row of the table."""
+        """Writes and prints what was measured after iteration k (0: before the first): one row of the
+        table."""
         self.write(dict(iteration=k, phase="measure") | results)
         if not self.ranks.first:
             return
         if not self.header_printed:
-            print(HEADER)
+            print(records.HEADER)
             self.header_printed = True
-        print(row(k, results, [r for r in self.records if r["iteration"] == k]), flush=True)
+        print(records.row(k, results, [r for r in self.records if r["iteration"] == k]), flush=True)
 
     def progress(self, steps: int, what: str) -> Iterator[int]:
         """The steps that are still to do, with a progress bar if standard error is a terminal."""
@@ -398,21 +393,7 @@ class Run:
         new = self.images.skipped[self.skips_told :]
         self.skips_told += len(new)
         for path, reason in new:
-            self.say(f"skipped {printable(path)}: {reason}")
+            self.say(f"skipped {records.printable(path)}: {reason}")
         if new and self.ranks.first:
-            lines = [f"{printable(path)}\t{why}\n" for path, why in self.images.skipped]
+            lines = [f"{records.printable(path)}\t{why}\n" for path, why in self.images.skipped]
             replace_text(self.folder / "skipped.txt", "".join(lines))
-
-
-@torch.no_grad()
-def load_weights(vlm: VLM, weights: Iterator[tuple[str, Tensor]]) -> None:
-    """Puts weights by name into a role, rounded to its dtype."""
-    parameters = dict(vlm.model.named_parameters())
-    for name, tensor in weights:
-        parameters[name].copy_(tensor)
-
-
-def _plain(value):
-    if not isinstance(value, float):
-        return value
-    return round(value, 6) if math.isfinite(value) else None

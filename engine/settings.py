@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TOY = Path(__file__).parent.parent / "toy"
-# The paper's hyper-parameters fit models of billions of parameters; these fit the toy, when no --model is given.
-# Its Reasoner has one thing to find out: a longer phase exhausts it, and a Questioner whose Reasoner is sure of every
-# question finds that it is unsure of those that have no answer ("Is there?"), the failure that the paper warns of.
+# The paper's hyper-parameters fit models of billions of parameters; these fit the toy, when no --model is
+# given. Its Reasoner has one thing to find out: a longer phase exhausts it, and a Questioner whose Reasoner
+# is sure of every question finds that it is unsure of those that have no answer ("Is there?"), the failure
+# that the paper warns of.
 TOY_DEFAULTS = dict(
     lr=6e-5, reasoner_steps=3, images_per_step=32, candidates=256, max_new_tokens=32, dtype="float32"
 )
@@ -18,6 +19,7 @@ MAY_CHANGE = ("name", "resume", "dry_run", "device", "gradient_checkpointing", "
 
 
 def setting(default, help: str):
+    """A field of `Settings`, with the help text of its flag."""
     return dataclasses.field(default=default, metadata={"help": help})
 
 
@@ -105,17 +107,17 @@ class Settings:
         if self.seed >= HELD_OUT_SEED:
             raise ValueError(f"--seed must be below {HELD_OUT_SEED}, the seed of the held-out scenes")
 
-    @property
-    def sampling(self) -> dict:
-        return dict(max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p)
-
 
 def flag(name: str) -> str:
+    """A field's name as it is written on the command line."""
     return "--" + name.replace("_", "-")
 
 
 class OneLineParser(argparse.ArgumentParser):
+    """Says in one sentence what is wrong."""
+
     def error(self, message: str):
+        """Exits with 2."""
         self.exit(2, f"error: {message}\n")
 
 

@@ -1,14 +1,17 @@
-"""Several processes, one run (`torchrun --nproc-per-node 8 loop.py ...`), and the role that is trained by them.
+"""Several processes, one run (`torchrun --nproc-per-node 8 loop.py ...`), and the role that is trained by
+them.
 
-Each process (rank) works on its share of the images with a plain copy of each role: rollouts, votes, rewards and
-advantages need nobody else. The role in training exists once more, as float32 masters: `Trained` shards them over the
-ranks, a layer at a time, with torch's FSDP2, which also reduces the gradients and, with `offload`, keeps the shards in
-CPU memory. After each step the plain copy is refreshed from the shards.
+Each process (rank) works on its share of the images with a plain copy of each role: rollouts, votes, rewards
+and advantages need nobody else. The role in training exists once more, as float32 masters: `Trained` shards
+them over the ranks, a layer at a time, with torch's FSDP2, which also reduces the gradients and, with
+`offload`, keeps the shards in CPU memory. After each step the plain copy is refreshed from the shards.
 
-At a learning rate of 1e-6 a bfloat16 weight never moves, as the step is far below the spacing of its values: hence the
-masters, which last from phase to phase. One process in float32 needs none of this and trains the plain copy itself.
+At a learning rate of 1e-6 a bfloat16 weight never moves, as the step is far below the spacing of its values:
+hence the masters, which last from phase to phase. One process in float32 needs none of this and trains the
+plain copy itself.
 
-What ranks exchange besides is small (questions, votes, metrics) and JSON: torch's own `all_gather_object` would pickle.
+What ranks exchange besides is small (questions, votes, metrics) and JSON: torch's own `all_gather_object`
+would pickle.
 """
 
 import copy
@@ -48,7 +51,8 @@ class Ranks:
         return items[self.rank :: self.size]
 
     def gather(self, mine: list) -> list:
-        """The inverse of `share`: one list of what all ranks give, the same on each. Items are what JSON can hold."""
+        """The inverse of `share`: one list of what all ranks give, the same on each. Items are what JSON can
+        hold."""
         if self.size == 1:
             return mine
         parts = self._exchange(mine)
@@ -77,7 +81,7 @@ class Ranks:
 
 @contextmanager
 def started() -> Iterator[Ranks]:
-    """The ranks that torchrun has started, connected for the length of a `with` block; without torchrun, one."""
+    """The ranks that torchrun has started, connected while in a `with` block; without torchrun, one."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         yield Ranks()
@@ -122,8 +126,9 @@ class Trained:
     def batches(self, groups: list[tuple], temperature: float = 1.0) -> Iterator:
         """See grpo.py. The shares are those of all completions of all ranks, times the number of ranks.
 
-        FSDP averages gradients over the ranks, hence the factor. Every forward and backward is a collective, so a rank
-        that has fewer batches than another makes batches that count for nothing until both have equally many.
+        FSDP averages gradients over the ranks, hence the factor. Every forward and backward is a collective,
+        so a rank that has fewer batches than another makes batches that count for nothing until both have
+        equally many.
         """
         here = sum(len(completions) for _, completions in groups)
         packed = pack(groups, self.vlm.limits.budget)
@@ -142,7 +147,8 @@ class Trained:
         return lay_out(groups, pack(groups)[0])
 
     def use_less_memory(self) -> None:
-        """See `VLM.use_less_memory`. Of several ranks none can begin again: the others wait for it within a layer."""
+        """See `VLM.use_less_memory`. Of several ranks none can begin again: the others wait for it within a
+        layer."""
         if self.ranks.size > 1:
             raise torch.OutOfMemoryError("one of several processes ran out of memory")
         self.vlm.use_less_memory()
@@ -153,7 +159,8 @@ class Trained:
         for plain, master in zip(self.vlm.model.parameters(), self.parameters()):
             plain.copy_(master.full_tensor())
 
-    # What an interrupted run needs. Parts of a sharded tensor are slices along dimension 0, in the order of the ranks.
+    # What an interrupted run needs. Parts of a sharded tensor are slices along dimension 0, in the order of
+    # the ranks.
 
     def weights(self) -> dict[str, Tensor]:
         """This rank's part of the masters, by name."""

@@ -4,10 +4,11 @@
     state/000007-reasoner-0.safetensors    float32 weights of a role, what rank 0 owns of them
     state/000007-moments-0.safetensors     AdamW's moments of the role in training
 
-The files of a state are written first, under names that nothing refers to yet. The state is there with the one rename that
-gives 000007.json its name; a kill before leaves 000006 the newest. A state that does not match its checksums is
-passed over for the one before, so two are kept. What has not changed, as the weights of the frozen role, is not written
-again: the new state refers to the old file. There is nothing random to remember: see `loop.seeded`.
+The files of a state are written first, under names that nothing refers to yet. The state is there with the
+one rename that gives 000007.json its name; a kill before leaves 000006 the newest. A state that does not
+match its checksums is passed over for the one before, so two are kept. What has not changed, as the weights
+of the frozen role, is not written again: the new state refers to the old file. There is nothing random to
+remember: see `loop.seeded`.
 """
 
 import json
@@ -33,9 +34,9 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what 
 class State:
     """Where a run stands: `step` steps of this phase of this iteration are done.
 
-    pictures: the position in the images. metrics: bytes of metrics.jsonl. skipped: images that proved unreadable, and
-    why. files: a name ("questioner", "moments", "curated", ...) -> the parts that hold it, each a path in the run's
-    folder with its length and checksum.
+    pictures: the position in the images. metrics: bytes of metrics.jsonl. skipped: images that proved
+    unreadable, and why. files: a name ("questioner", "moments", "curated", ...) -> the parts that hold it,
+    each a path in the run's folder with its length and checksum.
     """
 
     iteration: int = 0
@@ -65,7 +66,8 @@ def write_state(folder: Path, number: int, state: State) -> None:
 
 
 def recover(folder: Path) -> tuple[int, State | None, list[str]]:
-    """The number and the content of the newest state that is whole; newer ones are deleted, with a sentence for each.
+    """The number and the content of the newest state that is whole; newer ones are deleted, with a sentence
+    for each.
 
     (0, None, ...) if there is none; then nothing is deleted. Call it only while no other process can write.
     """
@@ -96,7 +98,7 @@ def _body(path: Path) -> dict:
 
 
 def lock(folder: Path) -> FileLock:
-    """Raises ValueError if another process works on the run in `folder`. However this one ends, its lock ends with it."""
+    """Raises ValueError if another process works on the run in `folder`. Its lock ends with a process."""
     (folder / "state").mkdir(parents=True, exist_ok=True)
     taken = FileLock(folder / "lock")
     try:
@@ -106,7 +108,7 @@ def lock(folder: Path) -> FileLock:
     return taken
 
 
-# ---- Files ---------------------------------------------------------------------------------------------------------------
+# ---- Files -------------------------------------------------------------------------------------------------
 
 
 def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> tuple[str, int, int]:
@@ -129,8 +131,8 @@ def entry(folder: Path, path: Path) -> tuple[str, int, int]:
 def read_tensors(folder: Path, parts: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, Tensor]]:
     """The tensors in these parts, by name, one after the other.
 
-    What is in several parts is a tensor's slices along dimension 0, in the order of the parts (numbers, as AdamW's step
-    counts, are the same in each).
+    What is in several parts is a tensor's slices along dimension 0, in the order of the parts (numbers, as
+    AdamW's step counts, are the same in each).
     """
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(folder / name, framework="pt")) for name, _, _ in parts]
@@ -171,6 +173,21 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(path, old)
     os.replace(new, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@torch.no_grad()
+def copy_tensors(parameters: Iterable[tuple[str, Tensor]], tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Puts tensors by name into parameters, rounded to their dtype."""
+    parameters = dict(parameters)
+    for name, tensor in tensors:
+        parameters[name].copy_(tensor)
+
+
+def read_records(folder: Path) -> list[dict]:
+    """All of metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    return [json.loads(line) for line in lines if line]
 
 
 def _checksum(path: Path) -> int:

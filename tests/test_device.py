@@ -9,6 +9,7 @@ from checkpoints import load_lively, noise_image, plain_inputs, publish
 
 import generate as generate_module
 import grpo
+from engine.shards import Trained
 from generate import generate
 from vlm import VLM
 
@@ -27,6 +28,7 @@ def device(request):
 def on_device(device, tmp_path_factory):
     vlm = load_lively(publish(tmp_path_factory.mktemp("device"), "qwen"))
     vlm.model.to(device)
+    vlm.device = vlm.model.device
     return vlm
 
 
@@ -102,27 +104,27 @@ def test_bfloat16_logprobs_are_near_float32(on_device, prompts, device):
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_an_update_in_bfloat16_moves_the_masters(on_device, prompts, device, offload):
-    """Offloaded or not the masters move alike, by about lr; a parked reference is lent and comes back unchanged."""
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_update_in_bfloat16_moves_the_masters(on_device, prompts, device, offload, checkpointing):
+    """Offloaded or not the masters move alike, by about lr; parked copies come back unchanged."""
     vlm = on_device.copy()
     vlm.model.to(torch.bfloat16)
+    vlm.park()
     reference = vlm.copy()
-    reference.park()
-    assert reference.device.type == "cpu"
+    before = [p.clone() for p in reference.model.parameters()]
+    assert reference.parked and all(p.device.type == "cpu" for p in reference.model.parameters())
     groups = [grpo.Group(p, [[300, 301], [302, 303, 304]], [0.0, 1.0]) for p in prompts]
-    with grpo.MasterAdamW(
-        vlm.model.named_parameters(), lr=1e-6, weight_decay=0.0, offload=offload
-    ) as optimizer:
-        before = {name: master.detach().clone() for name, master in optimizer.masters.items()}
-        with reference.on(device):
-            grpo.add_reference(groups, reference)
-        metrics = grpo.update(vlm, groups, optimizer)
-        moved_by = torch.cat(
-            [(optimizer.masters[name] - old).abs().flatten().cpu() for name, old in before.items()]
-        )
-        assert metrics["skipped"] == 0 and metrics["grad_norm"] > 0
-        assert 0.5e-6 < moved_by[moved_by > 0].median() < 1.5e-6
-    assert reference.device.type == "cpu" and all(torch.isfinite(p).all() for p in vlm.model.parameters())
+    policy = Trained(vlm, 1e-6, 0.0, offload, checkpointing)
+    start = [p.full_tensor().clone().cpu() for p in policy.parameters()]
+    grpo.add_reference(groups, reference)
+    metrics = grpo.update(policy, policy.optimizer, groups)
+    moved = [(p.full_tensor().cpu() - old).abs().flatten() for p, old in zip(policy.parameters(), start)]
+    moved = torch.cat(moved)
+    assert metrics["skipped"] == 0 and metrics["grad_norm"] > 0
+    assert 0.5e-6 < moved[moved > 0].median() < 1.5e-6
+    assert all(torch.equal(a, b) for a, b in zip(before, reference.model.parameters()))
+    rounded = [p.full_tensor().bfloat16().cpu() for p in policy.parameters()]
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(vlm.model.parameters(), rounded)), "the copy is fresh"
 
 
 def test_the_toy_asks_and_answers(device):

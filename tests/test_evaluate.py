@@ -19,9 +19,12 @@ ABCD = ("a cat", "a dog", "two cats", "42")
 @pytest.mark.parametrize(
     "text, letter",
     [
-        ("B", "B"), ("(b)", "B"), ("B.", "B"), ("b)", "B"), ("a dog", "B"), ("A dog.", "B"), ("42", "D"), ("42.0", "D"), ("B. a dog", "B"),
-        ("(B) a dog", "B"), ("The answer is (C), not (A)... no, (B)", "B"), ("Answer: C", "C"), ("It must be D", "D"), ("I think A", "A"),
-        ("I see a cat and then two cats", "C"), ("there is a dog", "B"), ("a horse", None), ("E", None), ("", None), ("A horse is here", None),
+        ("B", "B"), ("(b)", "B"), ("B.", "B"), ("b)", "B"), ("a dog", "B"), ("A dog.", "B"), ("42", "D"),
+        ("42.0", "D"), ("B. a dog", "B"),
+        ("(B) a dog", "B"), ("The answer is (C), not (A)... no, (B)", "B"), ("Answer: C", "C"),
+        ("It must be D", "D"), ("I think A", "A"),
+        ("I see a cat and then two cats", "C"), ("there is a dog", "B"), ("a horse", None), ("E", None),
+        ("", None), ("A horse is here", None),
         (r"\text{B}", "B"), ("**B**", "B"), ("Option B is right", "B"), ("B or C? C", "C"),
     ],
 )  # fmt: skip
@@ -58,11 +61,56 @@ def test_right_answers():
     assert not right("word", Item("x", "?", ("other",))) and right("1e", Item("x", "?", ("1E",)))
 
 
+@pytest.mark.parametrize(
+    "answer, truth, is_right",
+    [
+        ("12.4%", "11.6%", False), ("0.1%", "0.5%", False), ("12.4%", "0.12", False),
+        ("12.4%", "0.124", True),
+        ("12.4 percent", "12%", False), ("12.4％", "12%", False), ("12.40%", "12.4%", True),
+        ("3.142", "3.14", True),
+        ("3.15", "3.14", False), ("5 cm", "5", False), ("5cm", r"5\,\text{cm}", True), ("1/3", "0.33", True),
+    ],
+)  # fmt: skip
+def test_rounding_is_for_plain_numbers(answer, truth, is_right):
+    assert right(answer, Item("x", "?", (truth,))) == is_right
+
+
+MMSTAR = Item("x", "Which?\nOptions: A: Haiti, B: Grenada, C: Cuba, D: Aruba", ("B",))
+REAL_WORLD = Item("x", "Where is it?\nA. Left\nB. Right\nPlease answer with only the letter.", ("A",))
+TEN = Item("x", "Which?", ("J",), tuple("klmnopqrst"))
+HALLUSION = Item("x", "Is it so?", ("yes",), question_id="1", figure_id="0")
+
+
+@pytest.mark.parametrize(
+    "item, text, is_right",
+    [
+        (MMSTAR, r"\boxed{B. Grenada}", True), (MMSTAR, r"\boxed{\text{(B) Grenada}}", True),
+        (MMSTAR, "B", True),
+        (MMSTAR, r"\boxed{Grenada}", True), (MMSTAR, "The answer is B.", True), (MMSTAR, r"\boxed{C}", False),
+        (MMSTAR, "I do not know", False), (REAL_WORLD, "Left", True), (REAL_WORLD, r"\boxed{A. Left}", True),
+        (REAL_WORLD, "B", False), (TEN, r"\boxed{J. t}", True), (TEN, "The answer is I", False),
+        (TEN, "(J)", True),
+        (HALLUSION, r"\boxed{Yes, the left}", True), (HALLUSION, "Yes, it is.", True),
+        (HALLUSION, "No.", False),
+        (HALLUSION, r"\boxed{no}", False), (HALLUSION, "perhaps", False), (HALLUSION, "<think>yes", False),
+        (Item("x", "?", ("D",), ABCD), r"So \boxed{x = 4}. Answer: D", True),
+    ],
+)  # fmt: skip
+def test_answers_are_read_as_benchmarks_give_them(item, text, is_right):
+    assert right(evaluate.read_answer(text, item), item) == is_right
+
+
+def test_a_letter_without_options_is_an_ordinary_answer():
+    vitamin = Item("x", "Which vitamin is it?", ("C",))
+    assert evaluate.choices_of(vitamin) == () and evaluate.read_answer(r"\boxed{C}", vitamin) == "C"
+    assert evaluate.choices_of(Item("x", "A: red, B: blue. How many are there?", ("5",))) == ()
+
+
 def outcome(greedy, samples, answer="1", **fields):
     return Outcome(Item("x", "?", (answer,), **fields), greedy, samples)
 
 
-# greedy right: yes, no, yes, no. samples right: 2/4, 1/4, 4/4, 0/4. majorities: 1 (0.5), 2 (0.5), 1 (1.0), none (0.0)
+# greedy right: yes, no, yes, no. samples right: 2, 1, 4, 0 of 4. majorities: 1 (0.5), 2 (0.5), 1 (1.0), none
 FOUR = [
     outcome("1", ["1", "2", "1", None]),
     outcome("2", ["2", "2", "1", "3"]),
@@ -81,7 +129,7 @@ def test_every_mean_by_hand():
 
 
 def test_calibration_by_hand():
-    """Bins: 0 (none right of 1), 0.5 (1 of 2 right), 1.0 (1 of 1): the error is 1/4 |0 - 0| + 1/2 |0.5 - 0.5| + 1/4 |1 - 1| = 0."""
+    """Bins: 0 (none right of 1), 0.5 (1 of 2 right), 1.0 (1 of 1): the share right is the confidence."""
     table = evaluate.reliability(FOUR)
     assert [(b["above"], b["upto"], b["share"], b["confidence"], b["right"]) for b in table] == [
         (0.0, 0.1, 0.25, 0.0, 0.0), (0.4, 0.5, 0.5, 0.5, 0.5), (0.9, 1.0, 0.25, 1.0, 1.0)
@@ -102,7 +150,7 @@ def test_a_confidence_on_a_border_falls_into_the_bin_below(share):
 
 
 def test_bootstrap_interval():
-    """Of N values 0 or 1 with mean p it is close to p +- 1.96 sqrt(p (1 - p) / N); of equal values it is a point."""
+    """Of N values 0 or 1 with mean p it is about p +- 1.96 sqrt(p (1 - p) / N); of equal ones a point."""
     low, high = evaluate.bootstrap([1.0] * 300 + [0.0] * 700)
     assert low == pytest.approx(0.3 - 1.96 * math.sqrt(0.21 / 1000), abs=0.004) and high == pytest.approx(
         0.3 + 1.96 * math.sqrt(0.21 / 1000), abs=0.004
@@ -130,7 +178,7 @@ def test_two_models_by_hand():
 
 
 def test_hallusionbench_pairs_by_hand():
-    """Question q1 about two figures (one right), q2 about two (both right): 3 of 4; one of two questions; figure f2 alone is all right."""
+    """q1 is right for one of two figures, q2 for both: 3 of 4; one of two questions; figure f2 alone."""
     items = [("q1", "f1", "no"), ("q1", "f2", "yes"), ("q2", "f1", "yes"), ("q2", "f2", "yes")]
     outcomes = [outcome(given, ["yes"], "yes", question_id=q, figure_id=f) for q, f, given in items]
     assert evaluate.pair_scores(outcomes) == dict(aAcc=3 / 4, qAcc=1 / 2, fAcc=1 / 2)
@@ -155,7 +203,7 @@ def write(vlm, text):
 
 
 def scripted(scripts, verdicts):
-    """A `generate` that writes given texts: scripts, one a model: question -> (greedy, samples); verdicts, one list a model."""
+    """A `generate` that writes given texts. scripts, a model each: question -> (greedy, samples)."""
     scripts, verdicts, script = iter(scripts), iter(verdicts), {}
 
     def generate(vlm, prompts, n, max_new_tokens, temperature=1.0, **sampling):
@@ -271,6 +319,33 @@ def test_it_runs_on_a_real_checkpoint(published, data):
         ('{"image": "a.png", "question": "?"}', "line 1"),
         ("[1]", "line 1"),
         ("{", "line 1"),
+        ("[" * 100_000, "line 1"),
+        ('{"image": 3, "question": "?", "answer": "E"}', "line 1: image is not text but 3"),
+        ('{"image": "", "question": "?", "answer": "E"}', "line 1: image is not text"),
+        ('{"image": "a.png", "question": null, "answer": "E"}', "line 1: question is not text but None"),
+        ('{"image": "a.png", "question": ["?"], "answer": "E"}', "line 1: question"),
+        ('\n{"image": "a.png", "question": "?", "answer": null}', "line 2: answer is not text or a number"),
+        ('{"image": "a.png", "question": "?", "answer": []}', "line 1: answer is empty"),
+        ('{"image": "a.png", "question": "?", "answer": ""}', "line 1: answer"),
+        ('{"image": "a.png", "question": "?", "answer": true}', "line 1: answer is not text or a number"),
+        ('{"image": "a.png", "question": "?", "answer": NaN}', "line 1: answer is no readable"),
+        (
+            '{"image": "a.png", "question": "?", "answer": ["nan", 1e999]}',
+            "line 1: answer is no readable text or number: inf",
+        ),
+        ('{"image": "a.png", "question": "?", "answer": [["E"]]}', "line 1: answer"),
+        ('{"image": "a.png", "question": "?", "answer": {"a": 1}}', "line 1: answer"),
+        ('{"image": "a.png", "question": "\\ud800?", "answer": "E"}', "line 1: question is no readable"),
+        (
+            '{"image": "a.png", "question": "?", "answer": "A", "choices": "[\'x\']"}',
+            "line 1: choices is not a list",
+        ),
+        (
+            '{"image": "a.png", "question": "?", "answer": "A", "choices": {"x": 1}}',
+            "line 1: choices is not a list",
+        ),
+        ('{"image": "a.png", "question": "?", "answer": "A", "choices": [null]}', "line 1: choices"),
+        ('{"image": "a.png", "question": "?", "answer": "E", "kind": ["k"]}', "line 1: kind"),
         ('{"image": "a.png", "question": "?", "answer": "E", "choices": ["x", "y"]}', "none of the choices"),
         ('{"image": "a.png", "question": "?", "answer": "E", "kind": "all"}', "overall scores"),
         ('{"image": "b.png", "question": "?", "answer": "E"}', "no question whose image can be read"),
@@ -283,6 +358,30 @@ def test_wrong_data_gets_one_sentence(data, line, said, capsys):
     assert said in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: ")
 
 
+def test_lines_as_editors_and_other_systems_leave_them(data):
+    """A byte-order mark, CRLF, blank lines and U+2028 inside a text; numbers; choices under their letters."""
+    lines = [
+        dict(image="a.png", question="How\u2028many\u0085?", answer=5),
+        dict(image="a.png", question="Which?", answer="B", choices={"A": "red", "B": "blue"}, kind=None),
+        dict(image="a.png", question="Which?", answer=2, choices=[1, 2.5, 2], figure_id=0, question_id="q"),
+    ]
+    text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\r\n\r\n"
+    data.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    items, skipped = evaluate.read_items(data)
+    assert not skipped and [item.question for item in items] == ["How\u2028many\u0085?", "Which?", "Which?"]
+    assert [item.answer for item in items] == [("5",), ("B",), ("2",)]
+    assert [item.choices for item in items] == [(), ("red", "blue"), ("1", "2.5", "2")]
+    assert (items[1].kind, items[2].figure_id, items[2].question_id) == ("", "0", "q")
+
+
+def test_a_device_that_is_not_there_is_named_before_anything_is_loaded(data, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "read_items", None)
+    monkeypatch.setattr(evaluate, "load_config", None)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--model", "x", "--data", str(data), "--device", "cuda:77"])
+    assert stop.value.code == 2 and "there is no device cuda:77 here" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "args",
     [
@@ -290,6 +389,11 @@ def test_wrong_data_gets_one_sentence(data, line, said, capsys):
         ["--data", "nowhere"],
         ["--model", "nowhere/at/all"],
         ["--device", "tpu"],
+        ["--device", "cuda:99"],
+        ["--device", "cpu:x"],
+        ["--temperature", "nan"],
+        ["--model", "nowhere/at/all", "--model", str(ROOT / "toy")],
+        ["--judge", "nowhere/at/all"],
         ["--top-p", "2"],
         ["--x"],
         ["--json", "no/such/folder.json"],

@@ -359,6 +359,31 @@ def test_equal_rewards_and_a_gradient_that_is_not_finite(workplace, monkeypatch,
     assert "not finite" in capsys.readouterr().err
 
 
+LAPTOP = """
+import os, shutil, sys
+sys.modules["fcntl"] = None  # Windows has none
+shutil._use_fd_functions = False
+real = os.open
+def files_only(path, *rest, **named):
+    if os.path.isdir(path):
+        raise PermissionError(13, "Permission denied", path)
+    return real(path, *rest, **named)
+os.open = files_only
+import loop
+sys.exit(loop.main(sys.argv[1:]))
+"""
+
+
+def test_a_run_on_a_laptop_without_posix(workplace):
+    """No fcntl, and folders that cannot be opened, as on Windows: a run, and one that goes on."""
+    for args in ([*SMALL, "--name", "x", "--save-every", "1"], ["--resume", "runs/x"]):
+        command = [sys.executable, "-c", LAPTOP, *args]
+        env = {"PYTHONPATH": str(ROOT), "PATH": ""}
+        done = subprocess.run(command, cwd=workplace, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert "is complete" in done.stdout and not list((workplace / "runs").rglob("*.old"))
+
+
 # ---- The command line ----------------------------------------------------------------------------------------------------
 
 

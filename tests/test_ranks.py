@@ -163,9 +163,9 @@ def test_bfloat16_weights_move_through_float32_masters():
     groups = random_groups(policy.vlm, 2)
     start = [p.detach().clone() for p in policy.vlm.model.parameters()]
     grpo.add_reference(groups, policy.vlm)
-    ours = [logp for _, logps, _ in policy.batches(grpo._pairs(groups)) for logp in logps]
+    ours = [logp for _, logps, _ in policy.batches(grpo.pairs(groups)) for logp in logps]
     with torch.no_grad():
-        plain = [logp for _, logps, _ in policy.vlm.batches(grpo._pairs(groups)) for logp in logps]
+        plain = [logp for _, logps, _ in policy.vlm.batches(grpo.pairs(groups)) for logp in logps]
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
     for _ in range(3):
         grpo.update(policy, policy.optimizer, random_groups_with(groups))

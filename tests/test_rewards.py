@@ -13,14 +13,17 @@ import rewards
 from curate import Example, curate, keep, read_examples, write_examples
 
 EQUAL = [
-    ("0.5", "1/2"), ("1/2", r"\frac{1}{2}"), (r"\dfrac{1}{2}", "50%"), (r"50\%", ".5"), ("(B)", "B."), ("B", "b"),
+    ("0.5", "1/2"), ("1/2", r"\frac{1}{2}"), (r"\dfrac{1}{2}", "50%"), (r"50\%", ".5"), ("(B)", "B."),
+    ("B", "b"),
     ("1,000", "1000"), ("1,234,567.50", "1234567.5"), ("Yes.", "yes"), (r"\text{cat}", "cat"), ("$7$", "7"),
     (" two  words ", "Two words"), ("-3", "\u22123"), ("+4", "4.0"), ("(3)", "3"), ("0", "-0"), ("½", "0.5"),
     (r"\(2\)", "2"), ("B)", "b"), ("**B**", "B"), ("(1,000)", "1000"), (r"\text{\textbf{cat}}", "cat"),
 ]  # fmt: skip
 UNEQUAL = [
-    ("1", "2"), ("yes", "no"), ("50%", "50"), ("1/0", "0"), ("1/2/2", "1/4"), ("12,34", "1234"), ("cat", "cats"),
-    ("1e3", "1000"), ("2**3", "8"), ("__import__('os')", "os"), ("(1,2)", "1,2"), ("", "0"), ("A", "B"), ("1.5", "15"),
+    ("1", "2"), ("yes", "no"), ("50%", "50"), ("1/0", "0"), ("1/2/2", "1/4"), ("12,34", "1234"),
+    ("cat", "cats"),
+    ("1e3", "1000"), ("2**3", "8"), ("__import__('os')", "os"), ("(1,2)", "1,2"), ("", "0"), ("A", "B"),
+    ("1.5", "15"),
     ("5²", "52"), ("1½", "11/2"), ("3½", "31/2"), ("10²", "102"),
 ]  # fmt: skip
 
@@ -49,22 +52,10 @@ def test_any_text_equals_itself(text):
 
 
 def test_comparing_never_computes_or_hangs():
-    for text in [
-        "9**9**9",
-        "1e999999",
-        "9" * 100_000,
-        "{" * 100_000,
-        "\\frac{" * 20_000,
-        "\\text{" * 20_000,
-        "1," * 50_000,
-    ]:
-        for text in (
-            text,
-            text[:400],
-            text[:399] + "%",
-        ):  # longer than what is matched against patterns, and not
+    many = ("9" * 100_000, "{" * 100_000, "\\frac{" * 20_000, "\\text{" * 20_000, "1," * 50_000)
+    for whole in ("9**9**9", "1e999999", *many):
+        for text in (whole, whole[:400], whole[:399] + "%"):  # longer than what is read as LaTeX, and not
             assert rewards.same_answer(text, text) and not rewards.same_answer(text, "1")
-        assert rewards.same_answer(text, text) and not rewards.same_answer(text, "1")
 
 
 def test_confidence_by_hand():
@@ -117,6 +108,45 @@ def test_bleu_against_nltk(a, b):
     assert ours == pytest.approx(1.0 if a.split() == b.split() else nltk_similarity(a, b), abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("How many  red\ndiscs?", ["How", "many", "red", "discs?"]),
+        ("图中有车？", ["图", "中", "有", "车", "？"]),
+        ("図に Red 車", ["図", "に", "Red", "車"]),
+        ("カメラ、3台", ["カ", "メ", "ラ", "、", "3", "台"]),
+        ("มีรถ กี่คัน", list("มีรถ") + list("กี่คัน")),
+        ("차가 몇 대", ["차가", "몇", "대"]),
+        ("Это ¿qué naïve?", ["Это", "¿qué", "naïve?"]),
+        ("全角\u3000ＡＢ", ["全", "角", "Ａ", "Ｂ"]),
+        ("", []),
+    ],
+)
+def test_words(text, words):
+    """Scripts without spaces are split into characters, as by sacreBLEU's zh; all others at white space."""
+    assert rewards.words(text) == words
+
+
+@given(st.text(st.characters(max_codepoint=0x2FF)))
+def test_words_of_latin_text_stand_between_white_space(text):
+    assert rewards.words(text) == text.split()
+
+
+@pytest.mark.parametrize(
+    "a, b, other",
+    [
+        ("图中有几辆红色的车？", "图中有几辆红色的车", "左边的狗在做什么？"),
+        ("写真に赤い車は何台ありますか。", "写真に赤い車は何台ありますか", "犬はどこにいますか。"),
+        ("มีรถสีแดงกี่คันในภาพ", "มีรถสีแดงกี่คันในภาพนี้", "สุนัขอยู่ที่ไหน"),
+    ],
+)
+def test_clusters_of_scripts_without_spaces(a, b, other):
+    assert rewards.cluster_questions([a, other, b]) == [0, 1, 0]
+    assert rewards.bleu_similarity(a, b) == pytest.approx(
+        nltk_similarity(" ".join(a), " ".join(b)), abs=1e-12
+    )
+
+
 @settings(deadline=None)
 @given(
     st.lists(WORDS, min_size=2, max_size=10, unique_by=lambda q: tuple(q.split())),
@@ -138,7 +168,7 @@ def test_clusters_against_scikit_learn(questions, threshold):
 
 
 def test_clusters_against_scikit_learn_on_random_distances():
-    """Without ties, so that every one of 200 cases counts; merging is tested apart from BLEU."""
+    """Without ties, so that each of 200 cases counts; merging is tested apart from BLEU."""
     generator = np.random.default_rng(0)
     for _ in range(200):
         n = int(generator.integers(2, 14))
@@ -171,7 +201,7 @@ def test_questioner_rewards_by_hand():
     same, other = "How many red discs are there?", "Is the large dog on the left asleep or awake?"
     assert rewards.diversity_penalty([same, other, same]) == [2 / 3, 1 / 3, 2 / 3]
     got = rewards.questioner_rewards([same, None, other, same], [0.5, 0.5, 0.75, 1.0])
-    # two of four are the same: r_div 0.5; the other alone: 0.25; the last is certain and repeated: below 0, so 0
+    # two of four are the same: r_div 0.5; the other alone: 0.25; the last is sure and repeated: below 0, so 0
     assert got == [1 - 0.5, 0.0, 0.5 - 0.25, 0.0]
     assert rewards.questioner_rewards([same, same], [0.5, 0.5], weight=0.0) == [1.0, 1.0]
     assert rewards.questioner_rewards([None, None], [0.5, 0.5]) == [0.0, 0.0]

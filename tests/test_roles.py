@@ -45,9 +45,13 @@ def test_extract_answer(text, answer):
 
 def test_a_valid_question():
     assert parse_question(GOOD) == Question("numerical", "How many?", "3")
-    assert parse_question("<think>hm, <b>two</b>?</think>\n\n" + GOOD + "\n") == Question(
-        "numerical", "How many?", "3"
-    )
+    question = Question("numerical", "How many?", "3")
+    assert parse_question("<think>hm, <b>two</b>?</think>\n\n" + GOOD + "\n") == question
+    assert parse_question("I look.\n</think>\n\n" + GOOD) == question, "the template opened the thought"
+    assert parse_question(GOOD.replace("\\boxed{3}", "3")) == question, "a box is not demanded"
+    assert parse_question(GOOD.replace("\\boxed{3}", "It is \\boxed{3}.")) == question
+    assert parse_question(GOOD.replace("\\boxed{3}", "\nthree cats ")).answer == "three cats"
+    assert parse_question(GOOD.replace("How many?", "有几辆？")).text == "有几辆？"
     assert parse_question(GOOD.replace("numerical", " Multiple-Choice ")).kind == "multiple choice"
     assert all(parse_question(GOOD.replace("numerical", kind)).kind == kind for kind in KINDS)
 
@@ -60,8 +64,12 @@ def test_a_valid_question():
         GOOD + GOOD,
         GOOD.replace("numerical", "essay"),
         GOOD.replace("How many?", "  "),
-        GOOD.replace("\\boxed{3}", "3"),
+        GOOD.replace("\\boxed{3}", " "),
         GOOD.replace("\\boxed{3}", "\\boxed{}"),
+        "I look. <think>" + GOOD,
+        "I look. </think> Now <think> again " + GOOD,
+        "a</think>b</think>" + GOOD,
+        GOOD + "</think>",
         GOOD.replace("</answer>", ""),
         GOOD.replace("<type>numerical</type>", ""),
         GOOD.replace("How many?", "How <answer>many?"),
@@ -147,8 +155,8 @@ def test_any_output_is_parsed_or_refused_at_once(text, before, other):
     assert seconds < 0.005
     if question is not None:
         assert question.kind in KINDS and question.text.strip() and question.answer.strip()
-        blocks = f"<type>{question.kind}</type><question>{question.text}</question><answer>\\boxed{{{question.answer}}}</answer>"
-        assert parse_question(blocks) == question
+        blocks = f"<type>{question.kind}</type><question>{question.text}</question><answer>3</answer>"
+        assert parse_question(blocks) == Question(question.kind, question.text, "3")
     answer, seconds = quickest(extract_answer, text)
     assert seconds < 0.005 and (answer is None or (answer.strip() and answer in text))
     for a, b in ((text, other), (text[:400], other[:400])):  # longer answers are compared as they stand
@@ -174,7 +182,7 @@ CONTROL_PIECE = st.sampled_from(
 @settings(deadline=None)
 @given(st.lists(CONTROL_PIECE, max_size=12).map("".join))
 def test_a_question_cannot_forge_a_turn_or_an_image(random_vlm, text):
-    """Whatever a question spells out, the Reasoner's prompt has the control tokens of its template and no others, in their places."""
+    """Whatever a question says, a Reasoner's prompt has the control tokens of its template and no others."""
     image = random_vlm.patches(noise_image(60, 60))
     control = set(random_vlm.tokenizer.convert_tokens_to_ids(CONTROL))
     prompts = [reasoner.answer_prompt(random_vlm, image, question) for question in (text, "x")]

@@ -1,4 +1,4 @@
-"""The failure signatures: their numbers by hand, and that each fires on the failure it is for and on nothing else."""
+"""The failure signatures: numbers by hand, and that each fires on its own failure and on nothing else."""
 
 import math
 
@@ -13,6 +13,10 @@ def test_distinct_n_by_hand():
     assert signatures.distinct_n(["a b c", "a b d"]) == 3 / 4, "ab, bc, ab, bd"
     assert signatures.distinct_n(["a b c", "a b d"], 1) == 4 / 6
     assert signatures.distinct_n(["a", ""]) == 0.0 and signatures.distinct_n([]) == 0.0
+    assert signatures.distinct_n(["红车", "红车。"]) == 2 / 3, (
+        "红车 twice, 车。; characters, as there are no spaces"
+    )
+    assert signatures.distinct_n(["赤い車"] * 4) == 2 / 8
 
 
 def test_entropy_by_hand():
@@ -37,6 +41,14 @@ def test_variety_by_hand():
     assert signatures.variety([], []) == dict(
         distinct_2=0.0, all_clusters=0, largest_cluster=0.0, kind_entropy=0.0
     )
+
+
+def test_collapse_shows_in_scripts_without_spaces():
+    varied = ["图中有几辆红色的车？", "左边的狗在做什么？", "天空是什么颜色？", "谁站在门口等人？"]
+    first = signatures.variety(varied, ["numerical"] * 4)
+    now = signatures.variety([varied[0], varied[0][:-1]] * 10, ["numerical"] * 20)
+    assert (first["all_clusters"], now["all_clusters"]) == (4, 1)
+    assert "one cluster holds 1.00" in signatures.question_collapse(first, now)
 
 
 def test_many_questions_are_thinned_evenly():

@@ -1,4 +1,9 @@
-"""What a run prints: the table, a row an iteration, and names on one line."""
+"""What a run writes down and prints: the record of a step, the table with a row an iteration, names on one
+line."""
+
+import math
+
+from engine.shards import Ranks
 
 HEADER = " iteration  greedy  sampled | valid  r_unc first-last  clusters | curated  silver right  seconds"
 
@@ -34,3 +39,24 @@ def mean(values: list) -> float:
 
 def _cell(value: float | None, width: int, digits: int = 3) -> str:
     return f"{'-' if value is None else format(value, f'.{digits}f'):>{width}}"
+
+
+def plain(value):
+    """A number as JSON has it: rounded, null for what is not finite."""
+    if not isinstance(value, float):
+        return value
+    return round(value, 6) if math.isfinite(value) else None
+
+
+def of_groups(groups: list, end_ids: list[int], seconds: float, ranks: Ranks) -> dict:
+    """What a GRPO step wrote, over the groups of all processes."""
+    mine = [[g.rewards, [[len(c), not c or c[-1] not in end_ids] for c in g.completions]] for g in groups]
+    rewards, completions = zip(*ranks.gather(mine))
+    lengths = [length for group in completions for length, _ in group]
+    return dict(
+        reward=mean([r for group in rewards for r in group]),
+        equal_groups=mean([len(set(group)) == 1 for group in rewards]),
+        length=mean(lengths),
+        truncated=mean([cut for group in completions for _, cut in group]),
+        tokens_per_second=sum(lengths) / seconds,
+    )
