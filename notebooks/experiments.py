@@ -32,8 +32,8 @@ import questioner
 import rewards
 from curate import Example
 from engine import command
-from engine.console import mean
 from engine.images import Found, Pictures
+from engine.records import mean
 from engine.settings import TOY, TOY_DEFAULTS, Settings
 from engine.shards import Ranks, Trained
 from toy.answerer import understand
