@@ -116,7 +116,8 @@ def oracle(seed: int, short: bool) -> list[dict]:
     """
     steps, images, group_size, answers = (2, 2, 2, 2) if short else (ORACLE_STEPS, 32, 8, 10)
     s, rng = Settings(**TOY_DEFAULTS), random.Random(seed)
-    sampling = s.sampling | dict(generator=torch.Generator().manual_seed(seed))
+    sampling = dict(max_new_tokens=s.max_new_tokens, temperature=s.temperature, top_p=s.top_p)
+    sampling |= dict(generator=torch.Generator().manual_seed(seed))
     paths = [str(path) for path in write_scenes(Path("scenes"), 512, seed)]
     truth, pictures = read_truth(Path("scenes")), Pictures(Found(paths, []), str(seed))
     vlm, records = VLM.load(TOY, "cpu", "float32"), []
