@@ -1,38 +1,43 @@
-"""Where the seconds of one iteration go, part by part: one Questioner step and one Reasoner step, on random weights.
+"""Where the seconds of an iteration go: one Questioner step and one Reasoner step, on random weights.
 
     python bench/iteration.py --size small --prompts 4 --answers 10
 
---prompts images get --group-size questions each; each question gets --answers answers; then --prompts curated questions
-get --group-size answers. Every completion has exactly --new-tokens tokens. The loop's own functions for generation,
-rewards and updates do the work; reading images, tokenising, parsing and counting votes are left out. Parts are timed
-exclusively (an image encoded during a prefill counts as encode), with the GPU made to finish at each border.
+--prompts images get --group-size questions each; each question gets --answers answers; then --prompts curated
+questions get --group-size answers. Every completion has exactly --new-tokens tokens. The loop's own functions
+for generation, rewards and updates do the work; reading images, tokenising, parsing and counting votes are
+left out. Parts are timed exclusively (an image encoded during a prefill counts as encode), with the GPU made
+to finish at each border. There "other" is mostly the weights of parked roles, on their way from CPU memory.
 """
 
 import time
 from collections import Counter
 
 import torch
-from shapes import arguments, random_prompt, random_questions, random_vlm, show, synchronize
+from shapes import arguments, random_prompts, random_questions, random_vlm, show, synchronize
 
 import generate
 import grpo
 import rewards
 import vlm as vlm_module
+from engine.shards import Trained
 
 
 class Stopwatch:
-    """Adds up the seconds that are spent in the wrapped functions, each second in the innermost of them."""
+    """Adds up the seconds that are spent in the watched functions, each second in the innermost of them."""
 
     def __init__(self, device: str):
         self.device, self.parts, self.spent, self.last = device, ["other"], Counter(), time.perf_counter()
 
     def lap(self) -> None:
+        """What has passed since the last lap was spent in the innermost function."""
         synchronize(self.device)
         now = time.perf_counter()
         self.spent[self.parts[-1]] += now - self.last
         self.last = now
 
     def timed(self, function, part: str):
+        """The function, timed."""
+
         def run(*args, **kwargs):
             self.lap()
             self.parts.append(part)
@@ -45,57 +50,68 @@ class Stopwatch:
         return run
 
     def watch(self, owner, name: str, part: str) -> None:
+        """Times a function of a module, or a method, from now on."""
         setattr(owner, name, self.timed(getattr(owner, name), part))
 
 
 def main() -> None:
+    """Two iterations; the second is measured."""
     args = arguments(__doc__, answers=10)
+    role = random_vlm(args.size, args.device, args.dtype)
+    role.end_ids = [-1]  # nothing ends early
+    role.park()
+    reference = role.copy()
+    policy = Trained(role, lr=1e-6, weight_decay=1e-2)
     watch = Stopwatch(args.device)
-    watch.watch(vlm_module.VLM, "embed", "encode images")
-    watch.watch(vlm_module.VLM, "_batch_logprobs", "log-probabilities")
-    watch.watch(generate, "prefill", "prefill")
-    watch.watch(generate, "sample", "sampling")
-    watch.watch(torch.Tensor, "backward", "backward")
-    watch.watch(grpo.MasterAdamW, "step", "optimizer")
-    watch.watch(rewards, "questioner_rewards", "rewards")
-    recorded = generate.recorded  # on CUDA it makes a graph, which is timed as a step too when it is replayed
-    generate.recorded = lambda step, *rest: watch.timed(
-        watch.timed(recorded, "record graphs")(step, *rest), "decode"
-    )
-
-    policy = random_vlm(args.size, args.device, args.dtype)
-    reference, policy.end_ids = policy.copy(), [-1]
-    reference.end_ids = [-1]
-    with grpo.MasterAdamW(policy.model.named_parameters(), 1e-6, 1e-2) as optimizer:
-        iteration(args, policy, reference, optimizer)  # warm-up: libraries, allocators, moments
-        watch.lap()
-        watch.spent.clear()
-        start = time.perf_counter()
-        iteration(args, policy, reference, optimizer)
-        watch.lap()
-        total = time.perf_counter() - start
-    results = {"total_s": total}
+    watch_all(watch, policy)
+    iteration(args, policy, reference)  # warm-up: libraries, allocators, moments
+    watch.lap()
+    watch.spent.clear()
+    start = time.perf_counter()
+    iteration(args, policy, reference)
+    watch.lap()
+    results = {"total_s": time.perf_counter() - start}
     for part, spent in watch.spent.most_common():
-        results[f"{part} (s)"], results[f"{part} (%)"] = spent, 100 * spent / total
+        results |= {f"{part} (s)": spent, f"{part} (%)": 100 * spent / results["total_s"]}
     show("iteration", args, results)
 
 
-def iteration(args, policy, reference, optimizer) -> None:
+def watch_all(watch: Stopwatch, policy: Trained) -> None:
+    """Names the parts."""
+    for module in (vlm_module, generate):  # both call it
+        watch.watch(module, "embed", "encode images")
+    watch.watch(vlm_module.PackedForward, "__call__", "log-probabilities")
+    watch.watch(generate, "prefill", "prefill")
+    watch.watch(generate, "sample", "sampling")
+    watch.watch(torch.Tensor, "backward", "backward")
+    watch.watch(torch.nn.utils, "clip_grad_norm_", "optimizer")
+    watch.watch(
+        policy.optimizer, "step", "optimizer"
+    )  # and where there are masters, the plain copy made anew
+    watch.watch(rewards, "questioner_rewards", "rewards")
+    recorded = generate.recorded  # on CUDA it makes a graph, which is timed as a step too when it is replayed
+
+    def recorded_and_timed(step, *rest):
+        return watch.timed(watch.timed(recorded, "record graphs")(step, *rest), "decode")
+
+    generate.recorded = recorded_and_timed
+
+
+def iteration(args, policy: Trained, reference) -> None:
     """A Questioner step with its votes, and a Reasoner step."""
     rng = torch.Generator(args.device).manual_seed(0)
-    prompts = [random_prompt(policy, args.prompt_tokens, seed) for seed in range(args.prompts)]
+    sampling = dict(max_new_tokens=args.new_tokens, top_p=0.99, generator=rng)
+    prompts = random_prompts(policy.vlm, args)
     for voting in (True, False):
-        completions = generate.generate(
-            policy, prompts, args.group_size, args.new_tokens, top_p=0.99, generator=rng
-        )
+        completions = generate.generate(policy.vlm, prompts, args.group_size, **sampling)
         if voting:
-            asked = [p for p in prompts for _ in range(args.group_size)]
-            generate.generate(reference, asked, args.answers, args.new_tokens, top_p=0.99, generator=rng)
+            asked = [prompt for prompt in prompts for _ in range(args.group_size)]
+            generate.generate(reference, asked, args.answers, **sampling)
         texts = [random_questions(args.group_size, seed) for seed in range(args.prompts)]
         reward = [rewards.questioner_rewards(t, [i / len(t) for i in range(len(t))]) for t in texts]
         groups = [grpo.Group(p, c, r) for p, c, r in zip(prompts, completions, reward)]
         grpo.add_reference(groups, reference)
-        grpo.update(policy, groups, optimizer)
+        grpo.update(policy, policy.optimizer, groups)
 
 
 if __name__ == "__main__":

@@ -1,57 +1,57 @@
-"""Rollouts: `generate.generate` against transformers' `model.generate(num_return_sequences=G)`, at equal settings.
+"""Rollouts: `generate.generate` against transformers' `model.generate`, at equal settings.
 
     python bench/rollout.py --size small --prompt-tokens 300 --group-size 8 --new-tokens 48
 
-Both sample at temperature 1 and with top-p 0.99 (the paper's) and write exactly --new-tokens tokens a row.
+Both sample at temperature 1 and with top-p 0.99 (the paper's) and write exactly --new-tokens tokens a row; a
+group is `num_return_sequences` there.
 """
 
 import torch
-from shapes import arguments, compare, peak_extra_bytes, random_prompt, random_vlm, show
+from shapes import arguments, compare, peak_extra_bytes, random_prompts, random_vlm, show
 
 from generate import generate
 
 
 def main() -> None:
+    """Both sides in turns, then the peak of each."""
     args = arguments(__doc__)
     vlm = random_vlm(args.size, args.device, args.dtype)
-    prompts = [random_prompt(vlm, args.prompt_tokens, seed=i) for i in range(args.prompts)]
-    rng = torch.Generator(args.device).manual_seed(0)
-    end_ids, vlm.end_ids = vlm.end_ids, [-1]  # nothing ends early, on either side
+    prompts = random_prompts(vlm, args)
+    theirs = plain(vlm, prompts, args)
+    rng, vlm.end_ids = torch.Generator(args.device).manual_seed(0), [-1]  # nothing ends early
 
     def ours() -> None:
         groups = generate(vlm, prompts, args.group_size, args.new_tokens, top_p=0.99, generator=rng)
         assert all(len(ids) == args.new_tokens for group in groups for ids in group)
 
+    results, tokens = compare(ours, theirs, args.device, args.repeats), len(prompts) * args.group_size
+    for name, work in dict(ours=ours, theirs=theirs).items():
+        results[f"{name}_tokens_per_s"] = tokens * args.new_tokens / results[f"{name}_s"]
+        results[f"{name}_peak_mb"] = peak_extra_bytes(work, args.device) / 1e6
+    show("rollout", args, results)
+
+
+def plain(vlm, prompts, args):
+    """The same rollout by transformers, as a function; it does not end early either."""
+    model = vlm.model
     inputs = dict(
         input_ids=torch.stack([p.ids for p in prompts]),
         attention_mask=torch.ones(len(prompts), args.prompt_tokens, dtype=torch.long),
-        mm_token_type_ids=torch.stack([(p.ids == vlm.model.config.image_token_id).int() for p in prompts]),
-        pixel_values=torch.cat([p.pixels for p in prompts]),
+        mm_token_type_ids=torch.stack([(p.ids == model.config.image_token_id).int() for p in prompts]),
+        pixel_values=torch.cat([p.pixels for p in prompts]).to(model.dtype),
         image_grid_thw=torch.cat([p.grid for p in prompts]),
     )
     inputs = {name: value.to(args.device) for name, value in inputs.items()}
-    inputs["pixel_values"] = inputs["pixel_values"].to(vlm.model.dtype)
-    length = dict(max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens, eos_token_id=end_ids)
-    sampling = dict(
-        num_return_sequences=args.group_size, do_sample=True, temperature=1.0, top_k=0, top_p=0.99
-    )
+    length = dict(max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens, eos_token_id=vlm.end_ids)
+    sampling = dict(do_sample=True, temperature=1.0, top_k=0, top_p=0.99)
 
     @torch.no_grad()
-    def theirs() -> None:
-        vlm.model.model.rope_deltas = None
-        out = vlm.model.generate(**inputs, **length, **sampling)
+    def work() -> None:
+        model.model.rope_deltas = None
+        out = model.generate(**inputs, **length, **sampling, num_return_sequences=args.group_size)
         assert out.shape == (len(prompts) * args.group_size, args.prompt_tokens + args.new_tokens)
 
-    results = compare(ours, theirs, args.device, args.repeats)
-    tokens = len(prompts) * args.group_size * args.new_tokens
-    results |= dict(
-        ours_tokens_per_s=tokens / results["ours_s"], theirs_tokens_per_s=tokens / results["theirs_s"]
-    )
-    results |= dict(
-        ours_peak_mb=peak_extra_bytes(ours, args.device) / 1e6,
-        theirs_peak_mb=peak_extra_bytes(theirs, args.device) / 1e6,
-    )
-    show("rollout", args, results)
+    return work
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: random models of the published shapes, prompts of a given length, timing."""
+"""What the benchmarks share: random models of the published shapes, groups of a given size, timing."""
 
 import argparse
 import itertools
@@ -15,130 +15,60 @@ import torch
 import transformers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
-from vlm import VLM, Prompt, load_processors, rope_positions  # noqa: E402
+import grpo
+from engine.checkpoint import load_processors
+from vlm import VLM, Prompt, rope_positions
 
-VISION = dict(
-    depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, fullatt_block_indexes=[7, 15, 23, 31]
-)
-SHAPES = {  # "3b" and "7b" as in the config.json of Qwen2.5-VL; "small" has their proportions and 25 million parameters
-    "tiny": dict(
-        text=dict(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        ),
-        vision=dict(depth=2, hidden_size=32, num_heads=2, intermediate_size=64, fullatt_block_indexes=[1]),
-        vocab_size=512,
-        tied=True,
-    ),
-    "small": dict(
-        text=dict(
-            hidden_size=384,
-            intermediate_size=1408,
-            num_hidden_layers=8,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-        ),
-        vision=dict(
-            depth=5, hidden_size=256, num_heads=4, intermediate_size=684, fullatt_block_indexes=[2, 4]
-        ),
-        vocab_size=8192,
-        tied=True,
-    ),
-    "3b": dict(
-        text=dict(
-            hidden_size=2048,
-            intermediate_size=11008,
-            num_hidden_layers=36,
-            num_attention_heads=16,
-            num_key_value_heads=2,
-        ),
-        vision=VISION,
-        vocab_size=151_936,
-        tied=True,
-    ),
-    "7b": dict(
-        text=dict(
-            hidden_size=3584,
-            intermediate_size=18944,
-            num_hidden_layers=28,
-            num_attention_heads=28,
-            num_key_value_heads=4,
-        ),
-        vision=VISION,
-        vocab_size=152_064,
-        tied=False,
-    ),
+# ---- Models ------------------------------------------------------------------------------------------------
+
+
+def text_shape(hidden: int, mlp: int, layers: int, heads: int, key_heads: int) -> dict:
+    """The shape of a text model, under transformers' names."""
+    heads = dict(num_attention_heads=heads, num_key_value_heads=key_heads)
+    return dict(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers) | heads
+
+
+def vision_shape(hidden: int, mlp: int, depth: int, heads: int, full: list[int]) -> dict:
+    """The shape of an image encoder; full: the blocks in which a patch sees more than its window."""
+    attention = dict(num_heads=heads, fullatt_block_indexes=full)
+    return dict(hidden_size=hidden, intermediate_size=mlp, depth=depth) | attention
+
+
+PUBLISHED_VISION = vision_shape(1280, 3420, 32, 16, [7, 15, 23, 31])
+# Text, vision, vocabulary, whether input and output embeddings are one matrix. "3b" and "7b" are as in the
+# config.json of Qwen2.5-VL; "small" has their proportions and 25 million parameters.
+SHAPES = {
+    "tiny": (text_shape(64, 128, 2, 4, 2), vision_shape(32, 64, 2, 2, [1]), 512, True),
+    "small": (text_shape(384, 1408, 8, 6, 2), vision_shape(256, 684, 5, 4, [2, 4]), 8192, True),
+    "3b": (text_shape(2048, 11008, 36, 16, 2), PUBLISHED_VISION, 151_936, True),
+    "7b": (text_shape(3584, 18944, 28, 28, 4), PUBLISHED_VISION, 152_064, False),
 }
-
-
-def arguments(description: str, **extra) -> argparse.Namespace:
-    """The flags that all benchmarks know; `extra` adds integer flags with these defaults."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    cuda = torch.cuda.is_available()
-    parser.add_argument(
-        "--size", choices=SHAPES, default="small", help="shape of the randomly initialised model"
-    )
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="bfloat16" if cuda else "float32",
-        help="of the weights",
-    )
-    defaults = dict(prompt_tokens=300, group_size=8, new_tokens=48, prompts=4, repeats=5) | extra
-    for name, value in defaults.items():
-        parser.add_argument(
-            "--" + name.replace("_", "-"), type=count, default=value, help=name.replace("_", " ")
-        )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    args = parser.parse_args()
-    if args.device.startswith("cuda") and not cuda:
-        parser.error("--device cuda: there is no GPU here")
-    if args.prompt_tokens < 20:
-        parser.error("--prompt-tokens must be at least 20: an image and some text")
-    return args
-
-
-def count(text: str) -> int:
-    """A whole number of at least 1, from a command line."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+SPECIAL = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 def shape_config(size: str, vocab_size: int = 0) -> Qwen2_5_VLConfig:
     """The configuration of a model of this shape; its last five words are the special tokens."""
-    shape = SHAPES[size]
-    vocab_size = vocab_size or shape["vocab_size"]
-    special = [vocab_size - i for i in range(1, 6)]
-    head_dim = shape["text"]["hidden_size"] // shape["text"]["num_attention_heads"]
+    text, vision, published, tied = SHAPES[size]
+    vocab_size = vocab_size or published
+    *special, end = [vocab_size - i for i in range(1, 6)]
+    head_dim = text["hidden_size"] // text["num_attention_heads"]
     sections = [head_dim // 8, head_dim // 16 * 3, head_dim // 16 * 3]  # 16, 24, 24 of 64, as published
     rope = dict(rope_type="default", rope_theta=1e6, mrope_section=sections)
-    text = shape["text"] | dict(vocab_size=vocab_size, rope_parameters=rope, max_position_embeddings=32768)
-    text |= dict(eos_token_id=special[4], bos_token_id=special[4], pad_token_id=special[4])
-    vision = shape["vision"] | dict(
-        out_hidden_size=text["hidden_size"], window_size=112, patch_size=14, spatial_merge_size=2
-    )
-    ids = dict(
-        zip(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), special)
-    )
-    config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=shape["tied"], **ids
-    )
+    text = text | dict(vocab_size=vocab_size, rope_parameters=rope, max_position_embeddings=32768)
+    text |= dict(eos_token_id=end, bos_token_id=end, pad_token_id=end)
+    patches = dict(window_size=112, patch_size=14, spatial_merge_size=2)
+    vision = vision | patches | dict(out_hidden_size=text["hidden_size"])
+    ids = dict(zip(SPECIAL, special))
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
     config._attn_implementation = "sdpa"
     return config
 
 
 def random_vlm(size: str, device: str, dtype: str, vocab_size: int = 0) -> VLM:
-    """A model with random weights, made on its device; the toy's tokenizer stands in, as none of its words matter."""
+    """A model with random weights, made on its device; the toy's tokenizer stands in, as no word matters."""
     config = shape_config(size, vocab_size)
     torch.manual_seed(0)
     default = torch.get_default_dtype()
@@ -149,30 +79,49 @@ def random_vlm(size: str, device: str, dtype: str, vocab_size: int = 0) -> VLM:
     finally:
         torch.set_default_dtype(default)
     model.generation_config.eos_token_id = config.text_config.eos_token_id
-    return VLM(model.eval(), *load_processors(Path(__file__).parent.parent / "toy"))
+    return VLM(model.eval(), *load_processors(ROOT / "toy"))
+
+
+# ---- What they work on -------------------------------------------------------------------------------------
 
 
 def random_prompt(vlm: VLM, tokens: int, seed: int) -> Prompt:
     """A prompt of exactly so many tokens, about 85% of them one image."""
-    rng = torch.Generator().manual_seed(seed)
-    side = max(2, int((0.85 * tokens) ** 0.5))
-    grid, start = torch.tensor([[1, 2 * side, 2 * side]]), 4
-    after = tokens - start - side * side
-    ids = torch.randint(10, vlm.model.config.text_config.vocab_size - 10, (tokens,), generator=rng)
-    ids[start : start + side * side] = vlm.model.config.image_token_id
-    ids[start - 1], ids[start + side * side] = (
-        vlm.model.config.vision_start_token_id,
-        vlm.model.config.vision_end_token_id,
-    )
+    config, rng = vlm.model.config, torch.Generator().manual_seed(seed)
+    side, start = image_side(tokens), 4
+    end = start + side * side
+    ids = torch.randint(10, config.text_config.vocab_size - 10, (tokens,), generator=rng)
+    ids[start - 1], ids[end] = config.vision_start_token_id, config.vision_end_token_id
+    ids[start:end] = config.image_token_id
+    grid = torch.tensor([[1, 2 * side, 2 * side]])
+    positions = rope_positions(start, grid[0].tolist(), 2, tokens - end)
     pixels = torch.randn(4 * side * side, 3 * 2 * 14 * 14, generator=rng)
-    return Prompt(ids, rope_positions(start, grid[0].tolist(), 2, after), pixels, grid, start, side * side)
+    return Prompt(ids, positions, pixels, grid, start, side * side)
+
+
+def image_side(prompt_tokens: int) -> int:
+    """How many image tokens are on each side of the square image of such a prompt."""
+    return max(2, int((0.85 * prompt_tokens) ** 0.5))
+
+
+def random_prompts(vlm: VLM, args: argparse.Namespace) -> list[Prompt]:
+    """As many and as long as the flags say."""
+    return [random_prompt(vlm, args.prompt_tokens, seed) for seed in range(args.prompts)]
 
 
 def random_completions(vlm: VLM, group_size: int, tokens: int, seed: int) -> list[list[int]]:
-    rng = torch.Generator().manual_seed(seed)
-    return torch.randint(
-        10, vlm.model.config.text_config.vocab_size - 10, (group_size, tokens), generator=rng
-    ).tolist()
+    """The completions of one prompt, all equally long, without an end token."""
+    rng, vocab_size = torch.Generator().manual_seed(seed), vlm.model.config.text_config.vocab_size
+    return torch.randint(10, vocab_size - 10, (group_size, tokens), generator=rng).tolist()
+
+
+def random_groups(vlm: VLM, args: argparse.Namespace) -> list[grpo.Group]:
+    """As many and as large as the flags say; every other completion has the reward 1, the rest 0."""
+    rewards = [float(i % 2) for i in range(args.group_size)]
+    completions = [
+        random_completions(vlm, args.group_size, args.new_tokens, seed) for seed in range(args.prompts)
+    ]
+    return [grpo.Group(p, c, rewards) for p, c in zip(random_prompts(vlm, args), completions)]
 
 
 TEMPLATES = (
@@ -184,26 +133,71 @@ WORDS = dict(
     c=["red", "green", "blue", "small", "large"],
     s=["dog", "car", "tree", "sign", "house"],
     p=["left of", "above", "behind"],
+    d=["old", "new", "broken", "open", "closed", "wet"],
 )
-WORDS["d"] = ["old", "new", "broken", "open", "closed", "wet"]
 
 
 def random_questions(count: int, seed: int = 0) -> list[str]:
+    """Questions made of a few templates and words: some alike, some not."""
     rng = random.Random(seed)
     return [
         rng.choice(TEMPLATES).format(**{k: rng.choice(v) for k, v in WORDS.items()}) for _ in range(count)
     ]
 
 
-# ---- Measuring -----------------------------------------------------------------------------------------------------------
+# ---- Flags -------------------------------------------------------------------------------------------------
+
+
+def arguments(description: str, **extra) -> argparse.Namespace:
+    """The flags that all benchmarks know; `extra` adds integer flags with these defaults."""
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=style)
+    add_model_flags(parser, "small", "cuda" if torch.cuda.is_available() else "cpu")
+    sizes = dict(prompt_tokens=300, group_size=8, new_tokens=48, prompts=4, repeats=5) | extra
+    add_counts(parser, sizes)
+    args = parser.parse_args()
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU here")
+    if args.prompt_tokens < 20:
+        parser.error("--prompt-tokens must be at least 20: an image and some text")
+    return args
+
+
+def add_model_flags(parser: argparse.ArgumentParser, size: str, device: str) -> None:
+    """Which model, where, in which dtype, with these defaults; and --json."""
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    parser.add_argument("--size", choices=SHAPES, default=size, help="shape of the random model")
+    parser.add_argument("--device", default=device, help="cpu or cuda")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=dtype, help="of the weights")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def add_counts(parser: argparse.ArgumentParser, defaults: dict[str, int]) -> None:
+    """A flag for each of these whole numbers."""
+    for name, value in defaults.items():
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=count, default=value, help=name.replace("_", " "))
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1, from a command line."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+# ---- Measuring ---------------------------------------------------------------------------------------------
 
 
 def synchronize(device: str) -> None:
+    """Waits until the device has done all that it was told to do."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
+    """How long the work takes, until the device has done it."""
     synchronize(device)
     start = time.perf_counter()
     work()
@@ -211,9 +205,7 @@ def seconds(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def compare(
-    ours: Callable[[], object], theirs: Callable[[], object], device: str, repeats: int
-) -> dict[str, float]:
+def compare(ours: Callable, theirs: Callable, device: str, repeats: int) -> dict[str, float]:
     """Medians of both sides, measured in turns after one warm-up each, and their ratio."""
     ours(), theirs()
     pairs = [(seconds(ours, device), seconds(theirs, device)) for _ in range(repeats)]
@@ -224,40 +216,36 @@ def compare(
 def peak_extra_bytes(work: Callable[[], object], device: str) -> int:
     """How much more memory tensors take at the peak of the work than before it.
 
-    On a CPU torch's profiler tells of every allocation. (The process's own peak depends on what its allocator kept of
-    earlier work: the same update measured 0.9 or 1.2 GB.)
+    On a CPU torch's profiler tells of every allocation. (The process's own peak depends on what its allocator
+    kept of earlier work: the same update measured 0.9 or 1.2 GB.)
     """
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profiler:
         work()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(
-        itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    )
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
 
 
 def show(title: str, args: argparse.Namespace, results: dict) -> None:
     """Prints a table, or with --json one object that holds the settings, the machine and the results."""
-    cuda = str(args.device).startswith("cuda")
-    device = (
-        torch.cuda.get_device_name()
-        if cuda
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    )
-    machine = dict(device=device, torch=torch.__version__, transformers=transformers.__version__)
-    machine["date"] = time.strftime("%Y-%m-%d")
+    if str(args.device).startswith("cuda"):
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    versions = dict(torch=torch.__version__, transformers=transformers.__version__)
+    machine = dict(device=device) | versions | dict(date=time.strftime("%Y-%m-%d"))
     if args.json:
         print(json.dumps(dict(benchmark=title, settings=vars(args), machine=machine, results=results)))
         return
     print(f"{title}: {' '.join(f'{k}={v}' for k, v in vars(args).items() if k != 'json')}")
-    print(
-        f"  on {device}, torch {machine['torch']}, transformers {machine['transformers']}, {machine['date']}"
-    )
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    print(f"  on {device}, {named}, {machine['date']}")
     for name, value in results.items():
-        print(f"  {name:<44} {value:>14,.4g}" if isinstance(value, float) else f"  {name:<44} {value!s:>14}")
+        number = f"{value:>14,.4g}" if isinstance(value, float) else f"{value!s:>14}"
+        print(f"  {name:<44} {number}")

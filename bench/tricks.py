@@ -1,22 +1,24 @@
-"""What each trick of rollouts and updates buys: the same work with it and without it, everything else left alone.
+"""What each trick of rollouts and updates buys: the same work with it and without it, all else left alone.
 
     python bench/tricks.py --size small
 
---vocab-size is that of the last part, whose subject is memory. In the part on finished rows, --new-tokens is the mean of
-geometric lengths.
+--vocab-size is that of the last part, whose subject is memory. In the part on finished rows, --new-tokens is
+the mean of geometric lengths.
 """
 
 from contextlib import contextmanager
 
 import torch
-from shapes import arguments, compare, peak_extra_bytes, random_completions, random_prompt, random_vlm, show
+from shapes import arguments, compare, peak_extra_bytes, random_groups, random_prompts, random_vlm, show
 
+import cache
 import generate
 import grpo
-import vlm as vlm_module
+import packing
 
 
 def main() -> None:
+    """All tricks, one after the other."""
     args = arguments(__doc__, vocab_size=151_936)
     vlm = random_vlm(args.size, args.device, args.dtype)
     results = rollout_tricks(args, vlm) | update_tricks(args, vlm) | vocabulary_trick(args)
@@ -24,31 +26,23 @@ def main() -> None:
 
 
 def rollout_tricks(args, vlm) -> dict[str, float]:
-    prompts = [random_prompt(vlm, args.prompt_tokens, seed) for seed in range(args.prompts)]
-    rng, n = torch.Generator(args.device).manual_seed(0), args.group_size
+    """The prompt once, no sort, and finished rows that leave."""
+    prompts, n = random_prompts(vlm, args), args.group_size
+    rng = torch.Generator(args.device).manual_seed(0)
 
     def rollout(prompts=prompts, n=n, new_tokens=args.new_tokens) -> None:
         generate.generate(vlm, prompts, n, new_tokens, top_p=0.99, generator=rng)
 
     vlm.end_ids = [-1]  # nothing ends early
-    results = ratio(
-        "prompt once a group", rollout, lambda: rollout([p for p in prompts for _ in range(n)], 1), args
-    )
-    results |= ratio(
-        "top-p without a sort", rollout, changed(rollout, generate, sample=sample_by_sorting), args
-    )
-    take, lengths = generate.Rows.take, geometric_lengths(len(prompts) * n, args.new_tokens)
+    repeated = [p for p in prompts for _ in range(n)]
+    by_sorting = changed(rollout, generate, sample=sample_by_sorting)
+    results = ratio("prompt once a group", rollout, lambda: rollout(repeated, 1), args)
+    results |= ratio("top-p without a sort", rollout, by_sorting, args)
 
-    def take_until(rows, token) -> None:
-        """Ends each row at its own length, the same with and without the trick."""
-        take(rows, token)
-        goals = torch.tensor(
-            [lengths[prompt * n + sample] for prompt, sample, _ in rows.owners], device=token.device
-        )
-        rows.finished[: len(goals)] |= rows.written[: len(goals)] >= goals
-
-    uneven = changed(lambda: rollout(new_tokens=4 * args.new_tokens), generate.Rows, take=take_until)
-    return results | ratio("finished rows leave", uneven, changed(uneven, generate, LEAVE_BELOW=1e-9), args)
+    ends = take_until(geometric_lengths(len(prompts) * n, args.new_tokens), n)
+    uneven = changed(lambda: rollout(new_tokens=4 * args.new_tokens), cache.Rows, take=ends)
+    staying = changed(uneven, generate, LEAVE_BELOW=1e-9)
+    return results | ratio("finished rows leave", uneven, staying, args)
 
 
 def geometric_lengths(count: int, mean: int) -> list[int]:
@@ -58,51 +52,57 @@ def geometric_lengths(count: int, mean: int) -> list[int]:
     return [4 * mean, *drawn[1:]]
 
 
+def take_until(lengths: list[int], n: int):
+    """`Rows.take` with an end for each row at its own length, the same with and without the trick."""
+    take = cache.Rows.take
+
+    def take_and_end(rows, token) -> None:
+        take(rows, token)
+        goals = [lengths[prompt * n + sample] for prompt, sample, _ in rows.owners]
+        rows.finished[: len(goals)] |= rows.written[: len(goals)] >= rows.written.new_tensor(goals)
+
+    return take_and_end
+
+
+def sample_by_sorting(logits, temperature, top_p, top_k, generator):
+    """Nucleus sampling as it is usually written."""
+    probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    probs = torch.where(probs.cumsum(dim=-1) - probs < top_p, probs, 0)
+    return order.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+
+
 def update_tricks(args, vlm) -> dict[str, float]:
-    groups = random_groups(args, vlm)
-
-    def update() -> None:
-        grpo.backward(vlm, groups)
-
-    results = ratio("a group in one row", update, changed(update, vlm_module, ROW_TOKENS=1), args)
-    return results | ratio("rows in batches", update, changed(update, vlm_module, BATCH_TOKENS=1), args)
+    """A group in one row, and several rows in a batch."""
+    update = update_of(args, vlm)
+    results = ratio("a group in one row", update, changed(update, packing, ROW_TOKENS=1), args)
+    return results | ratio("rows in batches", update, changed(update, packing, BATCH_TOKENS=1), args)
 
 
 def vocabulary_trick(args) -> dict[str, float]:
     """Peak memory of an update with logits of all tokens at once, against logits in chunks."""
     vlm = random_vlm(args.size, args.device, args.dtype, args.vocab_size)
-    groups = random_groups(args, vlm)
-
-    def update() -> None:
-        grpo.backward(vlm, groups)
-
+    update = update_of(args, vlm)
+    unchunked = changed(update, packing, LOGITS={args.device: 1 << 60})
     update()  # so that the gradients themselves are there before and after
-    chunks = peak_extra_bytes(update, args.device)
-    at_once = peak_extra_bytes(changed(update, vlm_module, LOGITS={args.device: 1 << 60}), args.device)
-    return {"logits in chunks: peak, MB": chunks / 1e6, "logits at once: peak, MB": at_once / 1e6}
+    peaks = [peak_extra_bytes(work, args.device) / 1e6 for work in (update, unchunked)]
+    return dict(zip(("logits in chunks: peak, MB", "logits at once: peak, MB"), peaks))
 
 
-def random_groups(args, vlm) -> list[grpo.Group]:
-    rewards = [float(i % 2) for i in range(args.group_size)]
-    groups = [
-        grpo.Group(
-            random_prompt(vlm, args.prompt_tokens, seed),
-            random_completions(vlm, args.group_size, args.new_tokens, seed),
-            rewards,
-        )
-        for seed in range(args.prompts)
-    ]
+def update_of(args, vlm):
+    """Forward and backward on random groups, as a function."""
+    groups = random_groups(vlm, args)
     grpo.add_reference(groups, vlm)
-    return groups
+    return lambda: grpo.backward(vlm, groups)
+
+
+# ---- With and without --------------------------------------------------------------------------------------
 
 
 def ratio(name: str, with_it, without, args) -> dict[str, float]:
+    """Seconds of both, and how many times as long it takes without the trick."""
     measured = compare(with_it, without, args.device, args.repeats)
-    return {
-        f"{name} (s)": measured["ours_s"],
-        f"without (s), {name}": measured["theirs_s"],
-        f"ratio, {name}": measured["ratio"],
-    }
+    names = (f"{name} (s)", f"without (s), {name}", f"ratio, {name}")
+    return dict(zip(names, (measured["ours_s"], measured["theirs_s"], measured["ratio"])))
 
 
 def changed(work, module, **values):
@@ -117,6 +117,7 @@ def changed(work, module, **values):
 
 @contextmanager
 def replaced(module, values: dict):
+    """Names of a module have these values for the length of a `with` block."""
     before = {name: getattr(module, name) for name in values}
     try:
         for name, value in values.items():
@@ -125,13 +126,6 @@ def replaced(module, values: dict):
     finally:
         for name, value in before.items():
             setattr(module, name, value)
-
-
-def sample_by_sorting(logits, temperature, top_p, top_k, generator):
-    """Nucleus sampling as it is usually written."""
-    probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    probs = torch.where(probs.cumsum(dim=-1) - probs < top_p, probs, 0)
-    return order.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 
 if __name__ == "__main__":

@@ -7,85 +7,20 @@ import sys
 import pytest
 from conftest import ROOT
 
+SMALL = "--size tiny --prompt-tokens 60 --group-size 2 --new-tokens 4"
 SMALLEST = {
-    "rollout": [
-        "--size",
-        "tiny",
-        "--prompt-tokens",
-        "60",
-        "--group-size",
-        "2",
-        "--new-tokens",
-        "4",
-        "--prompts",
-        "2",
-        "--repeats",
-        "1",
-    ],
-    "update": [
-        "--size",
-        "tiny",
-        "--prompt-tokens",
-        "60",
-        "--group-size",
-        "2",
-        "--new-tokens",
-        "4",
-        "--prompts",
-        "2",
-        "--repeats",
-        "1",
-    ],
-    "iteration": [
-        "--size",
-        "tiny",
-        "--prompt-tokens",
-        "60",
-        "--group-size",
-        "2",
-        "--new-tokens",
-        "4",
-        "--prompts",
-        "2",
-        "--answers",
-        "2",
-    ],
-    "scaling": [
-        "--size",
-        "tiny",
-        "--prompt-tokens",
-        "60",
-        "--group-size",
-        "2",
-        "--new-tokens",
-        "4",
-        "--prompts",
-        "1",
-        "--repeats",
-        "1",
-    ],
-    "tricks": [
-        "--size",
-        "tiny",
-        "--prompt-tokens",
-        "60",
-        "--group-size",
-        "2",
-        "--new-tokens",
-        "4",
-        "--prompts",
-        "2",
-        "--repeats",
-        "1",
-        "--vocab-size",
-        "600",
-    ],
-    "rewards": ["--questions", "20", "--repeats", "1"],
+    "rollout": f"{SMALL} --prompts 2 --repeats 1",
+    "update": f"{SMALL} --prompts 2 --repeats 1",
+    "iteration": f"{SMALL} --prompts 2 --answers 2",
+    "scaling": f"{SMALL} --prompts 1 --repeats 1",
+    "tricks": f"{SMALL} --prompts 2 --repeats 1 --vocab-size 600",
+    "rewards": "--questions 20 --repeats 1",
 }
+PARTS = ("encode images", "prefill", "decode", "sampling", "log-probabilities", "backward", "optimizer")
 
 
-def run(name: str, *extra: str) -> str:
-    command = [sys.executable, str(ROOT / "bench" / f"{name}.py"), *SMALLEST[name], *extra]
+def run(name: str, *flags: str) -> str:
+    command = [sys.executable, str(ROOT / "bench" / f"{name}.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -93,12 +28,10 @@ def run(name: str, *extra: str) -> str:
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_benchmarks(name):
-    printed = json.loads(run(name, "--json"))
+    printed = json.loads(run(name, *SMALLEST[name].split(), "--json"))
     results = printed["results"]
-    assert (
-        printed["benchmark"] == name
-        and {"date", "device", "torch", "transformers"} <= printed["machine"].keys()
-    )
+    assert printed["benchmark"] == name
+    assert {"date", "device", "torch", "transformers"} <= printed["machine"].keys()
     assert all(value >= 0 for value in results.values())
     if name in ("rollout", "update", "rewards"):
         assert results["ratio"] == pytest.approx(results["theirs_s"] / results["ours_s"])
@@ -107,41 +40,16 @@ def test_benchmarks(name):
     if name == "rewards":
         assert results["largest_difference"] < 1e-12
     if name == "iteration":
-        parts = {
-            "encode images",
-            "prefill",
-            "decode",
-            "sampling",
-            "log-probabilities",
-            "backward",
-            "optimizer",
-            "rewards",
-            "other",
-        }
-        assert all(results[f"{part} (s)"] > 0 for part in parts)
-        assert sum(results[f"{part} (s)"] for part in parts) == pytest.approx(results["total_s"], rel=0.02)
+        spent = [results[f"{part} (s)"] for part in (*PARTS, "rewards", "other")]
+        assert min(spent) > 0 and sum(spent) == pytest.approx(results["total_s"], rel=0.02)
 
 
 @pytest.mark.parametrize("part", ["bandwidth", "decode", "memory"])
 def test_parts_of_the_gpu_benchmark(part):
     """At its tiny CPU sizes; the parts that are other benchmarks are tested as those."""
-    command = [
-        sys.executable,
-        str(ROOT / "bench" / "gpu.py"),
-        "--part",
-        part,
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-        "--size",
-        "tiny",
-        "--json",
-    ]
-    small = ["--prompt-tokens", "60", "--group-size", "2", "--new-tokens", "8", "--prompts", "2"]
-    done = subprocess.run([*command, *small], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)["results"]
+    flags = "--device cpu --dtype float32 --size tiny --prompt-tokens 60 --group-size 2 --new-tokens 8"
+    printed = json.loads(run("gpu", "--part", part, *flags.split(), "--prompts", "2", "--json"))
+    results = printed["results"]
     assert results and all(value > 0 for value in results.values())
     if part == "decode":
         assert results["share_of_bound"] == pytest.approx(results["bound_ms"] / results["step_ms"])
@@ -151,27 +59,32 @@ def test_a_part_that_fails_does_not_stop_the_others(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     import gpu
 
-    monkeypatch.setattr(gpu, "LIMITS", dict(rollout=0.01, tests=9, bandwidth=60))
+    monkeypatch.setattr(gpu, "SECONDS", dict(rollout=0.01, tests=9, bandwidth=60))
     monkeypatch.setattr(sys, "argv", "gpu.py --device cpu --dtype float32 --size tiny --json".split())
     monkeypatch.setattr(gpu, "OTHERS", ("rollout", "tests"))  # there is no bench/tests.py
     gpu.main()
     results = json.loads(capsys.readouterr().out)["results"]
-    assert (
-        "took longer than 0.01 s" in results["rollout: FAILED"] and "No such file" in results["tests: FAILED"]
-    )
+    assert "took longer than 0.01 s" in results["rollout: FAILED"]
+    assert "No such file" in results["tests: FAILED"]
     assert results["bandwidth: copy_gb_per_s"] > 0
 
 
+def test_the_table_of_gpus():
+    """A row for each model and set of flags; what is in it, the plan's own tests ask."""
+    lines = run("memory").splitlines()
+    assert len(lines) == 8 and all(line.count("|") == 7 for line in lines)
+
+
 def test_a_table_for_people():
-    printed = run("rewards")
+    printed = run("rewards", *SMALLEST["rewards"].split())
     assert "ratio" in printed and "questions=20" in printed and not printed.startswith("{")
 
 
-@pytest.mark.parametrize(
-    "wrong", [["--group-size", "0"], ["--dtype", "int8"], ["--prompt-tokens", "5"], ["--repeats", "x"]]
-)
+WRONG = ["--group-size 0", "--dtype int8", "--prompt-tokens 5", "--repeats x"]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_arguments_get_a_sentence(wrong):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "rollout.py"), *wrong], capture_output=True, text=True
-    )
-    assert done.returncode == 2 and wrong[0] in done.stderr and "Traceback" not in done.stderr
+    command = [sys.executable, str(ROOT / "bench" / "rollout.py"), *wrong.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and wrong.split()[0] in done.stderr and "Traceback" not in done.stderr
