@@ -1,4 +1,4 @@
-"""How many GPUs of which size a model needs, by the memory plan: the table in the README.
+"""How many GPUs of which size a model needs, by the memory plan: the tables in docs/memory.md.
 
 bfloat16, groups of 8, 1,024 image tokens, up to 1,024 new tokens. A model fits if the plan's largest moment
 takes at most 95% of what the GPU offers.
@@ -11,7 +11,8 @@ from shapes import shape_config
 
 from engine import plan
 
-GPUS = {24: 22.0, 40: 39.4, 80: 78.0, 141: 139.0}  # the name's GB -> the GiB that a process can have
+# The name's GB -> the GiB that a process can have.
+GPUS = {12: 11.0, 16: 14.7, 24: 22.0, 40: 39.4, 80: 78.0, 141: 139.0}
 COUNTS = (1, 2, 4, 8, 16)
 FLAGS = {
     "": (False, False),
@@ -45,7 +46,28 @@ def table() -> list[str]:
     return lines
 
 
+def update_table() -> list[str]:
+    """What an update takes on one GPU, in GiB, and what is in the computer's memory, in Markdown."""
+    columns, rows = [], {}
+    for size in ("3b", "7b"):
+        for flags, (checkpointing, offload) in FLAGS.items():
+            config, available = shape_config(size), 141 * 2**30
+            moments = plan.memory_plan(config, torch.bfloat16, available, WORK, checkpointing, offload)
+            columns.append(f"{size.upper()} {flags}".strip())
+            for name, value in moments[2].parts.items():
+                rows.setdefault(name, {})[columns[-1]] = value
+            rows.setdefault("**an update, in all**", {})[columns[-1]] = moments[2].total
+            rows.setdefault("a plain copy, in rollouts", {})[columns[-1]] = moments[1].parts["reasoner"]
+            host = plan.host_plan(config, torch.bfloat16, offload)
+            rows.setdefault(host.name, {})[columns[-1]] = host.total
+    lines = ["| GiB | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    for name, values in rows.items():
+        cells = [f"{values.get(column, 0) / 2**30:.1f}" for column in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
 if __name__ == "__main__":
     style = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(description=__doc__, formatter_class=style).parse_args()
-    print("\n".join(table()))
+    print("\n".join([*table(), "", *update_table()]))

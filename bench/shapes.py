@@ -79,7 +79,9 @@ def random_vlm(size: str, device: str, dtype: str, vocab_size: int = 0) -> VLM:
     finally:
         torch.set_default_dtype(default)
     model.generation_config.eos_token_id = config.text_config.eos_token_id
-    return VLM(model.eval(), *load_processors(ROOT / "toy"))
+    vlm = VLM(model.eval(), *load_processors(ROOT / "toy"))
+    vlm.end_ids = [config.text_config.eos_token_id]  # as `model.generate` has it
+    return vlm
 
 
 # ---- What they work on -------------------------------------------------------------------------------------

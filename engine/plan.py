@@ -102,7 +102,8 @@ def memory_plan(
         if "trained role" in parts and name.startswith(role.title()):
             parts.pop(role)  # it is the trained role
         free = CPU_CACHE_BYTES if device_bytes is None else max(0, device_bytes - sum(parts.values())) // 2
-        return Moment(name, parts | {"cache": min(rollout_bytes(config, dtype, work, rows, n), free)})
+        least, most = (rollout_bytes(config, dtype, work, count, n) for count in (n, rows))
+        return Moment(name, parts | {"cache": max(least, min(most, free))})
 
     answers, G = work.questions * work.answers, work.group_size
     return [

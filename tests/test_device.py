@@ -1,6 +1,7 @@
 """What must hold on whatever device: `pytest tests/test_device.py --device cuda` on a GPU, the CPU otherwise.
 
-On a GPU the decode step is a recorded graph, models are lent and memory is pinned; on a CPU the same code takes its plain paths.
+On a GPU the decode step is a recorded graph, models are lent and memory is pinned; on a CPU the same code
+takes its plain paths.
 """
 
 import pytest
@@ -56,7 +57,8 @@ def test_greedy_generation_against_transformers(on_device, prompts, device):
 
 
 def test_a_recorded_step_writes_what_a_plain_one_writes(on_device, prompts, device, monkeypatch):
-    """On a GPU: a CUDA graph, replayed, against the same step run kernel by kernel; many samples, so that rows leave and others come."""
+    """On a GPU: a CUDA graph, replayed, against the same step run kernel by kernel; many samples, so that
+    rows leave and others come."""
     settings = dict(temperature=1.0, top_p=0.9)
 
     def sampled():
@@ -94,7 +96,8 @@ def test_packed_logprobs_and_gradients_against_the_plain_forward(on_device, prom
 
 
 def test_bfloat16_logprobs_are_near_float32(on_device, prompts, device):
-    """bfloat16 keeps 8 bits: after three layers of random weights the log-probabilities are off by some tenths at most."""
+    """bfloat16 keeps 8 bits: after three layers of random weights the log-probabilities are off by some
+    tenths at most."""
     half, completions = on_device.copy(), [[300, 301, 302, 303], [350, 360]]
     half.model.to(torch.bfloat16)
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""Generation against `model.generate`, against itself one prompt at a time, and against the distribution it samples."""
+"""Generation against `model.generate`, against itself one prompt at a time, and against the distribution it
+samples."""
 
 import contextlib
 from types import SimpleNamespace
@@ -41,7 +42,8 @@ def reference(vlm, prompt, new_tokens):
 
 
 def test_greedy_equals_model_generate(published):
-    """Token for token, on a ragged batch with images of different sizes, in both layouts; prompts repeat and mix."""
+    """Token for token, on a ragged batch with images of different sizes, in both layouts; prompts repeat and
+    mix."""
     vlm = load_lively(published)
     prompts = ragged_prompts(vlm)
     assert len({len(p) for p in prompts}) > 2 and len({p.image_tokens for p in prompts}) > 2
@@ -53,7 +55,8 @@ def test_greedy_equals_model_generate(published):
 
 
 def test_rows_stop_at_every_end_token_and_leave_the_batch(random_vlm, monkeypatch):
-    """Two tokens that greedy decoding is known to write are declared end tokens: rows stop there, others go on."""
+    """Two tokens that greedy decoding is known to write are declared end tokens: rows stop there, others go
+    on."""
     prompts = ragged_prompts(random_vlm)
     free = [reference(random_vlm, p, 24) for p in prompts]
     ends = [free[0][3], free[1][9]]
@@ -101,8 +104,9 @@ def masked_logits(vlm, prompt, completion):
 def test_every_row_is_the_plain_forwards_while_rows_come_and_go(
     ending_vlm, slots, every, buckets, monkeypatch
 ):
-    """Sampled rows end at any time, leave, move up, and waiting prompts take their slots, as on a CPU and as with a GPU's
-    buckets. The logits each token was drawn from must be those of the plain forward of its own prompt and tokens."""
+    """Sampled rows end at any time, leave, move up, and waiting prompts take their slots, as on a CPU and as
+    with a GPU's buckets. The logits each token was drawn from must be those of the plain forward of its own
+    prompt and tokens."""
     vlm, drawn, shapes, refilled = ending_vlm, {}, set(), []
     prompts = ragged_prompts(vlm) + ragged_prompts(vlm)[:2]
     monkeypatch.setattr(generate_module, "slots_in_memory", lambda *a: slots)
@@ -146,7 +150,8 @@ def test_every_row_is_the_plain_forwards_while_rows_come_and_go(
 
 
 def test_a_step_can_be_recorded(ending_vlm, monkeypatch):
-    """What a CUDA graph needs: a step done twice gives the same, and reads and writes at addresses that never change."""
+    """What a CUDA graph needs: a step done twice gives the same, and reads and writes at addresses that never
+    change."""
     addresses = []
 
     def recorded(step, vlm, pool):
@@ -168,7 +173,8 @@ def test_a_step_can_be_recorded(ending_vlm, monkeypatch):
 
 
 def test_a_step_never_asks_the_device(ending_vlm, monkeypatch):
-    """No operation of a step has a result whose size or value the host must wait for: a recording would break off there."""
+    """No operation of a step has a result whose size or value the host must wait for: a recording would break
+    off there."""
     operations, step = set(), generate_module.step
 
     class Listen(TorchDispatchMode):
@@ -196,7 +202,8 @@ def test_a_step_never_asks_the_device(ending_vlm, monkeypatch):
 
 
 def test_what_cannot_be_recorded_is_done_eagerly(ending_vlm, monkeypatch, capsys):
-    """Here nothing can be: this torch has no CUDA, or this machine has no GPU. One try and one line in a process."""
+    """Here nothing can be: this torch has no CUDA, or this machine has no GPU. One try and one line in a
+    process."""
     if torch.cuda.is_available():
         pytest.skip("a GPU records")
     vlm, tries = ending_vlm.copy(), []
@@ -216,7 +223,8 @@ def test_what_cannot_be_recorded_is_done_eagerly(ending_vlm, monkeypatch, capsys
 
 
 def test_a_recording_that_breaks_off_is_left(ending_vlm, monkeypatch):
-    """On a pretended CUDA: its own stream is current, and the allocator believes that it goes on; both are undone."""
+    """On a pretended CUDA: its own stream is current, and the allocator believes that it goes on; both are
+    undone."""
     left = []
 
     class Broken:
@@ -242,7 +250,7 @@ def test_a_recording_that_breaks_off_is_left(ending_vlm, monkeypatch):
     assert left == ["mine", (3, "pool")] and not claims.limits.record
 
 
-# ---- Out of memory ------------------------------------------------------------------------------------------
+# ---- Out of memory -----------------------------------------------------------------------------------------
 
 
 def once(function, when):
@@ -290,7 +298,8 @@ def test_a_rollout_that_never_fits_says_so(random_vlm, monkeypatch):
 
 
 def test_bfloat16_attention_is_as_exact_as_torchs(size=30.0):
-    """Against float64: scores are not rounded to bfloat16 (that made errors ten times as large as torch's)."""
+    """Against float64: scores are not rounded to bfloat16 (that made errors ten times as large as
+    torch's)."""
     rng, n, d, prompt, own = torch.Generator().manual_seed(0), 4, 64, 300, 20
     normal = lambda *shape: torch.randn(shape, generator=rng).bfloat16()  # noqa: E731
     rows = SimpleNamespace(
@@ -332,7 +341,8 @@ def test_few_shapes_are_recorded(ending_vlm, monkeypatch):
     st.integers(0, 10**6),
 )
 def test_attention_in_two_parts_is_attention(slots, n, prompt_tokens, own_tokens, size, seed):
-    """`attend` against a softmax over prompt and own tokens at once, row by row; scores large enough to overflow exp."""
+    """`attend` against a softmax over prompt and own tokens at once, row by row; scores large enough to
+    overflow exp."""
     rng, kv, groups, d = torch.Generator().manual_seed(seed), 2, 3, 4
     count = int(torch.randint(1, slots * n + 1, (), generator=rng))
     rows, normal = SimpleNamespace(n=n), lambda *shape: torch.randn(shape, generator=rng)
@@ -401,7 +411,7 @@ def _causal(n):
     return torch.ones(1, 1, n, n, dtype=torch.bool).tril()
 
 
-# ---- Sampling ----------------------------------------------------------------------------------------------------------
+# ---- Sampling ----------------------------------------------------------------------------------------------
 
 PROBS = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
 
@@ -423,7 +433,8 @@ def expected(temperature, top_p, top_k):
     "top_p, top_k", [(1.0, 0), (0.7, 0), (0.99, 0), (1.0, 3), (0.8, 4), (1e-9, 0), (1.0, 1)]
 )
 def test_sampling_frequencies(temperature, top_p, top_k):
-    """Chi-square at 1 in 10,000: a right sampler fails one such fixed-seed test in 10,000, a wrong one nearly always."""
+    """Chi-square at 1 in 10,000: a right sampler fails one such fixed-seed test in 10,000, a wrong one nearly
+    always."""
     n, want = 40_000, expected(temperature, top_p, top_k)
     draws = sample(PROBS.log().expand(n, -1), temperature, top_p, top_k, torch.Generator().manual_seed(0))
     counts = draws.bincount(minlength=len(want)).tolist()
@@ -445,7 +456,8 @@ def test_extreme_settings_take_the_likeliest(temperature, top_p):
 @pytest.mark.parametrize("extreme", [0.0, 1 - 2**-24])
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_a_token_without_probability_never_comes_out(extreme, top_p, monkeypatch):
-    """Banned tokens first, last and in the middle, and a uniform number at either end of its range, again and again."""
+    """Banned tokens first, last and in the middle, and a uniform number at either end of its range, again and
+    again."""
     logits = torch.tensor([-torch.inf, -torch.inf, 1.0, -torch.inf, 0.5, -torch.inf, -torch.inf]).expand(
         5, -1
     )

@@ -155,7 +155,8 @@ def test_micro_batches_give_the_gradient_of_one_batch():
 def test_an_update_is_clipping_and_a_step():
     """Three updates against torch's own steps on the gradient of one batch.
 
-    With SGD in AdamW's place: AdamW's first steps are signs, and blow up what a gradient near 0 loses in rounding.
+    With SGD in AdamW's place: AdamW's first steps are signs, and blow up what a gradient near 0 loses in
+    rounding.
     """
     policy, plain, reference = Table(), Table(), another_table()
     ours, theirs = (torch.optim.SGD(p.parameters(), lr=1.0) for p in (policy, plain))

@@ -1,6 +1,7 @@
 """The claim itself: the toy gets better with no label, and only because of the silver labels.
 
-A whole run of `python loop.py` and parts of six more, the slowest tests here (about three minutes on 2 cores). The README's table has more seeds.
+A whole run of `python loop.py` and parts of six more, the slowest tests here (about three minutes on 2
+cores). The README's table has more seeds.
 """
 
 import json
@@ -64,9 +65,9 @@ def test_it_stays_within_its_memory_and_is_quiet(default_run):
 def test_random_rewards_teach_nothing(default_run, tmp_path, monkeypatch):
     """The Reasoner's reward becomes a coin that knows nothing of the answer, for one iteration.
 
-    A few steps of noise still move the weights, and accuracy with them, up or down by some 0.08 (16 coins gave a mean of
-    0.012 with a standard error of 0.019). So the claim is about the mean of several coins: less than half of what
-    silver labels gain.
+    A few steps of noise still move the weights, and accuracy with them, up or down by some 0.08 (16 coins
+    gave a mean of 0.012 with a standard error of 0.019). So the claim is about the mean of several coins:
+    less than half of what silver labels gain.
     """
     monkeypatch.chdir(tmp_path)
     gains = []

@@ -25,8 +25,8 @@ from engine.settings import Settings, flag, parse_arguments
 from toy import measure
 from vlm import VLM
 
-SMALL = "--iterations 1 --questioner-steps 2 --reasoner-steps 2 --images-per-step 2 --group-size 4 --answers 4".split()
-SMALL += "--candidates 8 --device cpu".split()
+SMALL = "--iterations 1 --questioner-steps 2 --reasoner-steps 2 --images-per-step 2 --group-size 4".split()
+SMALL += "--answers 4 --candidates 8 --device cpu".split()
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def image_folder(folder):
     return folder
 
 
-# ---- A published layout, end to end --------------------------------------------------------------------------------------
+# ---- A published layout, end to end ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["qwen", "mimo"])
@@ -119,7 +119,7 @@ def test_a_published_checkpoint_on_a_folder_of_images(taught, workplace, capsys)
         )
 
 
-# ---- The toy -----------------------------------------------------------------------------------------------------------
+# ---- The toy -----------------------------------------------------------------------------------------------
 
 
 def test_a_run_is_reproducible_and_resumes(workplace, capsys, monkeypatch):
@@ -155,7 +155,8 @@ def test_a_run_is_reproducible_and_resumes(workplace, capsys, monkeypatch):
 
 
 def test_saving_memory_changes_no_number(workplace):
-    """Checkpointed activations are the same numbers computed twice, offloaded masters the same numbers elsewhere."""
+    """Checkpointed activations are the same numbers computed twice, offloaded masters the same numbers
+    elsewhere."""
     for name, flags in (("plain", []), ("small", ["--gradient-checkpointing", "--offload"])):
         assert loop.main([*SMALL, "--name", name, *flags]) == 0
     timings = ("seconds", "tokens_per_second")
@@ -174,7 +175,8 @@ def test_saving_memory_changes_no_number(workplace):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_model_works_while_it_is_parked(workplace, monkeypatch, dtype):
-    """On a GPU a model that does not work at the moment is on the CPU: each use must be while it is present."""
+    """On a GPU a model that does not work at the moment is on the CPU: each use must be while it is
+    present."""
     roles, used, embed, park = [], set(), vlm_module.embed, VLM.park
 
     def parked(self):
@@ -195,7 +197,8 @@ def test_no_model_works_while_it_is_parked(workplace, monkeypatch, dtype):
 
 
 def test_training_never_sees_the_truth(workplace, monkeypatch):
-    """Two runs alike but for the answerer, which in one knows only nonsense: everything but the measurements is equal."""
+    """Two runs alike but for the answerer, which in one knows only nonsense: everything but the measurements
+    is equal."""
     import toy.answerer
 
     assert loop.main([*SMALL, "--name", "true"]) == 0
@@ -229,7 +232,8 @@ def test_training_never_sees_the_truth(workplace, monkeypatch):
 def test_training_never_imports_the_answerer(workplace):
     """In a fresh process where importing it fails, a whole run on unlabelled images goes through."""
     image_folder(workplace / "images")
-    code = "import sys; sys.modules['toy.answerer'] = None; sys.modules['toy.measure'] = None; import loop; sys.exit(loop.main(sys.argv[1:]))"
+    code = "import sys; sys.modules['toy.answerer'] = sys.modules['toy.measure'] = None; import loop; "
+    code += "sys.exit(loop.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "--images", "images", *SMALL]
     done = subprocess.run(
         command, cwd=workplace, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True
@@ -258,7 +262,7 @@ def _imports(file):
     return names
 
 
-# ---- What must be survived -----------------------------------------------------------------------------------------------
+# ---- What must be survived ---------------------------------------------------------------------------------
 
 
 def test_failure_signatures_are_printed_and_written(workplace, monkeypatch, capsys):
@@ -340,7 +344,8 @@ def test_invalid_questions_and_an_empty_curated_set(published, workplace, capsys
 
 
 def test_equal_rewards_and_a_gradient_that_is_not_finite(workplace, monkeypatch, capsys):
-    """Every answer gets the same reward, then every log-probability is NaN: the Reasoner ends with finite weights."""
+    """Every answer gets the same reward, then every log-probability is NaN: the Reasoner ends with finite
+    weights."""
     s = parse_arguments("", [*SMALL, "--name", "x"])
     run = command.ready(s)
     before = [p.clone() for p in run.reasoner.model.parameters()]
@@ -404,7 +409,7 @@ def test_export_is_proven_at_the_start(published, workplace, capsys):
     )
 
 
-# ---- The command line ----------------------------------------------------------------------------------------------------
+# ---- The command line --------------------------------------------------------------------------------------
 
 
 def nothing(folder):
@@ -440,14 +445,32 @@ def name_taken(folder):
     return ["--name", "taken"]
 
 
-WRONG = [
-    ("--model ./nowhere", nothing), ("", no_checkpoint), ("", pickle_only), ("", other_architecture), ("", no_images),
-    ("", name_taken), ("--images nowhere", nothing), ("--group-size 1", nothing), ("--tau-low 0.8 --tau-high 0.3", nothing),
-    ("--tau-high 1.5", nothing), ("--questioner-steps 0", nothing), ("--reasoner-steps -3", nothing), ("--iterations 0", nothing),
-    ("--lr nan", nothing), ("--lr inf", nothing), ("--lr x", nothing), ("--temperature 0", nothing), ("--top-p 0", nothing),
-    ("--device abacus", nothing), ("--dtype int8", nothing), ("--no-such-flag", nothing), ("--resume nowhere", nothing),
-    ("--resume x --lr 1", nothing), ("--beta nan", nothing), ("--tau-low nan", nothing), ("--seed 1000000", nothing),
-]  # fmt: skip
+ALONE = [  # nothing has to be there for these
+    "--model ./nowhere",
+    "--images nowhere",
+    "--group-size 1",
+    "--tau-low 0.8 --tau-high 0.3",
+    "--tau-high 1.5",
+    "--questioner-steps 0",
+    "--reasoner-steps -3",
+    "--iterations 0",
+    "--lr nan",
+    "--lr inf",
+    "--lr x",
+    "--temperature 0",
+    "--top-p 0",
+    "--device abacus",
+    "--dtype int8",
+    "--no-such-flag",
+    "--resume nowhere",
+    "--resume x --lr 1",
+    "--beta nan",
+    "--tau-low nan",
+    "--seed 1000000",
+]
+WRONG = [(args, nothing) for args in ALONE] + [
+    ("", setup) for setup in (no_checkpoint, pickle_only, other_architecture, no_images, name_taken)
+]
 
 
 @pytest.mark.parametrize("args, setup", WRONG)

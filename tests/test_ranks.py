@@ -81,7 +81,8 @@ def trained(ranks, dtype="float32", sharded=False, checkpointing=False, lr=1e-4)
     with torch.no_grad():
         for parameter in reference.model.parameters():
             parameter.mul_(1 + 0.01 * torch.randn(parameter.shape, generator=rng).to(parameter.dtype))
-    # On a CPU there is nowhere to offload to: --offload only says that the model is sharded, over one process.
+    # On a CPU there is nowhere to offload to: --offload only says that the model is sharded, over one
+    # process.
     return Trained(vlm, lr, 0.01, offload=sharded, checkpointing=checkpointing, ranks=ranks), reference
 
 
@@ -110,7 +111,8 @@ def test_one_sharded_process_makes_the_plain_gradient_bit_for_bit(checkpointing)
 
 @pytest.mark.parametrize("size, count", [(2, 5), (3, 5), (3, 2), (2, 1)])
 def test_a_gradient_of_several_processes_is_that_of_one(size, count, monkeypatch):
-    """Also where ranks have fewer groups than others, or none: they keep step with batches that count for nothing."""
+    """Also where ranks have fewer groups than others, or none: they keep step with batches that count for
+    nothing."""
     plain, metrics, _ = gradients(Ranks(), count)
     results = together(size, gradients, count)
     for theirs, their_metrics, is_sharded in results:
@@ -183,11 +185,12 @@ def random_groups_with(groups):
     return [grpo.Group(g.prompt, g.completions, g.rewards, g.ref_logp) for g in groups]
 
 
-# ---- What an interrupted run needs ---------------------------------------------------------------------------
+# ---- What an interrupted run needs -------------------------------------------------------------------------
 
 
 def one_more(ranks, folder, first):
-    """The first two of three updates, saved, or the third of a run that loads them; with as many ranks as there are."""
+    """The first two of three updates, saved, or the third of a run that loads them; with as many ranks as
+    there are."""
     policy, reference = trained(ranks)
     if not first:
         parts = json.loads((folder / "parts.json").read_text())

@@ -1,4 +1,5 @@
-"""A run survives: kills at random moments, polite stops, full disks, a second process, other settings, lost ranks.
+"""A run survives: kills at random moments, polite stops, full disks, a second process, other settings, lost
+ranks.
 
 Every run here is the toy on a folder of images. By default 6 kills, with `--thorough` 40.
 """
@@ -25,8 +26,8 @@ from engine import run as run_module
 from engine import state as state_module
 from vlm import VLM
 
-ARGS = "--images images --iterations 2 --questioner-steps 3 --reasoner-steps 3 --images-per-step 2 --group-size 4 --answers 4".split()
-ARGS += "--candidates 12 --tau-low 0 --tau-high 1 --save-every 2 --device cpu --name".split()
+ARGS = "--images images --iterations 2 --questioner-steps 3 --reasoner-steps 3 --images-per-step 2".split()
+ARGS += "--group-size 4 --answers 4 --candidates 12 --tau-low 0 --tau-high 1 --save-every 2 --device cpu --name".split()
 KILLS = 40 if THOROUGH else 6
 
 
@@ -59,7 +60,8 @@ def launch(folder, *args):
 
 
 def outcome(folder):
-    """All that a run has to give: records without timings, curated questions, weights, and what is left lying about."""
+    """All that a run has to give: records without timings, curated questions, weights, and what is left lying
+    about."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     records = [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in lines]
     curated = [path.read_text() for path in sorted((folder / "curated").iterdir())]
@@ -85,7 +87,8 @@ def place(folder):
 
 
 def test_kills_at_random_moments(workplace, whole):
-    """Killed again and again, the run goes on each time and ends as if nothing had happened; then the next run, until enough."""
+    """Killed again and again, the run goes on each time and ends as if nothing had happened; then the next
+    run, until enough."""
     expected, seconds = whole
     rng, kills, phases, number = random.Random(0), 0, set(), 0
     while kills < KILLS:

@@ -1,4 +1,5 @@
-"""The state on disk: whole or passed over, whatever moment a write is cut off at and whatever happens to a file later."""
+"""The state on disk: whole or passed over, whatever moment a write is cut off at and whatever happens to a
+file later."""
 
 import json
 import os

@@ -197,7 +197,8 @@ def test_packing_loses_nothing_and_keeps_to_the_budget(shapes, row_tokens, batch
 
 
 def test_weights_are_parked_and_present(random_vlm):
-    """Present on the meta device, as there is no other here: away in the block, back after it, on errors too."""
+    """Present on the meta device, as there is no other here: away in the block, back after it, on errors
+    too."""
     vlm = random_vlm.copy()
     before = [p.clone() for p in vlm.model.parameters()]
     vlm.park()
