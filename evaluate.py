@@ -15,7 +15,7 @@ first on the same questions (a paired bootstrap, and McNemar's exact test).
 A line of the data is {"image": path, "question": text, "answer": text or list of texts that all count as
 right}, and may have "choices" (a list; the answer is then a letter or the text of one), "kind" (scored
 apart), and "question_id" and "figure_id" (see `pair_scores`). How the paper's benchmarks become such lines is
-in the README.
+in docs/evaluation.md.
 """
 
 import argparse

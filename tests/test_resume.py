@@ -27,7 +27,8 @@ from engine import state as state_module
 from vlm import VLM
 
 ARGS = "--images images --iterations 2 --questioner-steps 3 --reasoner-steps 3 --images-per-step 2".split()
-ARGS += "--group-size 4 --answers 4 --candidates 12 --tau-low 0 --tau-high 1 --save-every 2 --device cpu --name".split()
+ARGS += "--group-size 4 --answers 4 --candidates 12 --tau-low 0 --tau-high 1 --save-every 2".split()
+ARGS += "--device cpu --name".split()
 KILLS = 40 if THOROUGH else 6
 
 
