@@ -127,9 +127,9 @@ class VLM:
         checkpoint.save(self, Path(path))
 
     def copy(self) -> "VLM":
-        """A second, independent set of weights; tokenizer and image processor are shared."""
+        """Independent weights; what is frozen is shared, as are tokenizer and image processor."""
         twin = copy.copy(self)
-        twin.model, twin.parked = copy.deepcopy(self.model), False
+        twin.model, twin.parked = copy_model(self.model), False
         if self.parked:
             twin.park()
         return twin
@@ -180,7 +180,8 @@ class VLM:
             self.parked = True
 
     def _tensors(self) -> list[Tensor]:
-        return [*self.model.parameters(), *self.model.buffers()]
+        """What is parked: frozen weights are not, as several copies share them."""
+        return [*(p for p in self.model.parameters() if p.requires_grad), *self.model.buffers()]
 
     def use_less_memory(self) -> None:
         """After the GPU ran out of memory: from now on half as many tokens at a time. Raises OutOfMemoryError
@@ -287,6 +288,11 @@ class PackedForward(torch.nn.Module):
             layer.training = False
         where, targets = batch.where.to(device), batch.targets.to(device)
         return token_logprobs(hidden[where], self.model.lm_head.weight, targets, temperature)
+
+
+def copy_model(model):
+    """A copy that shares the frozen weights."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
 
 
 def embed(model, ids: Tensor, prompts: list[Prompt]) -> Tensor:

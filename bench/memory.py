@@ -15,21 +15,23 @@ from engine import plan
 GPUS = {12: 11.0, 16: 14.7, 24: 22.0, 40: 39.4, 80: 78.0, 141: 139.0}
 COUNTS = (1, 2, 4, 8, 16)
 FLAGS = {
-    "": (False, False),
-    "`--gradient-checkpointing`": (True, False),
-    "`--gradient-checkpointing --offload`": (True, True),
+    "": (False, False, 0),
+    "`--gradient-checkpointing`": (True, False, 0),
+    "`--gradient-checkpointing --offload`": (True, True, 0),
+    "`--gradient-checkpointing --lora-rank 16`": (True, False, 16),
 }
 WORK = plan.Work(
     image_tokens=1024, text_tokens=100, new_tokens=1024, group_size=8, questions=1024, answers=10
 )
 
 
-def gpus_needed(size: str, gib: float, checkpointing: bool, offload: bool) -> int | None:
+def gpus_needed(size: str, gib: float, checkpointing: bool, offload: bool, rank: int) -> int | None:
     """The smallest number of GPUs with which every moment fits; None if even the largest is too small."""
     config, available = shape_config(size), int(gib * 2**30)
 
     def fits(count: int) -> bool:
-        moments = plan.memory_plan(config, torch.bfloat16, available, WORK, checkpointing, offload, count)
+        how = (checkpointing, offload, count, rank)
+        moments = plan.memory_plan(config, torch.bfloat16, available, WORK, *how)
         return max(moment.total for moment in moments) <= 0.95 * available
 
     return next(filter(fits, COUNTS), None)
@@ -40,30 +42,32 @@ def table() -> list[str]:
     names = [f"{gb} GB" for gb in GPUS]
     lines = ["| model | flags | " + " | ".join(names) + " |", "| --- | --- |" + " --- |" * len(GPUS)]
     for size in ("3b", "7b"):
-        for flags, (checkpointing, offload) in FLAGS.items():
-            cells = [str(gpus_needed(size, gib, checkpointing, offload) or "-") for gib in GPUS.values()]
+        for flags, how in FLAGS.items():
+            cells = [str(gpus_needed(size, gib, *how) or "-") for gib in GPUS.values()]
             lines.append(f"| {size.upper()} | {flags} | " + " | ".join(cells) + " |")
     return lines
 
 
 def update_table() -> list[str]:
     """What an update takes on one GPU, in GiB, and what is in the computer's memory, in Markdown."""
-    columns, rows = [], {}
+    lines = [
+        "| model | flags | masters, moments, gradients | frozen weights | whole layers | activations "
+        "| **an update** | weights in rollouts | in the computer's memory |",
+        "| --- | --- |" + " --- |" * 7,
+    ]
     for size in ("3b", "7b"):
-        for flags, (checkpointing, offload) in FLAGS.items():
-            config, available = shape_config(size), 141 * 2**30
-            moments = plan.memory_plan(config, torch.bfloat16, available, WORK, checkpointing, offload)
-            columns.append(f"{size.upper()} {flags}".strip())
-            for name, value in moments[2].parts.items():
-                rows.setdefault(name, {})[columns[-1]] = value
-            rows.setdefault("**an update, in all**", {})[columns[-1]] = moments[2].total
-            rows.setdefault("a plain copy, in rollouts", {})[columns[-1]] = moments[1].parts["reasoner"]
-            host = plan.host_plan(config, torch.bfloat16, offload)
-            rows.setdefault(host.name, {})[columns[-1]] = host.total
-    lines = ["| GiB | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
-    for name, values in rows.items():
-        cells = [f"{values.get(column, 0) / 2**30:.1f}" for column in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        for flags, (checkpointing, offload, rank) in FLAGS.items():
+            config, how = shape_config(size), (checkpointing, offload, 1, rank)
+            moments = plan.memory_plan(config, torch.bfloat16, 141 * 2**30, WORK, *how)
+            answering, update = moments[1].parts, moments[2].parts
+            frozen = update.get("frozen weights", 0)
+            known = ("frozen weights", "whole layers", "activations")
+            trained = sum(value for name, value in update.items() if name not in known)
+            sizes = [trained, frozen, update["whole layers"], update["activations"], moments[2].total]
+            sizes += [answering["reasoner"] + frozen, plan.host_plan(config, torch.bfloat16, *how[1:]).total]
+            lines.append(
+                f"| {size.upper()} | {flags} | " + " | ".join(f"{s / 2**30:.1f}" for s in sizes) + " |"
+            )
     return lines
 
 

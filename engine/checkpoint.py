@@ -18,6 +18,8 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLConfig, Qwen2VLImageProcessorPil
 
+import lora
+
 USER_TEXT = "\x01user text\x01"  # stands for the user's text while the chat template is rendered
 SMALL = ("*.json", "*.txt", "*.jinja")  # everything in a checkpoint but the weights
 READ = (
@@ -335,7 +337,7 @@ def kept_files(vlm) -> dict[str, bytes]:
 def save(vlm, folder: Path) -> None:
     """Writes a checkpoint folder: the weights in the source's names and type of numbers, and `kept_files`."""
     files, dtype, written = kept_files(vlm), stored_dtype(vlm.source), vlm.model.generation_config
-    weights, cast = vlm.model.state_dict(), {}
+    weights, cast = lora.merged_weights(vlm.model), {}
     for value in weights.values():  # a tied matrix stays one tensor
         cast.setdefault(value.data_ptr(), value.to("cpu", dtype))
     vlm.model.generation_config = GenerationConfig()  # published ones may not pass transformers' own checks

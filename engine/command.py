@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
+import lora
 from engine import checkpoint, plan
 from engine.checkpoint import load_config, load_processors
 from engine.images import Found, ImageError, find_images
@@ -200,6 +201,10 @@ def load_roles(s: Settings) -> tuple[VLM, VLM]:
     if device.index is not None:
         torch.cuda.set_device(device)
     base = VLM.load(model_of(s), device, s.dtype, s.max_pixels)
+    if s.lora_rank:
+        lora.add_lora(base.model, s.lora_rank, s.seed)
+    if s.freeze_vision:
+        base.model.model.visual.requires_grad_(False)
     base.park()
     return base, base.copy()
 
@@ -295,12 +300,12 @@ def print_plan(s: Settings, run: Run) -> None:
     # 100: an instruction, a question
     work = plan.Work(image_tokens, 100, s.max_new_tokens, s.group_size, questions, s.answers)
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    memory = (s.gradient_checkpointing, s.offload, run.ranks.size)
+    memory = (s.gradient_checkpointing, s.offload, run.ranks.size, s.lora_rank, s.freeze_vision)
     for moment in plan.memory_plan(config, dtype, total, work, *memory):
         parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in moment.parts.items() if size)
         too_much = total is not None and moment.total >= total
         verdict = f"; MORE than the {total / 2**30:.0f} GiB of {device}" if too_much else ""
         print(f"memory   {moment.name}: {moment.total / 2**30:.2f} GiB ({parts}){verdict}")
     if device.type == "cuda":
-        host = plan.host_plan(config, dtype, s.offload, run.ranks.size)
+        host = plan.host_plan(config, dtype, *memory[1:])
         print(f"memory   {host.name}: {host.total / 2**30:.2f} GiB")

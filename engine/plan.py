@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+import lora
 from cache import CPU_CACHE_BYTES, SAMPLING_BYTES, cache_token_bytes
 from generate import PREFILL_TOKENS
 from packing import BATCH_IMAGE_TOKENS, BATCH_TOKENS, LOGITS, ROW_TOKENS
@@ -64,6 +65,17 @@ def parameter_sizes(config: Qwen2_5_VLConfig) -> dict[str, int]:
     return {name: p.numel() for name, p in model.named_parameters()}
 
 
+def trained_sizes(config: Qwen2_5_VLConfig, lora_rank: int, freeze_vision: bool) -> dict[str, int]:
+    """The number of elements of each parameter that is trained, by name."""
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+        if lora_rank:
+            lora.add_lora(model, lora_rank)
+    if freeze_vision:
+        model.model.visual.requires_grad_(False)
+    return {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+
+
 def memory_plan(
     config: Qwen2_5_VLConfig,
     dtype: torch.dtype,
@@ -72,35 +84,42 @@ def memory_plan(
     checkpointing: bool,
     offload: bool,
     ranks: int = 1,
+    lora_rank: int = 0,
+    freeze_vision: bool = False,
 ) -> list[Moment]:
     """The memory of the moments of one iteration that take most, on one GPU of `ranks`.
 
     device_bytes: the memory of the GPU, None on a CPU. `work` is what all ranks have to do.
     """
-    sizes, work = parameter_sizes(config), replace(work, questions=-(-work.questions // ranks))
-    parameters, sharded = sum(sizes.values()), ranks > 1 or offload or dtype != torch.float32
-    weights, own = parameters * dtype.itemsize, -(-parameters // ranks)
-    roles, reference = {"questioner": weights, "reasoner": weights}, {"reference": weights}
+    sizes, work = (
+        trained_sizes(config, lora_rank, freeze_vision),
+        replace(work, questions=-(-work.questions // ranks)),
+    )
+    trained, master = sum(sizes.values()), torch.float32 if lora_rank else dtype
+    sharded, own = ranks > 1 or offload or master != torch.float32, -(-trained // ranks)
+    # A plain copy is what is trained; what is frozen is there once, for all of them.
+    copy, all_weights = trained * master.itemsize, sum(parameter_sizes(config).values()) * dtype.itemsize
+    frozen = all_weights - (0 if lora_rank else copy)
+    base, copies = {"frozen weights": frozen} if frozen else {}, {"questioner": copy, "reasoner": copy}
     in_training = {"float32 masters": 4 * own if sharded else 0, "AdamW's moments": 8 * own}
     device = "cpu" if device_bytes is None else "cuda"
-    rest, layer = layer_sizes(sizes)
-    activations = activation_bytes(config, dtype, work, checkpointing, device)
-    if sharded:
-        activations = max(activations, rest * (dtype.itemsize + 4 + 4))
-    update = {
-        "gradients": 4 * own,
-        "whole layers": (rest + 2 * layer) * dtype.itemsize if sharded else 0,
-        "activations": activations,
-    }
+    update = {"gradients": 4 * own} | update_parts(config, dtype, sizes, work, checkpointing, device)
+    if not sharded:
+        update |= {
+            "whole layers": 0,
+            "activations": activation_bytes(config, dtype, work, checkpointing, device, sizes),
+        }
     if device_bytes is not None and offload:
         in_training, update["gradients"] = {}, 0
     # What stays while nothing works: on a CPU all copies, on a GPU the one that is trained itself.
-    stays = (roles | reference) if device_bytes is None else {} if sharded else {"trained role": weights}
+    stays = base | (
+        copies | {"reference": copy} if device_bytes is None else {} if sharded else {"trained role": copy}
+    )
 
     def rollouts(name: str, role: str, rows: int, n: int, training: bool) -> Moment:
-        parts = (stays | in_training if training else roles if device_bytes is None else {}) | {role: weights}
-        if "trained role" in parts and name.startswith(role.title()):
-            parts.pop(role)  # it is the trained role
+        parts = stays | in_training if training else base | (copies if device_bytes is None else {})
+        if not ("trained role" in parts and name.startswith(role.title())):
+            parts = parts | {role: copy}
         free = CPU_CACHE_BYTES if device_bytes is None else max(0, device_bytes - sum(parts.values())) // 2
         least, most = (rollout_bytes(config, dtype, work, count, n) for count in (n, rows))
         return Moment(name, parts | {"cache": max(least, min(most, free))})
@@ -115,15 +134,38 @@ def memory_plan(
     ]
 
 
-def host_plan(config: Qwen2_5_VLConfig, dtype: torch.dtype, offload: bool, ranks: int = 1) -> Moment:
+def update_parts(
+    config: Qwen2_5_VLConfig,
+    dtype: torch.dtype,
+    sizes: dict[str, int],
+    work: Work,
+    checkpointing: bool,
+    device: str,
+) -> dict[str, int]:
+    """What an update takes besides weights, gradients and moments, where the model is sharded."""
+    rest, layer = layer_sizes(sizes)
+    activations = activation_bytes(config, dtype, work, checkpointing, device, sizes)
+    last = rest * (dtype.itemsize + 4 + 4)
+    return {"whole layers": (rest + 2 * layer) * dtype.itemsize, "activations": max(activations, last)}
+
+
+def host_plan(
+    config: Qwen2_5_VLConfig,
+    dtype: torch.dtype,
+    offload: bool,
+    ranks: int = 1,
+    lora_rank: int = 0,
+    freeze_vision: bool = False,
+) -> Moment:
     """What one process with a GPU keeps in the computer's memory: three plain copies, and what --offload
     moves there.
 
     It is pinned, and pinned memory is rounded up to a power of two: of a copy as one, of masters and
     gradients each tensor's.
     """
-    sizes = parameter_sizes(config).values()
-    parts = {"three plain copies": 3 * _power_of_two(sum(sizes) * dtype.itemsize)}
+    sizes = trained_sizes(config, lora_rank, freeze_vision).values()
+    itemsize = 4 if lora_rank else dtype.itemsize
+    parts = {"three plain copies": 3 * _power_of_two(sum(sizes) * itemsize)}
     if offload:
         shards = [-(-4 * size // ranks) for size in sizes]
         parts["masters and gradients"] = 2 * sum(map(_power_of_two, shards))
@@ -142,7 +184,7 @@ def layer_sizes(sizes: dict[str, int]) -> tuple[int, int]:
         parts = name.split(".")
         where = next((parts[: i + 2] for i, part in enumerate(parts) if part in ("layers", "blocks")), [])
         layers[".".join(where)] = layers.get(".".join(where), 0) + size
-    rest = layers.pop("")
+    rest = layers.pop("", 0)
     return rest, max(layers.values())
 
 
@@ -163,20 +205,32 @@ def largest_batch(work: Work) -> tuple[int, int]:
 
 
 def activation_bytes(
-    config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, checkpointing: bool, device: str
+    config: Qwen2_5_VLConfig,
+    dtype: torch.dtype,
+    work: Work,
+    checkpointing: bool,
+    device: str,
+    sizes: dict[str, int],
 ) -> int:
     """What the backward pass keeps at most (see the top); shorter completions put more images in a batch."""
     lengths = sorted({max(1, work.new_tokens * i // 32) for i in range(1, 33)})
-    return max(
-        batch_bytes(config, dtype, replace(work, new_tokens=length), checkpointing, device)
-        for length in lengths
-    )
+    works = [replace(work, new_tokens=length) for length in lengths]
+    return max(batch_bytes(config, dtype, each, checkpointing, device, sizes) for each in works)
 
 
 def batch_bytes(
-    config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, checkpointing: bool, device: str
+    config: Qwen2_5_VLConfig,
+    dtype: torch.dtype,
+    work: Work,
+    checkpointing: bool,
+    device: str,
+    sizes: dict[str, int],
 ) -> int:
-    """The same for the largest batch of completions that all have `work.new_tokens` tokens."""
+    """The same for the largest batch of completions that all have `work.new_tokens` tokens.
+
+    sizes: of what is trained. A frozen image encoder keeps nothing, and a frozen output matrix has no
+    gradient.
+    """
     rows, row = largest_batch(work)
     text, vision = config.text_config, config.vision_config
     patches = vision.spatial_merge_size**2 * rows * work.image_tokens
@@ -186,14 +240,12 @@ def batch_bytes(
 
     text_layer = layer(rows * row, text.hidden_size, text.intermediate_size, 8)
     vision_layer = layer(patches, vision.hidden_size, vision.intermediate_size, 12)
+    depth = vision.depth if any("visual" in name for name in sizes) else 0
     mask = rows * row * row * dtype.itemsize
     matrix = text.vocab_size * text.hidden_size * dtype.itemsize  # the gradient of the output matrix
-    logits = min(LOGITS[device], rows * row * text.vocab_size) * (
-        4 + dtype.itemsize
-    )  # as made, and in float32
+    matrix = matrix if any("embed_tokens" in name for name in sizes) else 0
+    logits = min(LOGITS[device], rows * row * text.vocab_size) * (4 + dtype.itemsize)  # as made, in float32
     if not checkpointing:
-        return mask + text.num_hidden_layers * text_layer + vision.depth * vision_layer + logits + matrix
-    inputs = (
-        text.num_hidden_layers * rows * row * text.hidden_size + vision.depth * patches * vision.hidden_size
-    ) * dtype.itemsize
-    return mask + inputs + matrix + max(text_layer, vision_layer, logits, matrix)
+        return mask + text.num_hidden_layers * text_layer + depth * vision_layer + logits + matrix
+    inputs = text.num_hidden_layers * rows * row * text.hidden_size + depth * patches * vision.hidden_size
+    return mask + inputs * dtype.itemsize + matrix + max(text_layer, vision_layer, logits, matrix)

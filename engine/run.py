@@ -5,6 +5,7 @@
     candidates/iteration-K.jsonl every valid question that was proposed for curation, with its votes
     curated/iteration-K.jsonl    those that were kept: the Reasoner's training set of iteration K
     questioner/, reasoner/       both roles after the last complete iteration, as Hugging Face checkpoints
+    questioner-adapter/, ...     with --lora-rank also what was trained, for PEFT
     skipped.txt                  images that could not be used, and why
     state/                       what an interrupted run goes on from (see state.py)
 
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import curate
+import lora
 from curate import Example
 from engine import records
 from engine.images import Found, ImageError, Picture, Pictures, load_image
@@ -137,8 +140,7 @@ class Run:
         """Takes both roles, with the weights of the state; a new run's are the base's, and saved as such."""
         self.questioner, self.reasoner = questioner, reasoner
         if "questioner" not in self.state.files:
-            base = dict(questioner.model.named_parameters()) if self.ranks.first else {}
-            self.save({"base": base})
+            self.save({"base": trained_weights(questioner) if self.ranks.first else {}})
             base = self.state.files.pop("base")
             self.state.files |= {"questioner": base, "reasoner": base}
         else:
@@ -319,6 +321,9 @@ class Run:
         """Writes both roles as Hugging Face checkpoints (but the base), and goes on to the next iteration."""
         for role, vlm in self.roles.items() if self.ranks.first and k else ():
             replace_folder(self.folder / role, vlm.save)
+            if self.settings.lora_rank:
+                write = partial(lora.save_adapter, vlm.model, str(vlm.source))
+                replace_folder(self.folder / f"{role}-adapter", write)
         self.advance()
 
     # ---- Records and lines ---------------------------------------------------------------------------------
@@ -397,3 +402,8 @@ class Run:
         if new and self.ranks.first:
             lines = [f"{records.printable(path)}\t{why}\n" for path, why in self.images.skipped]
             replace_text(self.folder / "skipped.txt", "".join(lines))
+
+
+def trained_weights(vlm: VLM) -> dict[str, Tensor]:
+    """All that training changes."""
+    return {name: p.detach() for name, p in vlm.model.named_parameters() if p.requires_grad}

@@ -72,6 +72,10 @@ class Settings:
     offload: bool = setting(
         False, "keep float32 master weights and AdamW's moments in CPU memory, for a GPU that is too small"
     )
+    lora_rank: int = setting(
+        0, "train only a low-rank change of the text model, R; needs a higher --lr, as 2e-5 (0: all weights)"
+    )
+    freeze_vision: bool = setting(False, "leave the image encoder as it is; --lora-rank always does")
     save_every: int = setting(
         5, "steps between two saved states of a run; a state is also saved when a phase ends"
     )
@@ -83,7 +87,7 @@ class Settings:
             iterations=1, questioner_steps=1, reasoner_steps=1, images_per_step=1, group_size=2, answers=1
         )
         least |= dict(candidates=1, max_new_tokens=1, max_pixels=28 * 28, seed=0, lr=0.0, weight_decay=0.0)
-        least |= dict(beta=0.0, diversity_weight=0.0, tau_low=0.0, save_every=1)
+        least |= dict(beta=0.0, diversity_weight=0.0, tau_low=0.0, save_every=1, lora_rank=0)
         for name, value in least.items():
             if not getattr(self, name) >= value or math.isinf(getattr(self, name)):
                 raise ValueError(

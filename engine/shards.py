@@ -14,7 +14,6 @@ What ranks exchange besides is small (questions, votes, metrics) and JSON: torch
 would pickle.
 """
 
-import copy
 import json
 import os
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from packing import lay_out, pack
-from vlm import VLM, PackedForward
+from vlm import VLM, PackedForward, copy_model
 
 PATIENCE = timedelta(hours=2)  # that one rank waits for another, whose completions may be far longer
 
@@ -109,7 +108,8 @@ class Trained:
         ranks: Ranks | None = None,
     ):
         self.vlm, self.ranks = vlm, ranks or Ranks()
-        self.sharded = self.ranks.size > 1 or vlm.model.dtype != torch.float32 or offload
+        whole = all(p.dtype == torch.float32 for p in vlm.model.parameters() if p.requires_grad)
+        self.sharded = self.ranks.size > 1 or not whole or offload
         if self.sharded:
             self.forward = shard(vlm, offload, checkpointing, self.ranks.size)
         else:
@@ -121,7 +121,10 @@ class Trained:
 
     def parameters(self) -> list[Tensor]:
         """The masters: sharded ones hold this rank's part, as DTensors."""
-        return list(self.forward.model.parameters())
+        return [p for _, p in self._named()]
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        return [(name, p) for name, p in self.forward.model.named_parameters() if p.requires_grad]
 
     def batches(self, groups: list[tuple], temperature: float = 1.0) -> Iterator:
         """See grpo.py. The shares are those of all completions of all ranks, times the number of ranks.
@@ -156,25 +159,26 @@ class Trained:
     @torch.no_grad()
     def refresh(self) -> None:
         """Rounds the masters into the plain copy, a tensor at a time."""
-        for plain, master in zip(self.vlm.model.parameters(), self.parameters()):
-            plain.copy_(master.full_tensor())
+        plain = dict(self.vlm.model.named_parameters())
+        for name, master in self._named():
+            plain[name].copy_(master.full_tensor())
 
     # What an interrupted run needs. Parts of a sharded tensor are slices along dimension 0, in the order of
     # the ranks.
 
     def weights(self) -> dict[str, Tensor]:
         """This rank's part of the masters, by name."""
-        return {name: _local(p).detach() for name, p in self.forward.model.named_parameters()}
+        return {name: _local(p).detach() for name, p in self._named()}
 
     def moments(self) -> dict[str, Tensor]:
         """This rank's part of AdamW's moments, and its step counts, named NAME:exp_avg and so on."""
-        named = {name: self.optimizer.state[p] for name, p in self.forward.model.named_parameters()}
+        named = {name: self.optimizer.state[p] for name, p in self._named()}
         return {f"{name}:{kind}": _local(t) for name, state in named.items() for kind, t in state.items()}
 
     @torch.no_grad()
     def load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Puts whole tensors, by name, into the masters, and refreshes the plain copy."""
-        masters = dict(self.forward.model.named_parameters())
+        masters = dict(self._named())
         for name, whole in weights:
             _local(masters[name]).copy_(_local(_like(masters[name], whole)))
         if self.sharded:
@@ -182,7 +186,7 @@ class Trained:
 
     def load_moments(self, moments: Iterator[tuple[str, Tensor]]) -> None:
         """Goes on with these moments, whole tensors by name."""
-        masters = dict(self.forward.model.named_parameters())
+        masters = dict(self._named())
         for key, whole in moments:
             name, kind = key.rsplit(":", 1)
             moment = whole if kind == "step" else _like(masters[name], whole)
@@ -204,10 +208,24 @@ def shard(vlm: VLM, offload: bool, checkpointing: bool, size: int) -> PackedForw
         mp_policy=precision,
         offload_policy=CPUOffloadPolicy() if offload and device.type == "cuda" else OffloadPolicy(),
     )
-    forward = PackedForward(copy.deepcopy(vlm.model), checkpointing)
+    forward = PackedForward(copy_model(vlm.model), checkpointing)
+    frozen = {
+        p for p in forward.parameters() if not p.requires_grad
+    }  # stays as it is, shared with the plain copy
     for layer in (*forward.model.model.visual.blocks, *forward.model.model.language_model.layers):
-        fully_shard(layer.to(device, torch.float32), **rules)
-    return fully_shard(forward.to(device, torch.float32), **rules)
+        if any(p.requires_grad for p in layer.parameters()):
+            fully_shard(_masters(layer, device), **rules, ignored_params=frozen)
+    return fully_shard(_masters(forward, device), **rules, ignored_params=frozen)
+
+
+def _masters(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Its trained weights in float32 on the device."""
+    for parameter in module.parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(device, torch.float32)
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(device)
+    return module
 
 
 def _backend() -> str:

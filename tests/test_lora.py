@@ -1,0 +1,194 @@
+"""LoRA against W + (alpha / R) B A, against PEFT, and through a whole run."""
+
+import json
+import sys
+
+import pytest
+import torch
+from checkpoints import noise_image
+from conftest import ROOT
+from test_loop import SMALL, records, workplace  # noqa: F401 (a fixture)
+from test_ranks import together
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+import grpo
+import loop
+import lora
+from engine import plan
+from engine.shards import Ranks, Trained
+from generate import generate
+from vlm import VLM
+
+sys.path.insert(0, str(ROOT / "bench"))
+from shapes import peak_extra_bytes, random_completions, random_prompt, random_vlm, shape_config  # noqa: E402
+
+
+def with_lora(dtype="float32", rank=4, moved=True):
+    """The toy with LoRA; `moved`: B is not 0 any more."""
+    vlm = VLM.load(ROOT / "toy", "cpu", dtype)
+    lora.add_lora(vlm.model, rank)
+    if moved:
+        rng = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, p in vlm.model.named_parameters():
+                if name.endswith("lora_B"):
+                    p.copy_(0.05 * torch.randn(p.shape, generator=rng))
+    return vlm
+
+
+def groups_of(vlm, count=3, seed=0):
+    rng, groups = torch.Generator().manual_seed(seed), []
+    for g in range(count):
+        prompt = vlm.prompt("How many?", noise_image(60 + 30 * g, 60, g))
+        completions = [torch.randint(4, 40, (2 + i,), generator=rng).tolist() for i in range(4)]
+        groups.append(grpo.Group(prompt, completions, torch.rand(4, generator=rng).tolist()))
+    return groups
+
+
+def test_it_starts_as_the_base_and_trains_only_the_text_models_change():
+    base, vlm = VLM.load(ROOT / "toy", "cpu", "float32"), with_lora(moved=False)
+    prompt, completions = base.prompt("How many?", noise_image(84, 84)), [[5, 6, 7], [8]]
+    for a, b in zip(base.logprobs(prompt, completions), vlm.logprobs(prompt, completions)):
+        assert torch.equal(a, b)
+    trained = [name for name, p in vlm.model.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 7 * 3 and all("language_model.layers" in name for name in trained)
+    assert all(p.dtype == torch.float32 for p in vlm.model.parameters() if p.requires_grad)
+
+
+def test_merged_weights_compute_the_same():
+    """The change applied beside W, and added to it: log-probabilities, greedy tokens, and plain names."""
+    vlm, plain = with_lora(), VLM.load(ROOT / "toy", "cpu", "float32")
+    before = plain.logprobs(plain.prompt("How many?", noise_image(84, 84)), [[5, 6, 7]])[0]
+    assert plain.model.load_state_dict(lora.merged_weights(vlm.model)).missing_keys == []
+    prompts = [vlm.prompt("How many?", noise_image(60 + 20 * i, 84, i)) for i in range(3)]
+    for prompt in prompts:
+        ours, theirs = (v.logprobs(prompt, [[5, 6, 7], [9, 9]]) for v in (vlm, plain))
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs))
+    assert not torch.allclose(before, plain.logprobs(prompts[0], [[5, 6, 7]])[0], atol=1e-2), "B is not 0"
+    tokens = [generate(v, prompts, 1, 12, temperature=0.0) for v in (vlm, plain)]
+    assert tokens[0] == tokens[1]
+
+
+def test_gradients_are_those_of_the_formula():
+    """dL/dB = s dL/dW A^T and dL/dA = s B^T dL/dW, with dL/dW from the merged model."""
+    vlm, plain = with_lora(), VLM.load(ROOT / "toy", "cpu", "float32")
+    plain.model.load_state_dict(lora.merged_weights(vlm.model))
+    prompt = vlm.prompt("How many?", noise_image(84, 84))
+    for v in (vlm, plain):
+        sum(x.sum() for x in v.logprobs(prompt, [[5, 6, 7], [9, 9]])).backward()
+    weights = dict(plain.model.named_parameters())
+    for name, layer in lora.text_linears(vlm.model):
+        gradient = weights[f"{name}.weight"].grad
+        for got, want in (
+            (layer.lora_B.grad, lora.ALPHA * gradient @ layer.lora_A.T),
+            (layer.lora_A.grad, lora.ALPHA * layer.lora_B.T @ gradient),
+        ):
+            assert (got - want).norm() <= 1e-4 * want.norm() + 1e-6, name
+        assert layer.weight.grad is None
+
+
+def test_copies_share_what_is_frozen_and_nothing_else():
+    vlm = with_lora("bfloat16")
+    vlm.park()
+    twin = vlm.copy()
+    for (name, a), (_, b) in zip(vlm.model.named_parameters(), twin.model.named_parameters()):
+        assert (a is b) == (not a.requires_grad), name
+        assert a.requires_grad == name.endswith(("lora_A", "lora_B")), name
+    groups = groups_of(vlm)
+    grpo.add_reference(groups, twin)
+    policy = Trained(twin, 1e-2, 0.0)
+    assert not policy.sharded, "float32 changes of a bfloat16 base need no masters"
+    before = {name: p.clone() for name, p in vlm.model.named_parameters()}
+    assert grpo.update(policy, policy.optimizer, groups)["grad_norm"] > 0
+    assert all(torch.equal(before[name], p) for name, p in vlm.model.named_parameters())
+    assert any(not torch.equal(before[name], p) for name, p in twin.model.named_parameters())
+
+
+def gradients(ranks, freeze=False):
+    """Of the trained weights, in whole: with LoRA, or all but the image encoder's."""
+    vlm = VLM.load(ROOT / "toy", "cpu", "float32") if freeze else with_lora()
+    if freeze:
+        vlm.model.model.visual.requires_grad_(False)
+    policy, mine = Trained(vlm, 1e-3, 0.0, ranks=ranks), ranks.share(groups_of(vlm))
+    grpo.add_reference(mine, vlm)
+    grpo.backward(policy, mine)
+    grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in policy.parameters()]
+    return torch.cat([g.flatten() for g in grads]).tolist(), sorted(policy.weights())
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_several_processes_train_it_as_one_does(freeze):
+    one, names = gradients(Ranks(), freeze)
+    assert names and not any("visual" in name for name in names)
+    for several, their_names in together(2, gradients, freeze):
+        assert their_names == names
+        a, b = torch.tensor(several), torch.tensor(one)
+        assert (a - b).norm() < 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_with_lora(workplace, dtype):  # noqa: F811
+    """It trains, stops, goes on to the same end, and leaves merged checkpoints and adapters; states are small."""
+    flags = [*SMALL, "--lora-rank", "4", "--lr", "1e-3", "--dtype", dtype, "--save-every", "1"]
+    assert loop.main([*flags, "--name", "whole"]) == 0
+    curate, calls = loop.curate_questions, []
+
+    def interrupted(*rest):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return curate(*rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "curate_questions", interrupted)
+        assert loop.main([*flags, "--name", "cut"]) == 1
+        assert loop.main(["--resume", "runs/cut"]) == 0
+    runs = workplace / "runs"
+    for role in ("questioner", "reasoner"):
+        files = [runs / name / role / "model.safetensors" for name in ("whole", "cut")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        base = (ROOT / "toy" / "model.safetensors").read_bytes()
+        assert len(files[0].read_bytes()) == len(base) and files[0].read_bytes() != base
+        config = json.loads((runs / "whole" / f"{role}-adapter" / "adapter_config.json").read_text())
+        assert config["r"] == 4 and config["lora_alpha"] == 8
+    state = sum(path.stat().st_size for path in (runs / "whole" / "state").iterdir())
+    assert state < len(base), "a state has no base in it"
+    assert all(r["skipped"] == 0 for r in records(runs / "whole") if "skipped" in r)
+
+
+def test_peft_loads_the_adapter_with_equal_logits(tmp_path):
+    peft = pytest.importorskip("peft")
+    vlm = with_lora()
+    lora.save_adapter(vlm.model, "toy", tmp_path / "adapter")
+    base = Qwen2_5_VLForConditionalGeneration.from_pretrained(ROOT / "toy", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    prompt = vlm.prompt("How many?", noise_image(84, 84))
+    merged = VLM.load(ROOT / "toy", "cpu", "float32")
+    merged.model = theirs.merge_and_unload()
+    ours, of_peft = (v.logprobs(prompt, [[5, 6, 7], [9, 9]]) for v in (vlm, merged))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, of_peft))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_plan_of_an_update(checkpointing):
+    vlm = random_vlm("small", "cpu", "float32")
+    lora.add_lora(vlm.model, 8)
+    prompt, completions = random_prompt(vlm, 300, 0), random_completions(vlm, 8, 48, 0)
+    group = grpo.Group(prompt, completions, [float(i % 2) for i in range(8)])
+    policy = Trained(vlm, 1e-6, 0.0, checkpointing=checkpointing)
+    grpo.add_reference([group], vlm)
+    grpo.backward(policy, [group])
+    measured = peak_extra_bytes(lambda: grpo.backward(policy, [group]), "cpu")
+    work = plan.Work(prompt.image_tokens, len(prompt) - prompt.image_tokens, 48, 8, 1, 1)
+    moments = plan.memory_plan(vlm.model.config, torch.float32, None, work, checkpointing, False, lora_rank=8)
+    assert moments[2].parts["activations"] == pytest.approx(measured, rel=0.15)
+
+
+def test_it_fits_the_gpus_people_own():
+    work = plan.Work(1024, 100, 1024, 8, 1024, 10)
+    for size, available in (("3b", 14.7 * 2**30), ("7b", 22.0 * 2**30)):
+        config = shape_config(size)
+        for moment in plan.memory_plan(
+            config, torch.bfloat16, int(available), work, True, False, lora_rank=16
+        ):
+            assert moment.total < 0.95 * available, (size, moment)
