@@ -22,6 +22,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from engine import checkpoint
 from engine.checkpoint import USER_TEXT, CheckpointError, end_ids, first_line, load_config, load_processors
 from packing import PackedBatch, lay_out, pack, packed_mask, token_logprobs
+from vision import encode_images
 
 
 @dataclass(frozen=True)
@@ -301,13 +302,11 @@ def embed(model, ids: Tensor, prompts: list[Prompt]) -> Tensor:
     All images are encoded in one pass, each once. Their features are placed by the prompts' own positions,
     never by looking for the image token.
     """
-    device, images = (
-        ids.device,
-        {id(p.pixels): p for p in prompts},
-    )  # prompts about one image share its pixels
+    device = ids.device
+    images = {id(p.pixels): p for p in prompts}  # prompts about one image share its pixels
     pixels = torch.cat([p.pixels for p in images.values()]).to(device)
-    grids = torch.cat([p.grid for p in images.values()]).to(device)
-    features = dict(zip(images, model.model.get_image_features(pixels, grids).pooler_output))
+    grids = torch.cat([p.grid for p in images.values()])
+    features = dict(zip(images, encode_images(model.model.visual, pixels, grids)))
     embeds = model.get_input_embeddings()(ids)
     row = torch.cat([torch.full((p.image_tokens,), r) for r, p in enumerate(prompts)]).to(device)
     column = [torch.arange(p.image_start, p.image_start + p.image_tokens) for p in prompts]

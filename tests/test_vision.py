@@ -1,0 +1,82 @@
+"""The image encoder against transformers' own forward."""
+
+import copy
+
+import pytest
+import torch
+from checkpoints import load_lively, publish
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vision
+from vision import encode_images, sort_patches
+
+# In patches: square, wide, a single token, odd at both sides, several windows, two frames.
+GRIDS = [[1, 16, 16], [1, 4, 10], [1, 2, 2], [1, 30, 18], [1, 16, 16], [1, 22, 6], [2, 8, 12]]
+
+
+@pytest.fixture(scope="module")
+def visual(tmp_path_factory):
+    return load_lively(publish(tmp_path_factory.mktemp("vision"), "qwen")).model.model.visual
+
+
+def pixels_for(grids, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(sum(t * h * w for t, h, w in grids), 3 * 2 * 14 * 14, generator=rng)
+
+
+def gradients(visual, features):
+    visual.zero_grad()
+    (features * torch.arange(features.numel()).view_as(features).cos()).sum().backward()
+    return {name: p.grad.clone() for name, p in visual.named_parameters()}
+
+
+@pytest.mark.parametrize("grids", [GRIDS, GRIDS[:1], GRIDS[2:3], GRIDS[::-1]])
+def test_features_and_gradients_are_transformers(visual, grids):
+    plain, pixels, sizes = copy.deepcopy(visual), pixels_for(grids), torch.tensor(grids)
+    plain.config._attn_implementation = "sdpa"
+    ours, theirs = encode_images(visual, pixels, sizes), plain(pixels, sizes).pooler_output
+    assert [len(image) for image in ours] == [t * h * w // 4 for t, h, w in grids]
+    assert (torch.cat(ours) - theirs).abs().max() < 1e-5 * max(1.0, theirs.abs().max())
+    a, b = gradients(visual, torch.cat(ours)), gradients(plain, theirs)
+    scale = max(g.abs().max() for g in b.values())
+    assert all((a[name] - b[name]).abs().max() < 1e-5 * scale for name in b)
+
+
+def test_an_image_does_not_depend_on_its_neighbours(visual):
+    pixels = pixels_for(GRIDS)
+    together, start = encode_images(visual, pixels, torch.tensor(GRIDS)), 0
+    for grid, features in zip(GRIDS, together):
+        count = grid[0] * grid[1] * grid[2]
+        alone = encode_images(visual, pixels[start : start + count], torch.tensor([grid]))[0]
+        start += count
+        assert torch.allclose(alone, features, atol=1e-5)
+
+
+def test_a_layer_takes_a_call_for_each_length(visual, monkeypatch):
+    """20 images of two sizes have hundreds of windows, of few lengths."""
+    calls, attention = [], vision.scaled_dot_product_attention
+
+    def counted(q, *rest, **named):
+        calls.append(tuple(q.shape))
+        return attention(q, *rest, **named)
+
+    monkeypatch.setattr(vision, "scaled_dot_product_attention", counted)
+    grids = [[1, 32, 20], [1, 18, 18]] * 10
+    encode_images(visual, pixels_for(grids), torch.tensor(grids))
+    full = sum(number in visual.fullatt_block_indexes for number in range(len(visual.blocks)))
+    _, windows, _ = sort_patches(visual, grids)
+    assert len(calls) == full * 2 + (len(visual.blocks) - full) * len(windows.groups)
+    assert sum(count for count, _ in windows.groups) >= 150 and len(windows.groups) <= 5
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 2), st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=5))
+def test_every_patch_has_one_place(visual, shapes):
+    grids = [[t, 2 * h, 2 * w] for t, h, w in shapes]
+    order, windows, images = sort_patches(visual, grids)
+    patches = sum(t * h * w for t, h, w in grids)
+    assert sorted(order.tolist()) == list(range(patches // 4))
+    for segments in (windows, images):
+        assert sum(count * length for count, length in segments.groups) == patches
+    assert torch.equal(images.order[images.back], torch.arange(patches))
