@@ -101,9 +101,9 @@ def train_reasoner(s: Settings, run: Run, k: int, answer_reward: Reward) -> None
     order = random.Random(f"{s.seed} {k} curated").sample(curated, len(curated))
     for step in run.steps(k, "reasoner", s.reasoner_steps if curated else 0):
         examples = run.next_examples(order, min(s.images_per_step, len(order)), step)
-        prompts = [reasoner.answer_prompt(run.reasoner, run.image_of(e), e.question) for e in examples]
+        prompts = [reasoner.answer_prompt(run.reasoner, image, e.question) for e, image in examples]
         answered = reasoner.answer(run.reasoner, prompts, s.group_size, **run.sampling)
-        reward = [[answer_reward(y, e) for y in a.answers] for a, e in zip(answered, examples)]
+        reward = [[answer_reward(y, e) for y in a.answers] for a, (e, _) in zip(answered, examples)]
         groups = [grpo.Group(a.prompt, a.completions, r) for a, r in zip(answered, reward)]
         grpo.add_reference(groups, run.reference, s.temperature)
         metrics = grpo.update(run.policy, run.optimizer, groups, s.clip, s.beta, s.temperature)

@@ -273,8 +273,9 @@ class PackedForward(torch.nn.Module):
         super().__init__()
         self.model, self.checkpointing = model, checkpointing
         if checkpointing:
-            old_name = model.gradient_checkpointing_enable  # of transformers before 5.2x
-            getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+            new_name = "activation_checkpointing_enable"  # since transformers 5.2x
+            enable = getattr(model, new_name if hasattr(model, new_name) else "gradient_checkpointing_enable")
+            enable({"use_reentrant": False})
 
     def forward(self, batch: PackedBatch, temperature: float) -> Tensor:
         """Log-probabilities [N], float32, of `batch.targets`; `temperature` divides the logits."""

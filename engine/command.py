@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -26,7 +27,7 @@ from engine.images import Found, ImageError, find_images
 from engine.records import printable
 from engine.run import Run, RunError, Stopped
 from engine.settings import MAY_CHANGE, TOY, Settings, flag, parse_arguments
-from engine.shards import Ranks, started
+from engine.ranks import Ranks, join, leave, lost
 from vlm import VLM
 
 SCENES = 512  # built-in scenes, if there are no other images
@@ -52,14 +53,20 @@ def main(loop: Loop, description: str, argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # the name of a run need not be UTF-8
     try:
-        with started() as ranks:
-            return start(loop, s, ranks)
+        ranks = join()
+        code = start(loop, s, ranks)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
     except RuntimeError as error:
-        if "WORLD_SIZE" not in os.environ:
+        if "WORLD_SIZE" not in os.environ or not lost(error):
             raise
         why = f"another process of this run has ended or cannot be reached ({str(error).splitlines()[0]})"
         print(f"error: {why}; start them again to go on", file=sys.stderr)
         return 1
+    if code == 0:
+        leave()
+    return code
 
 
 def start(loop: Loop, s: Settings, ranks: Ranks) -> int:
@@ -84,6 +91,9 @@ def start(loop: Loop, s: Settings, ranks: Ranks) -> int:
     except (ValueError, OSError) as error:  # CheckpointError and ImageError are ValueErrors
         sys.stderr.write(f"error: {error}\n")  # in one piece: several processes may say so at once
         return 2
+    except torch.OutOfMemoryError:
+        print(f"error: {TOO_LITTLE_MEMORY}", file=sys.stderr)
+        return 1
     return carry_out(loop, s, run, roles)
 
 
@@ -97,7 +107,7 @@ def carry_out(loop: Loop, s: Settings, run: Run, roles: tuple[VLM, VLM]) -> int:
 
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, stop)
-    go_on = f"continue with: python loop.py --resume {run.folder}"
+    go_on = f"continue with: python loop.py --resume {shlex.quote(str(run.folder))}"
     try:
         run.cast(*roles)
         loop(s, run)
@@ -144,6 +154,10 @@ def prepare(s: Settings, ranks: Ranks) -> Run:
         s.images = os.path.abspath(os.path.expanduser(s.images))  # so that a run can be resumed from anywhere
     if s.model is not None and Path(s.model).is_dir():
         s.model = os.path.abspath(s.model)
+    device = device_of(s)
+    s.dtype = str(checkpoint.check_dtype(s.dtype, device)).removeprefix(
+        "torch."
+    )  # a resumed run has the same
     load_config(model_of(s))
     _, image_processor, _ = load_processors(model_of(s))
     name = s.name or f"{Path(model_of(s)).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -277,8 +291,7 @@ def reopened(s: Settings, folder: Path, scene_size: int, ranks: Ranks) -> Run:
 def print_plan(s: Settings, run: Run) -> None:
     """What will run: images, tokens, steps and the memory of each phase."""
     device = device_of(s)
-    default = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = getattr(torch, s.dtype) if s.dtype else default
+    dtype = getattr(torch, s.dtype)
     config, image_tokens = load_config(model_of(s)), s.max_pixels // (28 * 28)
     if s.images is None:
         size, image_tokens = run.scene_size, (run.scene_size // 28) ** 2

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from engine.shards import Ranks
+from engine.ranks import Ranks
 
 # What Pillow itself decodes; not EPS, for which it starts Ghostscript.
 Image.init()

@@ -3,7 +3,7 @@ line."""
 
 import math
 
-from engine.shards import Ranks
+from engine.ranks import Ranks
 
 HEADER = " iteration  greedy  sampled | valid  r_unc first-last  clusters | curated  silver right  seconds"
 
@@ -51,12 +51,12 @@ def plain(value):
 def of_groups(groups: list, end_ids: list[int], seconds: float, ranks: Ranks) -> dict:
     """What a GRPO step wrote, over the groups of all processes."""
     mine = [[g.rewards, [[len(c), not c or c[-1] not in end_ids] for c in g.completions]] for g in groups]
-    rewards, completions = zip(*ranks.gather(mine))
+    rewards, completions = zip(*(ranks.gather(mine) or [([], [])]))
     lengths = [length for group in completions for length, _ in group]
     return dict(
         reward=mean([r for group in rewards for r in group]),
         equal_groups=mean([len(set(group)) == 1 for group in rewards]),
         length=mean(lengths),
         truncated=mean([cut for group in completions for _, cut in group]),
-        tokens_per_second=sum(lengths) / seconds,
+        tokens_per_second=sum(lengths) / max(seconds, 1e-9),
     )

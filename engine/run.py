@@ -14,6 +14,7 @@ that a run that was stopped goes on where it was. The state is saved at the bord
 steps, and when the user stops the run. Of several processes the first writes, and all wait for it.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -36,7 +37,8 @@ from curate import Example
 from engine import records
 from engine.images import Found, ImageError, Picture, Pictures, load_image
 from engine.settings import Settings
-from engine.shards import Ranks, Trained
+from engine.ranks import Ranks
+from engine.shards import Trained
 from engine.state import (
     State,
     copy_tensors,
@@ -85,7 +87,7 @@ class Run:
         self.header_printed = self.stopping = False
         self.locked = None
         self.questioner = self.reasoner = self.policy = self.reference = self.generator = None
-        self.started = time.time()
+        self.started = time.monotonic()
 
     # ---- Beginning, and going on ---------------------------------------------------------------------
 
@@ -158,7 +160,7 @@ class Run:
 
     def at(self, k: int, phase: str) -> bool:
         """Whether this phase of iteration k is what comes next."""
-        self.started = time.time()
+        self.started = time.monotonic()
         return (self.state.iteration, self.state.phase) == (k, phase)
 
     def steps(self, k: int, role: str, count: int) -> Iterator[int]:
@@ -171,7 +173,7 @@ class Run:
         if count:
             self.begin_training(role)
         for step in self.progress(count, f"iteration {k}: {role}"):
-            self.generator, self.started = self.seeded(k, role, step), time.time()
+            self.generator, self.started = self.seeded(k, role, step), time.monotonic()
             yield step
             self.state.step, stop = step, self.ranks.any(self.stopping)
             if self.skipped_in_a_row() >= BAD_STEPS:
@@ -180,9 +182,9 @@ class Run:
                 self.save({role: self.policy.weights(), "moments": self.policy.moments()})
             if stop:
                 raise Stopped
-        weights = {role: self.policy.weights()} if count else {}
-        self.policy = self.reference = None  # the masters go; the state has them
-        self.advance(weights)
+        self.advance({role: self.policy.weights()} if count else {})
+        self.policy = self.reference = None
+        gc.collect()  # the masters go, whose modules refer to one another; the state has them
         self.roles[role].park()
 
     def begin_training(self, role: str) -> None:
@@ -224,8 +226,17 @@ class Run:
         )
 
     def next_images(self, count: int) -> list[Picture]:
-        """The next images; of several processes this one's share of them."""
-        return self.pictures.take(count, self.ranks)
+        """The next images; of several processes this one's share of them.
+
+        A path in the run's folder is relative to it, so that the folder can be moved.
+        """
+        inside = self.folder.absolute()
+        pictures = self.pictures.take(count, self.ranks)
+        places = [(p, Path(p.path).absolute()) for p in pictures]
+        return [
+            Picture(place.relative_to(inside).as_posix(), p.image) if place.is_relative_to(inside) else p
+            for p, place in places
+        ]
 
     def image_batches(self, k: int, phase: str, count: int, size: int) -> Iterator[list[Picture]]:
         """The next `count` images, `size` at a time: decoded images are large."""
@@ -234,10 +245,13 @@ class Run:
             yield self.next_images(min(size, count - done))
             self.stop_if_asked()
 
-    def next_examples(self, examples: list[Example], count: int, step: int) -> list[Example]:
-        """What the step takes of the curated questions, round and round; of several processes this one's
-        share."""
-        return self.share([examples[i % len(examples)] for i in range((step - 1) * count, step * count)])
+    def next_examples(
+        self, examples: list[Example], count: int, step: int
+    ) -> list[tuple[Example, Image.Image]]:
+        """What the step takes of the curated questions, round and round, with their images; of several processes
+        this one's share."""
+        places = range((step - 1) * count, step * count)
+        return self.readable(self.share([examples[i % len(examples)] for i in places]))
 
     def share(self, items: list) -> list:
         """Of several processes, this one's share of a list that all have."""
@@ -309,13 +323,17 @@ class Run:
         """All valid questions that were proposed for the Reasoner's training set of iteration k."""
         return curate.read_examples(self.folder / "candidates" / f"iteration-{k}.jsonl")
 
-    def image_of(self, example: Example) -> Image.Image:
-        """The image of a curated question. Raises ImageError, with its path, if it can no longer be read."""
-        try:
-            return load_image(example.image)
-        except ImageError as error:
-            path = records.printable(example.image)
-            raise ImageError(f"the image {path} of a curated question is gone or changed: {error}") from error
+    def readable(self, examples: list[Example]) -> list[tuple[Example, Image.Image]]:
+        """Questions with their images. What can no longer be read is listed with the skipped, and left out."""
+        found = []
+        for example in examples:
+            try:
+                found.append((example, load_image(str(self.folder / example.image))))
+            except ImageError as error:
+                if (example.image, str(error)) not in self.images.skipped:
+                    self.images.skipped.append((example.image, str(error)))
+        self.tell_skips()
+        return found
 
     def finish_iteration(self, k: int) -> None:
         """Writes both roles as Hugging Face checkpoints (but the base), and goes on to the next iteration."""
@@ -349,7 +367,7 @@ class Run:
     def log(self, metrics: dict, groups: list, more: dict) -> None:
         """The record of this GRPO step. metrics: what `grpo.update` gave; groups: what it was given; more: of
         all."""
-        step, seconds = self.state.step + 1, time.time() - self.started
+        step, seconds = self.state.step + 1, time.monotonic() - self.started
         place = dict(iteration=self.state.iteration, phase=self.state.phase, step=step)
         written = records.of_groups(groups, self.questioner.end_ids, seconds, self.ranks)
         self.write(place | written | self.ranks.mean(metrics) | more | dict(seconds=seconds))

@@ -97,9 +97,9 @@ class Settings:
             raise ValueError(
                 f"--tau-low ({self.tau_low}) must not be above --tau-high ({self.tau_high}), nor that above 1"
             )
-        if not 0 < self.temperature < math.inf:
+        if not 1e-3 <= self.temperature < math.inf:
             raise ValueError(
-                f"--temperature must be above 0, not {self.temperature}: GRPO compares random samples"
+                f"--temperature must be at least 0.001, not {self.temperature}: GRPO compares random samples"
             )
         if not 0 < self.top_p <= 1 or not 0 < self.clip < 1:
             raise ValueError("--top-p must be above 0 and at most 1, and --clip between 0 and 1")

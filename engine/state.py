@@ -8,7 +8,7 @@ The files of a state are written first, under names that nothing refers to yet. 
 one rename that gives 000007.json its name; a kill before leaves 000006 the newest. A state that does not
 match its checksums is passed over for the one before, so two are kept. What has not changed, as the weights
 of the frozen role, is not written again: the new state refers to the old file. There is nothing random to
-remember: see `loop.seeded`.
+remember: see `Run.seeded`.
 """
 
 import json

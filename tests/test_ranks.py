@@ -14,7 +14,8 @@ from conftest import ROOT
 
 import grpo
 import packing
-from engine.shards import Ranks, Trained
+from engine.ranks import Ranks
+from engine.shards import Trained
 from engine.state import read_tensors, write_tensors
 from vlm import VLM
 
