@@ -1,7 +1,7 @@
 """The exact answerer: what the true answer to a question about a toy scene is.
 
-It understands the five kinds of question below and nothing else. Only `toy/measure.py` (to measure) and `toy/build.py`
-(to teach the base checkpoint) import it; self-play never does, and `tests/test_loop.py` proves it.
+It understands the six kinds of question below and nothing else. Only what measures and `toy/build.py` (which
+teaches the base checkpoint) import it; self-play never does, and `tests/test_loop.py` proves it.
 """
 
 import random
@@ -16,6 +16,7 @@ PATTERNS = {
     "count colour shape": re.compile(rf"How many {_colour} {_shapes} are there\?"),
     "count colour": re.compile(rf"How many {_colour} shapes are there\?"),
     "count shape": re.compile(rf"How many {_shapes} are there\?"),
+    "count all": re.compile(r"How many shapes are there\?"),
     "exists": re.compile(rf"Is there a {_colour} {_shape}, yes or no\?"),
     "more": re.compile(rf"Are there more {_colour} than {_colour} shapes, yes or no\?"),
 }
@@ -23,7 +24,7 @@ PATTERNS = {
 
 @dataclass(frozen=True)
 class Fact:
-    """A question understood: its kind, the objects one must look at to answer it, and the answer."""
+    """A question understood: its kind, the objects one must list to answer it, and the answer."""
 
     kind: str
     things: tuple[Thing, ...]
@@ -31,7 +32,7 @@ class Fact:
 
 
 def understand(question: str, scene: Scene) -> Fact | None:
-    """The true answer to `question` about `scene`, or None if it is not one of the five kinds."""
+    """The true answer to `question` about `scene`, or None if it is not one of the six kinds."""
     for kind, pattern in PATTERNS.items():
         if match := pattern.fullmatch(question.strip()):
             words = tuple(_SINGULAR.get(word, word) for word in match.groups())
@@ -47,7 +48,7 @@ def _answer(kind: str, words: tuple[str, ...], scene: Scene) -> Fact:
         t for t in scene if (not colours or t.colour in colours) and (not shapes or t.shape in shapes)
     )
     if kind == "exists":
-        answer = "yes" if things else "no"
+        things, answer = things[:1], "yes" if things else "no"  # the first one decides
     elif kind == "more":
         first, second = (sum(t.colour == colour for t in things) for colour in words)
         answer = "yes" if first > second else "no"
@@ -68,6 +69,8 @@ def ask(scene: Scene, rng: random.Random) -> str:
         return f"How many {colour} shapes are there?"
     if kind == "count shape":
         return f"How many {PLURALS[shape]} are there?"
+    if kind == "count all":
+        return "How many shapes are there?"
     if kind == "exists":
         return f"Is there a {colour} {shape}, yes or no?"
     other = rng.choice([c for c in COLOURS if c != colour])
