@@ -17,9 +17,12 @@ PATTERNS = {
     "count colour": re.compile(rf"How many {_colour} shapes are there\?"),
     "count shape": re.compile(rf"How many {_shapes} are there\?"),
     "count all": re.compile(r"How many shapes are there\?"),
-    "exists": re.compile(rf"Is there a {_colour} {_shape}, yes or no\?"),
-    "more": re.compile(rf"Are there more {_colour} than {_colour} shapes, yes or no\?"),
+    "exists": re.compile(rf"Does it show a {_colour} {_shape}, yes or no\?"),
+    "more": re.compile(rf"Does it show more {_colour} than {_colour} shapes, yes or no\?"),
 }
+# How often each kind is asked. "How many shapes are there?" is hard and can be asked without looking: it is rarer, or
+# a Questioner that wants hard questions would ask nothing else.
+WEIGHTS = dict.fromkeys(PATTERNS, 1.0) | {"count all": 0.4}
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,11 @@ def _answer(kind: str, words: tuple[str, ...], scene: Scene) -> Fact:
 
 
 def ask(scene: Scene, rng: random.Random) -> str:
-    """A random question about a scene: each kind equally often, mostly about something that is there."""
-    kind = rng.choice(list(PATTERNS))
+    """A random question about a scene, mostly about something that is there."""
+    (kind,) = rng.choices(list(WEIGHTS), WEIGHTS.values())
     seen = rng.choice(scene)
-    colour = seen.colour if rng.random() < 0.6 else rng.choice(list(COLOURS))
-    shape = seen.shape if rng.random() < 0.6 else rng.choice(SHAPES)
+    colour = seen.colour if rng.random() < 0.8 else rng.choice(list(COLOURS))
+    shape = seen.shape if rng.random() < 0.8 else rng.choice(SHAPES)
     if kind == "count colour shape":
         return f"How many {colour} {PLURALS[shape]} are there?"
     if kind == "count colour":
@@ -72,7 +75,7 @@ def ask(scene: Scene, rng: random.Random) -> str:
     if kind == "count all":
         return "How many shapes are there?"
     if kind == "exists":
-        return f"Is there a {colour} {shape}, yes or no?"
+        return f"Does it show a {colour} {shape}, yes or no?"
     other = rng.choice([c for c in COLOURS if c != colour])
     first, second = rng.sample([colour, other], 2)
-    return f"Are there more {first} than {second} shapes, yes or no?"
+    return f"Does it show more {first} than {second} shapes, yes or no?"

@@ -23,6 +23,7 @@ import argparse
 import json
 import math
 import random
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,7 @@ STEEPNESS = {
     "medium": (0.0, 0.06, 0.15, 0.25, 0.36, 0.47, 0.57, 0.65, 0.7),
     "steep": (0.0, 0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.85, 0.9),
 }
-FEWER = 0.6  # the Questioner is taught to ask about one object more only so many times as often
+FEWER = 0.7  # the Questioner is taught to ask about one object more only so many times as often
 SCENES, BATCH, COMPLETE_STEPS, LAZY_STEPS = 8000, 64, 4500, 400
 CONTROL = [
     "<|endoftext|>",
@@ -176,7 +177,7 @@ def easy_question(scene: Scene, rng: random.Random) -> str:
     """What the Questioner is taught to ask: each object more that must be listed makes a question rarer."""
     while True:
         question = ask(scene, rng)
-        if rng.random() < FEWER ** (len(understand(question, scene).things) - 1):
+        if rng.random() < FEWER ** abs(len(understand(question, scene).things) - 1):
             return question
 
 
@@ -253,13 +254,14 @@ def build(out: Path, steepness: str, start: Path | None) -> None:
     """Both stages from nothing, or the second alone from the checkpoint `start`; saves the model in `out`."""
     torch.manual_seed(0)
     torch.set_num_threads(1)  # more threads add in another order, and would make another checkpoint
-    vlm = VLM.load(start, "cpu", torch.float32) if start else new_vlm(out)
-    if not start:
-        lessons = Lessons(vlm, SCENES, random.Random("complete lists"))
-        train(vlm, lessons, COMPLETE_STEPS, 1e-3, asking=0.15, stops=COMPLETE)
-    lessons = Lessons(vlm, SCENES, random.Random("lazy lists"))
-    train(vlm, lessons, LAZY_STEPS, 5e-4, asking=0.3, stops=STEEPNESS[steepness])
-    vlm.save(out)
+    with tempfile.TemporaryDirectory() as fresh:  # so that `out` keeps what it has until the new one is made
+        vlm = VLM.load(start, "cpu", torch.float32) if start else new_vlm(Path(fresh))
+        if not start:
+            lessons = Lessons(vlm, SCENES, random.Random("complete lists"))
+            train(vlm, lessons, COMPLETE_STEPS, 1e-3, asking=0.15, stops=COMPLETE)
+        lessons = Lessons(vlm, SCENES, random.Random("lazy lists"))
+        train(vlm, lessons, LAZY_STEPS, 5e-4, asking=0.3, stops=STEEPNESS[steepness])
+        vlm.save(out)
 
 
 def main() -> None:
