@@ -20,7 +20,7 @@ PATTERNS = {
     "exists": re.compile(rf"Does it show a {_colour} {_shape}, yes or no\?"),
     "more": re.compile(rf"Does it show more {_colour} than {_colour} shapes, yes or no\?"),
 }
-# How often each kind is asked. "How many shapes are there?" is hard and can be asked without looking: it is rarer, or
+# How often each kind is asked. "How many shapes are there?" is hard and needs no look: it is rarer, or
 # a Questioner that wants hard questions would ask nothing else.
 WEIGHTS = dict.fromkeys(PATTERNS, 1.0) | {"count all": 0.4}
 

@@ -48,7 +48,7 @@ STEEPNESS = {
     "steep": (0.0, 0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.85, 0.9),
 }
 FEWER = 0.7  # the Questioner is taught to ask about one object more only so many times as often
-SCENES, BATCH, COMPLETE_STEPS, LAZY_STEPS = 8000, 64, 4500, 400
+SCENES, BATCH, COMPLETE_STEPS, LAZY_STEPS = 8000, 32, 3200, 500
 CONTROL = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -210,24 +210,25 @@ class Lessons:
             for i in images
         ]
 
-    def prompt(self, text: str, i: int) -> Prompt:
-        """The prompt of `text` about scene i; only the pixels differ between scenes."""
+    def prompt(self, text: str, pixels: torch.Tensor) -> Prompt:
+        """The prompt of `text` about a scene; only the pixels differ between scenes."""
         if text not in self.prompts:
             self.prompts[text] = self.vlm.prompt(text, self.blank)
-        return replace(self.prompts[text], pixels=self.pixels[i].float())
+        return replace(self.prompts[text], pixels=pixels)
 
     def batch(self, asking: float, stops: Sequence[float]) -> tuple[list[Prompt], list[list[int]]]:
         """Prompts and what to write after them; a share `asking` of them are the Questioner's."""
         prompts, outputs = [], []
-        for _ in range(BATCH):
-            i = self.rng.randrange(len(self.scenes))
-            scene = self.scenes[i]
+        for lesson in range(BATCH):
+            if lesson % 2 == 0:  # two lessons a scene: its image is encoded once
+                i = self.rng.randrange(len(self.scenes))
+                scene, pixels = self.scenes[i], self.pixels[i].float()
             if self.rng.random() < asking:
-                prompts.append(self.prompt(questioner.INSTRUCTION, i))
+                prompts.append(self.prompt(questioner.INSTRUCTION, pixels))
                 outputs.append(questioner_output(easy_question(scene, self.rng), scene))
             else:
                 question = ask(scene, self.rng)
-                prompts.append(self.prompt(question + reasoner.INSTRUCTION, i))
+                prompts.append(self.prompt(question + reasoner.INSTRUCTION, pixels))
                 outputs.append(reasoner_output(question, scene, self.rng, stops))
         return prompts, [self.vlm.tokenizer(text)["input_ids"] + [self.vlm.end_ids[0]] for text in outputs]
 
