@@ -71,7 +71,7 @@ def test_questions_are_understood_and_varied():
     for _ in range(600):
         scene = sample_scene(rng)
         kinds[answerer.understand(answerer.ask(scene, rng), scene).kind] += 1
-    assert kinds.keys() == answerer.PATTERNS.keys() and min(kinds.values()) > 40
+    assert kinds.keys() == answerer.PATTERNS.keys() and min(kinds.values()) > 25
 
 
 def test_scenes_are_written_with_their_truth(tmp_path):

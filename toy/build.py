@@ -48,7 +48,7 @@ STEEPNESS = {
     "steep": (0.0, 0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.85, 0.9),
 }
 FEWER = 0.7  # the Questioner is taught to ask about one object more only so many times as often
-SCENES, BATCH, COMPLETE_STEPS, LAZY_STEPS = 8000, 32, 3200, 500
+SCENES, BATCH, COMPLETE_STEPS, LAZY_STEPS = 8000, 32, 3600, 500
 CONTROL = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -259,7 +259,7 @@ def build(out: Path, steepness: str, start: Path | None) -> None:
         vlm = VLM.load(start, "cpu", torch.float32) if start else new_vlm(Path(fresh))
         if not start:
             lessons = Lessons(vlm, SCENES, random.Random("complete lists"))
-            train(vlm, lessons, COMPLETE_STEPS, 1e-3, asking=0.15, stops=COMPLETE)
+            train(vlm, lessons, COMPLETE_STEPS, 1e-3, asking=0.3, stops=COMPLETE)
         lessons = Lessons(vlm, SCENES, random.Random("lazy lists"))
         train(vlm, lessons, LAZY_STEPS, 5e-4, asking=0.3, stops=STEEPNESS[steepness])
         vlm.save(out)
