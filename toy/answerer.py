@@ -20,8 +20,8 @@ PATTERNS = {
     "exists": re.compile(rf"Does it show a {_colour} {_shape}, yes or no\?"),
     "more": re.compile(rf"Does it show more {_colour} than {_colour} shapes, yes or no\?"),
 }
-# How often each kind is asked. "How many shapes are there?" is hard and needs no look: a Questioner that wants
-# hard questions would ask nothing else. Half of the answers to "more" are right by chance, which blurs the
+# How often each kind is asked. "How many shapes are there?" is hard and needs no look: a Questioner that
+# wants hard questions would ask nothing else. Half of the answers to "more" are right by chance, which blurs the
 # ladder.
 WEIGHTS = dict.fromkeys(PATTERNS, 1.0) | {"count all": 0.4, "more": 0.4}
 
