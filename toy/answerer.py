@@ -21,8 +21,8 @@ PATTERNS = {
     "more": re.compile(rf"Does it show more {_colour} than {_colour} shapes, yes or no\?"),
 }
 # How often each kind is asked. "How many shapes are there?" is hard and needs no look: a Questioner that
-# wants hard questions would ask nothing else. Half of the answers to "more" are right by chance, which blurs the
-# ladder.
+# wants hard questions would ask nothing else. Half of the answers to "more" are right by chance, which blurs
+# the ladder.
 WEIGHTS = dict.fromkeys(PATTERNS, 1.0) | {"count all": 0.4, "more": 0.4}
 
 
