@@ -205,10 +205,7 @@ class Lessons:
         self.scenes = [sample_scene(rng) for _ in range(scenes)]
         self.blank = render((), rng)
         images = [render(scene, rng) for scene in tqdm(self.scenes, desc="scenes", disable=None)]
-        self.pixels = [
-            vlm.image_processor([i], size=vlm.image_size, return_tensors="pt")["pixel_values"].half()
-            for i in images
-        ]
+        self.pixels = [vlm.patches(image).pixels.half() for image in images]  # half: they are many
 
     def prompt(self, text: str, pixels: torch.Tensor) -> Prompt:
         """The prompt of `text` about a scene; only the pixels differ between scenes."""
