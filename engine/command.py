@@ -24,10 +24,10 @@ import lora
 from engine import checkpoint, plan
 from engine.checkpoint import load_config, load_processors
 from engine.images import Found, ImageError, find_images
+from engine.ranks import Ranks, join, leave, lost
 from engine.records import printable
 from engine.run import Run, RunError, Stopped
 from engine.settings import MAY_CHANGE, TOY, Settings, flag, parse_arguments
-from engine.ranks import Ranks, join, leave, lost
 from vlm import VLM
 
 SCENES = 512  # built-in scenes, if there are no other images

@@ -1,7 +1,7 @@
 """Several processes (ranks), one run: who this one is, and what all of them know.
 
-With one process, which is the normal case, every function gives back what it was given. What is exchanged is JSON:
-torch's own `all_gather_object` would pickle.
+With one process, which is the normal case, every function gives back what it was given. What is exchanged is
+JSON: torch's own `all_gather_object` would pickle.
 """
 
 import json
@@ -59,7 +59,8 @@ class Ranks:
 
 
 def join() -> Ranks:
-    """The ranks that torchrun has started; without torchrun, one. Raises ValueError if there are too few GPUs."""
+    """The ranks that torchrun has started; without torchrun, one. Raises ValueError if there are too few
+    GPUs."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return Ranks()
@@ -73,7 +74,8 @@ def join() -> Ranks:
 
 
 def leave() -> None:
-    """Parts from the others, at a good end. After an error it is left out: who is gone would be waited for."""
+    """Parts from the others, at a good end. After an error it is left out: who is gone would be waited
+    for."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

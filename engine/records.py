@@ -1,8 +1,13 @@
 """What a run writes down and prints: the record of a step, the table with a row an iteration, names on one
 line."""
 
+import json
 import math
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
 
+from curate import Example
 from engine.ranks import Ranks
 
 HEADER = " iteration  greedy  sampled | valid  r_unc first-last  clusters | curated  silver right  seconds"
@@ -60,3 +65,16 @@ def of_groups(groups: list, end_ids: list[int], seconds: float, ranks: Ranks) ->
         truncated=mean([cut for group in completions for _, cut in group]),
         tokens_per_second=sum(lengths) / max(seconds, 1e-9),
     )
+
+
+def write_examples(path: Path, examples: Iterable[Example]) -> None:
+    """Writes examples as JSON lines; the bytes of a path that are not UTF-8 are kept."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in examples]
+    path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Reads what `write_examples` wrote."""
+    text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    return [Example(**json.loads(line)) for line in text.split("\n") if line]

@@ -2,6 +2,7 @@
 
     config.json                  every setting
     metrics.jsonl                one record a GRPO step, curation or measurement
+    probes/iteration-K.jsonl     fixed questions that the base asked, with the Reasoner's votes at its end
     candidates/iteration-K.jsonl every valid question that was proposed for curation, with its votes
     curated/iteration-K.jsonl    those that were kept: the Reasoner's training set of iteration K
     questioner/, reasoner/       both roles after the last complete iteration, as Hugging Face checkpoints
@@ -31,13 +32,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import curate
 import lora
 from curate import Example
 from engine import records
 from engine.images import Found, ImageError, Picture, Pictures, load_image
-from engine.settings import Settings
 from engine.ranks import Ranks
+from engine.settings import Settings, beside
 from engine.shards import Trained
 from engine.state import (
     State,
@@ -226,16 +226,15 @@ class Run:
         )
 
     def next_images(self, count: int) -> list[Picture]:
-        """The next images; of several processes this one's share of them.
+        """The next images; of several processes this one's share of them."""
+        return self._relative(self.pictures.take(count, self.ranks))
 
-        A path in the run's folder is relative to it, so that the folder can be moved.
-        """
-        inside = self.folder.absolute()
-        pictures = self.pictures.take(count, self.ranks)
-        places = [(p, Path(p.path).absolute()) for p in pictures]
+    def _relative(self, pictures: list[Picture]) -> list[Picture]:
+        """With paths in the run's folder relative to it, so that the folder can be moved."""
+        inside, places = self.folder.absolute(), [Path(p.path).absolute() for p in pictures]
         return [
             Picture(place.relative_to(inside).as_posix(), p.image) if place.is_relative_to(inside) else p
-            for p, place in places
+            for p, place in zip(pictures, places)
         ]
 
     def image_batches(self, k: int, phase: str, count: int, size: int) -> Iterator[list[Picture]]:
@@ -248,8 +247,8 @@ class Run:
     def next_examples(
         self, examples: list[Example], count: int, step: int
     ) -> list[tuple[Example, Image.Image]]:
-        """What the step takes of the curated questions, round and round, with their images; of several processes
-        this one's share."""
+        """What the step takes of the curated questions, round and round, with their images; of several
+        processes this one's share."""
         places = range((step - 1) * count, step * count)
         return self.readable(self.share([examples[i % len(examples)] for i in places]))
 
@@ -306,25 +305,40 @@ class Run:
 
     def finish_curation(self, k: int, candidates: list[Example], curated: list[Example]) -> None:
         """Writes both, and goes on to the next phase."""
-        paths = {"curated": self.folder / "curated", f"candidates {k}": self.folder / "candidates"}
-        paths = {name: folder / f"iteration-{k}.jsonl" for name, folder in paths.items()}
         if self.ranks.first:
-            for path, examples in zip(paths.values(), (curated, candidates)):
-                curate.write_examples(path, examples)
+            records.write_examples(self.folder / "candidates" / f"iteration-{k}.jsonl", candidates)
+            records.write_examples(self.folder / "curated" / f"iteration-{k}.jsonl", curated)
         if not curated:
             self.say(f"iteration {k}: no question of middling confidence; the Reasoner is not trained")
-        self.advance(files=paths)
+        self.advance(files={"curated": self.folder / "curated" / f"iteration-{k}.jsonl"})
 
     def curated(self, k: int) -> list[Example]:
         """The Reasoner's training set of iteration k; [] in iteration 0."""
-        return curate.read_examples(self.folder / "curated" / f"iteration-{k}.jsonl") if k else []
+        return records.read_examples(self.folder / "curated" / f"iteration-{k}.jsonl") if k else []
 
-    def candidates(self, k: int) -> list[Example]:
-        """All valid questions that were proposed for the Reasoner's training set of iteration k."""
-        return curate.read_examples(self.folder / "candidates" / f"iteration-{k}.jsonl")
+    def probes(self, when: int | str) -> list[Example]:
+        """The fixed questions that the base asked, with its own first votes ("base") or those of iteration
+        k."""
+        return records.read_examples(self._probes_file(when))
+
+    def write_probes(self, when: int | str, probes: list[Example]) -> None:
+        """Writes what `probes` reads."""
+        if self.ranks.first:
+            records.write_examples(self._probes_file(when), probes)
+        self.ranks.any(False)  # nobody reads it before it is there
+
+    def _probes_file(self, when: int | str) -> Path:
+        name = "base" if when == "base" else f"iteration-{when}"
+        return self.folder / "probes" / f"{name}.jsonl"
+
+    def probe_images(self, count: int) -> list[Picture]:
+        """Images for the fixed questions; of several processes this one's share."""
+        order = Pictures(self.images, f"{self.seed} probes")
+        return self._relative(order.take(min(count, len(self.images.paths)), self.ranks))
 
     def readable(self, examples: list[Example]) -> list[tuple[Example, Image.Image]]:
-        """Questions with their images. What can no longer be read is listed with the skipped, and left out."""
+        """Questions with their images. What can no longer be read is listed with the skipped, and left
+        out."""
         found = []
         for example in examples:
             try:
@@ -335,14 +349,17 @@ class Run:
         self.tell_skips()
         return found
 
-    def finish_iteration(self, k: int) -> None:
-        """Writes both roles as Hugging Face checkpoints (but the base), and goes on to the next iteration."""
+    def finish_iteration(self, k: int, probes: list[Example]) -> None:
+        """Writes the votes on the probes, and both roles as checkpoints (but the base); then the next
+        iteration."""
+        self.write_probes(k, probes)
         for role, vlm in self.roles.items() if self.ranks.first and k else ():
             replace_folder(self.folder / role, vlm.save)
             if self.settings.lora_rank:
                 write = partial(lora.save_adapter, vlm.model, str(vlm.source))
                 replace_folder(self.folder / f"{role}-adapter", write)
-        self.advance()
+        files = {"probes base": self._probes_file("base"), "probes 0": self._probes_file(0)}
+        self.advance(files={} if k else files)
 
     # ---- Records and lines ---------------------------------------------------------------------------------
 
@@ -375,6 +392,15 @@ class Run:
             self.say(f"step {step}: not one output was valid; rewards and advantages are 0")
         if metrics["skipped"]:
             self.say(f"step {step}: loss or gradient is not finite; skipped, the weights are unchanged")
+
+    def expect(self, *instructions: str) -> None:
+        """Warns if the checkpoint was made for other instructions (see `settings.BESIDE`)."""
+        known = beside(self.questioner.source).get("instructions")
+        if known is not None and any(text not in known for text in instructions):
+            self.say(
+                "warning: this checkpoint knows other instructions than those in questioner.py and reasoner.py; "
+                "it will understand little (for the toy: python -m toy.build makes one that knows them)"
+            )
 
     def warn(self, signature: str, message: str | None) -> None:
         """Writes and prints that a failure signature has shown itself; does nothing if there is no

@@ -63,8 +63,8 @@ def accuracy_by_objects(outcomes: list[Outcome], folder: Path) -> dict:
     facts = _facts(((o.item.image, o.item.question) for o in outcomes), folder)
     sampled, greedy = [], []
     for outcome, fact in zip(outcomes, facts):
-        objects, right = len(fact.things), outcome.samples_right
-        sampled.append((objects, sum(right) / len(right)))
+        objects = len(fact.things)
+        sampled.append((objects, outcome.values["sampled_accuracy"]))
         greedy.append((objects, float(outcome.greedy_right)))
     return {"sampled_by_objects": _by_rung(sampled), "greedy_by_objects": _by_rung(greedy)}
 
@@ -72,23 +72,27 @@ def accuracy_by_objects(outcomes: list[Outcome], folder: Path) -> dict:
 def silver_label_accuracy(examples: list[Example], folder: Path) -> dict:
     """How many silver labels are true, for curated questions about scenes in `folder`, and how hard they are.
 
-    Over the questions that the answerer understands (`understood` is their share; None if there is none):
-    silver_accuracy and silver_by_objects, the share of true labels; objects, how many one must list on
-    average; question_kinds, how many there are of each kind.
+    A label of a question that has no answer is not true; `understood` is the share of the others. Of these:
+    silver_by_objects, the share of true labels by rung; objects, how many one must list on average;
+    question_kinds, how many there are of each kind. None where there is nothing to count.
     """
-    facts = _facts(((e.image, e.question) for e in examples), folder)
-    right = [
-        (len(fact.things), answer_reward(example.label, fact.answer))
-        for example, fact in zip(examples, facts)
-        if fact
-    ]
+    facts, right = _facts(((e.image, e.question) for e in examples), folder), majority_right(examples, folder)
+    known = [(len(fact.things), hit) for fact, hit in zip(facts, right) if fact]
     return {
-        "silver_accuracy": _mean([hit for _, hit in right]),
-        "silver_by_objects": _by_rung(right),
-        "objects": _mean([objects for objects, _ in right]),
+        "silver_accuracy": _mean(right),
+        "silver_by_objects": _by_rung(known),
+        "objects": _mean([objects for objects, _ in known]),
         "understood": _mean([float(fact is not None) for fact in facts]),
         "question_kinds": dict(Counter(fact.kind for fact in facts if fact)),
     }
+
+
+def majority_right(examples: list[Example], folder: Path) -> list[float]:
+    """Of each question 1 if its majority is the true answer, else 0."""
+    facts = _facts(((e.image, e.question) for e in examples), folder)
+    return [
+        answer_reward(e.label, fact.answer) if fact and e.label else 0.0 for e, fact in zip(examples, facts)
+    ]
 
 
 def _facts(asked: Iterable[tuple[str, str]], folder: Path) -> list[Fact | None]:
