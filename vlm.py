@@ -184,6 +184,10 @@ class VLM:
         """What is parked: frozen weights are not, as several copies share them."""
         return [*(p for p in self.model.parameters() if p.requires_grad), *self.model.buffers()]
 
+    def trained_weights(self) -> dict[str, Tensor]:
+        """All that training changes, by name."""
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
     def use_less_memory(self) -> None:
         """After the GPU ran out of memory: from now on half as many tokens at a time. Raises OutOfMemoryError
         at the end.

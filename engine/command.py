@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 import lora
 from engine import checkpoint, plan
 from engine.checkpoint import load_config, load_processors
+from engine.console import Console
 from engine.images import Found, ImageError, find_images
 from engine.ranks import Ranks, join, leave, lost
 from engine.records import printable
@@ -54,7 +55,9 @@ def main(loop: Loop, description: str, argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # the name of a run need not be UTF-8
     try:
         ranks = join()
-        code = start(loop, s, ranks)
+        console = Console(ranks.first)
+        with console.alive():
+            code = start(loop, s, ranks, console)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -69,13 +72,14 @@ def main(loop: Loop, description: str, argv: list[str] | None = None) -> int:
     return code
 
 
-def start(loop: Loop, s: Settings, ranks: Ranks) -> int:
+def start(loop: Loop, s: Settings, ranks: Ranks, console: Console) -> int:
     """Checks everything, then runs; returns the exit code."""
     try:
         if s.resume is not None:
-            s, run = resume(Path(s.resume), ranks)
+            s, run = resume(s, ranks)
         else:
             run = prepare(s, ranks)
+        run.console = console
         if run.state.iteration > s.iterations:
             if ranks.first:
                 print(f"{run.folder} is complete: all of its {s.iterations} iterations are done")
@@ -84,6 +88,7 @@ def start(loop: Loop, s: Settings, ranks: Ranks) -> int:
             print_plan(s, run)
         if s.dry_run:
             return 0
+        console.now("loading the model")
         roles = load_roles(s)
         start_run(s, run)
         if ranks.first:  # what a run needs at its end is proven at its start
@@ -102,7 +107,7 @@ def carry_out(loop: Loop, s: Settings, run: Run, roles: tuple[VLM, VLM]) -> int:
 
     def stop(signum, frame):
         run.stopping = True
-        run.say("stopping after this step (Ctrl-C again: at once)")
+        run.console.say("stopping after this step (Ctrl-C again: at once)")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     for kind in (signal.SIGINT, signal.SIGTERM):
@@ -240,9 +245,16 @@ def start_run(s: Settings, run: Run) -> None:
 # ---- A run that goes on ------------------------------------------------------------------------------------
 
 
-def resume(folder: Path, ranks: Ranks) -> tuple[Settings, Run]:
-    """The settings and the run in a folder. Raises ValueError with a sentence for the user."""
+def resume(given: Settings, ranks: Ranks) -> tuple[Settings, Run]:
+    """The settings and the run in the folder `given.resume`; what may change is as given, where it is given.
+
+    Raises ValueError with a sentence for the user.
+    """
+    folder, default = Path(given.resume), Settings()
     s, scene_size = saved_settings(folder)
+    for name in (*MAY_CHANGE, "iterations"):
+        if getattr(given, name) != getattr(default, name) and name not in ("name", "resume", "dry_run"):
+            setattr(s, name, getattr(given, name))
     s.check()
     check_device(s.device, ranks)
     return s, reopened(s, folder, scene_size, ranks)
@@ -261,12 +273,14 @@ def saved_settings(folder: Path) -> tuple[Settings, int]:
 def check_same_settings(s: Settings, folder: Path) -> None:
     """Raises ValueError naming the first setting that is not what the run in `folder` was started with.
 
-    What only decides where and in how much memory the same numbers are computed may change.
+    What only decides where and in how much memory the same numbers are computed may change, and a run may
+    go on for more iterations.
     """
     before, _ = saved_settings(folder)
     for field in dataclasses.fields(Settings):
         was, now = getattr(before, field.name), getattr(s, field.name)
-        if field.name not in MAY_CHANGE and was != now:
+        further = field.name == "iterations" and now > was  # a run may go on for longer
+        if field.name not in MAY_CHANGE and was != now and not further:
             raise ValueError(
                 f"{folder} was started with {flag(field.name)} {was}, not {now}; "
                 f"--resume {folder} goes on with its own settings, another --name starts a new run"

@@ -18,8 +18,6 @@ steps, and when the user stops the run. Of several processes the first writes, a
 import gc
 import hashlib
 import json
-import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -30,18 +28,19 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 import lora
 from curate import Example
 from engine import records
+from engine.console import Console
 from engine.images import Found, ImageError, Picture, Pictures, load_image
 from engine.ranks import Ranks
-from engine.settings import Settings, beside
+from engine.settings import UNKNOWN_INSTRUCTIONS, Settings, knows
 from engine.shards import Trained
 from engine.state import (
     State,
     copy_tensors,
+    cut_records,
     entry,
     lock,
     read_records,
@@ -85,6 +84,7 @@ class Run:
         self.records: list[dict] = []
         self.skips_told = 0
         self.header_printed = self.stopping = False
+        self.console = Console(ranks.first)
         self.locked = None
         self.questioner = self.reasoner = self.policy = self.reference = self.generator = None
         self.started = time.monotonic()
@@ -121,14 +121,11 @@ class Run:
         if self.ranks.first:
             self.lock()
             replace_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
+            self.console.now(f"reading the state of {self.folder}")
             number, state, complaints = recover(self.folder)
-            if complaints and state is None:
-                raise ValueError(f"no state of {self.folder} is whole: {complaints[0]}")
             for complaint in complaints:
-                self.say(f"{complaint}; going on from the state before it")
-            metrics = self.folder / "metrics.jsonl"
-            if metrics.exists():
-                os.truncate(metrics, state.metrics if state else 0)
+                self.console.say(f"{complaint}; going on from the state before it")
+            cut_records(self.folder, state.metrics if state else 0)
             found = [number, asdict(state or State())]
         self.number, state = self.ranks.gather([found])[0]
         self.state = State(**state)
@@ -142,7 +139,7 @@ class Run:
         """Takes both roles, with the weights of the state; a new run's are the base's, and saved as such."""
         self.questioner, self.reasoner = questioner, reasoner
         if "questioner" not in self.state.files:
-            self.save({"base": trained_weights(questioner) if self.ranks.first else {}})
+            self.save({"base": questioner.trained_weights() if self.ranks.first else {}})
             base = self.state.files.pop("base")
             self.state.files |= {"questioner": base, "reasoner": base}
         else:
@@ -161,6 +158,7 @@ class Run:
     def at(self, k: int, phase: str) -> bool:
         """Whether this phase of iteration k is what comes next."""
         self.started = time.monotonic()
+        self.console.now(f"iteration {k}: {phase}")
         return (self.state.iteration, self.state.phase) == (k, phase)
 
     def steps(self, k: int, role: str, count: int) -> Iterator[int]:
@@ -172,7 +170,7 @@ class Run:
             return
         if count:
             self.begin_training(role)
-        for step in self.progress(count, f"iteration {k}: {role}"):
+        for step in self.console.progress(self.state.step, count, f"iteration {k}: {role}"):
             self.generator, self.started = self.seeded(k, role, step), time.monotonic()
             yield step
             self.state.step, stop = step, self.ranks.any(self.stopping)
@@ -244,11 +242,8 @@ class Run:
             yield self.next_images(min(size, count - done))
             self.stop_if_asked()
 
-    def next_examples(
-        self, examples: list[Example], count: int, step: int
-    ) -> list[tuple[Example, Image.Image]]:
-        """What the step takes of the curated questions, round and round, with their images; of several
-        processes this one's share."""
+    def next_examples(self, examples: list[Example], count: int, step: int) -> list:
+        """What the step takes of the curated questions, round and round (see `readable`); this one's share."""
         places = range((step - 1) * count, step * count)
         return self.readable(self.share([examples[i % len(examples)] for i in places]))
 
@@ -309,7 +304,9 @@ class Run:
             records.write_examples(self.folder / "candidates" / f"iteration-{k}.jsonl", candidates)
             records.write_examples(self.folder / "curated" / f"iteration-{k}.jsonl", curated)
         if not curated:
-            self.say(f"iteration {k}: no question of middling confidence; the Reasoner is not trained")
+            self.console.say(
+                f"iteration {k}: no question of middling confidence; the Reasoner is not trained"
+            )
         self.advance(files={"curated": self.folder / "curated" / f"iteration-{k}.jsonl"})
 
     def curated(self, k: int) -> list[Example]:
@@ -337,15 +334,15 @@ class Run:
         return self._relative(order.take(min(count, len(self.images.paths)), self.ranks))
 
     def readable(self, examples: list[Example]) -> list[tuple[Example, Image.Image]]:
-        """Questions with their images. What can no longer be read is listed with the skipped, and left
-        out."""
-        found = []
+        """Questions with their images. What can no longer be read is listed with the skipped, and left out."""
+        found, bad = [], []
         for example in examples:
             try:
                 found.append((example, load_image(str(self.folder / example.image))))
             except ImageError as error:
-                if (example.image, str(error)) not in self.images.skipped:
-                    self.images.skipped.append((example.image, str(error)))
+                bad.append((example.image, str(error)))
+        new = dict.fromkeys(tuple(b) for b in self.ranks.gather(bad))
+        self.images.skipped.extend(b for b in new if b not in self.images.skipped)
         self.tell_skips()
         return found
 
@@ -367,11 +364,6 @@ class Run:
         """The records of a phase, of all iterations so far."""
         return [record for record in self.records if record["phase"] == phase]
 
-    def measured(self, k: int) -> dict:
-        """All that was measured in iteration k, in curation and at its end."""
-        records = [r for phase in ("curation", "measure") for r in self.of(phase) if r["iteration"] == k]
-        return {name: value for record in records for name, value in record.items()}
-
     def write(self, record: dict) -> None:
         """Adds a record to metrics.jsonl; a number that is not finite becomes null."""
         record = {name: records.plain(value) for name, value in record.items()}
@@ -389,18 +381,16 @@ class Run:
         written = records.of_groups(groups, self.questioner.end_ids, seconds, self.ranks)
         self.write(place | written | self.ranks.mean(metrics) | more | dict(seconds=seconds))
         if not more["validity"]:
-            self.say(f"step {step}: not one output was valid; rewards and advantages are 0")
+            self.console.say(f"step {step}: not one output was valid; rewards and advantages are 0")
         if metrics["skipped"]:
-            self.say(f"step {step}: loss or gradient is not finite; skipped, the weights are unchanged")
+            self.console.say(
+                f"step {step}: loss or gradient is not finite; skipped, the weights are unchanged"
+            )
 
     def expect(self, *instructions: str) -> None:
-        """Warns if the checkpoint was made for other instructions (see `settings.BESIDE`)."""
-        known = beside(self.questioner.source).get("instructions")
-        if known is not None and any(text not in known for text in instructions):
-            self.say(
-                "warning: this checkpoint knows other instructions than those in questioner.py and reasoner.py; "
-                "it will understand little (for the toy: python -m toy.build makes one that knows them)"
-            )
+        """Warns if the checkpoint was made for other instructions."""
+        if not knows(self.questioner.source, instructions):
+            self.console.say(UNKNOWN_INSTRUCTIONS)
 
     def warn(self, signature: str, message: str | None) -> None:
         """Writes and prints that a failure signature has shown itself; does nothing if there is no
@@ -408,7 +398,7 @@ class Run:
         if message is not None:
             place = dict(iteration=self.state.iteration, phase="warning")
             self.write(place | dict(signature=signature, message=message))
-            self.say(f"warning, {signature}: {message}")
+            self.console.say(f"warning, {signature}: {message}")
 
     def skipped_in_a_row(self) -> int:
         """How many of the last GRPO steps were skipped."""
@@ -426,28 +416,12 @@ class Run:
             self.header_printed = True
         print(records.row(k, results, [r for r in self.records if r["iteration"] == k]), flush=True)
 
-    def progress(self, steps: int, what: str) -> Iterator[int]:
-        """The steps that are still to do, with a progress bar if standard error is a terminal."""
-        done = self.state.step
-        hidden = None if self.ranks.first else True
-        return tqdm(range(done + 1, steps + 1), what, leave=False, disable=hidden, initial=done, total=steps)
-
-    def say(self, message: str) -> None:
-        """A line for the user that does not break a progress bar."""
-        if self.ranks.first:
-            tqdm.write(message, file=sys.stderr)
-
     def tell_skips(self) -> None:
         """Names the images that were skipped since the last call."""
         new = self.images.skipped[self.skips_told :]
         self.skips_told += len(new)
         for path, reason in new:
-            self.say(f"skipped {records.printable(path)}: {reason}")
+            self.console.say(f"skipped {records.printable(path)}: {reason}")
         if new and self.ranks.first:
             lines = [f"{records.printable(path)}\t{why}\n" for path, why in self.images.skipped]
             replace_text(self.folder / "skipped.txt", "".join(lines))
-
-
-def trained_weights(vlm: VLM) -> dict[str, Tensor]:
-    """All that training changes."""
-    return {name: p.detach() for name, p in vlm.model.named_parameters() if p.requires_grad}

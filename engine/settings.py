@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +117,18 @@ def beside(model: str | Path) -> dict:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+UNKNOWN_INSTRUCTIONS = (
+    "warning: this checkpoint knows other instructions than those in questioner.py and reasoner.py, and will "
+    "understand little (for the toy: python -m toy.build makes one that knows them)"
+)
+
+
+def knows(model: str | Path, instructions: Iterable[str]) -> bool:
+    """Whether a checkpoint that lists the instructions it knows lists these; True if it lists none."""
+    known = beside(model).get("instructions")
+    return known is None or all(text in known for text in instructions)
 
 
 # The paper's hyper-parameters fit models of billions of parameters; these fit the toy.
