@@ -124,7 +124,7 @@ def update(s: Settings, run: Run, sampled: list, reward: list[list[float]], meas
     """One GRPO step on the role in training: what it sampled, and the reward of each."""
     groups = [grpo.Group(group.prompt, group.completions, r) for group, r in zip(sampled, reward)]
     grpo.add_reference(groups, run.reference, s.temperature)
-    metrics = grpo.update(run.policy, run.optimizer, groups, s.clip, s.beta, s.temperature)
+    metrics = grpo.update(run.policy, run.policy.optimizer, groups, s.clip, s.beta, s.temperature)
     run.log(metrics, groups, measured)
 
 

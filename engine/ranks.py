@@ -4,6 +4,7 @@ With one process, which is the normal case, every function gives back what it wa
 JSON: torch's own `all_gather_object` would pickle.
 """
 
+import hashlib
 import json
 import os
 from datetime import timedelta
@@ -36,6 +37,12 @@ class Ranks:
             return mine
         parts = self._exchange(mine)
         return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
+
+    def seed(self, *place) -> int:
+        """A seed that depends on nothing but these words and the rank."""
+        words = [*place] + ([f"rank {self.rank}"] if self.rank else [])
+        digest = hashlib.sha256(" ".join(map(str, words)).encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so."""

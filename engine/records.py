@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 
 from curate import Example
@@ -51,6 +52,12 @@ def plain(value):
     if not isinstance(value, float):
         return value
     return round(value, 6) if math.isfinite(value) else None
+
+
+def skipped_in_a_row(records: list[dict]) -> int:
+    """How many of the last GRPO steps were skipped."""
+    skipped = [record["skipped"] for record in records if "skipped" in record]
+    return len(list(takewhile(bool, reversed(skipped))))
 
 
 def of_groups(groups: list, end_ids: list[int], seconds: float, ranks: Ranks) -> dict:

@@ -16,13 +16,11 @@ steps, and when the user stops the run. Of several processes the first writes, a
 """
 
 import gc
-import hashlib
 import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -33,7 +31,7 @@ import lora
 from curate import Example
 from engine import records
 from engine.console import Console
-from engine.images import Found, ImageError, Picture, Pictures, load_image
+from engine.images import Found, ImageError, Picture, Pictures, images_in, load_image
 from engine.ranks import Ranks
 from engine.settings import UNKNOWN_INSTRUCTIONS, Settings, knows
 from engine.shards import Trained
@@ -72,8 +70,8 @@ class Stopped(Exception):
 class Run:
     """What carries the algorithm: roles, images, random numbers, records and files.
 
-    questioner, reasoner: the two roles. In a training phase `policy` and `optimizer` are those of the role in
-    training, and `reference` is the role as it was when the phase began.
+    questioner, reasoner: the two roles. In a training phase `policy` is the role in training, and `reference`
+    the role as it was when the phase began.
     """
 
     def __init__(self, folder: Path, images: Found, scene_size: int, settings: Settings, ranks: Ranks):
@@ -92,20 +90,14 @@ class Run:
     # ---- Beginning, and going on ---------------------------------------------------------------------
 
     def create(self, config: dict) -> None:
-        """Makes the folder and writes the settings, and which images there are: a resumed run has the
-        same."""
+        """Makes the folder and writes the settings and which images there are, for a run that goes on."""
         if self.ranks.first:
-            self.lock()
+            self.locked = self.locked or lock(self.folder)
             found = {"paths": self.images.paths, "skipped": self.images.skipped}
             replace_text(self.folder / "images.json", json.dumps(found) + "\n")
             replace_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         self.tell_skips()
         self.ranks.any(False)  # the others wait until the folder is there
-
-    def lock(self) -> None:
-        """Raises ValueError if another process works on this run."""
-        if not self.locked:
-            self.locked = lock(self.folder)
 
     def unlock(self) -> None:
         """Lets another process work on this run."""
@@ -119,7 +111,7 @@ class Run:
         """
         found = None
         if self.ranks.first:
-            self.lock()
+            self.locked = self.locked or lock(self.folder)
             replace_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
             self.console.now(f"reading the state of {self.folder}")
             number, state, complaints = recover(self.folder)
@@ -174,7 +166,7 @@ class Run:
             self.generator, self.started = self.seeded(k, role, step), time.monotonic()
             yield step
             self.state.step, stop = step, self.ranks.any(self.stopping)
-            if self.skipped_in_a_row() >= BAD_STEPS:
+            if records.skipped_in_a_row(self.records) >= BAD_STEPS:
                 raise RunError(NOT_FINITE)
             if (step % self.save_every == 0 and step < count) or stop:
                 self.save({role: self.policy.weights(), "moments": self.policy.moments()})
@@ -200,17 +192,11 @@ class Run:
         if self.state.step:
             self.policy.load_moments(read_tensors(self.folder, files["moments"]))
 
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW of the role in training."""
-        return self.policy.optimizer
-
     def seeded(self, *place) -> torch.Generator:
         """Random numbers that depend on nothing but a place in the run (and the process): it can be done
         again."""
-        words = [self.seed, *place] + ([f"rank {self.ranks.rank}"] if self.ranks.rank else [])
-        digest = hashlib.sha256(" ".join(map(str, words)).encode()).digest()
-        return torch.Generator(self.questioner.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = torch.Generator(self.questioner.device)
+        return generator.manual_seed(self.ranks.seed(self.seed, *place))
 
     @property
     def sampling(self) -> dict:
@@ -225,15 +211,7 @@ class Run:
 
     def next_images(self, count: int) -> list[Picture]:
         """The next images; of several processes this one's share of them."""
-        return self._relative(self.pictures.take(count, self.ranks))
-
-    def _relative(self, pictures: list[Picture]) -> list[Picture]:
-        """With paths in the run's folder relative to it, so that the folder can be moved."""
-        inside, places = self.folder.absolute(), [Path(p.path).absolute() for p in pictures]
-        return [
-            Picture(place.relative_to(inside).as_posix(), p.image) if place.is_relative_to(inside) else p
-            for p, place in zip(pictures, places)
-        ]
+        return images_in(self.folder, self.pictures.take(count, self.ranks))
 
     def image_batches(self, k: int, phase: str, count: int, size: int) -> Iterator[list[Picture]]:
         """The next `count` images, `size` at a time: decoded images are large."""
@@ -243,7 +221,8 @@ class Run:
             self.stop_if_asked()
 
     def next_examples(self, examples: list[Example], count: int, step: int) -> list:
-        """What the step takes of the curated questions, round and round (see `readable`); this one's share."""
+        """What the step takes of the curated questions, round and round (see `readable`); this one's
+        share."""
         places = range((step - 1) * count, step * count)
         return self.readable(self.share([examples[i % len(examples)] for i in places]))
 
@@ -331,10 +310,11 @@ class Run:
     def probe_images(self, count: int) -> list[Picture]:
         """Images for the fixed questions; of several processes this one's share."""
         order = Pictures(self.images, f"{self.seed} probes")
-        return self._relative(order.take(min(count, len(self.images.paths)), self.ranks))
+        return images_in(self.folder, order.take(min(count, len(self.images.paths)), self.ranks))
 
     def readable(self, examples: list[Example]) -> list[tuple[Example, Image.Image]]:
-        """Questions with their images. What can no longer be read is listed with the skipped, and left out."""
+        """Questions with their images. What can no longer be read is listed with the skipped, and left
+        out."""
         found, bad = [], []
         for example in examples:
             try:
@@ -347,8 +327,7 @@ class Run:
         return found
 
     def finish_iteration(self, k: int, probes: list[Example]) -> None:
-        """Writes the votes on the probes, and both roles as checkpoints (but the base); then the next
-        iteration."""
+        """Writes the votes on the probes and both roles as checkpoints; then comes the next iteration."""
         self.write_probes(k, probes)
         for role, vlm in self.roles.items() if self.ranks.first and k else ():
             replace_folder(self.folder / role, vlm.save)
@@ -374,8 +353,7 @@ class Run:
         self.tell_skips()
 
     def log(self, metrics: dict, groups: list, more: dict) -> None:
-        """The record of this GRPO step. metrics: what `grpo.update` gave; groups: what it was given; more: of
-        all."""
+        """The record of this GRPO step, of what `grpo.update` gave and was given, and more."""
         step, seconds = self.state.step + 1, time.monotonic() - self.started
         place = dict(iteration=self.state.iteration, phase=self.state.phase, step=step)
         written = records.of_groups(groups, self.questioner.end_ids, seconds, self.ranks)
@@ -393,21 +371,14 @@ class Run:
             self.console.say(UNKNOWN_INSTRUCTIONS)
 
     def warn(self, signature: str, message: str | None) -> None:
-        """Writes and prints that a failure signature has shown itself; does nothing if there is no
-        message."""
+        """Writes and prints that a failure signature has shown itself, if there is a message."""
         if message is not None:
             place = dict(iteration=self.state.iteration, phase="warning")
             self.write(place | dict(signature=signature, message=message))
             self.console.say(f"warning, {signature}: {message}")
 
-    def skipped_in_a_row(self) -> int:
-        """How many of the last GRPO steps were skipped."""
-        skipped = [record["skipped"] for record in self.records if "skipped" in record]
-        return len(list(takewhile(bool, reversed(skipped))))
-
     def report(self, k: int, results: dict) -> None:
-        """Writes and prints what was measured after iteration k (0: before the first): one row of the
-        table."""
+        """Writes and prints what was measured after iteration k: one row of the table."""
         self.write(dict(iteration=k, phase="measure") | results)
         if not self.ranks.first:
             return
