@@ -42,12 +42,9 @@ Loop = Callable[[Settings, Run], None]
 
 def main(loop: Loop, description: str, argv: list[str] | None = None) -> int:
     """Runs `loop` as the command line says; returns the exit code."""
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # a mistyped name is our sentence, not its retries
-    warnings.filterwarnings(
-        "ignore", module="PIL"
-    )  # a strange image is used or skipped, and listed if skipped
+    # A mistyped model is our sentence, not the hub's retries; a strange image is used, or skipped and listed.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="PIL")
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     s = parse_arguments(description, argv)
@@ -159,10 +156,8 @@ def prepare(s: Settings, ranks: Ranks) -> Run:
         s.images = os.path.abspath(os.path.expanduser(s.images))  # so that a run can be resumed from anywhere
     if s.model is not None and Path(s.model).is_dir():
         s.model = os.path.abspath(s.model)
-    device = device_of(s)
-    s.dtype = str(checkpoint.check_dtype(s.dtype, device)).removeprefix(
-        "torch."
-    )  # a resumed run has the same
+    dtype = checkpoint.check_dtype(s.dtype, device_of(s))
+    s.dtype = str(dtype).removeprefix("torch.")  # a resumed run has the same, on whatever device
     load_config(model_of(s))
     _, image_processor, _ = load_processors(model_of(s))
     name = s.name or f"{Path(model_of(s)).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -174,11 +169,7 @@ def prepare(s: Settings, ranks: Ranks) -> Run:
     if exists and not s.dry_run:
         check_same_settings(s, folder)
         return reopened(s, folder, scene_size, ranks)
-    begun = (
-        "state",
-        "lock",
-        "images.json",
-    )  # all there is if a run was killed before its config.json was written
+    begun = ("state", "lock", "images.json")  # all there is of a run that was killed before it was there
     if folder.exists() and not s.dry_run:
         if any(p.name not in begun and p.suffix != ".new" for p in folder.iterdir()):
             raise ValueError(f"{folder} exists already and is not the folder of a run; choose another --name")

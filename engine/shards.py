@@ -169,9 +169,8 @@ def _masters(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
         if parameter.requires_grad and not isinstance(parameter, DTensor):
             parameter.data = parameter.data.to(device, torch.float32)
     for buffer in module.buffers():
-        buffer.data = buffer.data.to(
-            device, copy=True
-        )  # a view would keep the plain copy's whole buffer alive
+        # A view would keep the plain copy's whole buffer alive.
+        buffer.data = buffer.data.to(device, copy=True)
     return module
 
 

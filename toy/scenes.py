@@ -28,10 +28,8 @@ COLOURS = {"red": (214, 40, 40), "green": (42, 157, 66), "blue": (38, 84, 214), 
 SHAPES = ("disc", "ring", "cross")
 PLURALS = {"disc": "discs", "ring": "rings", "cross": "crosses"}
 BOARD = 3
-LED, LEAD = (
-    0.5,
-    0.7,
-)  # share of scenes with a leading colour (or shape), and how likely an object is to follow it
+LED = 0.5  # share of scenes with a leading colour (or shape)
+LEAD = 0.7  # how likely an object is to follow it
 TRUTH_FILE = "scenes.jsonl"
 
 
