@@ -24,6 +24,7 @@ import string
 import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 
 from engine import latex
 
@@ -82,6 +83,7 @@ def canonical(answer: str) -> Fraction | str:
     return answer.strip() if form == "" else form  # nothing is left of "?" and "!", and they are not the same
 
 
+@lru_cache(maxsize=10_000)  # votes repeat
 def _form(answer: str) -> Fraction | str:
     """`canonical`, but "" where only marks stand."""
     text = answer.strip()

@@ -69,7 +69,7 @@ def test_it_stays_within_its_memory_and_is_quiet(default_run):
 def test_random_rewards_teach_nothing(default_run, tmp_path, monkeypatch):
     """The Reasoner's reward becomes a coin that knows nothing of the answer, for one iteration.
 
-    Ten steps of noise still move the weights, and accuracy with them, up or down by some 0.03 (three coins gave
+    Ten steps of noise still move the weights, and accuracy with them, by some 0.03 (three coins gave
     -0.026, 0.027 and 0.005). So the claim is about their mean: less than half of what silver labels gain.
     """
     monkeypatch.chdir(tmp_path)
