@@ -241,11 +241,10 @@ def resume(given: Settings, ranks: Ranks) -> tuple[Settings, Run]:
 
     Raises ValueError with a sentence for the user.
     """
-    folder, default = Path(given.resume), Settings()
+    folder = Path(given.resume)
     s, scene_size = saved_settings(folder)
-    for name in (*MAY_CHANGE, "iterations"):
-        if getattr(given, name) != getattr(default, name) and name not in ("name", "resume", "dry_run"):
-            setattr(s, name, getattr(given, name))
+    for name in given.given:
+        setattr(s, name, getattr(given, name))
     s.check()
     check_device(s.device, ranks)
     return s, reopened(s, folder, scene_size, ranks)

@@ -180,7 +180,9 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> Settings
     if "resume" in given:
         if wrong := [name for name in given if name not in (*MAY_CHANGE, "iterations") or name == "name"]:
             parser.error(f"--resume takes the settings of the run it continues, not {flag(wrong[0])}")
-        return Settings(**given)
+        settings = Settings(**given)
+        settings.given = tuple(given)  # a value that happens to be the default is given, too
+        return settings
     try:
         fitting = beside(given.get("model", TOY)).get("settings", {})
         return Settings(**(fitting | given))
