@@ -134,8 +134,8 @@ def read_answer(text: str, item: Item) -> str | None:
     """The answer in what a model wrote.
 
     With choices it is the letter, if the true answer is yes or no that word, both also where there is no box;
-    else the content of the last box. An item's own ending may not ask for a box: without one it is what stands
-    behind the last "answer:" or "answer is", else the last line.
+    else the content of the last box. An item's own ending may ask for no box: where there is none, it is what
+    stands behind the last "answer:" or "answer is", else the last line.
     """
     if item.choices:
         return read_choice(text, item.choices)
