@@ -56,13 +56,10 @@ def optional(record: dict, name: str) -> str:
 
 
 def without_marks(question: str) -> str:
-    """A question without the places of its image: cut off at the ends, "the image" elsewhere."""
-    question = re.sub(r"<image ?\d?>", "<image>", question)
-    question = re.sub(r"^(?:\s*<image>)+\s*", "", question)
-    parts = question.split("<image>")
-    while len(parts) > 1 and not parts[-1].strip():
-        parts.pop()
-    if not (question := "the image".join(parts).strip()):
+    """A question without the places of its image: nothing at the ends of lines, "the image" elsewhere."""
+    question = re.sub(r"[ \t]{0,3}<image ?\d?>[ \t]{0,3}(?=\n|$)", "", question.strip())
+    question = re.sub(r"<image ?\d?>", "the image", re.sub(r"^<image ?\d?>", "", question)).strip()
+    if not question:
         raise LeftOut("no question")
     return question
 
@@ -105,7 +102,8 @@ def split_choices(text: str) -> tuple[str, list[str]]:
     for pattern in _MARKS:
         marks: list[re.Match] = []
         for mark in pattern.finditer(text, labels[-1].end() if labels else 0):
-            if mark[1] in "Aa" and len(marks) < 2:
+            is_smaller = mark[1] == "a" and marks and marks[0][1] == "A"
+            if mark[1] in "Aa" and len(marks) < 2 and not is_smaller:
                 marks = [mark]
             elif marks and mark[1] == chr(ord(marks[-1][1]) + 1):
                 marks.append(mark)
@@ -217,8 +215,6 @@ def realworldqa(record: dict) -> dict:
     question, mark, ending = text_of(record, "question").rpartition("\nPlease answer ")
     if not mark:
         question, ending = ending, ""
-    if not question.strip():
-        raise LeftOut("no question")
     line = asked(question.strip(), text_of(record, "answer"))
     return line | dict(image=image_of(record, "image"), ending=(mark + ending).strip())
 
@@ -324,11 +320,11 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0: done, 1: interrupted, 2: a wrong argument or input."""
     args = parse_arguments(argv)
     source, config, split, read = BENCHMARKS.get(args.name, (args.name, None, None, official))
-    if args.source:
-        source, config, split = args.source, None if Path(args.source).is_dir() else config, None
+    if args.source and Path(args.source).is_dir():
+        config, split = None, None
     limit = args.limit or math.inf
     try:
-        records = records_of(source, config, args.split or split)
+        records = records_of(args.source or source, config, args.split or split)
         args.out.mkdir(parents=True, exist_ok=True)
         if read is None:
             counts = write_images(records, args.out, limit)
@@ -341,15 +337,15 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write("interrupted; the same command begins again\n")
         return 1
     written = counts.pop("", 0)
-    what = (
-        "images of {} records are in {}/images" if read is None else "{} questions are in {}/questions.jsonl"
-    )
-    print(what.format(written, args.out))
+    if read is None:
+        print(f"records whose images are in {args.out}/images: {written}")
+    else:
+        print(f"questions in {args.out}/questions.jsonl: {written}")
     if counts:
         print(f"left out {counts.total()} of {counts.total() + written} records:")
         print("\n".join(f"{count:>8}  {reason}" for reason, count in counts.most_common()))
     if not written:
-        sys.stderr.write(f"error: {source} has no record that can be used\n")
+        sys.stderr.write(f"error: {args.source or source} has no record that can be used\n")
     return 0 if written else 2
 
 

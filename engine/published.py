@@ -30,7 +30,8 @@ def records_of(source: str, config: str | None, split: str | None) -> Iterator[d
             if len(found) > 1:
                 raise ValueError(f"it has the splits {', '.join(found)}; choose one with --split")
             found = next(iter(found.values()))
-        return _told(iter(found.decode(False)), source)
+        found = found.decode(False) if hasattr(found, "decode") else found  # older datasets give pictures
+        return _told(iter(found), source)
     except Exception as error:  # of the network, of the hub, of files: datasets raises many kinds
         raise ValueError(_sentence(source, error)) from error
 
