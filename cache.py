@@ -93,14 +93,10 @@ class Rows:
         moved = {slot: new for new, slot in enumerate(slots)}
         _move_up(rows, self.keys + self.values + [self.written, self.first, self.finished, self.tokens])
         _move_up(slots, self.prompt_keys + self.prompt_values + [self.prompt_length])
-        self.owners, self.prompt_lengths = (
-            [self.owners[i] for i in rows],
-            [self.prompt_lengths[i] for i in slots],
-        )
-        (
-            self.cell_of_row.zero_(),
-            self.row_of_cell.zero_(),
-        )  # rows and cells that nobody uses must still point inside
+        self.owners = [self.owners[i] for i in rows]
+        self.prompt_lengths = [self.prompt_lengths[i] for i in slots]
+        self.cell_of_row.zero_()  # rows and cells that nobody uses must still point inside
+        self.row_of_cell.zero_()
         self.place([moved[cells[row] // self.n] * self.n + cells[row] % self.n for row in rows], 0)
 
     def place(self, cells: list[int], start: int) -> None:
@@ -158,10 +154,8 @@ def step(vlm: VLM, rows: Rows, R: int, S: int, P: int, T: int) -> None:
     everyone = torch.arange(R, device=x.device)
     for layer, block in enumerate(model.layers):
         h, attention = block.input_layernorm(x), block.self_attn
-        q, k, v = (
-            f(h).unflatten(1, (-1, cos.shape[-1]))
-            for f in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        q, k, v = (project(h).unflatten(1, (-1, cos.shape[-1])) for project in projections)
         rows.keys[layer][everyone, :, index] = rotate(k, cos, sin)
         rows.values[layer][everyone, :, index] = v
         x = x + attention.o_proj(attend(rotate(q, cos, sin), rows, layer, seen, own))
@@ -210,13 +204,10 @@ def attend(q: Tensor, rows: Rows, layer: int, seen: Tensor, own: Tensor) -> Tens
     )
     parts = [x.view(S, kv, rows.n, g, -1).transpose(1, 2).flatten(0, 1)[rows.cell_of_row[:R]] for x in parts]
     prompt_sum, prompt_weight, prompt_top = parts
-    own_sum, own_weight, own_top = partial_attention(
-        q, rows.keys[layer][:R, :, :T], rows.values[layer][:R, :, :T], own
-    )
-    a, b = (
-        (prompt_top - own_top).sigmoid(),
-        (own_top - prompt_top).sigmoid(),
-    )  # e^top over the sum of both: no overflow
+    keys, values = rows.keys[layer][:R, :, :T], rows.values[layer][:R, :, :T]
+    own_sum, own_weight, own_top = partial_attention(q, keys, values, own)
+    a = (prompt_top - own_top).sigmoid()  # e^top over the sum of both: no overflow
+    b = (own_top - prompt_top).sigmoid()
     out = (a * prompt_sum + b * own_sum) / (a * prompt_weight + b * own_weight)
     return out.to(q.dtype).flatten(1)
 

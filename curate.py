@@ -6,16 +6,15 @@ A question of high confidence teaches nothing new, one of low confidence has a l
 The official code uses 0.3 and 0.8 instead of the paper's thresholds.
 """
 
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from rewards import confidence
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question that the Reasoner has answered m times; curated, it is one line of
-    `curated/iteration-K.jsonl`."""
+    """One question that the Reasoner has answered m times; curated, a line of `curated/iteration-K.jsonl`."""
 
     image: str  # path of the image file
     question: str
@@ -30,21 +29,17 @@ def keep(confidence: float, low: float = 0.25, high: float = 0.75) -> bool:
     return low <= confidence <= high
 
 
-def curate(candidates: Iterable[Example], low: float = 0.25, high: float = 0.75) -> list[Example]:
-    """The training set D: the candidates of middling confidence that have a label at all."""
-    return [
-        example for example in candidates if example.label is not None and keep(example.confidence, low, high)
-    ]
+def pool(candidates: Iterable[Example]) -> list[Example]:
+    """Each question about an image once: what was proposed several times has the votes of all times."""
+    pooled: dict[tuple[str, str], Example] = {}
+    for example in candidates:
+        before = pooled.get(place := (example.image, example.question))
+        answers = (before.answers if before else []) + example.answers
+        label, share = confidence(answers)
+        pooled[place] = replace(before or example, label=label, confidence=share, answers=answers)
+    return list(pooled.values())
 
 
-def write_examples(path: Path, examples: Iterable[Example]) -> None:
-    """Writes examples as JSON lines; the bytes of a path that are not UTF-8 are kept."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in examples]
-    path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
-
-
-def read_examples(path: Path) -> list[Example]:
-    """Reads what `write_examples` wrote."""
-    text = path.read_text(encoding="utf-8", errors="surrogateescape")
-    return [Example(**json.loads(line)) for line in text.split("\n") if line]
+def curate(candidates: Iterable[Example], wanted: Callable[[Example], bool]) -> list[Example]:
+    """The training set D: the questions that are wanted, each once."""
+    return [example for example in pool(candidates) if wanted(example)]

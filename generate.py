@@ -188,10 +188,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generat
         best, which = logits.topk(top_k, dim=-1)
         logits = torch.full_like(logits, -torch.inf).scatter(1, which, best)
     probs = logits.softmax(dim=-1)
-    token, outside = (
-        probs.new_zeros(len(probs), 1, dtype=torch.long),
-        probs.new_ones(len(probs), 1, dtype=torch.bool),
-    )
+    token = probs.new_zeros(len(probs), 1, dtype=torch.long)
+    outside = probs.new_ones(len(probs), 1, dtype=torch.bool)
     for _ in range(_rounds(top_p)):
         token = torch.where(outside, draw(probs, generator), token)
         drawn = probs.gather(1, token)

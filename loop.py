@@ -13,14 +13,17 @@ Differs from the paper: both roles live in one process, with no server between t
 official code: see docs/differences.md.
 
 Read it downward from `visplay`. Prompts are in questioner.py and reasoner.py, equations in rewards.py,
-curate.py and grpo.py. `run` carries everything else (engine/run.py): the two roles, the images, random
-numbers, files, and what of a run that was stopped is done already.
+curate.py and grpo.py; what is measured is in watch.py. `run` carries everything else (engine/run.py): the two
+roles, the images, random numbers, files, and what of a run that was stopped is done already.
 """
 
-import signal
+if __name__ == "__main__":  # torch takes seconds to import: --help, a wrong flag and Ctrl-C come before it
+    import signal
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends without a traceback
+    from engine.settings import parse_arguments
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parse_arguments(__doc__).check()
 
 import random
 import sys
@@ -28,72 +31,82 @@ import time
 from collections.abc import Callable
 
 import curate
-import evaluate
 import grpo
 import questioner
 import reasoner
 import rewards
-import signatures
+import watch
 from curate import Example
 from engine import command
-from engine.records import mean
 from engine.run import Run
-from engine.settings import HELD_OUT_QUESTIONS, HELD_OUT_SEED, Settings
+from engine.settings import Settings
 
-PROBES = 64  # questions on which the Reasoner is compared with the base
-Reward = Callable[[str | None, Example], float]  # (answer, curated question) -> reward
-Votes = list[list[Example | None]]  # of each image its questions with their votes, None where one is invalid
+# ---- What a researcher may change (see docs/your-own-idea.md) ----------------------------------------------
 
 
-def silver_label_reward(answer: str | None, example: Example) -> float:
-    """The Reasoner's reward: 1 if the answer equals the silver label, else 0. Experiments replace it."""
+def question_reward(votes: list[Example | None], s: Settings) -> list[float]:
+    """The Questioner's, of the G questions about one image: r = 1[valid] max(0, r_unc - r_div)."""
+    texts = [vote and vote.question for vote in votes]
+    confidences = [vote.confidence if vote else 0.0 for vote in votes]
+    return rewards.questioner_rewards(texts, confidences, s.diversity_weight)
+
+
+def keep(example: Example, s: Settings) -> bool:
+    """Whether a question is curated: tau_low <= c <= tau_high, and it has a label."""
+    return example.label is not None and curate.keep(example.confidence, s.tau_low, s.tau_high)
+
+
+def answer_reward(answer: str | None, example: Example) -> float:
+    """The Reasoner's: 1 if the answer equals the silver label, else 0."""
     return rewards.answer_reward(answer, example.label)
 
 
-# ---- The algorithm ----------------------------------------------------------------------------------------
+# ---- The algorithm -----------------------------------------------------------------------------------------
 
 
-def visplay(s: Settings, run: Run, answer_reward: Reward = silver_label_reward) -> None:
-    """All iterations, from where the run stands. `answer_reward`: see `silver_label_reward`."""
+def visplay(
+    s: Settings,
+    run: Run,
+    question_reward: Callable = question_reward,
+    keep: Callable = keep,
+    answer_reward: Callable = answer_reward,
+) -> None:
+    """All iterations, from where the run stands."""
+    run.expect(questioner.INSTRUCTION, reasoner.INSTRUCTION)
     measure(s, run, 0)
     for k in range(1, s.iterations + 1):
-        train_questioner(s, run, k)
-        curate_questions(s, run, k)
+        train_questioner(s, run, k, question_reward)
+        curate_questions(s, run, k, keep)
         train_reasoner(s, run, k, answer_reward)
         measure(s, run, k)
 
 
-def train_questioner(s: Settings, run: Run, k: int) -> None:
+def train_questioner(s: Settings, run: Run, k: int, question_reward: Callable) -> None:
     """Phase 1: GRPO on the Questioner. Good questions are those on which the frozen Reasoner is torn."""
     for _ in run.steps(k, "questioner", s.questioner_steps):
         images = run.next_images(s.images_per_step)
         asked = questioner.ask(run.questioner, images, s.group_size, **run.sampling)
         votes = reasoner.vote(run.reasoner, asked, s.answers, **run.sampling)
-        reward = [questioner_reward(group, s.diversity_weight) for group in votes]
-        groups = [grpo.Group(a.prompt, a.completions, r) for a, r in zip(asked, reward)]
-        grpo.add_reference(groups, run.reference, s.temperature)
-        metrics = grpo.update(run.policy, run.optimizer, groups, s.clip, s.beta, s.temperature)
-        run.log(metrics, groups, of_questions(s, run.together(votes)))
+        reward = [question_reward(group, s) for group in votes]
+        update(s, run, asked, reward, watch.of_questions(s, run.together(votes)))
 
 
-def curate_questions(s: Settings, run: Run, k: int) -> None:
+def curate_questions(s: Settings, run: Run, k: int, keep: Callable) -> None:
     """Phase 2: the updated Questioner asks, the Reasoner votes, and middling confidence is kept."""
     if not run.at(k, "curation"):
         return
-    start, candidates = time.time(), []
+    candidates, start = [], time.monotonic()
     for images in run.image_batches(k, "curation", s.candidates, s.images_per_step):
         asked = questioner.ask(run.questioner, images, 1, **run.sampling)
         votes = reasoner.vote(run.reasoner, asked, s.answers, **run.sampling)
         candidates += [vote for (vote,) in run.together(votes) if vote]
-    curated = curate.curate(candidates, s.tau_low, s.tau_high)
-    confidence, validity = mean([e.confidence for e in candidates]), len(candidates) / s.candidates
-    record = dict(candidates=s.candidates, validity=validity, curated=len(curated), confidence=confidence)
-    run.write(dict(iteration=k, phase="curation") | record | dict(seconds=time.time() - start))
-    watch_questions(run, k)
+    curated = curate.curate(candidates, lambda example: keep(example, s))
+    run.write(dict(iteration=k, phase="curation") | watch.of_candidates(s, candidates, curated, start))
+    watch.questions(run, k)
     run.finish_curation(k, candidates, curated)
 
 
-def train_reasoner(s: Settings, run: Run, k: int, answer_reward: Reward) -> None:
+def train_reasoner(s: Settings, run: Run, k: int, answer_reward: Callable) -> None:
     """Phase 3: GRPO on the Reasoner with the silver labels; a step takes the next curated questions."""
     if not run.at(k, "reasoner"):
         return
@@ -101,94 +114,28 @@ def train_reasoner(s: Settings, run: Run, k: int, answer_reward: Reward) -> None
     order = random.Random(f"{s.seed} {k} curated").sample(curated, len(curated))
     for step in run.steps(k, "reasoner", s.reasoner_steps if curated else 0):
         examples = run.next_examples(order, min(s.images_per_step, len(order)), step)
-        prompts = [reasoner.answer_prompt(run.reasoner, run.image_of(e), e.question) for e in examples]
+        prompts = [reasoner.answer_prompt(run.reasoner, image, e.question) for e, image in examples]
         answered = reasoner.answer(run.reasoner, prompts, s.group_size, **run.sampling)
-        reward = [[answer_reward(y, e) for y in a.answers] for a, e in zip(answered, examples)]
-        groups = [grpo.Group(a.prompt, a.completions, r) for a, r in zip(answered, reward)]
-        grpo.add_reference(groups, run.reference, s.temperature)
-        metrics = grpo.update(run.policy, run.optimizer, groups, s.clip, s.beta, s.temperature)
-        run.log(metrics, groups, of_answers(run.gather([a.answers for a in answered])))
+        reward = [[answer_reward(y, e) for y in a.answers] for a, (e, _) in zip(answered, examples)]
+        update(s, run, answered, reward, watch.of_answers(run.gather([a.answers for a in answered])))
 
 
-def questioner_reward(votes: list[Example | None], diversity_weight: float) -> list[float]:
-    """r = 1[valid] max(0, r_unc - r_div) of the G questions about one image."""
-    texts = [vote and vote.question for vote in votes]
-    confidences = [vote.confidence if vote else 0.0 for vote in votes]
-    return rewards.questioner_rewards(texts, confidences, diversity_weight)
-
-
-# ---- What is measured -------------------------------------------------------------------------------------
-
-
-def of_questions(s: Settings, votes: Votes) -> dict:
-    """What the Questioner's rewards are made of: means over its valid questions; `clusters` over images."""
-    asked = [[v.question for v in group if v] for group in votes]
-    valid = [v for group in votes for v in group if v]
-    penalties = [rewards.diversity_penalty(q, s.diversity_weight, s.group_size) for q in asked]
-    return {
-        "validity": len(valid) / (len(votes) * s.group_size),
-        "r_unc": mean([rewards.uncertainty_reward(v.confidence) for v in valid]),
-        "r_div": mean([penalty for group in penalties for penalty in group]),
-        "confidence": mean([v.confidence for v in valid]),
-        "clusters": mean([len(set(rewards.cluster_questions(q))) for q in asked if q]),
-    } | signatures.variety([v.question for v in valid], [v.kind for v in valid])
-
-
-def of_answers(answers: list[list[str | None]]) -> dict:
-    """How many of the Reasoner's outputs have an answer, and how large the majorities are."""
-    validity = mean([answer is not None for group in answers for answer in group])
-    return dict(validity=validity, confidence=mean([rewards.confidence(group)[1] for group in answers]))
+def update(s: Settings, run: Run, sampled: list, reward: list[list[float]], measured: dict) -> None:
+    """One GRPO step on the role in training: what it sampled, and the reward of each."""
+    groups = [grpo.Group(group.prompt, group.completions, r) for group, r in zip(sampled, reward)]
+    grpo.add_reference(groups, run.reference, s.temperature)
+    metrics = grpo.update(run.policy, run.policy.optimizer, groups, s.clip, s.beta, s.temperature)
+    run.log(metrics, groups, measured)
 
 
 def measure(s: Settings, run: Run, k: int) -> None:
     """The end of an iteration (0: before the first): measured, watched for failures, both roles exported."""
     if not run.at(k, "measure"):
         return
-    results = run.once(true_accuracy, s, run, k)
-    if k:
-        results |= base_agreement(s, run, k)
-    run.report(k, results)
-    if k > 1:
-        run.warn("pseudo-label drift", signatures.label_drift(run.measured(k - 1), run.measured(k)))
-    run.finish_iteration(k)
-
-
-def true_accuracy(s: Settings, run: Run, k: int) -> dict:
-    """Accuracy on held-out scenes and of the silver labels; {} for your own images, whose truth nobody knows.
-
-    The true labels stay in here: what is returned is printed and written, and used for nothing else.
-    """
-    if s.images is not None:
-        return {}
-    import toy.measure as truth  # imports the exact answerer, which self-play must not
-
-    held_out = run.folder / "held-out"
-    items = truth.held_out_questions(held_out, HELD_OUT_QUESTIONS, HELD_OUT_SEED, run.scene_size)
-    sampling = run.sampling | dict(generator=run.seeded("held-out"))
-    scores = evaluate.scores(evaluate.answer_all(run.reasoner, items, 4, len(items), **sampling))
-    accuracy = {name: scores[name] for name in ("greedy_accuracy", "sampled_accuracy")}
-    return accuracy | truth.silver_label_accuracy(run.curated(k), run.folder / "images")
-
-
-def base_agreement(s: Settings, run: Run, k: int) -> dict:
-    """How often the Reasoner's majority is still the base's, on some of the candidates of iteration 1."""
-    base = [e for e in run.candidates(1) if e.label is not None]
-    base = base[:: -(-len(base) // PROBES)] if base else []
-    prompts = [reasoner.answer_prompt(run.reasoner, run.image_of(e), e.question) for e in run.share(base)]
-    sampling = run.sampling | dict(generator=run.seeded(k, "probe"))
-    answered = reasoner.answer(run.reasoner, prompts, s.answers, **sampling)
-    votes = [rewards.confidence(answers) for answers in run.gather([a.answers for a in answered])]
-    agree = [rewards.answer_reward(label, e.label) for (label, _), e in zip(votes, base)]
-    confidence = mean([c for _, c in votes]) if base else None
-    return dict(base_agreement=mean(agree) if base else None, probe_confidence=confidence)
-
-
-def watch_questions(run: Run, k: int) -> None:
-    """Warns of what has gone wrong in the Questioner's phase."""
-    steps = run.of("questioner")
-    r_unc = [record["r_unc"] for record in steps if record["iteration"] == k]
-    run.warn("stagnant difficulty", signatures.stagnant_difficulty(r_unc))
-    run.warn("question collapse", signatures.question_collapse(steps[0], steps[-1]))
+    probes = watch.probe(s, run, k)
+    run.report(k, run.once(watch.true_accuracy, s, run, k, probes) | watch.of_probes(run, probes))
+    watch.labels(s, run, k, probes)
+    run.finish_iteration(k, probes)
 
 
 def main(argv: list[str] | None = None) -> int:

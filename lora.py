@@ -30,7 +30,8 @@ class LoRALinear(torch.nn.Linear):
     @torch.no_grad()
     def merged(self) -> Tensor:
         """W + (alpha / R) B A, [out, in], in W's dtype."""
-        return (self.weight.float() + ALPHA * self.lora_B @ self.lora_A).to(self.weight.dtype)
+        change = (ALPHA * self.lora_B @ self.lora_A).to(self.weight.device)  # A and B may be parked
+        return (self.weight.float() + change).to(self.weight.dtype)
 
 
 def add_lora(model, rank: int, seed: int = 0) -> None:

@@ -157,10 +157,8 @@ class TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple:
         hidden, weight, targets, totals = ctx.saved_tensors
-        grad_hidden, grad_weight = (
-            torch.empty_like(hidden),
-            torch.zeros_like(weight) if ctx.needs_input_grad[1] else None,
-        )
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         pieces = zip(
             *(
                 x.split(ctx.size)

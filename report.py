@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
 
-from curate import Example, read_examples
+from curate import Example
 from engine.images import ImageError, load_image
-from engine.records import printable
+from engine.records import printable, read_examples
 from rewards import same_answer
 from toy.answerer import understand
 from toy.scenes import read_truth

@@ -86,10 +86,8 @@ def bleu_similarities(texts: Sequence[str]) -> np.ndarray:
     length = np.array([len(w) for w in split], dtype=float)
     log_precision = np.zeros((len(texts), len(texts)))  # [hypothesis, reference]
     for n in range(1, 5):
-        common, total = (
-            _common_items([_occurrences(ngrams(w, n)) for w in split]),
-            np.maximum(1, length - n + 1),
-        )
+        common = _common_items([_occurrences(ngrams(w, n)) for w in split])
+        total = np.maximum(1, length - n + 1)
         smoothed = np.where(common > 0, common, 0.1)  # method 1: 0 becomes 0.1
         log_precision += np.log(smoothed / total[:, None]) / 4
         if n == 1:

@@ -19,11 +19,9 @@ from nltk.util import ngrams
 
 from rewards import cluster_questions, words
 
-CLUSTERED = 256  # so many questions at most are clustered: the work grows with their square
+SAMPLE = 64  # so many questions at most are looked at: the numbers depend on how many they are of
 FELL = 0.5  # of its first value: how far variety may fall
 LARGEST = 0.5  # share of all questions that one cluster may have
-DRIFT = 0.05  # fall of the share of true labels from one iteration to the next
-AGREEMENT = 0.6  # least share of questions on which the Reasoner's majority is still that of the base
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
@@ -39,27 +37,33 @@ def entropy(labels: Sequence[str]) -> float:
 
 
 def variety(questions: Sequence[str], kinds: Sequence[str]) -> dict[str, float]:
-    """How different questions are, over all images: distinct_2, the number of BLEU clusters, the share of the
-    largest one, and the entropy of their kinds in bits. Of more than CLUSTERED questions as many are
-    clustered, evenly spread."""
-    some = (
-        [questions[i * len(questions) // CLUSTERED] for i in range(CLUSTERED)]
-        if len(questions) > CLUSTERED
-        else questions
-    )
-    sizes = Counter(cluster_questions(some)).values()
-    largest = max(sizes) / len(some) if some else 0.0
+    """How different questions are, over all images, in a sample of `variety_of` of them, at most SAMPLE.
+
+    distinct_2, the number of BLEU clusters, the share of the largest one, and the entropy of the kinds in
+    bits. The sample is spread evenly.
+    """
+    size = min(SAMPLE, len(questions))
+    chosen = [i * len(questions) // size for i in range(size)]
+    some, sizes = [questions[i] for i in chosen], Counter()
+    if some:
+        sizes = Counter(cluster_questions(some))
     return dict(
+        variety_of=size,
         distinct_2=distinct_n(some),
         all_clusters=len(sizes),
-        largest_cluster=largest,
-        kind_entropy=entropy(kinds),
+        largest_cluster=max(sizes.values(), default=0) / max(1, size),
+        kind_entropy=entropy([kinds[i] for i in chosen]),
     )
 
 
 def question_collapse(first: dict, now: dict) -> str | None:
-    """first, now: `variety` at the first Questioner step of the run and at the last one so far."""
+    """first, now: `variety` at the first Questioner step of the run and at the last one so far.
+
+    Silent if they are of samples of different sizes, on which these numbers depend.
+    """
     signs = []
+    if first["variety_of"] != now["variety_of"] or not first["variety_of"]:
+        return None
     for name in ("distinct_2", "kind_entropy"):
         if now[name] < FELL * first[name]:
             signs.append(f"{name} is {now[name]:.2f}, at first {first[name]:.2f}")
@@ -72,26 +76,25 @@ def question_collapse(first: dict, now: dict) -> str | None:
     return f"{'; '.join(signs)}. The Questioner repeats what is rewarded: {advice}"
 
 
-def label_drift(before: dict, now: dict) -> str | None:
-    """before, now: of two iterations `confidence` of the candidates, `base_agreement`, and `silver_accuracy`
-    where the truth is known. There it decides; elsewhere, whether the Reasoner still agrees with the base.
+def label_drift(before: Sequence[float], now: Sequence[float], surer: bool, what: str) -> str | None:
+    """On fixed questions, one by one: how good the majorities were, and are.
+
+    before, now: where the truth is known 1 for a right majority, after the iteration before and after this
+    one; elsewhere 1 for the base's own majority, of the base asked a second time and of the Reasoner now.
+    surer: whether its majorities are as large as before. Drift is a fall whose 95% interval excludes 0.
     """
-    was_right, is_right = before.get("silver_accuracy"), now.get("silver_accuracy")
-    surer = now["confidence"] >= before["confidence"]
-    advice = (
-        "The Reasoner learns its own mistakes: try a narrower band (--tau-low, --tau-high), more --answers or"
-        " fewer --reasoner-steps"
+    differences = [b - a for a, b in zip(before, now, strict=True)]
+    if len(differences) < 10 or not surer:
+        return None
+    fell = sum(differences) / len(differences)
+    error = math.sqrt(sum((d - fell) ** 2 for d in differences) / (len(differences) - 1) / len(differences))
+    if fell + 1.96 * error >= 0:
+        return None
+    numbers = (
+        f"{what} {sum(before) / len(before):.2f} -> {sum(now) / len(now):.2f} on {len(now)} fixed questions"
     )
-    if was_right is not None and is_right is not None:
-        if surer and is_right < was_right - DRIFT:
-            numbers = f"silver labels are right in {is_right:.2f}, before in {was_right:.2f}"
-            return (
-                f"{numbers}, with confidence {before['confidence']:.2f} -> {now['confidence']:.2f}. {advice}"
-            )
-    elif surer and now["base_agreement"] is not None and now["base_agreement"] < AGREEMENT:
-        share = f"{now['base_agreement']:.2f} of the base's questions"
-        return f"the Reasoner gives the base's answer to {share}, as sure as before. {advice}"
-    return None
+    advice = "try a narrower band (--tau-low, --tau-high), more --answers or fewer --reasoner-steps"
+    return f"{numbers}, as sure as before. The Reasoner learns its own mistakes: {advice}"
 
 
 def stagnant_difficulty(r_unc: Sequence[float]) -> str | None:

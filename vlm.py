@@ -184,6 +184,10 @@ class VLM:
         """What is parked: frozen weights are not, as several copies share them."""
         return [*(p for p in self.model.parameters() if p.requires_grad), *self.model.buffers()]
 
+    def trained_weights(self) -> dict[str, Tensor]:
+        """All that training changes, by name."""
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
     def use_less_memory(self) -> None:
         """After the GPU ran out of memory: from now on half as many tokens at a time. Raises OutOfMemoryError
         at the end.
@@ -273,8 +277,9 @@ class PackedForward(torch.nn.Module):
         super().__init__()
         self.model, self.checkpointing = model, checkpointing
         if checkpointing:
-            old_name = model.gradient_checkpointing_enable  # of transformers before 5.2x
-            getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+            new_name = "activation_checkpointing_enable"  # since transformers 5.2x
+            enable = getattr(model, new_name if hasattr(model, new_name) else "gradient_checkpointing_enable")
+            enable({"use_reentrant": False})
 
     def forward(self, batch: PackedBatch, temperature: float) -> Tensor:
         """Log-probabilities [N], float32, of `batch.targets`; `temperature` divides the logits."""

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -22,11 +23,12 @@ from transformers.utils import logging as transformers_logging
 import lora
 from engine import checkpoint, plan
 from engine.checkpoint import load_config, load_processors
+from engine.console import Console
 from engine.images import Found, ImageError, find_images
+from engine.ranks import Ranks, join, leave, lost
 from engine.records import printable
 from engine.run import Run, RunError, Stopped
 from engine.settings import MAY_CHANGE, TOY, Settings, flag, parse_arguments
-from engine.shards import Ranks, started
 from vlm import VLM
 
 SCENES = 512  # built-in scenes, if there are no other images
@@ -40,35 +42,41 @@ Loop = Callable[[Settings, Run], None]
 
 def main(loop: Loop, description: str, argv: list[str] | None = None) -> int:
     """Runs `loop` as the command line says; returns the exit code."""
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # a mistyped name is our sentence, not its retries
-    warnings.filterwarnings(
-        "ignore", module="PIL"
-    )  # a strange image is used or skipped, and listed if skipped
+    # A mistyped model is our sentence, not the hub's retries; a strange image is used, or skipped and listed.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="PIL")
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     s = parse_arguments(description, argv)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # the name of a run need not be UTF-8
     try:
-        with started() as ranks:
-            return start(loop, s, ranks)
+        ranks = join()
+        console = Console(ranks.first)
+        with console.alive():
+            code = start(loop, s, ranks, console)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
     except RuntimeError as error:
-        if "WORLD_SIZE" not in os.environ:
+        if "WORLD_SIZE" not in os.environ or not lost(error):
             raise
         why = f"another process of this run has ended or cannot be reached ({str(error).splitlines()[0]})"
         print(f"error: {why}; start them again to go on", file=sys.stderr)
         return 1
+    if code == 0:
+        leave()
+    return code
 
 
-def start(loop: Loop, s: Settings, ranks: Ranks) -> int:
+def start(loop: Loop, s: Settings, ranks: Ranks, console: Console) -> int:
     """Checks everything, then runs; returns the exit code."""
     try:
         if s.resume is not None:
-            s, run = resume(Path(s.resume), ranks)
+            s, run = resume(s, ranks)
         else:
             run = prepare(s, ranks)
+        run.console = console
         if run.state.iteration > s.iterations:
             if ranks.first:
                 print(f"{run.folder} is complete: all of its {s.iterations} iterations are done")
@@ -77,6 +85,7 @@ def start(loop: Loop, s: Settings, ranks: Ranks) -> int:
             print_plan(s, run)
         if s.dry_run:
             return 0
+        console.now("loading the model")
         roles = load_roles(s)
         start_run(s, run)
         if ranks.first:  # what a run needs at its end is proven at its start
@@ -84,6 +93,9 @@ def start(loop: Loop, s: Settings, ranks: Ranks) -> int:
     except (ValueError, OSError) as error:  # CheckpointError and ImageError are ValueErrors
         sys.stderr.write(f"error: {error}\n")  # in one piece: several processes may say so at once
         return 2
+    except torch.OutOfMemoryError:
+        print(f"error: {TOO_LITTLE_MEMORY}", file=sys.stderr)
+        return 1
     return carry_out(loop, s, run, roles)
 
 
@@ -92,12 +104,12 @@ def carry_out(loop: Loop, s: Settings, run: Run, roles: tuple[VLM, VLM]) -> int:
 
     def stop(signum, frame):
         run.stopping = True
-        run.say("stopping after this step (Ctrl-C again: at once)")
+        run.console.say("stopping after this step (Ctrl-C again: at once)")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, stop)
-    go_on = f"continue with: python loop.py --resume {run.folder}"
+    go_on = f"continue with: python loop.py --resume {shlex.quote(str(run.folder))}"
     try:
         run.cast(*roles)
         loop(s, run)
@@ -144,6 +156,8 @@ def prepare(s: Settings, ranks: Ranks) -> Run:
         s.images = os.path.abspath(os.path.expanduser(s.images))  # so that a run can be resumed from anywhere
     if s.model is not None and Path(s.model).is_dir():
         s.model = os.path.abspath(s.model)
+    dtype = checkpoint.check_dtype(s.dtype, device_of(s))
+    s.dtype = str(dtype).removeprefix("torch.")  # a resumed run has the same, on whatever device
     load_config(model_of(s))
     _, image_processor, _ = load_processors(model_of(s))
     name = s.name or f"{Path(model_of(s)).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -155,11 +169,7 @@ def prepare(s: Settings, ranks: Ranks) -> Run:
     if exists and not s.dry_run:
         check_same_settings(s, folder)
         return reopened(s, folder, scene_size, ranks)
-    begun = (
-        "state",
-        "lock",
-        "images.json",
-    )  # all there is if a run was killed before its config.json was written
+    begun = ("state", "lock", "images.json")  # all there is of a run that was killed before it was there
     if folder.exists() and not s.dry_run:
         if any(p.name not in begun and p.suffix != ".new" for p in folder.iterdir()):
             raise ValueError(f"{folder} exists already and is not the folder of a run; choose another --name")
@@ -226,9 +236,16 @@ def start_run(s: Settings, run: Run) -> None:
 # ---- A run that goes on ------------------------------------------------------------------------------------
 
 
-def resume(folder: Path, ranks: Ranks) -> tuple[Settings, Run]:
-    """The settings and the run in a folder. Raises ValueError with a sentence for the user."""
+def resume(given: Settings, ranks: Ranks) -> tuple[Settings, Run]:
+    """The settings and the run in the folder `given.resume`; what may change is as given, where it is given.
+
+    Raises ValueError with a sentence for the user.
+    """
+    folder, default = Path(given.resume), Settings()
     s, scene_size = saved_settings(folder)
+    for name in (*MAY_CHANGE, "iterations"):
+        if getattr(given, name) != getattr(default, name) and name not in ("name", "resume", "dry_run"):
+            setattr(s, name, getattr(given, name))
     s.check()
     check_device(s.device, ranks)
     return s, reopened(s, folder, scene_size, ranks)
@@ -247,12 +264,14 @@ def saved_settings(folder: Path) -> tuple[Settings, int]:
 def check_same_settings(s: Settings, folder: Path) -> None:
     """Raises ValueError naming the first setting that is not what the run in `folder` was started with.
 
-    What only decides where and in how much memory the same numbers are computed may change.
+    What only decides where and in how much memory the same numbers are computed may change, and a run may
+    go on for more iterations.
     """
     before, _ = saved_settings(folder)
     for field in dataclasses.fields(Settings):
         was, now = getattr(before, field.name), getattr(s, field.name)
-        if field.name not in MAY_CHANGE and was != now:
+        further = field.name == "iterations" and now > was  # a run may go on for longer
+        if field.name not in MAY_CHANGE and was != now and not further:
             raise ValueError(
                 f"{folder} was started with {flag(field.name)} {was}, not {now}; "
                 f"--resume {folder} goes on with its own settings, another --name starts a new run"
@@ -277,8 +296,7 @@ def reopened(s: Settings, folder: Path, scene_size: int, ranks: Ranks) -> Run:
 def print_plan(s: Settings, run: Run) -> None:
     """What will run: images, tokens, steps and the memory of each phase."""
     device = device_of(s)
-    default = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = getattr(torch, s.dtype) if s.dtype else default
+    dtype = getattr(torch, s.dtype)
     config, image_tokens = load_config(model_of(s)), s.max_pixels // (28 * 28)
     if s.images is None:
         size, image_tokens = run.scene_size, (run.scene_size // 28) ** 2

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from engine.shards import Ranks
+from engine.ranks import Ranks
 
 # What Pillow itself decodes; not EPS, for which it starts Ghostscript.
 Image.init()
@@ -328,3 +328,12 @@ class Pictures:
 @lru_cache(maxsize=2)
 def _permutation(length: int, seed: str) -> list[int]:
     return random.Random(seed).sample(range(length), length)
+
+
+def images_in(folder: Path, pictures: list[Picture]) -> list[Picture]:
+    """The pictures, with paths inside the folder relative to it, so that the folder can be moved."""
+    inside, places = folder.absolute(), [Path(picture.path).absolute() for picture in pictures]
+    return [
+        Picture(place.relative_to(inside).as_posix(), p.image) if place.is_relative_to(inside) else p
+        for p, place in zip(pictures, places)
+    ]

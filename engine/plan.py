@@ -91,10 +91,8 @@ def memory_plan(
 
     device_bytes: the memory of the GPU, None on a CPU. `work` is what all ranks have to do.
     """
-    sizes, work = (
-        trained_sizes(config, lora_rank, freeze_vision),
-        replace(work, questions=-(-work.questions // ranks)),
-    )
+    sizes = trained_sizes(config, lora_rank, freeze_vision)
+    work = replace(work, questions=-(-work.questions // ranks))
     trained, master = sum(sizes.values()), torch.float32 if lora_rank else dtype
     sharded, own = ranks > 1 or offload or master != torch.float32, -(-trained // ranks)
     # A plain copy is what is trained; what is frozen is there once, for all of them.

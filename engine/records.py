@@ -1,9 +1,15 @@
 """What a run writes down and prints: the record of a step, the table with a row an iteration, names on one
 line."""
 
+import json
 import math
+from collections.abc import Iterable
+from dataclasses import asdict
+from itertools import takewhile
+from pathlib import Path
 
-from engine.shards import Ranks
+from curate import Example
+from engine.ranks import Ranks
 
 HEADER = " iteration  greedy  sampled | valid  r_unc first-last  clusters | curated  silver right  seconds"
 
@@ -48,15 +54,34 @@ def plain(value):
     return round(value, 6) if math.isfinite(value) else None
 
 
+def skipped_in_a_row(records: list[dict]) -> int:
+    """How many of the last GRPO steps were skipped."""
+    skipped = [record["skipped"] for record in records if "skipped" in record]
+    return len(list(takewhile(bool, reversed(skipped))))
+
+
 def of_groups(groups: list, end_ids: list[int], seconds: float, ranks: Ranks) -> dict:
     """What a GRPO step wrote, over the groups of all processes."""
     mine = [[g.rewards, [[len(c), not c or c[-1] not in end_ids] for c in g.completions]] for g in groups]
-    rewards, completions = zip(*ranks.gather(mine))
+    rewards, completions = zip(*(ranks.gather(mine) or [([], [])]))
     lengths = [length for group in completions for length, _ in group]
     return dict(
         reward=mean([r for group in rewards for r in group]),
         equal_groups=mean([len(set(group)) == 1 for group in rewards]),
         length=mean(lengths),
         truncated=mean([cut for group in completions for _, cut in group]),
-        tokens_per_second=sum(lengths) / seconds,
+        tokens_per_second=sum(lengths) / max(seconds, 1e-9),
     )
+
+
+def write_examples(path: Path, examples: Iterable[Example]) -> None:
+    """Writes examples as JSON lines; the bytes of a path that are not UTF-8 are kept."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in examples]
+    path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Reads what `write_examples` wrote."""
+    text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    return [Example(**json.loads(line)) for line in text.split("\n") if line]

@@ -2,6 +2,7 @@
 
     config.json                  every setting
     metrics.jsonl                one record a GRPO step, curation or measurement
+    probes/iteration-K.jsonl     fixed questions that the base asked, with the Reasoner's votes at its end
     candidates/iteration-K.jsonl every valid question that was proposed for curation, with its votes
     curated/iteration-K.jsonl    those that were kept: the Reasoner's training set of iteration K
     questioner/, reasoner/       both roles after the last complete iteration, as Hugging Face checkpoints
@@ -14,32 +15,30 @@ that a run that was stopped goes on where it was. The state is saved at the bord
 steps, and when the user stops the run. Of several processes the first writes, and all wait for it.
 """
 
-import hashlib
+import gc
 import json
-import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-import curate
 import lora
 from curate import Example
 from engine import records
-from engine.images import Found, ImageError, Picture, Pictures, load_image
-from engine.settings import Settings
-from engine.shards import Ranks, Trained
+from engine.console import Console
+from engine.images import Found, ImageError, Picture, Pictures, images_in, load_image
+from engine.ranks import Ranks
+from engine.settings import UNKNOWN_INSTRUCTIONS, Settings, knows
+from engine.shards import Trained
 from engine.state import (
     State,
     copy_tensors,
+    cut_records,
     entry,
     lock,
     read_records,
@@ -71,8 +70,8 @@ class Stopped(Exception):
 class Run:
     """What carries the algorithm: roles, images, random numbers, records and files.
 
-    questioner, reasoner: the two roles. In a training phase `policy` and `optimizer` are those of the role in
-    training, and `reference` is the role as it was when the phase began.
+    questioner, reasoner: the two roles. In a training phase `policy` is the role in training, and `reference`
+    the role as it was when the phase began.
     """
 
     def __init__(self, folder: Path, images: Found, scene_size: int, settings: Settings, ranks: Ranks):
@@ -83,27 +82,22 @@ class Run:
         self.records: list[dict] = []
         self.skips_told = 0
         self.header_printed = self.stopping = False
+        self.console = Console(ranks.first)
         self.locked = None
         self.questioner = self.reasoner = self.policy = self.reference = self.generator = None
-        self.started = time.time()
+        self.started = time.monotonic()
 
     # ---- Beginning, and going on ---------------------------------------------------------------------
 
     def create(self, config: dict) -> None:
-        """Makes the folder and writes the settings, and which images there are: a resumed run has the
-        same."""
+        """Makes the folder and writes the settings and which images there are, for a run that goes on."""
         if self.ranks.first:
-            self.lock()
+            self.locked = self.locked or lock(self.folder)
             found = {"paths": self.images.paths, "skipped": self.images.skipped}
             replace_text(self.folder / "images.json", json.dumps(found) + "\n")
             replace_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         self.tell_skips()
         self.ranks.any(False)  # the others wait until the folder is there
-
-    def lock(self) -> None:
-        """Raises ValueError if another process works on this run."""
-        if not self.locked:
-            self.locked = lock(self.folder)
 
     def unlock(self) -> None:
         """Lets another process work on this run."""
@@ -117,16 +111,13 @@ class Run:
         """
         found = None
         if self.ranks.first:
-            self.lock()
+            self.locked = self.locked or lock(self.folder)
             replace_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
+            self.console.now(f"reading the state of {self.folder}")
             number, state, complaints = recover(self.folder)
-            if complaints and state is None:
-                raise ValueError(f"no state of {self.folder} is whole: {complaints[0]}")
             for complaint in complaints:
-                self.say(f"{complaint}; going on from the state before it")
-            metrics = self.folder / "metrics.jsonl"
-            if metrics.exists():
-                os.truncate(metrics, state.metrics if state else 0)
+                self.console.say(f"{complaint}; going on from the state before it")
+            cut_records(self.folder, state.metrics if state else 0)
             found = [number, asdict(state or State())]
         self.number, state = self.ranks.gather([found])[0]
         self.state = State(**state)
@@ -140,7 +131,7 @@ class Run:
         """Takes both roles, with the weights of the state; a new run's are the base's, and saved as such."""
         self.questioner, self.reasoner = questioner, reasoner
         if "questioner" not in self.state.files:
-            self.save({"base": trained_weights(questioner) if self.ranks.first else {}})
+            self.save({"base": questioner.trained_weights() if self.ranks.first else {}})
             base = self.state.files.pop("base")
             self.state.files |= {"questioner": base, "reasoner": base}
         else:
@@ -158,7 +149,8 @@ class Run:
 
     def at(self, k: int, phase: str) -> bool:
         """Whether this phase of iteration k is what comes next."""
-        self.started = time.time()
+        self.started = time.monotonic()
+        self.console.now(f"iteration {k}: {phase}")
         return (self.state.iteration, self.state.phase) == (k, phase)
 
     def steps(self, k: int, role: str, count: int) -> Iterator[int]:
@@ -170,19 +162,19 @@ class Run:
             return
         if count:
             self.begin_training(role)
-        for step in self.progress(count, f"iteration {k}: {role}"):
-            self.generator, self.started = self.seeded(k, role, step), time.time()
+        for step in self.console.progress(self.state.step, count, f"iteration {k}: {role}"):
+            self.generator, self.started = self.seeded(k, role, step), time.monotonic()
             yield step
             self.state.step, stop = step, self.ranks.any(self.stopping)
-            if self.skipped_in_a_row() >= BAD_STEPS:
+            if records.skipped_in_a_row(self.records) >= BAD_STEPS:
                 raise RunError(NOT_FINITE)
             if (step % self.save_every == 0 and step < count) or stop:
                 self.save({role: self.policy.weights(), "moments": self.policy.moments()})
             if stop:
                 raise Stopped
-        weights = {role: self.policy.weights()} if count else {}
-        self.policy = self.reference = None  # the masters go; the state has them
-        self.advance(weights)
+        self.advance({role: self.policy.weights()} if count else {})
+        self.policy = self.reference = None
+        gc.collect()  # the masters go, whose modules refer to one another; the state has them
         self.roles[role].park()
 
     def begin_training(self, role: str) -> None:
@@ -200,17 +192,11 @@ class Run:
         if self.state.step:
             self.policy.load_moments(read_tensors(self.folder, files["moments"]))
 
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW of the role in training."""
-        return self.policy.optimizer
-
     def seeded(self, *place) -> torch.Generator:
         """Random numbers that depend on nothing but a place in the run (and the process): it can be done
         again."""
-        words = [self.seed, *place] + ([f"rank {self.ranks.rank}"] if self.ranks.rank else [])
-        digest = hashlib.sha256(" ".join(map(str, words)).encode()).digest()
-        return torch.Generator(self.questioner.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = torch.Generator(self.questioner.device)
+        return generator.manual_seed(self.ranks.seed(self.seed, *place))
 
     @property
     def sampling(self) -> dict:
@@ -225,7 +211,7 @@ class Run:
 
     def next_images(self, count: int) -> list[Picture]:
         """The next images; of several processes this one's share of them."""
-        return self.pictures.take(count, self.ranks)
+        return images_in(self.folder, self.pictures.take(count, self.ranks))
 
     def image_batches(self, k: int, phase: str, count: int, size: int) -> Iterator[list[Picture]]:
         """The next `count` images, `size` at a time: decoded images are large."""
@@ -234,10 +220,11 @@ class Run:
             yield self.next_images(min(size, count - done))
             self.stop_if_asked()
 
-    def next_examples(self, examples: list[Example], count: int, step: int) -> list[Example]:
-        """What the step takes of the curated questions, round and round; of several processes this one's
+    def next_examples(self, examples: list[Example], count: int, step: int) -> list:
+        """What the step takes of the curated questions, round and round (see `readable`); this one's
         share."""
-        return self.share([examples[i % len(examples)] for i in range((step - 1) * count, step * count)])
+        places = range((step - 1) * count, step * count)
+        return self.readable(self.share([examples[i % len(examples)] for i in places]))
 
     def share(self, items: list) -> list:
         """Of several processes, this one's share of a list that all have."""
@@ -292,50 +279,69 @@ class Run:
 
     def finish_curation(self, k: int, candidates: list[Example], curated: list[Example]) -> None:
         """Writes both, and goes on to the next phase."""
-        paths = {"curated": self.folder / "curated", f"candidates {k}": self.folder / "candidates"}
-        paths = {name: folder / f"iteration-{k}.jsonl" for name, folder in paths.items()}
         if self.ranks.first:
-            for path, examples in zip(paths.values(), (curated, candidates)):
-                curate.write_examples(path, examples)
+            records.write_examples(self.folder / "candidates" / f"iteration-{k}.jsonl", candidates)
+            records.write_examples(self.folder / "curated" / f"iteration-{k}.jsonl", curated)
         if not curated:
-            self.say(f"iteration {k}: no question of middling confidence; the Reasoner is not trained")
-        self.advance(files=paths)
+            self.console.say(
+                f"iteration {k}: no question of middling confidence; the Reasoner is not trained"
+            )
+        self.advance(files={"curated": self.folder / "curated" / f"iteration-{k}.jsonl"})
 
     def curated(self, k: int) -> list[Example]:
         """The Reasoner's training set of iteration k; [] in iteration 0."""
-        return curate.read_examples(self.folder / "curated" / f"iteration-{k}.jsonl") if k else []
+        return records.read_examples(self.folder / "curated" / f"iteration-{k}.jsonl") if k else []
 
-    def candidates(self, k: int) -> list[Example]:
-        """All valid questions that were proposed for the Reasoner's training set of iteration k."""
-        return curate.read_examples(self.folder / "candidates" / f"iteration-{k}.jsonl")
+    def probes(self, when: int | str) -> list[Example]:
+        """The fixed questions that the base asked, with its own first votes ("base") or those of iteration
+        k."""
+        return records.read_examples(self._probes_file(when))
 
-    def image_of(self, example: Example) -> Image.Image:
-        """The image of a curated question. Raises ImageError, with its path, if it can no longer be read."""
-        try:
-            return load_image(example.image)
-        except ImageError as error:
-            path = records.printable(example.image)
-            raise ImageError(f"the image {path} of a curated question is gone or changed: {error}") from error
+    def write_probes(self, when: int | str, probes: list[Example]) -> None:
+        """Writes what `probes` reads."""
+        if self.ranks.first:
+            records.write_examples(self._probes_file(when), probes)
+        self.ranks.any(False)  # nobody reads it before it is there
 
-    def finish_iteration(self, k: int) -> None:
-        """Writes both roles as Hugging Face checkpoints (but the base), and goes on to the next iteration."""
+    def _probes_file(self, when: int | str) -> Path:
+        name = "base" if when == "base" else f"iteration-{when}"
+        return self.folder / "probes" / f"{name}.jsonl"
+
+    def probe_images(self, count: int) -> list[Picture]:
+        """Images for the fixed questions; of several processes this one's share."""
+        order = Pictures(self.images, f"{self.seed} probes")
+        return images_in(self.folder, order.take(min(count, len(self.images.paths)), self.ranks))
+
+    def readable(self, examples: list[Example]) -> list[tuple[Example, Image.Image]]:
+        """Questions with their images. What can no longer be read is listed with the skipped, and left
+        out."""
+        found, bad = [], []
+        for example in examples:
+            try:
+                found.append((example, load_image(str(self.folder / example.image))))
+            except ImageError as error:
+                bad.append((example.image, str(error)))
+        new = dict.fromkeys(tuple(b) for b in self.ranks.gather(bad))
+        self.images.skipped.extend(b for b in new if b not in self.images.skipped)
+        self.tell_skips()
+        return found
+
+    def finish_iteration(self, k: int, probes: list[Example]) -> None:
+        """Writes the votes on the probes and both roles as checkpoints; then comes the next iteration."""
+        self.write_probes(k, probes)
         for role, vlm in self.roles.items() if self.ranks.first and k else ():
             replace_folder(self.folder / role, vlm.save)
             if self.settings.lora_rank:
                 write = partial(lora.save_adapter, vlm.model, str(vlm.source))
                 replace_folder(self.folder / f"{role}-adapter", write)
-        self.advance()
+        files = {"probes base": self._probes_file("base"), "probes 0": self._probes_file(0)}
+        self.advance(files={} if k else files)
 
     # ---- Records and lines ---------------------------------------------------------------------------------
 
     def of(self, phase: str) -> list[dict]:
         """The records of a phase, of all iterations so far."""
         return [record for record in self.records if record["phase"] == phase]
-
-    def measured(self, k: int) -> dict:
-        """All that was measured in iteration k, in curation and at its end."""
-        records = [r for phase in ("curation", "measure") for r in self.of(phase) if r["iteration"] == k]
-        return {name: value for record in records for name, value in record.items()}
 
     def write(self, record: dict) -> None:
         """Adds a record to metrics.jsonl; a number that is not finite becomes null."""
@@ -347,33 +353,32 @@ class Run:
         self.tell_skips()
 
     def log(self, metrics: dict, groups: list, more: dict) -> None:
-        """The record of this GRPO step. metrics: what `grpo.update` gave; groups: what it was given; more: of
-        all."""
-        step, seconds = self.state.step + 1, time.time() - self.started
+        """The record of this GRPO step, of what `grpo.update` gave and was given, and more."""
+        step, seconds = self.state.step + 1, time.monotonic() - self.started
         place = dict(iteration=self.state.iteration, phase=self.state.phase, step=step)
         written = records.of_groups(groups, self.questioner.end_ids, seconds, self.ranks)
         self.write(place | written | self.ranks.mean(metrics) | more | dict(seconds=seconds))
         if not more["validity"]:
-            self.say(f"step {step}: not one output was valid; rewards and advantages are 0")
+            self.console.say(f"step {step}: not one output was valid; rewards and advantages are 0")
         if metrics["skipped"]:
-            self.say(f"step {step}: loss or gradient is not finite; skipped, the weights are unchanged")
+            self.console.say(
+                f"step {step}: loss or gradient is not finite; skipped, the weights are unchanged"
+            )
+
+    def expect(self, *instructions: str) -> None:
+        """Warns if the checkpoint was made for other instructions."""
+        if not knows(self.questioner.source, instructions):
+            self.console.say(UNKNOWN_INSTRUCTIONS)
 
     def warn(self, signature: str, message: str | None) -> None:
-        """Writes and prints that a failure signature has shown itself; does nothing if there is no
-        message."""
+        """Writes and prints that a failure signature has shown itself, if there is a message."""
         if message is not None:
             place = dict(iteration=self.state.iteration, phase="warning")
             self.write(place | dict(signature=signature, message=message))
-            self.say(f"warning, {signature}: {message}")
-
-    def skipped_in_a_row(self) -> int:
-        """How many of the last GRPO steps were skipped."""
-        skipped = [record["skipped"] for record in self.records if "skipped" in record]
-        return len(list(takewhile(bool, reversed(skipped))))
+            self.console.say(f"warning, {signature}: {message}")
 
     def report(self, k: int, results: dict) -> None:
-        """Writes and prints what was measured after iteration k (0: before the first): one row of the
-        table."""
+        """Writes and prints what was measured after iteration k: one row of the table."""
         self.write(dict(iteration=k, phase="measure") | results)
         if not self.ranks.first:
             return
@@ -382,28 +387,12 @@ class Run:
             self.header_printed = True
         print(records.row(k, results, [r for r in self.records if r["iteration"] == k]), flush=True)
 
-    def progress(self, steps: int, what: str) -> Iterator[int]:
-        """The steps that are still to do, with a progress bar if standard error is a terminal."""
-        done = self.state.step
-        hidden = None if self.ranks.first else True
-        return tqdm(range(done + 1, steps + 1), what, leave=False, disable=hidden, initial=done, total=steps)
-
-    def say(self, message: str) -> None:
-        """A line for the user that does not break a progress bar."""
-        if self.ranks.first:
-            tqdm.write(message, file=sys.stderr)
-
     def tell_skips(self) -> None:
         """Names the images that were skipped since the last call."""
         new = self.images.skipped[self.skips_told :]
         self.skips_told += len(new)
         for path, reason in new:
-            self.say(f"skipped {records.printable(path)}: {reason}")
+            self.console.say(f"skipped {records.printable(path)}: {reason}")
         if new and self.ranks.first:
             lines = [f"{records.printable(path)}\t{why}\n" for path, why in self.images.skipped]
             replace_text(self.folder / "skipped.txt", "".join(lines))
-
-
-def trained_weights(vlm: VLM) -> dict[str, Tensor]:
-    """All that training changes."""
-    return {name: p.detach() for name, p in vlm.model.named_parameters() if p.requires_grad}

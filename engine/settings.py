@@ -2,18 +2,15 @@
 
 import argparse
 import dataclasses
+import difflib
+import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 TOY = Path(__file__).parent.parent / "toy"
-# The paper's hyper-parameters fit models of billions of parameters; these fit the toy, when no --model is
-# given. Its Reasoner has one thing to find out: a longer phase exhausts it, and a Questioner whose Reasoner
-# is sure of every question finds that it is unsure of those that have no answer ("Is there?"), the failure
-# that the paper warns of.
-TOY_DEFAULTS = dict(
-    lr=6e-5, reasoner_steps=3, images_per_step=32, candidates=256, max_new_tokens=32, dtype="float32"
-)
+BESIDE = "visplay.json"  # beside a checkpoint: settings that fit it, and the instructions that it knows
 HELD_OUT_QUESTIONS, HELD_OUT_SEED = 512, 1_000_000  # about scenes of this seed; no run's seed is that large
 MAY_CHANGE = ("name", "resume", "dry_run", "device", "gradient_checkpointing", "offload", "save_every")
 
@@ -35,7 +32,7 @@ class Settings:
     )
     name: str | None = setting(None, "the run's folder under runs/ (default: the model's name and the time)")
     resume: str | None = setting(
-        None, "continue the run in this folder where it was stopped or killed; takes no other flag"
+        None, "continue the run in this folder where it was stopped or killed, also with more --iterations"
     )
     seed: int = setting(0, "seed of everything random")
     device: str | None = setting(None, "cpu, cuda or cuda:N (default: cuda if there is one)")
@@ -97,9 +94,9 @@ class Settings:
             raise ValueError(
                 f"--tau-low ({self.tau_low}) must not be above --tau-high ({self.tau_high}), nor that above 1"
             )
-        if not 0 < self.temperature < math.inf:
+        if not 1e-3 <= self.temperature < math.inf:
             raise ValueError(
-                f"--temperature must be above 0, not {self.temperature}: GRPO compares random samples"
+                f"--temperature must be at least 0.001, not {self.temperature}: GRPO compares random samples"
             )
         if not 0 < self.top_p <= 1 or not 0 < self.clip < 1:
             raise ValueError("--top-p must be above 0 and at most 1, and --clip between 0 and 1")
@@ -112,9 +109,47 @@ class Settings:
             raise ValueError(f"--seed must be below {HELD_OUT_SEED}, the seed of the held-out scenes")
 
 
+def beside(model: str | Path) -> dict:
+    """What a local checkpoint's folder says for this program; {} if nothing. Raises ValueError for the
+    user."""
+    file = Path(model) / BESIDE
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+UNKNOWN_INSTRUCTIONS = (
+    "warning: this checkpoint knows other instructions than those in questioner.py and reasoner.py, and will "
+    "understand little (for the toy: python -m toy.build makes one that knows them)"
+)
+
+
+def knows(model: str | Path, instructions: Iterable[str]) -> bool:
+    """Whether a checkpoint that lists the instructions it knows lists these; True if it lists none."""
+    known = beside(model).get("instructions")
+    return known is None or all(text in known for text in instructions)
+
+
+# The paper's hyper-parameters fit models of billions of parameters; these fit the toy.
+TOY_DEFAULTS = beside(TOY)["settings"]
+
+
 def flag(name: str) -> str:
     """A field's name as it is written on the command line."""
     return "--" + name.replace("_", "-")
+
+
+GROUPS = {
+    "what runs": ("model", "images", "name", "resume", "seed", "device", "dtype", "dry_run", "save_every"),
+    "the loop": (
+        *("iterations", "questioner_steps", "reasoner_steps", "images_per_step", "group_size", "answers"),
+        *("candidates", "tau_low", "tau_high", "diversity_weight"),
+    ),
+    "GRPO": ("lr", "weight_decay", "beta", "clip", "lora_rank", "freeze_vision"),
+    "prompts and sampling": ("temperature", "top_p", "max_new_tokens", "max_pixels"),
+    "memory": ("gradient_checkpointing", "offload"),
+}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -126,28 +161,42 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse_arguments(description: str, argv: list[str] | None = None) -> Settings:
-    """The settings of a command line; exits with 2 and one sentence if it is wrong."""
-    parser = OneLineParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    for field in dataclasses.fields(Settings):
-        if field.type is bool:
-            parser.add_argument(
-                flag(field.name), action="store_true", default=None, help=field.metadata["help"]
-            )
-            continue
-        text = field.metadata["help"].replace("%", "%%")
-        if field.default is not None:
-            toy = f"; without --model {TOY_DEFAULTS[field.name]}" if field.name in TOY_DEFAULTS else ""
-            text += f" (default: {field.default}{toy})"
-        kind = field.type if field.type in (int, float) else str
-        choices = ("float32", "bfloat16") if field.name == "dtype" else None
-        parser.add_argument(
-            flag(field.name), type=kind, choices=choices, metavar=field.name.upper(), help=text
-        )
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    """The settings of a command line; exits with 2 and one sentence if it is wrong.
+
+    With --resume all other settings are those of the run, but for what may change (see `command.resume`).
+    """
+    form = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(description=description, formatter_class=form, allow_abbrev=False)
+    fields = {field.name: field for field in dataclasses.fields(Settings)}
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            _add_flag(group, fields[name])
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], [flag(name) for name in fields], 1)
+        parser.error(f"{unknown[0]} is no flag of this" + (f"; did you mean {near[0]}?" if near else ""))
+    given = {name: value for name, value in vars(given).items() if value is not None}
     if "resume" in given:
-        if len(given) > 1:
-            parser.error("--resume takes the settings of the run it continues, and no other flag")
-        return Settings(resume=given["resume"])
-    return Settings(**(given if "model" in given else TOY_DEFAULTS | given))
+        if wrong := [name for name in given if name not in (*MAY_CHANGE, "iterations") or name == "name"]:
+            parser.error(f"--resume takes the settings of the run it continues, not {flag(wrong[0])}")
+        return Settings(**given)
+    try:
+        fitting = beside(given.get("model", TOY)).get("settings", {})
+        return Settings(**(fitting | given))
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+
+
+def _add_flag(group, field: dataclasses.Field) -> None:
+    text = field.metadata["help"].replace("%", "%%")
+    if field.type is bool:
+        group.add_argument(flag(field.name), action="store_true", default=None, help=text)
+        return
+    if field.default is not None:
+        toy = f"; the toy's {TOY_DEFAULTS[field.name]}" if field.name in TOY_DEFAULTS else ""
+        text += f" (default: {field.default}{toy})"
+    kind = field.type if field.type in (int, float) else str
+    choices = ("float32", "bfloat16") if field.name == "dtype" else None
+    name = field.name.upper()
+    group.add_argument(flag(field.name), type=kind, choices=choices, metavar=name, help=text)

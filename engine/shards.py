@@ -14,11 +14,7 @@ What ranks exchange besides is small (questions, votes, metrics) and JSON: torch
 would pickle.
 """
 
-import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -28,68 +24,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from engine.ranks import Ranks, backend
 from packing import lay_out, pack
 from vlm import VLM, PackedForward, copy_model
-
-PATIENCE = timedelta(hours=2)  # that one rank waits for another, whose completions may be far longer
-
-
-class Ranks:
-    """This process among all of a run: `rank` of `size`."""
-
-    def __init__(self, rank: int = 0, size: int = 1):
-        self.rank, self.size = rank, size
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the rank that writes files and speaks to the user."""
-        return self.rank == 0
-
-    def share(self, items: list) -> list:
-        """This rank's part of a list that all ranks have."""
-        return items[self.rank :: self.size]
-
-    def gather(self, mine: list) -> list:
-        """The inverse of `share`: one list of what all ranks give, the same on each. Items are what JSON can
-        hold."""
-        if self.size == 1:
-            return mine
-        parts = self._exchange(mine)
-        return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
-
-    def any(self, flag: bool) -> bool:
-        """Whether any rank says so."""
-        return any(self.gather([flag]))
-
-    def mean(self, values: dict[str, float]) -> dict[str, float]:
-        """The means over all ranks; of a name that a rank does not have, its value there is 0."""
-        parts = self.gather([values])
-        names = {name: None for part in parts for name in part}
-        return {name: sum(part.get(name, 0.0) for part in parts) / self.size for name in names}
-
-    def _exchange(self, value) -> list:
-        """What each rank gave, by rank; through the CPU, as it is small."""
-        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        lengths = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(text)]))
-        longest = max(map(int, lengths))
-        texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - len(text))))
-        return [json.loads(t[: int(n)].numpy().tobytes()) for t, n in zip(texts, lengths)]
-
-
-@contextmanager
-def started() -> Iterator[Ranks]:
-    """The ranks that torchrun has started, connected while in a `with` block; without torchrun, one."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1:
-        yield Ranks()
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(_backend(), timeout=PATIENCE)
-    yield Ranks(dist.get_rank(), size)
-    dist.destroy_process_group()  # not after an error: a rank that is gone would be waited for
 
 
 class Trained:
@@ -150,10 +87,17 @@ class Trained:
         return lay_out(groups, pack(groups)[0])
 
     def use_less_memory(self) -> None:
-        """See `VLM.use_less_memory`. Of several ranks none can begin again: the others wait for it within a
-        layer."""
-        if self.ranks.size > 1:
-            raise torch.OutOfMemoryError("one of several processes ran out of memory")
+        """See `VLM.use_less_memory`; what an update that broke off has left is cleared.
+
+        Of several ranks none can begin again alone: the others wait for it within a layer. FSDP2 before torch
+        2.12 cannot forget a backward pass that broke off.
+        """
+        if self.ranks.size > 1 or (self.sharded and not hasattr(self.forward, "reset_iter_state")):
+            raise torch.OutOfMemoryError("an update that ran out of memory cannot begin again here")
+        if self.sharded:
+            self.forward.zero_grad()  # gradients of whole layers that were not reduced yet
+            self.forward.reset_iter_state()
+        self.optimizer.zero_grad()
         self.vlm.use_less_memory()
 
     @torch.no_grad()
@@ -189,7 +133,8 @@ class Trained:
         masters = dict(self._named())
         for key, whole in moments:
             name, kind = key.rsplit(":", 1)
-            moment = whole if kind == "step" else _like(masters[name], whole)
+            device = _local(masters[name]).device
+            moment = whole.to(device) if kind == "step" else _like(masters[name], whole)
             self.optimizer.state[masters[name]][kind] = moment
 
 
@@ -200,7 +145,7 @@ def shard(vlm: VLM, offload: bool, checkpointing: bool, size: int) -> PackedForw
     """
     device, dtype = vlm.device, vlm.model.dtype
     if not dist.is_initialized():  # one process: a group of its own
-        dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
     # cast_forward_inputs: a layer gets what it would get in the plain model, float32 rotations among them.
     precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     rules = dict(
@@ -224,12 +169,9 @@ def _masters(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
         if parameter.requires_grad and not isinstance(parameter, DTensor):
             parameter.data = parameter.data.to(device, torch.float32)
     for buffer in module.buffers():
-        buffer.data = buffer.data.to(device)
+        # A view would keep the plain copy's whole buffer alive.
+        buffer.data = buffer.data.to(device, copy=True)
     return module
-
-
-def _backend() -> str:
-    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 def _local(tensor: Tensor) -> Tensor:

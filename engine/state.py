@@ -8,7 +8,7 @@ The files of a state are written first, under names that nothing refers to yet. 
 one rename that gives 000007.json its name; a kill before leaves 000006 the newest. A state that does not
 match its checksums is passed over for the one before, so two are kept. What has not changed, as the weights
 of the frozen role, is not written again: the new state refers to the old file. There is nothing random to
-remember: see `loop.seeded`.
+remember: see `Run.seeded`.
 """
 
 import json
@@ -87,7 +87,9 @@ def recover(folder: Path) -> tuple[int, State | None, list[str]]:
         for other in damaged:
             other.unlink()
         return int(path.stem), state, list(damaged.values())
-    return 0, None, list(damaged.values())
+    if damaged:
+        raise ValueError(f"no state of {folder} is whole: {next(iter(damaged.values()))}")
+    return 0, None, []
 
 
 def _body(path: Path) -> dict:
@@ -181,6 +183,12 @@ def copy_tensors(parameters: Iterable[tuple[str, Tensor]], tensors: Iterator[tup
     parameters = dict(parameters)
     for name, tensor in tensors:
         parameters[name].copy_(tensor)
+
+
+def cut_records(folder: Path, size: int) -> None:
+    """Forgets what metrics.jsonl has beyond its first `size` bytes."""
+    if (folder / "metrics.jsonl").exists():
+        os.truncate(folder / "metrics.jsonl", size)
 
 
 def read_records(folder: Path) -> list[dict]:

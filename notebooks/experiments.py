@@ -33,9 +33,10 @@ import rewards
 from curate import Example
 from engine import command
 from engine.images import Found, Pictures
+from engine.ranks import Ranks
 from engine.records import mean
 from engine.settings import TOY, TOY_DEFAULTS, Settings
-from engine.shards import Ranks, Trained
+from engine.shards import Trained
 from toy.answerer import understand
 from toy.scenes import COLOURS, SHAPES, Scene, read_truth, write_scenes
 from vlm import VLM

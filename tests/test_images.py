@@ -12,7 +12,7 @@ from checkpoints import noise_image
 from PIL import Image, ImageOps
 
 from engine.images import Found, ImageError, Pictures, find_images, load_image
-from engine.shards import Ranks
+from engine.ranks import Ranks
 
 
 def test_every_mode_becomes_rgb(tmp_path):

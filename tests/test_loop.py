@@ -19,8 +19,9 @@ import generate as generate_module
 import loop
 import questioner
 import vlm as vlm_module
-from curate import read_examples
-from engine import command
+import watch
+from engine import command, console
+from engine.records import read_examples
 from engine.settings import Settings, flag, parse_arguments
 from toy import measure
 from vlm import VLM
@@ -31,7 +32,8 @@ SMALL += "--answers 4 --candidates 8 --device cpu".split()
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """An empty folder to run in."""
+    """An empty folder to run in, and fewer held-out questions: they take most of a tiny run's time."""
+    monkeypatch.setattr(watch, "HELD_OUT_QUESTIONS", 64)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -269,53 +271,47 @@ def test_failure_signatures_are_printed_and_written(workplace, monkeypatch, caps
     """Each phase is judged by the records it is about; here all are made to fire."""
     image_folder(workplace / "images")
     seen = {}
-    monkeypatch.setattr(
-        loop.signatures, "stagnant_difficulty", lambda r_unc: seen.setdefault("r_unc", r_unc) and "too easy"
-    )
-    monkeypatch.setattr(
-        loop.signatures,
-        "question_collapse",
-        lambda first, now: seen.update(first=first, now=now) or "all alike",
-    )
-    monkeypatch.setattr(
-        loop.signatures,
-        "label_drift",
-        lambda before, now: seen.update(before=before, after=now) or "sure and wrong",
-    )
-    args = [
-        *SMALL,
-        "--iterations",
-        "2",
-        "--images",
-        "images",
-        "--tau-low",
-        "0",
-        "--tau-high",
-        "1",
-        "--name",
-        "x",
-    ]
-    assert loop.main(args) == 0
+
+    def stagnant(r_unc):
+        seen.setdefault("r_unc", r_unc)
+        return "too easy"
+
+    def collapse(first, now):
+        seen.update(first=first, now=now)
+        return "all alike"
+
+    def drift(*given):
+        seen["drift"] = given
+        return "sure and wrong"
+
+    monkeypatch.setattr(watch.signatures, "stagnant_difficulty", stagnant)
+    monkeypatch.setattr(watch.signatures, "question_collapse", collapse)
+    monkeypatch.setattr(watch.signatures, "label_drift", drift)
+    args = [*SMALL, *"--iterations 2 --images images --tau-low 0 --tau-high 1 --name".split()]
+    assert loop.main([*args, "x"]) == 0
     run, err = workplace / "runs" / "x", capsys.readouterr().err
     warnings = [(r["iteration"], r["signature"]) for r in records(run, "warning")]
-    assert warnings == [(1, "stagnant difficulty"), (1, "question collapse")] + [
-        (2, "stagnant difficulty"), (2, "question collapse"), (2, "pseudo-label drift")
-    ]  # fmt: skip
+    each = ["stagnant difficulty", "question collapse", "pseudo-label drift"]
+    assert warnings == [(k, signature) for k in (1, 2) for signature in each]
     assert "warning, pseudo-label drift: sure and wrong" in err
-    asked, curation, measured = records(run, "questioner"), records(run, "curation"), records(run, "measure")
-    assert seen["r_unc"] == [r["r_unc"] for r in asked[:2]] and (seen["first"], seen["now"]) == (
-        asked[0],
-        asked[-1],
-    )
-    assert (
-        seen["after"]["confidence"] == curation[1]["confidence"]
-        and seen["before"]["base_agreement"] == measured[1]["base_agreement"]
-    )
-    assert all(0 <= r["base_agreement"] <= 1 for r in measured[1:])
+    asked, measured = records(run, "questioner"), records(run, "measure")
+    assert seen["r_unc"] == [r["r_unc"] for r in asked[:2]]
+    assert (seen["first"], seen["now"]) == (asked[0], asked[-1])
+    before, now, _, what = seen["drift"]
+    assert "the base's" in what and len(before) == len(now) > 0
+    assert sum(before) / len(before) == pytest.approx(measured[0]["base_agreement"], abs=1e-6)
+    assert sum(now) / len(now) == pytest.approx(measured[2]["base_agreement"], abs=1e-6)
     monkeypatch.undo(), monkeypatch.chdir(workplace)
-    monkeypatch.setattr(loop.signatures, "AGREEMENT", 1.1)
-    monkeypatch.setattr(loop.signatures, "DRIFT", -1)
-    assert loop.main([*args[:-1], "y"]) == 0, "judged for real, without a truth"
+    assert loop.main([*args, "y"]) == 0, "judged for real, without a truth"
+
+
+def test_with_a_truth_drift_is_told_by_it(workplace, monkeypatch):
+    seen = []
+    monkeypatch.setattr(watch.signatures, "label_drift", lambda *given: seen.append(given))
+    assert loop.main([*SMALL, "--name", "x", "--iterations", "2"]) == 0
+    right = [r["probes_right"] for r in records(workplace / "runs" / "x", "measure")]
+    assert [(before, now) for before, now, *_ in seen] == [(right[0], right[1]), (right[1], right[2])]
+    assert len(right[0]) > 50 and set(right[0]) == {0.0, 1.0} and "right" in seen[0][3]
 
 
 def test_the_base_agrees_with_itself(workplace):
@@ -362,6 +358,122 @@ def test_equal_rewards_and_a_gradient_that_is_not_finite(workplace, monkeypatch,
     assert all(r["skipped"] == 1 for r in records(run.folder, "reasoner") + records(run.folder, "questioner"))
     assert all(torch.equal(a, b) for a, b in zip(before, run.reasoner.model.parameters()))
     assert "not finite" in capsys.readouterr().err
+
+
+def test_lost_images_are_left_out_and_never_end_a_run(workplace, capsys):
+    """An image that is gone by the time it is needed again, as a probe or as a curated question, is
+    listed."""
+    image_folder(workplace / "images")
+    flags = "--images images --tau-low 0 --tau-high 1 --save-every 1 --name x --iterations 2".split()
+    curate_questions, gone = loop.curate_questions, workplace / "images" / "a.jpg"
+
+    def loses(*rest):
+        curate_questions(*rest)
+        gone.unlink(missing_ok=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "curate_questions", loses)
+        assert loop.main([*SMALL, *flags]) == 0
+    run = workplace / "runs" / "x"
+    assert "a.jpg" in (run / "skipped.txt").read_text() and "a.jpg" in capsys.readouterr().err
+    assert [r["iteration"] for r in records(run, "measure")] == [0, 1, 2]
+
+
+def test_a_run_folder_can_move(workplace, monkeypatch):
+    """Stopped in the Reasoner's phase, moved, and resumed from another folder: it ends as if nothing had
+    happened."""
+    assert loop.main([*SMALL, "--name", "whole"]) == 0
+    train, stopped = loop.train_reasoner, []
+
+    def stop(s, run, *rest):
+        if not stopped:
+            stopped.append(1)
+            raise KeyboardInterrupt
+        train(s, run, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_reasoner", stop)
+        assert loop.main([*SMALL, "--name", "cut"]) == 1
+    (workplace / "elsewhere").mkdir()
+    (workplace / "runs" / "cut").rename(workplace / "elsewhere" / "renamed")
+    monkeypatch.chdir(workplace / "elsewhere")
+    assert loop.main(["--resume", "renamed"]) == 0
+    files = [workplace / "runs" / "whole", workplace / "elsewhere" / "renamed"]
+    for name in ("reasoner/model.safetensors", "curated/iteration-1.jsonl"):
+        assert (files[0] / name).read_bytes() == (files[1] / name).read_bytes()
+
+
+def test_a_finished_run_goes_on_for_more_iterations(workplace, capsys):
+    assert loop.main([*SMALL, "--name", "x"]) == 0
+    more = [a if a != "1" else "2" for a in SMALL]
+    assert loop.main([*more, "--name", "x"]) == 0, "the same name"
+    assert loop.main(["--resume", "runs/x", "--iterations", "3"]) == 0
+    assert [r["iteration"] for r in records(workplace / "runs" / "x", "measure")] == [0, 1, 2, 3]
+    assert loop.main([*SMALL, "--name", "x"]) == 2, "but not for fewer"
+    assert "--iterations" in capsys.readouterr().err
+
+
+def test_what_a_researcher_changes(workplace):
+    """The three functions are asked for every reward and for every candidate, and nothing else decides."""
+    s = parse_arguments("", [*SMALL, "--name", "x"])
+    run, seen = command.ready(s), []
+
+    def longest(votes, s):
+        return [float(len(vote.question)) if vote else 0.0 for vote in votes]
+
+    def how_many(example, s):
+        return example.label is not None and example.question.startswith("How many")
+
+    def soft(answer, example):
+        seen.append(answer)
+        return example.answers.count(answer) / len(example.answers)
+
+    loop.visplay(s, run, question_reward=longest, keep=how_many, answer_reward=soft)
+    assert records(run.folder, "questioner")[0]["reward"] > 10 and seen
+    candidates = read_examples(run.folder / "candidates" / "iteration-1.jsonl")
+    curated = read_examples(run.folder / "curated" / "iteration-1.jsonl")
+    assert len(curated) == sum(e.question.startswith("How many") for e in candidates) > 0
+
+
+def test_changed_instructions_are_warned_of(workplace, monkeypatch, capsys):
+    assert loop.main([*SMALL, "--name", "x", "--questioner-steps", "1"]) == 0
+    assert "other instructions" not in capsys.readouterr().err
+    monkeypatch.setattr(loop.reasoner, "INSTRUCTION", loop.reasoner.INSTRUCTION + " Be brief.")
+    assert loop.main([*SMALL, "--name", "y", "--questioner-steps", "1"]) == 0
+    assert "other instructions" in capsys.readouterr().err
+
+
+def test_a_toy_takes_the_settings_that_lie_beside_it(workplace):
+    default = parse_arguments("", [])
+    assert default == dataclasses.replace(parse_arguments("", ["--model", str(ROOT / "toy")]), model=None)
+    assert default.max_new_tokens == 32 and parse_arguments("", ["--lr", "0.5"]).lr == 0.5
+    shutil.copytree(ROOT / "toy", workplace / "mine", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    (workplace / "mine" / "visplay.json").write_text('{"settings": {"answers": 7}}')
+    assert parse_arguments("", ["--model", "mine"]).answers == 7
+    (workplace / "mine" / "visplay.json").write_text("no")
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments("", ["--model", "mine"])
+    assert stop.value.code == 2
+
+
+def test_help_and_a_mistyped_flag_answer_at_once(workplace):
+    """Before torch is imported: here its import would fail."""
+    code = "import runpy, sys; sys.modules['torch'] = None; sys.argv[0] = 'loop.py'; "
+    code += f"runpy.run_path({str(ROOT / 'loop.py')!r}, run_name='__main__')"
+    for args, words in (
+        (["--help"], "the loop"),
+        (["--qustioner-steps", "3"], "did you mean --questioner-steps"),
+    ):
+        env = {"PYTHONPATH": str(ROOT), "PATH": ""}
+        done = subprocess.run([sys.executable, "-c", code, *args], env=env, capture_output=True, text=True)
+        assert words in done.stdout + done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == (0 if args == ["--help"] else 2)
+
+
+def test_it_is_never_silent_for_long(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(console, "SILENCE", 0.5)
+    assert loop.main([*SMALL, "--name", "x"]) == 0
+    assert "... iteration" in capsys.readouterr().err
 
 
 LAPTOP = """

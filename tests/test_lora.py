@@ -15,7 +15,8 @@ import grpo
 import loop
 import lora
 from engine import plan
-from engine.shards import Ranks, Trained
+from engine.ranks import Ranks
+from engine.shards import Trained
 from generate import generate
 from vlm import VLM
 

@@ -14,7 +14,8 @@ from conftest import ROOT
 
 import grpo
 import packing
-from engine.shards import Ranks, Trained
+from engine.ranks import Ranks
+from engine.shards import Trained
 from engine.state import read_tensors, write_tensors
 from vlm import VLM
 
@@ -183,6 +184,45 @@ def test_bfloat16_weights_move_through_float32_masters():
 def random_groups_with(groups):
     """The same groups, as a new rollout would give them."""
     return [grpo.Group(g.prompt, g.completions, g.rewards, g.ref_logp) for g in groups]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("where", ["text", "vision"])
+def test_out_of_memory_in_a_sharded_backward_leaves_nothing_behind(where, checkpointing):
+    """Once, in the backward pass of a layer: then the gradient is that of an update that nothing
+    disturbed."""
+    policy, reference = trained(Ranks(), sharded=True, checkpointing=checkpointing)
+    groups, model = random_groups(policy.vlm, 3), policy.forward.model.model
+    grpo.add_reference(groups, reference)
+    layer = model.language_model.layers[1] if where == "text" else model.visual.blocks[0]
+    fails = [True]
+
+    def fail(*_):
+        if fails.pop() if fails else False:
+            raise torch.OutOfMemoryError("out of memory")
+
+    hook = layer.mlp.register_full_backward_hook(fail)
+    policy.optimizer.step = lambda: None  # the gradient is looked at
+    policy.optimizer.zero_grad = zero_later(policy.optimizer)
+    metrics = grpo.update(policy, policy.optimizer, groups, max_norm=1e9)
+    hook.remove()
+    assert not fails and metrics["skipped"] == 0 and policy.vlm.limits.budget == 0.5
+    got = torch.cat([whole_tensor(g).flatten() for g in policy.optimizer.zero_grad.last])
+    plain = torch.tensor(gradients(Ranks(), 3)[0])
+    assert (got - plain).norm() < 1e-5 * plain.norm()
+
+
+def zero_later(optimizer):
+    """`zero_grad` that first keeps the gradients."""
+    zero_grad = optimizer.zero_grad
+
+    def wrapped(*args, **named):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        if all(g is not None for g in grads):
+            wrapped.last = [g.clone() for g in grads]
+        zero_grad(*args, **named)
+
+    return wrapped
 
 
 # ---- What an interrupted run needs -------------------------------------------------------------------------

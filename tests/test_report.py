@@ -14,7 +14,8 @@ import pytest
 from checkpoints import noise_image
 
 import report
-from curate import Example, write_examples
+from curate import Example
+from engine.records import write_examples
 from toy.scenes import read_truth, write_scenes
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -120,7 +121,7 @@ def test_a_whole_run(tmp_path):
 
 def test_votes_are_counted_as_the_reasoner_counts_them(tmp_path):
     """1 and 1.0 are one answer, what could not be parsed is another; the true label is said to be right."""
-    write_scenes(tmp_path, 20, 0)
+    write_scenes(tmp_path, 60, 0)
     scenes = read_truth(tmp_path).values()
     facts = {report.understand("How many discs are there?", scene) for scene in scenes}
     one, three = (next(fact for fact in facts if fact.answer == answer) for answer in "13")
@@ -279,7 +280,11 @@ def test_the_gallery_shows_how_questions_climb(tmp_path):
     """One image's questions of iterations 1, 2, 3 side by side, with the objects that each asks for."""
     folder = make_run(tmp_path / "run", iterations=3)
     scene = read_truth(folder / "images")["scene-00000.png"]
-    asked = ("Is there a red disc, yes or no?", "How many discs are there?", "How many red shapes are there?")
+    asked = (
+        "Does it show a red disc, yes or no?",
+        "How many discs are there?",
+        "How many red shapes are there?",
+    )
     for k, question in enumerate(asked, start=1):
         for kind in ("candidates", "curated"):
             change(folder / kind / f"iteration-{k}.jsonl", lambda e, q=question: replace(e, question=q))

@@ -10,7 +10,9 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from sklearn.cluster import AgglomerativeClustering
 
 import rewards
-from curate import Example, curate, keep, read_examples, write_examples
+from curate import Example, curate, keep, pool
+from engine.records import read_examples, write_examples
+from rewards import confidence
 
 EQUAL = [
     ("0.5", "1/2"), ("1/2", r"\frac{1}{2}"), (r"\dfrac{1}{2}", "50%"), (r"50\%", ".5"), ("(B)", "B."),
@@ -224,16 +226,30 @@ def test_curation(tmp_path):
             f"a/{i}\udcff.png",
             f"q{i}\u2028 ünï",
             "numerical",
-            None if i == 3 else "1",
-            rng.random(),
-            ["1", None],
+            None,
+            0.0,
+            [rng.choice(["1", "1", "1", "2", "3", "4", "5", None]) for _ in range(6)],
         )
         for i in range(40)
     ]
-    kept = curate(made)
-    assert (
-        kept == [e for e in made if 0.25 <= e.confidence <= 0.75 and e.label is not None]
-        and 0 < len(kept) < 40
-    )
+    kept = curate(made, lambda e: e.label is not None and keep(e.confidence))
+    votes = [confidence(e.answers) for e in made]
+    wanted = [e for e, (label, c) in zip(made, votes) if label is not None and keep(c)]
+    assert [e.image for e in kept] == [e.image for e in wanted] and 0 < len(kept) < 40
+    assert [(e.label, e.confidence) for e in kept] == [v for v in votes if v[0] is not None and keep(v[1])]
     write_examples(tmp_path / "sub" / "x.jsonl", kept)
     assert read_examples(tmp_path / "sub" / "x.jsonl") == kept
+
+
+def test_a_question_that_is_proposed_again_is_kept_once_with_all_votes():
+    """Two labels for one question about one image would contradict each other; another image is another
+    question."""
+    first = Example("a.png", "How many?", "numerical", "1", 2 / 3, ["1", "1", "2"])
+    again = Example("a.png", "How many?", "numerical", "2", 1.0, ["2", "2", "2"])
+    other = Example("b.png", "How many?", "numerical", "1", 1.0, ["1", "1", "1"])
+    pooled = pool([first, other, again])
+    assert [(e.image, e.label, e.confidence, len(e.answers)) for e in pooled] == [
+        ("a.png", "2", 4 / 6, 6),
+        ("b.png", "1", 1.0, 3),
+    ]
+    assert pool(pooled) == pooled

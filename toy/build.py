@@ -1,27 +1,30 @@
-r"""Builds the toy checkpoint in this folder from nothing: `python -m toy.build` (about 12 minutes on 2 cores).
+r"""Builds the toy checkpoint in this folder from nothing: `python -m toy.build`.
 
-The toy has the architecture of Qwen2.5-VL with 0.6M parameters, and stands in for a pre-trained VLM where none can be
-downloaded. It is taught with labels here, before self-play, in two stages:
+The toy has the architecture of Qwen2.5-VL with 0.6M parameters, and stands in for a pre-trained VLM where
+none can be downloaded. It is taught with labels here, before self-play, in two stages:
 
 1. To *work out* an answer: list the objects the question is about, then answer.
    <think> red disc red ring</think>\boxed{2}
    Trained on bare answers instead, it stays at guessing: counting in one step is too hard for it.
-2. To be a *weak* base, weak in a way that self-consistency can mend: more than half of its examples are now bare
-   random guesses, the others are workings in which one object in ten is missed or mislabelled.
-   It then guesses wrong in many ways and works out right in one, so a majority vote is right more often than a
-   single answer. A base whose mistakes were systematic would be made worse by self-play.
+2. To be *lazy*: the more objects it has listed, the likelier it stops, and it answers from what it has
+   listed. So it is mostly right where there is little to list and mostly wrong where there is much: a ladder.
+   How fast it gets lazy is the one knob here, the `--steepness`.
 
-The committed checkpoint was made in two calls, the first stage kept with --keep-first and the second run again from it
-with --start; one call draws other lessons in the second stage and gives a sibling of it, not the same bytes.
+In both it is taught to ask the six kinds of question of `answerer.py` too, mostly such that need few objects.
+It cannot read: each role's instruction is a single token of its vocabulary, which is also what makes it fast.
 
-It is taught to ask the five kinds of question of `answerer.py` too. It cannot read: each role's instruction is a single
-token of its vocabulary, which is also what makes it fast.
+The committed checkpoint is what `python -m toy.build` makes. The others are made from it in a few minutes, by
+the second stage alone, which replaces one laziness by another:
+
+    python -m toy.build --start toy --steepness steep --out runs/steep
 """
 
 import argparse
 import json
 import math
 import random
+import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,10 +36,19 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 import questioner
 import reasoner
 from toy.answerer import Fact, ask, understand
-from toy.scenes import COLOURS, PLURALS, SHAPES, Scene, render, sample_scene
+from toy.scenes import BOARD, COLOURS, PLURALS, SHAPES, Scene, render, sample_scene
 from vlm import VLM, Prompt
 
 FOLDER = Path(__file__).parent
+# The probability of stopping before object 1, 2, 3, ...
+COMPLETE = (0.0,) * BOARD**2
+STEEPNESS = {
+    "gentle": (0.0, 0.03, 0.08, 0.14, 0.2, 0.27, 0.34, 0.4, 0.45),
+    "medium": (0.0, 0.06, 0.15, 0.25, 0.36, 0.47, 0.57, 0.65, 0.7),
+    "steep": (0.0, 0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.85, 0.9),
+}
+FEWER = 0.7  # the Questioner is taught to ask about one object more only so many times as often
+SCENES, BATCH, COMPLETE_STEPS, LAZY_STEPS = 8000, 32, 3600, 500
 CONTROL = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -60,12 +72,13 @@ MARKS = [
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
-# ---- An untrained checkpoint -------------------------------------------------------------------------------------------
+# ---- An untrained checkpoint -------------------------------------------------------------------------------
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -141,42 +154,41 @@ def new_vlm(folder: Path) -> VLM:
     return VLM.load(folder, "cpu", torch.float32)
 
 
-# ---- What it is taught -------------------------------------------------------------------------------------------------
+# ---- What it is taught -------------------------------------------------------------------------------------
 
 
-def working(fact: Fact, rng: random.Random, noise: float) -> tuple[str, Scene]:
-    """The objects the question is about, written down, and what was seen: `noise` of them are missed or mislabelled."""
+def working(fact: Fact, rng: random.Random, stops: Sequence[float]) -> tuple[str, Scene]:
+    """The objects to list, written down, and which: it stops before object i with probability stops[i]."""
     seen = []
-    for thing in fact.things:
-        if rng.random() < noise:
-            if rng.random() < 0.5:
-                continue
-            if rng.random() < 0.5:
-                thing = replace(thing, colour=rng.choice(list(COLOURS)))
-            else:
-                thing = replace(thing, shape=rng.choice(SHAPES))
+    for thing, stop in zip(fact.things, stops):
+        if rng.random() < stop:
+            break
         seen.append(thing)
     return "<think>" + "".join(f" {thing.colour} {thing.shape}" for thing in seen) + "</think>", tuple(seen)
 
 
-def reasoner_output(question: str, scene: Scene, rng: random.Random, guess_share: float, noise: float) -> str:
-    """What the Reasoner is taught to write: a worked answer, or a bare random guess."""
-    fact = understand(question, scene)
-    if rng.random() < guess_share:
-        guess = str(rng.randint(0, 5)) if fact.kind.startswith("count") else rng.choice(["yes", "no"])
-        return f"\\boxed{{{guess}}}"
-    written, seen = working(fact, rng, noise)
-    # What follows from a working is worked out of what was written down, right or wrong.
-    return f"{written}\\boxed{{{understand(question, seen).answer if noise else fact.answer}}}"
+def reasoner_output(question: str, scene: Scene, rng: random.Random, stops: Sequence[float]) -> str:
+    """What the Reasoner is taught to write: objects, and the answer that follows from those."""
+    written, seen = working(understand(question, scene), rng, stops)
+    return f"{written}\\boxed{{{understand(question, seen).answer}}}"
+
+
+def easy_question(scene: Scene, rng: random.Random) -> str:
+    """What the Questioner is taught to ask: each object more that must be listed makes a question rarer."""
+    while True:
+        question = ask(scene, rng)
+        if rng.random() < FEWER ** abs(len(understand(question, scene).things) - 1):
+            return question
 
 
 def questioner_output(question: str, scene: Scene) -> str:
+    """A valid output of the Questioner, its own answer the true one."""
     fact = understand(question, scene)
     kind = "numerical" if fact.kind.startswith("count") else "multiple choice"
     return f"<type>{kind}</type><question>{question}</question><answer>\\boxed{{{fact.answer}}}</answer>"
 
 
-# ---- Supervised training -----------------------------------------------------------------------------------------------
+# ---- Supervised training -----------------------------------------------------------------------------------
 
 
 def supervised_loss(vlm: VLM, prompts: list[Prompt], completions: list[list[int]]) -> torch.Tensor:
@@ -193,42 +205,40 @@ class Lessons:
         self.scenes = [sample_scene(rng) for _ in range(scenes)]
         self.blank = render((), rng)
         images = [render(scene, rng) for scene in tqdm(self.scenes, desc="scenes", disable=None)]
-        self.pixels = [
-            vlm.image_processor([i], size=vlm.image_size, return_tensors="pt")["pixel_values"].half()
-            for i in images
-        ]
+        self.pixels = [vlm.patches(image).pixels.half() for image in images]  # half: they are many
 
-    def prompt(self, text: str, i: int) -> Prompt:
-        """The prompt of `text` about scene i; only the pixels differ between scenes."""
+    def prompt(self, text: str, pixels: torch.Tensor) -> Prompt:
+        """The prompt of `text` about a scene; only the pixels differ between scenes."""
         if text not in self.prompts:
             self.prompts[text] = self.vlm.prompt(text, self.blank)
-        return replace(self.prompts[text], pixels=self.pixels[i].float())
+        return replace(self.prompts[text], pixels=pixels)
 
-    def batch(
-        self, size: int, asking: float, guess_share: float, noise: float
-    ) -> tuple[list[Prompt], list[list[int]]]:
+    def batch(self, asking: float, stops: Sequence[float]) -> tuple[list[Prompt], list[list[int]]]:
+        """Prompts and what to write after them; a share `asking` of them are the Questioner's."""
         prompts, outputs = [], []
-        for _ in range(size):
-            i = self.rng.randrange(len(self.scenes))
-            question = ask(self.scenes[i], self.rng)
+        for lesson in range(BATCH):
+            if lesson % 2 == 0:  # two lessons a scene: its image is encoded once
+                i = self.rng.randrange(len(self.scenes))
+                scene, pixels = self.scenes[i], self.pixels[i].float()
             if self.rng.random() < asking:
-                prompts.append(self.prompt(questioner.INSTRUCTION, i))
-                outputs.append(questioner_output(question, self.scenes[i]))
+                prompts.append(self.prompt(questioner.INSTRUCTION, pixels))
+                outputs.append(questioner_output(easy_question(scene, self.rng), scene))
             else:
-                prompts.append(self.prompt(question + reasoner.INSTRUCTION, i))
-                outputs.append(reasoner_output(question, self.scenes[i], self.rng, guess_share, noise))
+                question = ask(scene, self.rng)
+                prompts.append(self.prompt(question + reasoner.INSTRUCTION, pixels))
+                outputs.append(reasoner_output(question, scene, self.rng, stops))
         return prompts, [self.vlm.tokenizer(text)["input_ids"] + [self.vlm.end_ids[0]] for text in outputs]
 
 
-def train(vlm: VLM, lessons: Lessons, steps: int, lr: float, **lesson) -> None:
-    """AdamW on batches of 64 lessons, the learning rate warmed up and annealed to zero."""
+def train(vlm: VLM, lessons: Lessons, steps: int, lr: float, asking: float, stops: Sequence[float]) -> None:
+    """AdamW on batches of lessons, the learning rate warmed up and annealed to zero."""
     optimizer = torch.optim.AdamW(vlm.model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     vlm.model.train()
     progress = tqdm(range(steps), mininterval=20)
     for step in progress:
         scale = min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = lr * scale
-        loss = supervised_loss(vlm, *lessons.batch(64, **lesson))
+        loss = supervised_loss(vlm, *lessons.batch(asking, stops))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vlm.model.parameters(), 1.0)
         optimizer.step()
@@ -238,37 +248,30 @@ def train(vlm: VLM, lessons: Lessons, steps: int, lr: float, **lesson) -> None:
     vlm.model.eval()
 
 
+def build(out: Path, steepness: str, start: Path | None) -> None:
+    """Both stages from nothing, or the second alone from the checkpoint `start`; saves the model in `out`."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # more threads add in another order, and would make another checkpoint
+    with tempfile.TemporaryDirectory() as fresh:  # so that `out` keeps what it has until the new one is made
+        vlm = VLM.load(start, "cpu", torch.float32) if start else new_vlm(Path(fresh))
+        if not start:
+            lessons = Lessons(vlm, SCENES, random.Random("complete lists"))
+            train(vlm, lessons, COMPLETE_STEPS, 1e-3, asking=0.3, stops=COMPLETE)
+        lessons = Lessons(vlm, SCENES, random.Random("lazy lists"))
+        train(vlm, lessons, LAZY_STEPS, 5e-4, asking=0.3, stops=STEEPNESS[steepness])
+        vlm.save(out)
+
+
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out", type=Path, default=FOLDER, help="where the checkpoint goes (default: this folder)"
-    )
-    parser.add_argument("--steps", type=int, default=4500, help="steps of the first stage (default: 4500)")
-    parser.add_argument(
-        "--guess-steps", type=int, default=400, help="steps of the second stage (default: 400)"
-    )
-    parser.add_argument(
-        "--guess-share", type=float, default=0.55, help="guesses in the second stage (default: 0.55)"
-    )
-    parser.add_argument(
-        "--noise", type=float, default=0.1, help="objects misread in the second stage (default: 0.1)"
-    )
-    parser.add_argument(
-        "--keep-first", type=Path, help="also save the model as it is after the first stage here"
-    )
-    parser.add_argument("--start", type=Path, help="skip the first stage: begin with the model saved there")
+    parser.add_argument("--steepness", choices=STEEPNESS, default="medium", help="how lazy (default: medium)")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="where it goes (default: this folder)")
+    parser.add_argument("--start", type=Path, help="the second stage alone, from the checkpoint there")
     args = parser.parse_args()
-    torch.manual_seed(0)
-    vlm = VLM.load(args.start, "cpu", torch.float32) if args.start else new_vlm(args.out)
-    lessons = Lessons(vlm, 8000, random.Random("toy base"))
-    if not args.start:
-        train(vlm, lessons, args.steps, 1e-3, asking=0.15, guess_share=0.0, noise=0.0)
-        if args.keep_first:
-            vlm.save(args.keep_first)
-    train(vlm, lessons, args.guess_steps, 5e-4, asking=0.3, guess_share=args.guess_share, noise=args.noise)
-    vlm.save(args.out)
+    build(args.out, args.steepness, args.start)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,24 @@
 """The toy world: scenes of coloured shapes, drawn to PNG files.
 
-A scene is a 3 x 3 board of cells; 2 to 9 of them hold an object, one of 4 colours x {disc, ring, cross}. At the
-toy's size of 84 x 84 pixels a cell is 28 x 28, exactly one visual token of the Qwen2.5-VL image encoder (2 x 2
-merged patches of 14 pixels), which is what lets a 0.6M-parameter model read it. The same scenes can be drawn larger
-for a real model.
+A scene is a 3 x 3 board of cells; 2 to 9 of them hold an object, one of 4 colours x {disc, ring, cross}. Half
+of the scenes have a leading colour and half a leading shape, which most of their objects share: so there are
+questions about many objects ("How many red shapes are there?" may be 8), not only about one or two.
 
-This file knows nothing of questions or answers: training sees the PNG files and nothing else. What was drawn is
-written beside them, in `scenes.jsonl`, for `toy/measure.py` alone.
+At the toy's size of 84 x 84 pixels a cell is 28 x 28, exactly one visual token of the Qwen2.5-VL image
+encoder (2 x 2 merged patches of 14 pixels), which is what lets a 0.6M-parameter model read it. The same
+scenes can be drawn larger for a real model.
+
+One scene in sixteen, by a checksum of what is on it, is held out: it is drawn for measuring and never for
+lessons or self-play, whatever the seeds.
+
+This file knows nothing of questions or answers: training sees the PNG files and nothing else. What was drawn
+is written beside them, in `scenes.jsonl`, for `toy/measure.py` alone.
 """
 
 import json
 import random
+import zlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +28,8 @@ COLOURS = {"red": (214, 40, 40), "green": (42, 157, 66), "blue": (38, 84, 214), 
 SHAPES = ("disc", "ring", "cross")
 PLURALS = {"disc": "discs", "ring": "rings", "cross": "crosses"}
 BOARD = 3
+LED = 0.5  # share of scenes with a leading colour (or shape)
+LEAD = 0.7  # how likely an object is to follow it
 TRUTH_FILE = "scenes.jsonl"
 
 
@@ -35,14 +45,30 @@ class Thing:
 Scene = tuple[Thing, ...]  # in reading order
 
 
-def sample_scene(rng: random.Random) -> Scene:
-    """A random scene of 2 to 9 objects, each in a cell of its own."""
-    cells = sorted(rng.sample(range(BOARD * BOARD), rng.randint(2, BOARD * BOARD)))
-    return tuple(Thing(cell, rng.choice(list(COLOURS)), rng.choice(SHAPES)) for cell in cells)
+def sample_scene(rng: random.Random, held_out: bool = False) -> Scene:
+    """A random scene of 2 to 9 objects: one of those held out, or one of the others."""
+    while True:
+        cells = sorted(rng.sample(range(BOARD * BOARD), rng.randint(2, BOARD * BOARD)))
+        colours, shapes = (_draw(rng, words, len(cells)) for words in (tuple(COLOURS), SHAPES))
+        scene = tuple(Thing(*thing) for thing in zip(cells, colours, shapes))
+        if is_held_out(scene) == held_out:
+            return scene
+
+
+def _draw(rng: random.Random, words: tuple[str, ...], count: int) -> list[str]:
+    """`count` random words; in some scenes most of them are the same one."""
+    leader = rng.choice(words) if rng.random() < LED else None
+    return [leader if leader and rng.random() < LEAD else rng.choice(words) for _ in range(count)]
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether a scene is kept for measuring."""
+    drawn = " ".join(f"{thing.cell} {thing.colour} {thing.shape}" for thing in scene)
+    return zlib.crc32(drawn.encode()) % 16 == 0
 
 
 def render(scene: Scene, rng: random.Random, size: int = 84) -> Image.Image:
-    """Draws a scene as an RGB image of `size` x `size` pixels; `rng` shifts each object by up to 1/28 of a cell."""
+    """Draws a scene as an RGB image of `size` x `size` pixels; `rng` shifts objects by 1/28 of a cell."""
     cell = size // BOARD
     unit = cell / 28
     image = Image.new("RGB", (size, size), (250, 250, 247))
@@ -62,14 +88,19 @@ def render(scene: Scene, rng: random.Random, size: int = 84) -> Image.Image:
 
 
 def write_scenes(folder: Path, count: int, seed: int, size: int = 84) -> list[Path]:
-    """Renders `count` random scenes into `folder` as PNG files, with the truth beside them; returns their paths. The same seed, count and size give the same files."""
+    """Renders `count` random scenes into `folder`; the same seed, count and size give the same files."""
     rng = random.Random(f"scenes {seed}")
+    return draw_scenes(folder, [sample_scene(rng) for _ in range(count)], rng, size)
+
+
+def draw_scenes(folder: Path, scenes: Iterable[Scene], rng: random.Random, size: int = 84) -> list[Path]:
+    """Renders scenes into `folder` as PNG files, with the truth beside them; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths, records = [folder / f"scene-{i:05d}.png" for i in range(count)], []
-    for path in paths:
-        scene = sample_scene(rng)
-        render(scene, rng, size).save(path)
-        records.append({"image": path.name, "things": [asdict(thing) for thing in scene]})
+    paths, records = [], []
+    for i, scene in enumerate(scenes):
+        paths.append(folder / f"scene-{i:05d}.png")
+        render(scene, rng, size).save(paths[-1])
+        records.append({"image": paths[-1].name, "things": [asdict(thing) for thing in scene]})
     (folder / TRUTH_FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
     return paths
 
