@@ -36,10 +36,10 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import reasoner
-from answers import canonical, extract_answer, options_in, read_choice, read_yes_no, same_answer
+from answers import read_choice, read_yes_no
 from engine.checkpoint import load_config
 from engine.images import ImageError, load_image
-from engine.items import Item, read_lines
+from engine.items import Item, choices_of, read_answer, read_lines, right
 from engine.table import table
 from generate import generate
 from rewards import confidence
@@ -86,63 +86,14 @@ class Outcome:
         return asdict(self) | {"greedy_right": self.greedy_right}
 
 
-# ---- Which answer is right ----
-
-
-def choices_of(item: Item) -> tuple[str, ...]:
-    """The choices of an item: its own, or those in its question's text if its answer is the letter of one."""
-    if item.choices:
-        return item.choices
-    choices = options_in(item.question)
-    letters = string.ascii_uppercase[: len(choices)]
-    is_lettered = choices and all(len(a) == 1 and a.upper() in letters for a in item.answer)
-    return choices if is_lettered else ()
-
-
-def read_answer(text: str, item: Item) -> str | None:
-    """The answer in what a model wrote.
-
-    With choices it is the letter, if the true answer is yes or no that word, both also where there is no box;
-    else the content of the last box.
-    """
-    if item.choices:
-        return read_choice(text, item.choices)
-    if choices := choices_of(item):
-        return read_choice(text, choices) or extract_answer(text)
-    if {canonical(answer) for answer in item.answer} <= {"yes", "no"}:
-        verdict = read_yes_no(text)
-        return extract_answer(text) if verdict is None else ("no", "yes")[verdict]
-    return extract_answer(text)
-
-
-def right(answer: str | None, item: Item) -> bool:
-    """Whether an answer, as `read_answer` gives it, is right.
-
-    Of a question without choices: equal to one of the true answers by `same_answer`, or the same number after
-    rounding to two decimals (MMMU's rule for open questions).
-    """
-    if answer is None:
-        return False
-    if choices := choices_of(item):
-        return any(answer == read_choice(truth, choices) for truth in item.answer)
-    return any(same_answer(answer, truth) or _same_rounded(answer, truth) for truth in item.answer)
-
-
-def _same_rounded(a: str, b: str) -> bool:
-    """Of plain numbers only: in hundredths, a percentage would be rounded to a whole one."""
-    if any(re.search(r"[%％]|per ?cent", text, re.IGNORECASE) for text in (a, b)):
-        return False
-    values = [canonical(a), canonical(b)]
-    return not any(isinstance(value, str) for value in values) and round(values[0], 2) == round(values[1], 2)
-
-
 # ---- Asking ----
 
 
 def question_text(item: Item) -> str:
-    """The question, with its choices as lettered lines."""
+    """The question, its choices as lettered lines, and its own ending or the Reasoner's instruction."""
     lines = [f"({letter}) {choice}" for letter, choice in zip(string.ascii_uppercase, item.choices)]
-    return "\n".join([item.question, *lines])
+    ending = f"\n{item.ending}" if item.ending else reasoner.INSTRUCTION
+    return "\n".join([item.question, *lines]) + ending
 
 
 def answer_all(vlm: VLM, items: Sequence[Item], samples: int, batch: int = 64, **sampling) -> list[Outcome]:
@@ -151,7 +102,7 @@ def answer_all(vlm: VLM, items: Sequence[Item], samples: int, batch: int = 64, *
     starts = range(0, len(items), batch)
     for start in tqdm(starts, desc="answering", leave=False, disable=None if len(items) > batch else True):
         some = items[start : start + batch]
-        prompts = [reasoner.answer_prompt(vlm, load_image(item.image), question_text(item)) for item in some]
+        prompts = [vlm.prompt(question_text(item), load_image(item.image)) for item in some]
         greedy = generate(vlm, prompts, 1, **sampling | {"temperature": 0.0})
         drawn = generate(vlm, prompts, samples, **sampling)
         for item, first, others in zip(some, greedy, drawn):
@@ -247,6 +198,42 @@ def pair_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
     return dict(aAcc=a_acc, qAcc=q_acc, fAcc=f_acc)
 
 
+def we_math(groups: Sequence[tuple[Sequence[bool], bool]]) -> dict[str, float]:
+    """We-Math's metric (arXiv 2407.01284). A group: which of a problem's steps are right, and whether the
+    whole problem is.
+
+    Shares of the groups: IK (insufficient knowledge: a step and the whole are wrong), IG (inadequate
+    generalisation: every step is right, the whole wrong), CM (complete mastery: all right), RM (rote memory:
+    the whole is right without the steps). Strictly one wrong step makes it RM, loosely only all steps wrong.
+    RM_rate is RM / (CM + RM), score is 1 - IG / 2 - IK - RM. {} without a group.
+    """
+    result = {}
+    for how, known in (("strict", all), ("loose", any)) if groups else ():
+        ways = [
+            ("CM" if known(steps) else "RM") if whole else ("IG" if all(steps) else "IK")
+            for steps, whole in groups
+        ]
+        share = {way: ways.count(way) / len(groups) for way in ("IK", "IG", "CM", "RM")}
+        solved = share["CM"] + share["RM"]
+        share["RM_rate"] = share["RM"] / solved if solved else 0.0
+        share["score"] = 1 - share["IG"] / 2 - share["IK"] - share["RM"]
+        result |= {f"{way} {how}": value for way, value in share.items()}
+    return result
+
+
+def we_math_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """`we_math` of greedy answers, where each kind is We-Math's key ("2steps_1", "2steps_multi") and each
+    question_id names the problem. Problems without all their parts are left out. {} of other data."""
+    problems: dict[tuple[str, str], dict[str, bool]] = {}
+    for o in outcomes:
+        key = re.fullmatch(r"([23])steps_([123]|multi)", o.item.kind)
+        if not key or not o.item.question_id:
+            return {}
+        problems.setdefault((key[1], o.item.question_id), {})[key[2]] = o.greedy_right
+    whole = [p for (steps, _), p in problems.items() if "multi" in p and len(p) == int(steps) + 1]
+    return we_math([([right for part, right in p.items() if part != "multi"], p["multi"]) for p in whole])
+
+
 def judge_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Of the free-form questions that the judge gave a clear verdict on: their share of all, how many it
     calls right, and how often it disagrees with the rules."""
@@ -267,7 +254,9 @@ def full_report(outcomes: Sequence[Outcome]) -> dict:
         some = [o for o in outcomes if kind in ("all", o.item.kind)]
         intervals = {name: bootstrap([o.values[name] for o in some]) for name in MEANS}
         report[kind] = dict(questions=len(some), **scores(some), intervals=intervals)
-    return dict(scores=report, reliability=reliability(outcomes), **pair_scores(outcomes))
+    return dict(
+        scores=report, reliability=reliability(outcomes), **pair_scores(outcomes), **we_math_scores(outcomes)
+    )
 
 
 # ---- The command line ----
@@ -279,14 +268,7 @@ def read_items(path: Path) -> tuple[list[Item], list[tuple[str, str]]]:
     Raises ValueError with a sentence, which names the line.
     """
     items, skipped = [], []
-    for number, item in read_lines(path):
-        where, choices = f"--data {path}, line {number}:", item.choices
-        if len(choices) > 26:
-            raise ValueError(f"{where} there are more than 26 choices")
-        if choices and not any(read_choice(truth, choices) for truth in item.answer):
-            raise ValueError(f"{where} the answer {' or '.join(item.answer)!r} is none of the choices")
-        if item.kind == "all":
-            raise ValueError(f'{where} the kind "all" is the name of the overall scores')
+    for item in read_lines(path):
         try:
             load_image(item.image)
             items.append(item)

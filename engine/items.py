@@ -1,16 +1,32 @@
-"""Labelled questions: what a line of evaluation data says, checked before anything is asked."""
+"""Labelled questions: what a line of evaluation data says, checked before anything is asked, and which
+answers to it are right."""
 
 import json
 import math
 import re
 import string
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
+
+from answers import (
+    canonical,
+    extract_answer,
+    options_in,
+    read_choice,
+    read_yes_no,
+    same_answer,
+    without_thinking,
+)
 
 
 @dataclass(frozen=True)
 class Item:
-    """A question about an image with its true answer: all of `answer` count as right."""
+    """A question about an image with its true answer: all of `answer` count as right.
+
+    ending: the prompt's last words, "" for the Reasoner's own, which ask for a box. precision: how many
+    decimals of a number count.
+    """
 
     image: str
     question: str
@@ -19,10 +35,15 @@ class Item:
     kind: str = ""
     question_id: str = ""
     figure_id: str = ""
+    ending: str = ""
+    precision: int | None = None
 
 
-def read_lines(path: Path) -> list[tuple[int, Item]]:
-    """The items of a JSONL file, each with the number of its line. Raises ValueError with a sentence."""
+# ---- Lines ----
+
+
+def read_lines(path: Path) -> list[Item]:
+    """The items of a JSONL file. Raises ValueError with a sentence, which names the line."""
     items = []
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 may stand in a text
@@ -31,14 +52,14 @@ def read_lines(path: Path) -> list[tuple[int, Item]]:
     for number, line in enumerate(lines, start=1):
         if line := line.strip(" \t\r\ufeff"):
             try:
-                items.append((number, _item(json.loads(line), path.parent)))
+                items.append(item_of(json.loads(line), path.parent))
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"--data {path}, line {number}: {error}") from error
     return items
 
 
-def _item(fields: object, folder: Path) -> Item:
-    """The item that a line stands for; raises ValueError with a sentence."""
+def item_of(fields: object, folder: Path) -> Item:
+    """The item that a line stands for. Raises ValueError with a sentence."""
     if not isinstance(fields, dict):
         raise ValueError('it is not an object {"image": ..., "question": ..., "answer": ...}')
     image, question, answer, choices = (
@@ -52,14 +73,31 @@ def _item(fields: object, folder: Path) -> Item:
         choices = [*choices.values()]
     if choices is not None and not isinstance(choices, list):
         raise ValueError(f"choices is not a list but {_short(choices)}")
-    names = [name for name in ("kind", "question_id", "figure_id") if fields.get(name) not in (None, "")]
-    return Item(
+    names = [n for n in ("kind", "question_id", "figure_id", "ending") if fields.get(n) not in (None, "")]
+    item = Item(
         str(folder / image),
         *_texts([question], "question"),
         _texts(answer if isinstance(answer, list) else [answer], "answer"),
         _texts(choices, "choices") if choices else (),
         **{name: _texts([fields[name]], name)[0] for name in names},
+        precision=fields.get("precision"),
     )
+    _check(item)
+    return item
+
+
+def _check(item: Item) -> None:
+    """Raises ValueError with a sentence if the fields of an item do not fit each other."""
+    choices, precision = item.choices, item.precision
+    if len(choices) > 26:
+        raise ValueError("there are more than 26 choices")
+    if choices and not any(read_choice(truth, choices) for truth in item.answer):
+        raise ValueError(f"the answer {' or '.join(item.answer)!r} is none of the choices")
+    if item.kind == "all":
+        raise ValueError('the kind "all" is the name of the overall scores')
+    is_whole = isinstance(precision, int) and not isinstance(precision, bool) and 0 <= precision <= 20
+    if precision is not None and not is_whole:
+        raise ValueError(f"precision is not a whole number from 0 to 20 but {_short(precision)}")
 
 
 def _texts(values: list, name: str) -> tuple[str, ...]:
@@ -77,3 +115,106 @@ def _texts(values: list, name: str) -> tuple[str, ...]:
 
 def _short(value: object) -> str:
     return repr(value)[:100]
+
+
+# ---- Which answer is right ----
+
+
+def choices_of(item: Item) -> tuple[str, ...]:
+    """The choices of an item: its own, or those in its question's text if its answer is the letter of one."""
+    if item.choices:
+        return item.choices
+    choices = options_in(item.question)
+    letters = string.ascii_uppercase[: len(choices)]
+    is_lettered = choices and all(len(a) == 1 and a.upper() in letters for a in item.answer)
+    return choices if is_lettered else ()
+
+
+def read_answer(text: str, item: Item) -> str | None:
+    """The answer in what a model wrote.
+
+    With choices it is the letter, if the true answer is yes or no that word, both also where there is no box;
+    else the content of the last box. An item's own ending may ask for no box: where there is none, it is what
+    stands behind the last "answer:" or "answer is", else the last line.
+    """
+    if item.choices:
+        return read_choice(text, item.choices)
+    boxed = extract_answer(text)
+    if choices := choices_of(item):
+        return read_choice(text, choices) or boxed
+    if boxed is None and item.ending:
+        boxed = _last_words(without_thinking(text))
+    if {canonical(answer) for answer in item.answer} <= {"yes", "no"}:
+        verdict = read_yes_no(text)
+        return boxed if verdict is None else ("no", "yes")[verdict]
+    return boxed
+
+
+_ANSWER = re.compile(r"\banswer(?: is ?:?| ?:)\s*", re.IGNORECASE)
+
+
+def _last_words(text: str) -> str | None:
+    """What stands behind the last "answer:" on its line, else the last line; None if there is nothing."""
+    ends = [found.end() for found in _ANSWER.finditer(text)]
+    said = text[ends[-1] :].partition("\n")[0].strip() if ends else ""
+    lines = text.strip().rsplit("\n", 1)
+    return said or lines[-1].strip() or None
+
+
+def right(answer: str | None, item: Item) -> bool:
+    """Whether an answer, as `read_answer` gives it, is right.
+
+    Of a question without choices: equal to one of the true answers by `same_answer`, or the same number after
+    rounding to two decimals (MMMU's rule for open questions). With a precision, numbers count to that many
+    decimals and units do not (MathVista's rule). Of "this <AND> that" both must stand in it (MM-Vet's).
+    """
+    if answer is None:
+        return False
+    if choices := choices_of(item):
+        return any(answer == read_choice(truth, choices) for truth in item.answer)
+    if item.precision is not None:
+        return any(_same_to(answer, truth, item.precision) for truth in item.answer)
+    return any(
+        same_answer(answer, truth) or _same_rounded(answer, truth) or _has_all(answer, truth)
+        for truth in item.answer
+    )
+
+
+_PERCENT = re.compile(r"[%％]|per ?cent", re.IGNORECASE)
+_NUMBER = re.compile(r"[+-]?(?:\d+/\d+|\d*\.?\d+)")
+
+
+def _same_rounded(a: str, b: str) -> bool:
+    """Of plain numbers only: in hundredths, a percentage would be rounded to a whole one."""
+    if _PERCENT.search(a) or _PERCENT.search(b):
+        return False
+    values = [canonical(a), canonical(b)]
+    return not any(isinstance(value, str) for value in values) and round(values[0], 2) == round(values[1], 2)
+
+
+def _same_to(a: str, b: str, precision: int) -> bool:
+    """The same numbers after rounding; with precision 0 what stands behind the point is cut off instead."""
+    values = [_number(a), _number(b)]
+    if None in values:
+        return same_answer(a, b)
+    first, second = (round(value, precision) if precision else int(value) for value in values)
+    return first == second
+
+
+def _number(text: str) -> Fraction | None:
+    """The first number behind the last "=", as it is written: 5 of "x = 5 cm", 50 of "50%"."""
+    value = canonical(text)
+    if isinstance(value, Fraction):
+        return value * 100 if _PERCENT.search(text) else value
+    found = _NUMBER.search(value.rpartition("=")[2][:400])
+    try:
+        return Fraction(found[0]) if found else None
+    except ZeroDivisionError:
+        return None
+
+
+def _has_all(answer: str, truth: str) -> bool:
+    """Whether each of the texts that <AND> joins stands in the answer, as whole words."""
+    parts = [part.lower().split() for part in truth.split("<AND>")]
+    words = " ".join(re.sub(r"[.,;:!?](?=\s|$)", " ", answer.lower()).split())
+    return len(parts) > 1 and all(parts) and all(f" {' '.join(part)} " in f" {words} " for part in parts)

@@ -13,9 +13,9 @@ def table(reports: dict[str, dict]) -> str:
         for kind, s in report["scores"].items():
             cells = ["{:.3f} [{:.2f}, {:.2f}]".format(s[name], *s["intervals"][name]) for name in means]
             lines.append(_row(model, kind, f"{s['questions']:>5}", *cells, f"{s['ece']:>6.3f}"))
-        for name in ("aAcc", "qAcc", "fAcc", "judged", "judged_right", "judge_disagreement"):
-            if name in report:
-                lines.append(_row(model, name, f"{report[name]:>14.3f}"))
+        for name, value in report.items():
+            if isinstance(value, float):  # of the pairs, of We-Math, of the judge
+                lines.append(_row(model, name, f"{value:>14.3f}"))
         for b in report["reliability"]:
             bin_name = f"confidence ({b['above']:.1f}, {b['upto']:.1f}]"
             found = f"mean {b['confidence']:.3f}, right {b['right']:.3f}"

@@ -1,0 +1,129 @@
+"""The command that writes benchmarks and the paper's images, on records of a `datasets` that is not there."""
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+from test_benchmarks_data import IMAGE, MMMU, OFFICIAL, OTHER, RECORDS, file_of
+
+import benchmarks
+import evaluate
+from engine.images import find_images
+
+
+def datasets_with(**splits):
+    """A module like `datasets`, whose every repository holds these records."""
+    module, asked = types.ModuleType("datasets"), []
+
+    class Records(list):
+        def decode(self, enable):
+            assert enable is False
+            return self
+
+    def load_dataset(source, config, split, streaming):
+        asked.append((source, config, split))
+        made = {name: Records(records) for name, records in splits.items()}
+        return made if split is None else made[split]
+
+    module.load_dataset, module.asked = load_dataset, asked
+    return module
+
+
+def test_the_whole_command(tmp_path, monkeypatch, capsys):
+    second = RECORDS["mmmu"] | dict(image_1=OTHER, answer="Ann")
+    several, hidden = MMMU | dict(image_2=OTHER), MMMU | dict(answer="?")
+    picture = MMMU | dict(image_1=Image.new("LA", (40, 40)))
+    broken = MMMU | dict(image_1={"bytes": b"not an image", "path": None})
+    module = datasets_with(validation=[MMMU, several, second, hidden, several, MMMU, picture, broken])
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    assert benchmarks.main(["mmmu", str(tmp_path / "out")]) == 0
+    assert module.asked == [("lmms-lab-encoder/MMMU", None, "validation")]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith("questions.jsonl: 4") and said[1] == "left out 4 of 8 records:"
+    assert [line.split(maxsplit=1) for line in said[2:]] == [
+        ["2", "several images"], ["1", "its answer is not published"], ["1", "its image is of no known kind"],
+    ]  # fmt: skip
+    items, skipped = evaluate.read_items(tmp_path / "out" / "questions.jsonl")
+    assert len(items) == 4 and not skipped and items[0].image == items[2].image
+    assert len([*(tmp_path / "out" / "images").iterdir()]) == 3
+    assert items[1].image.endswith(".jpg") and evaluate.right("A", items[1])
+
+
+def test_a_limit_boxes_and_other_sources(tmp_path, monkeypatch, capsys):
+    module = datasets_with(test=[OFFICIAL] * 3)
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    assert benchmarks.main(["zli12321/mmstar", str(tmp_path / "a"), "--limit", "2"]) == 0
+    assert len((tmp_path / "a" / "questions.jsonl").read_text().splitlines()) == 2
+    args = ["mmstar", str(tmp_path / "b"), "--source", "me/mirror", "--split", "test", "--boxed"]
+    assert benchmarks.main(args) == 2 and "me/mirror has no record" in capsys.readouterr().err
+    assert not [*(tmp_path / "b").iterdir()]
+    assert module.asked == [("zli12321/mmstar", None, None), ("me/mirror", None, "test")]
+    monkeypatch.setitem(sys.modules, "datasets", datasets_with(train=[], test=[]))
+    assert benchmarks.main(["a/b", str(tmp_path / "c")]) == 2
+    assert "choose one with --split" in capsys.readouterr().err
+
+
+def test_the_images_of_the_paper(tmp_path, monkeypatch, capsys):
+    """Records of Vision-SR1-47K have the columns problem, answer and images; every image is written."""
+    rows = [OFFICIAL, OFFICIAL | dict(images=[IMAGE, OTHER]), OFFICIAL | dict(images=file_of("green"))]
+    rows += [OFFICIAL | dict(images=None), OFFICIAL | dict(images=["x.png"])]
+    monkeypatch.setitem(sys.modules, "datasets", datasets_with(train=rows))
+    assert benchmarks.main(["vision-sr1-47k", str(tmp_path)]) == 0
+    assert len(find_images(str(tmp_path / "images")).paths) == 3 and "1  no image" in capsys.readouterr().out
+    assert not (tmp_path / "questions.jsonl").exists()
+
+
+def test_the_images_of_a_parquet_file(tmp_path):
+    """With the real package, where it is installed: images as structs in a list, and as bare bytes."""
+    pytest.importorskip("datasets")
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for name, images in (("structs", [IMAGE]), ("bytes", file_of("green"))):
+        source, out = tmp_path / name, tmp_path / f"{name}-out"
+        source.mkdir()
+        rows = [OFFICIAL | dict(images=images), OFFICIAL | dict(images=images)]
+        parquet.write_table(arrow.Table.from_pylist(rows), source / "train-00000-of-00001.parquet")
+        assert benchmarks.main(["vision-sr1-47k", str(out), "--source", str(source)]) == 0
+        (path,) = find_images(str(out / "images")).paths
+        assert Path(path).read_bytes() == (images if name == "bytes" else IMAGE["bytes"])
+        assert benchmarks.main(["some/set", str(out), "--source", str(source)]) == 0
+        assert len(evaluate.read_items(out / "questions.jsonl")[0]) == 2
+
+
+def test_a_failure_of_the_hub_is_a_sentence(tmp_path, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no\x1b route\nto the hub")
+
+    def broken_off():
+        yield RECORDS["mmstar"]
+        raise ConnectionError("gone")
+
+    module = datasets_with()
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    for load, said in ((fail, "no route"), (lambda *a, **k: broken_off(), "gone")):
+        module.load_dataset = load
+        assert benchmarks.main(["mmstar", str(tmp_path / "out")]) == 2
+        assert capsys.readouterr().err == f"error: Lin-Chen/MMStar cannot be read: {said}\n"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["images"]
+
+
+def test_wrong_arguments_get_one_sentence(tmp_path, monkeypatch, capsys):
+    (tmp_path / "questions.jsonl").write_text("")
+    for args in (["mmmmu", "x"], ["mmmu"], ["mmmu", "x", "--limit", "0"], ["mmmu", str(tmp_path)]):
+        with pytest.raises(SystemExit) as stop:
+            benchmarks.main(args)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.startswith("error: ")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert benchmarks.main(["mmmu", str(tmp_path / "out")]) == 2
+    assert "pip install datasets" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_command_imports_nothing_heavy():
+    code = "import sys, benchmarks; print([*{'torch', 'datasets', 'transformers', 'PIL'} & {*sys.modules}])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
