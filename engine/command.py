@@ -244,7 +244,8 @@ def resume(given: Settings, ranks: Ranks) -> tuple[Settings, Run]:
     folder = Path(given.resume)
     s, scene_size = saved_settings(folder)
     for name in given.given:
-        setattr(s, name, getattr(given, name))
+        if name != "resume":
+            setattr(s, name, getattr(given, name))
     s.check()
     check_device(s.device, ranks)
     return s, reopened(s, folder, scene_size, ranks)

@@ -178,7 +178,8 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> Settings
         parser.error(f"{unknown[0]} is no flag of this" + (f"; did you mean {near[0]}?" if near else ""))
     given = {name: value for name, value in vars(given).items() if value is not None}
     if "resume" in given:
-        if wrong := [name for name in given if name not in (*MAY_CHANGE, "iterations") or name == "name"]:
+        allowed = {*MAY_CHANGE, "iterations"} - {"name", "dry_run"}
+        if wrong := [name for name in given if name not in allowed]:
             parser.error(f"--resume takes the settings of the run it continues, not {flag(wrong[0])}")
         settings = Settings(**given)
         settings.given = tuple(given)  # a value that happens to be the default is given, too

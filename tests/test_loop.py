@@ -238,7 +238,11 @@ def test_training_never_imports_the_answerer(workplace):
     code += "sys.exit(loop.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "--images", "images", *SMALL]
     done = subprocess.run(
-        command, cwd=workplace, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True
+        command,
+        cwd=workplace,
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     importers = {
@@ -493,9 +497,10 @@ sys.exit(loop.main(sys.argv[1:]))
 
 def test_a_run_on_a_laptop_without_posix(workplace):
     """No fcntl, and folders that cannot be opened, as on Windows: a run, and one that goes on."""
-    for args in ([*SMALL, "--name", "x", "--save-every", "1"], ["--resume", "runs/x"]):
+    image_folder(workplace / "images")
+    for args in ([*SMALL, *"--images images --name x --save-every 1".split()], ["--resume", "runs/x"]):
         command = [sys.executable, "-c", LAPTOP, *args]
-        env = {"PYTHONPATH": str(ROOT), "PATH": ""}
+        env = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=workplace, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert "is complete" in done.stdout and not list((workplace / "runs").rglob("*.old"))

@@ -130,7 +130,11 @@ def test_several_processes_train_it_as_one_does(freeze):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_with_lora(workplace, dtype):  # noqa: F811
     """It trains, stops, goes on to the same end, and leaves merged checkpoints and adapters."""
-    flags = [*SMALL, "--lora-rank", "4", "--lr", "1e-3", "--dtype", dtype, "--save-every", "1"]
+    flags = [
+        *SMALL,
+        *"--lora-rank 4 --lr 1e-3 --save-every 1 --tau-low 0 --tau-high 1 --dtype".split(),
+        dtype,
+    ]
     assert loop.main([*flags, "--name", "whole"]) == 0
     curate, calls = loop.curate_questions, []
 
