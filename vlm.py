@@ -79,10 +79,11 @@ class VLM:
         self.image_size = dict(image_processor.size)  # least and most pixels of an image
         if max_pixels is not None:
             self.image_size["longest_edge"] = min(max_pixels, self.image_size["longest_edge"])
-            if self.image_size["longest_edge"] <= self.image_size["shortest_edge"]:  # never scaled up past it
-                self.image_size["shortest_edge"] = (
-                    image_processor.patch_size * image_processor.merge_size
-                ) ** 2
+            if (
+                max_pixels < self.image_size["shortest_edge"]
+            ):  # a small image is scaled up to a token, no more
+                side = image_processor.patch_size * image_processor.merge_size
+                self.image_size["shortest_edge"] = side**2
         self.device = model.device  # where it computes
         self.parked = False
         self.limits = Limits()

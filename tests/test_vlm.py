@@ -78,7 +78,7 @@ def test_max_pixels_bounds_the_image(published):
     )
 
 
-@pytest.mark.parametrize("tokens", [1, 1.3, 2, 3, 3.9, 4])
+@pytest.mark.parametrize("tokens", [1, 1.3, 2, 3, 3.9])
 def test_a_limit_below_the_checkpoints_least_size_scales_nothing_up(published, tokens):
     """The published minimum is four image tokens; an image of fewer, within the limit, keeps its own size."""
     vlm = VLM.load(published, "cpu", torch.float32, max_pixels=int(28 * 28 * tokens))
