@@ -25,6 +25,7 @@ import generate as generation
 import loop
 import packing
 import questioner
+import reasoner
 import vlm as vlm_module
 from answers import extract_answer
 from curate import read_examples
@@ -117,20 +118,49 @@ def qwen_tokenizer(ranks: dict[bytes, int]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def teach_narrowly(folder: Path, used: list[int]) -> None:
-    """`checkpoints.teach` with the logits of the tokens in use alone; all others have a logit of about 0."""
-    place = torch.zeros(VOCABULARY, dtype=torch.long)
-    place[used] = torch.arange(len(used))
-    rest = torch.tensor(math.log(VOCABULARY - len(used)))
+def teach(folder: Path, photographs: Path) -> None:
+    """Teaches both roles by heart, on the photographs: three questions, and the answers 1 and 2.
 
-    def few_logprobs(hidden, weight, targets, temperature):
-        logits = hidden @ weight[used].T / temperature
+    Only tokens that occur are trained, as if all others had a logit of 0: fast, and nearly true.
+    """
+    vlm = VLM.load(folder, "cpu", torch.float32, 28 * 28 * 24)
+    encode = vlm.tokenizer.encode
+    block = "<type>numerical</type><question>{}</question><answer>\\boxed{{1}}</answer><|im_end|>"
+    questions = ("How many are there?", "How many of three?", "What image?")
+    outputs = [encode(block.format(q)) for q in questions]
+    answers = [encode(f"\\boxed{{{n}}}<|im_end|>") for n in (1, 2)]
+    lessons = []
+    for name in PHOTOGRAPHS:
+        patches = vlm.patches(load_image(str(photographs / name), 28 * 28 * 24))
+        asked = [(reasoner.answer_prompt(vlm, patches, q), answers) for q in questions]
+        lessons.append([(vlm.prompt(questioner.INSTRUCTION, patches), outputs), *asked])
+    ids = [torch.tensor(completion) for completion in outputs + answers]
+    known = torch.cat([prompt.ids for prompt, _ in lessons[0]] + ids).unique()
+    rest = torch.tensor(math.log(VOCABULARY - len(known)))
+    embeddings = vlm.model.get_input_embeddings()
+    rows = embeddings.weight.detach()[known].requires_grad_()
+    place = torch.zeros(VOCABULARY, dtype=torch.long).scatter(0, known, torch.arange(len(known)))
+
+    def logprobs(hidden, weight, targets, temperature):
+        logits = hidden @ rows.T
         total = torch.logaddexp(logits.logsumexp(dim=1), rest)
         return logits.gather(1, place[targets][:, None])[:, 0] - total
 
+    optimizer = torch.optim.AdamW([rows, *vlm.model.model.parameters()], lr=5e-3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vlm_module, "token_logprobs", few_logprobs)
-        checkpoints.teach(folder, "qwen")
+        patch.setattr(vlm_module, "token_logprobs", logprobs)
+        patch.setattr(embeddings, "forward", lambda ids: torch.nn.functional.embedding(place[ids], rows))
+        for step in range(100):
+            optimizer.zero_grad()
+            loss = -torch.cat(
+                [logp for _, logps, _ in vlm.batches(lessons[step % len(lessons)]) for logp in logps]
+            ).mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([rows, *vlm.model.model.parameters()], 1.0)
+            optimizer.step()
+    with torch.no_grad():
+        embeddings.weight[known] = rows
+    checkpoints._write_weights(folder, vlm.model, shards=2)
 
 
 @pytest.fixture(scope="module")
@@ -153,15 +183,11 @@ def untaught(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def real(untaught, tmp_path_factory) -> Path:
+def real(untaught, photographs, tmp_path_factory) -> Path:
     """The same, taught both roles by heart."""
     folder = tmp_path_factory.mktemp("real")
     shutil.copytree(untaught, folder, dirs_exist_ok=True)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    block = "<type>numerical</type><question>{}</question><answer>\\boxed{{1}}</answer>"
-    questions = ("How many are there?", "How many of three?", "What image?")
-    written = [*map(block.format, questions), r"\boxed{1}", r"\boxed{2}", "<|im_end|>"]
-    teach_narrowly(folder, sorted({token for text in written for token in tokenizer(text)["input_ids"]}))
+    teach(folder, photographs)
     return folder
 
 
