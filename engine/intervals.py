@@ -12,11 +12,12 @@ def bootstrap(values: Sequence[float], images: Sequence[str] = (), seed: int = 0
     """The 95% interval of the mean: images are drawn anew, with replacement and with all their questions,
     RESAMPLES times.
 
-    images: that of each value; by default each has its own. Questions about one image are not independent:
-    drawn one by one, they would make the interval too narrow.
+    images: that of each value; by default, and if all are about one image, each value is drawn by itself.
+    Questions about one image are not independent: drawn one by one, they make the interval too narrow.
     """
     number: dict = {}
-    groups = [number.setdefault(image, len(number)) for image in images or range(len(values))]
+    keys = images if len(set(images)) > 1 else range(len(values))
+    groups = [number.setdefault(key, len(number)) for key in keys]
     sums, sizes = np.bincount(groups, values), np.bincount(groups)
     rng = np.random.default_rng(seed)
     draws = (rng.integers(len(sums), size=len(sums)) for _ in range(RESAMPLES))

