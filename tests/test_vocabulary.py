@@ -316,7 +316,7 @@ def test_sampling_draws_from_the_whole_vocabulary():
 def test_an_iteration_export_and_evaluation(real, photographs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = "--iterations 1 --questioner-steps 1 --reasoner-steps 1 --images-per-step 2 --group-size 4"
-    flags += " --answers 4 --candidates 12 --temperature 0.5 --tau-high 1 --max-new-tokens 40 --lr 1e-4"
+    flags += " --answers 4 --candidates 8 --temperature 0.5 --tau-high 1 --max-new-tokens 40 --lr 1e-4"
     flags += f" --max-pixels {28 * 28 * 24} --device cpu --name x"
     assert loop.main(["--model", str(real), "--images", str(photographs), *flags.split()]) == 0
     run, err = tmp_path / "runs" / "x", capsys.readouterr().err
