@@ -7,8 +7,9 @@ Each question is answered once greedily and m times at random. Of N questions, c
     confidence          mean share of the majority, the paper's c
     ece                 sum_b n_b / N |right_b - confidence_b|, over ten bins b of confidence
 
-Every mean has a 95% interval by the bootstrap over questions; of several models each is compared with the
-first on the same questions (a paired bootstrap, and McNemar's exact test).
+Every mean has a 95% interval by the bootstrap over images, as questions about one image are right or wrong
+together; of several models each is compared with the first on the same questions (a paired bootstrap, and
+McNemar's exact test, which takes questions as independent).
 
     python evaluate.py --model toy --model runs/x/reasoner --data runs/x/held-out/questions.jsonl
 
@@ -30,23 +31,23 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import reasoner
 from answers import read_choice, read_yes_no
-from engine.checkpoint import load_config
+from engine.checkpoint import check_weights, load_config, load_processors, resolve
 from engine.images import ImageError, load_image
+from engine.intervals import bootstrap, mcnemar
 from engine.items import Item, choices_of, read_answer, read_lines, right
+from engine.records import printable
 from engine.table import table
 from generate import generate
 from rewards import confidence
 from vlm import VLM
 
 chosen = read_choice  # its name in earlier versions
-RESAMPLES = 2000  # of the bootstrap
 BINS = 10
 MEANS = ("greedy_accuracy", "sampled_accuracy", "majority_accuracy", "pass_at_m", "confidence")
 JUDGE = (
@@ -98,11 +99,11 @@ def question_text(item: Item) -> str:
 
 def answer_all(vlm: VLM, items: Sequence[Item], samples: int, batch: int = 64, **sampling) -> list[Outcome]:
     """Asks every item once greedily and `samples` times at random; `sampling` goes to `generate.generate`."""
-    outcomes = []
+    outcomes, most = [], vlm.image_size["longest_edge"]
     starts = range(0, len(items), batch)
     for start in tqdm(starts, desc="answering", leave=False, disable=None if len(items) > batch else True):
         some = items[start : start + batch]
-        prompts = [vlm.prompt(question_text(item), load_image(item.image)) for item in some]
+        prompts = [vlm.prompt(question_text(item), load_image(item.image, most)) for item in some]
         greedy = generate(vlm, prompts, 1, **sampling | {"temperature": 0.0})
         drawn = generate(vlm, prompts, samples, **sampling)
         for item, first, others in zip(some, greedy, drawn):
@@ -114,12 +115,13 @@ def answer_all(vlm: VLM, items: Sequence[Item], samples: int, batch: int = 64, *
 def judge_all(judge: VLM, outcomes: Sequence[Outcome], max_new_tokens: int, batch: int = 64) -> None:
     """Asks a model whether the greedy answers to free-form questions are right, and sets `judged`."""
     free = [o for o in outcomes if not choices_of(o.item) and o.greedy is not None]
+    most = judge.image_size["longest_edge"]
     for start in range(0, len(free), batch):
         some = free[start : start + batch]
         prompts = []
         for o in some:
             text = JUDGE.format(question=o.item.question, truth=" or ".join(o.item.answer), answer=o.greedy)
-            prompts.append(judge.prompt(text, load_image(o.item.image)))
+            prompts.append(judge.prompt(text, load_image(o.item.image, most)))
         for outcome, (ids,) in zip(some, generate(judge, prompts, 1, max_new_tokens, temperature=0.0)):
             outcome.judged = read_yes_no(judge.decode(ids))
 
@@ -150,31 +152,15 @@ def reliability(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
     return table
 
 
-def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """The 95% interval of the mean: the questions are drawn anew, with replacement, RESAMPLES times."""
-    values, rng = np.asarray(values, dtype=float), np.random.default_rng(seed)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
-    """McNemar's exact test (two-sided p): of the questions that only one model gets right, is it a fair coin
-    which?"""
-    only_ours = sum(a and not b for a, b in zip(ours, theirs))
-    only_theirs = sum(b and not a for a, b in zip(ours, theirs))
-    n, k = only_ours + only_theirs, min(only_ours, only_theirs)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
-
-
 def compare(first: Sequence[Outcome], second: Sequence[Outcome]) -> dict[str, dict]:
     """How much better the second model is than the first on the same questions: the difference of each mean
     with its interval, and for right-or-wrong answers McNemar's p."""
-    result = {}
+    result, images = {}, [outcome.item.image for outcome in first]
     for name in MEANS:
         a, b = ([outcome.values[name] for outcome in outcomes] for outcomes in (first, second))
         difference = [y - x for x, y in zip(a, b)]
-        result[name] = dict(difference=sum(difference) / len(difference), interval=bootstrap(difference))
+        mean, interval = sum(difference) / len(difference), bootstrap(difference, images)
+        result[name] = dict(difference=mean, interval=interval)
         if name in ("greedy_accuracy", "majority_accuracy"):
             result[name]["p"] = mcnemar([bool(x) for x in b], [bool(x) for x in a])
     return result
@@ -235,16 +221,16 @@ def we_math_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
 
 
 def judge_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Of the free-form questions that the judge gave a clear verdict on: their share of all, how many it
-    calls right, and how often it disagrees with the rules."""
+    """Of the free-form questions with a clear verdict: their share of all, and how often it disagrees with
+    the rules. Of these and those without an answer, which are wrong: how many the judge calls right."""
     judged = [o for o in outcomes if o.judged is not None]
-    if not judged:
-        return dict(judged=0.0)
-    return dict(
-        judged=len(judged) / len(outcomes),
-        judged_right=sum(o.judged for o in judged) / len(judged),
-        judge_disagreement=sum(o.judged != o.greedy_right for o in judged) / len(judged),
-    )
+    unanswered = [o for o in outcomes if o.greedy is None and not choices_of(o.item)]
+    result = dict(judged=len(judged) / len(outcomes))
+    if judged or unanswered:
+        result["judged_right"] = sum(o.judged for o in judged) / len(judged + unanswered)
+    if judged:
+        result["judge_disagreement"] = sum(o.judged != o.greedy_right for o in judged) / len(judged)
+    return result
 
 
 def full_report(outcomes: Sequence[Outcome]) -> dict:
@@ -252,7 +238,8 @@ def full_report(outcomes: Sequence[Outcome]) -> dict:
     report = {}
     for kind in ["all", *sorted({o.item.kind for o in outcomes} - {""})]:
         some = [o for o in outcomes if kind in ("all", o.item.kind)]
-        intervals = {name: bootstrap([o.values[name] for o in some]) for name in MEANS}
+        images = [o.item.image for o in some]
+        intervals = {name: bootstrap([o.values[name] for o in some], images) for name in MEANS}
         report[kind] = dict(questions=len(some), **scores(some), intervals=intervals)
     return dict(
         scores=report, reliability=reliability(outcomes), **pair_scores(outcomes), **we_math_scores(outcomes)
@@ -295,7 +282,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The arguments; ends the program with code 2 and one sentence if one is wrong."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
+    parser.error = lambda message: parser.exit(2, f"error: {printable(message)}\n")
     add = parser.add_argument
     add("--model", action="append", required=True, help="folder or hub id; give it again to compare several")
     add("--data", type=Path, required=True, help="labelled questions, JSON lines")
@@ -312,8 +299,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.answers < 1 or args.max_new_tokens < 1 or args.max_pixels < 784:
         parser.error("--answers and --max-new-tokens must be at least 1, --max-pixels 784")
-    if not 0 < args.temperature < math.inf or not 0 < args.top_p <= 1:
-        parser.error("--temperature must be above 0, --top-p in (0, 1]")
+    if not 1e-6 <= args.temperature < math.inf or not 0 < args.top_p <= 1:  # written so that NaN is wrong
+        parser.error("--temperature must be at least 0.000001, --top-p in (0, 1]")
+    if not 0 <= args.seed < 2**63:
+        parser.error("--seed must be at least 0 and below 2^63")
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         parser.error(f"--json {args.json}: it must be a file in a folder that exists")
     return args
@@ -323,10 +312,11 @@ def answer_items(args: argparse.Namespace) -> dict[str, list[Outcome]]:
     """What each model answers, judged if there is a judge. Raises ValueError, OSError or RuntimeError."""
     items, skipped = read_items(args.data)
     for image, reason in skipped:
-        print(f"skipped {image}: {reason}", file=sys.stderr)
+        print(f"skipped {printable(image)}: {printable(reason)}", file=sys.stderr)
     models = dict.fromkeys(args.model)
     for name in filter(None, [*models, args.judge]):  # before the first one answers for hours
-        load_config(name)
+        config, _ = load_config(name), load_processors(name)
+        check_weights(resolve(name, weights=True), config.tie_word_embeddings)
     outcomes = {}
     for name in models:
         vlm = VLM.load(name, args.device, args.dtype, args.max_pixels)
@@ -350,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         outcomes = answer_items(args)
     except (ValueError, OSError, RuntimeError) as error:
-        sys.stderr.write(f"error: {str(error).splitlines()[0]}\n")
+        sys.stderr.write(f"error: {printable((str(error).splitlines() or [repr(error)])[0])}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; nothing is written\n")
@@ -367,7 +357,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             args.json.write_text(json.dumps(content, default=str, indent=1) + "\n")
         except OSError as error:  # a full disk: the table stands above
-            sys.stderr.write(f"error: --json {args.json} cannot be written: {error}\n")
+            sys.stderr.write(
+                f"error: --json {printable(str(args.json))} cannot be written: {error.strerror}\n"
+            )
             return 2
     return 0
 

@@ -10,6 +10,7 @@ import base64
 import html
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from curate import Example
 from engine.images import ImageError, load_image
+from engine.page import LADDER, PAGE, STYLE
 from engine.records import printable, read_examples
 from rewards import same_answer
 from toy.answerer import understand
@@ -30,36 +32,6 @@ QUESTIONS = 2  # of an image and iteration
 THUMBNAIL = 168  # pixels
 Asked = tuple[Example, bool]  # a question with its votes, and whether it was kept
 Points = list[tuple[int, float]]  # (step or iteration, value)
-
-STYLE = """
-:root { color-scheme: light dark; --line: color-mix(in srgb, CanvasText 18%, Canvas);
-  --c0: #2f7dc2; --c1: #c85a14; --c2: #23864f; --c3: #9457ae;
-  --pale: color-mix(in srgb, #2f7dc2 35%, Canvas); }
-* { box-sizing: border-box; min-width: 0; overflow-wrap: anywhere; }
-body { margin: 0 auto; padding: 1rem; max-width: 72rem; font: 16px/1.5 system-ui, sans-serif; }
-h3, .soft, .key { margin: 0; font-size: .9rem; color: color-mix(in srgb, CanvasText 70%, Canvas); }
-p, p.soft { max-width: 46rem; margin: .5rem 0 .8rem; }
-.warning { border-left: 4px solid var(--c1); padding-left: .8rem; }
-pre { white-space: pre-wrap; font-size: .8rem; }
-.charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }
-figure, .image { margin: 0; padding: .7rem; border: 1px solid var(--line); border-radius: 8px; }
-figcaption { font-weight: 600; } svg { width: 100%; display: block; }
-svg text { fill: CanvasText; opacity: .7; font-size: 11px; }
-.axis { stroke: var(--line); fill: none; } .dashed { stroke: CanvasText; opacity: .4; stroke-dasharray: 3; }
-.curve { fill: none; stroke-width: 2; }
-.band { opacity: .15; }
-.key { margin-right: .9rem; display: inline-block; }
-.key i { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; }
-.image { margin-bottom: 1rem; display: grid; gap: 1rem; grid-template-columns: 168px 1fr; }
-img { width: 168px; }
-@media (max-width: 45rem) { .image { grid-template-columns: 1fr; } }
-.turns { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 13rem), 1fr)); }
-.question { border-top: 1px solid var(--line); padding: .5rem 0; }
-.vote { display: grid; gap: .4rem; grid-template-columns: 5.5rem 1fr 1.6rem; font-size: .85rem; }
-.vote span:first-child { text-align: right; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.bar { height: .7rem; margin-top: .3rem; background: var(--pale); } .bar.label { background: var(--c0); }
-.good { color: var(--c2); } .bad { color: var(--c1); }
-"""
 
 
 # ---- Reading a run -----------------------------------------------------------------------------------------
@@ -75,14 +47,14 @@ def read_config(folder: Path) -> dict:
 
 
 def read_records(folder: Path) -> list[dict]:
-    """The records of metrics.jsonl; a last line that is being written is left out."""
+    """The records of metrics.jsonl; a line that is being written, or is none, is left out."""
     path, records = folder / "metrics.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
         try:
             records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+        except (ValueError, RecursionError):
+            continue
+    return [r for r in records if isinstance(r, dict) and type(r.get("iteration")) is int]
 
 
 def read_questions(folder: Path, iterations: int) -> dict[int, list[Asked]]:
@@ -94,7 +66,7 @@ def read_questions(folder: Path, iterations: int) -> dict[int, list[Asked]]:
 
     def read(kind: str, k: int) -> list[Example] | None:
         try:
-            return read_examples(folder / kind / f"iteration-{k}.jsonl")
+            return [e for e in read_examples(folder / kind / f"iteration-{k}.jsonl") if well_formed(e)]
         except (OSError, ValueError, TypeError):
             return None  # not there yet, or being written
 
@@ -105,6 +77,24 @@ def read_questions(folder: Path, iterations: int) -> dict[int, list[Asked]]:
             asked |= {(e.image, e.question): (e, True) for e in kept}
             questions[k] = list(asked.values())
     return questions
+
+
+def well_formed(example: Example) -> bool:
+    """Whether a question can be shown; its confidence may be unknown."""
+    texts = [example.image, example.question, "" if example.label is None else example.label]
+    votes = example.answers if isinstance(example.answers, list) and example.answers else [0]
+    return all(isinstance(t, str) for t in texts) and all(v is None or isinstance(v, str) for v in votes)
+
+
+def shown(value: object) -> str:
+    """Anything as HTML: control characters and halves of characters are spelled out."""
+    odd = "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
+    return html.escape(re.sub(odd, lambda c: c[0].encode("unicode_escape").decode(), str(value)))
+
+
+def finite(value: object) -> float | None:
+    """A number that can be drawn, None for anything else."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def parts_of(path: str) -> list[str]:
@@ -122,7 +112,9 @@ def find_picture(folder: Path, recorded: str) -> str:
 def known_truth(folder: Path) -> Callable:
     """A function that tells the fact a question is about, in built-in scenes; elsewhere nobody knows."""
     scenes = read_truth(folder / "images") if (folder / "images" / "scenes.jsonl").exists() else {}
-    return lambda e: understand(e.question, scene) if (scene := scenes.get(parts_of(e.image)[-1])) else None
+    return lambda e: (
+        understand(e.question, scene) if (scene := scenes.get((parts_of(e.image) or [""])[-1])) else None
+    )
 
 
 # ---- Charts ------------------------------------------------------------------------------------------------
@@ -150,7 +142,7 @@ def number(record: dict, name: str) -> float | None:
     value = record
     for part in name.split("/"):
         value = value.get(part) if isinstance(value, dict) else None
-    return value if isinstance(value, int | float) else None
+    return finite(value)
 
 
 def phases(points: Points, starts: list[int]) -> list[Points]:
@@ -232,7 +224,10 @@ def figure(title: str, xs: dict, ys: dict, below: str, drawn: str, keys: dict[st
 
 def histogram(title: str, asked: list[Asked]) -> str:
     """How often each confidence occurred, in tenths, and how many of these questions were kept."""
-    tenths = [(min(10, int(10 * example.confidence + 0.5)), kept) for example, kept in asked]
+    known = [(e.confidence, kept) for e, kept in asked if finite(e.confidence) is not None]
+    if not known:
+        return ""
+    tenths = [(min(10, max(0, int(10 * confidence + 0.5))), kept) for confidence, kept in known]
     everything, kept = Counter(i for i, _ in tenths), Counter(i for i, kept in tenths if kept)
     most, drawn = max(everything.values()), ""
     x, y = scale((0, 10), 70, 332), scale((0, most), 150, 10)
@@ -241,7 +236,7 @@ def histogram(title: str, asked: list[Asked]) -> str:
             place = f'x="{x(i) - 11:.1f}" y="{y(count):.1f}" width="22" height="{150 - y(count):.1f}"'
             drawn += f'<rect {place} style="fill: var(--{colour})"/>'
     xs, ys = {"0": x(0), "0.5": x(5), "1": x(10)}, {"0": y(0), str(most): y(most)}
-    told = f"{kept.total()} of {len(asked)} different questions are kept"
+    told = f"{sum(kept for _, kept in asked)} of {len(asked)} different questions are kept"
     return figure(title, xs, ys, "confidence", drawn, {"kept": "c0", "not kept": "pale"}, told)
 
 
@@ -263,7 +258,7 @@ def ladder(records: list[dict]) -> str:
 def thumbnail(path: str) -> str | None:
     """A small JPEG of an image as a data: URI, None if it cannot be read."""
     try:
-        image = load_image(path)
+        image = load_image(path, 4 * THUMBNAIL**2)
     except ImageError:
         return None
     image.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -286,18 +281,21 @@ def question_card(example: Example, kept: bool, fact) -> str:
     """A question, its votes as bars, its label, and whether that is true (fact: a toy.answerer.Fact)."""
     bars, label = "", example.label
     for answer, count in count_votes(example.answers):
-        name = html.escape("no answer" if answer is None else answer)
+        name = "no answer" if answer is None else shown(answer)
+        word = f"<i>{name}</i>" if answer is None else name  # an answer may read so
         kind = "bar label" if answer is not None and answer == label else "bar"
         bar = f'<div class="{kind}" style="width: {100 * count / len(example.answers):.0f}%"></div>'
-        bars += f'<div class="vote"><span title="{name}">{name}</span>{bar}<span>{count}</span></div>'
+        bars += f'<div class="vote"><span title="{name}">{word}</span>{bar}<span>{count}</span></div>'
     told = [] if fact is None else [f"{len(fact.things)} to list"]
-    told += [f"silver label {'none' if label is None else html.escape(label[:80])}"]
-    told += [f"confidence {example.confidence:.2f}", "kept" if kept else "not kept"]
+    told += [f"silver label {'none' if label is None else shown(label[:80])}"]
+    confidence = finite(example.confidence)
+    told += [f"confidence {'unknown' if confidence is None else format(confidence, '.2f')}"]
+    told += ["kept" if kept else "not kept"]
     if fact is not None and label is not None:
         right = same_answer(label, fact.answer)
-        verdict = "✓ right" if right else f"✗ wrong, it is {html.escape(fact.answer)}"
+        verdict = "✓ right" if right else f"✗ wrong, it is {shown(fact.answer)}"
         told.append(f'<span class="{"good" if right else "bad"}">{verdict}</span>')
-    question, told = html.escape(example.question), " · ".join(told)
+    question, told = shown(example.question), " · ".join(told)
     return f'<div class="question"><div>{question}</div>{bars}<div class="soft">{told}</div></div>'
 
 
@@ -306,7 +304,7 @@ def gallery(questions: dict[int, list[Asked]], folder: Path) -> str:
     asked_in = Counter(path for asked in questions.values() for path in {e.image: 0 for e, _ in asked})
     cards, truth = "", known_truth(folder)
     for path, _ in asked_in.most_common(GALLERY):
-        source, name = thumbnail(find_picture(folder, path)), html.escape(printable(parts_of(path)[-1]))
+        source, name = thumbnail(find_picture(folder, path)), shown((parts_of(path) or ["?"])[-1])
         image = f'<img src="{source}" alt="{name}, an image of the run"><br>{name}'
         turns = ""
         for k, asked in questions.items():
@@ -320,56 +318,31 @@ def gallery(questions: dict[int, list[Asked]], folder: Path) -> str:
 
 # ---- The page ----------------------------------------------------------------------------------------------
 
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{name}, a VisPlay run</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head><body>
-<h1>{name}</h1><p>{state}</p>
-{warnings}
-<details><summary>All settings</summary><pre>{settings}</pre></details>
-<details><summary>{skips} images skipped</summary><pre>{skipped}</pre></details>
-{ladder}
-<h2>Curves</h2>
-<p class="soft">Dashed lines: a new iteration. r_unc = 1 - |2c - 1| is largest where the Reasoner is torn;
-c is the share of its majority. In the histograms, what curation kept is coloured.</p>
-<div class="charts">{charts}</div>
-<h2>Questions and votes</h2>
-<p class="soft">Each bar is an answer and how often the Reasoner gave it; the coloured one is the majority,
-the silver label. Iteration beside iteration: how the questions about an image climb, and how sure the
-Reasoner is of them.</p>
-{gallery}
-</body></html>
-"""
-LADDER = """<h2>The ladder</h2>
-<p class="soft">A rung is how many objects one must list to answer a question. Accuracy is that of sampled
-answers to held-out questions; iteration 0 is the base. The curated questions stand where the mean of their
-objects is.</p>
-<div class="charts">{charts}</div>"""
-
 
 def page(folder: Path) -> str:
     """The whole report. Raises ValueError, with a sentence for the user, if the folder is not a run's."""
     config, records = read_config(folder), read_records(folder)
     questions, climb = read_questions(folder, config["iterations"]), ladder(records)
     done = max((r["iteration"] for r in records if r.get("phase") == "measure"), default=0)
-    minutes = sum(r.get("seconds") or 0 for r in records) / 60
+    minutes = sum(number(r, "seconds") or 0 for r in records) / 60
     state = f"{done} of {config['iterations']} iterations complete · {minutes:.1f} minutes of work"
     state += f" · model: {config.get('model') or 'the toy of this repository'}"
     state += f" · images: {config.get('images') or 'built-in scenes'}"
     warned = [r for r in records if r.get("phase") == "warning"]
-    warnings = [f"iteration {r['iteration']}, {r['signature']}: {r['message']}" for r in warned]
+    warnings = [f"iteration {r['iteration']}, {r.get('signature')}: {r.get('message')}" for r in warned]
     skips = folder / "skipped.txt"
     skipped = skips.read_text(encoding="utf-8", errors="replace") if skips.exists() else ""
     curves = "".join(chart(records, *what) for what in CHARTS) or '<p class="soft">Nothing to draw yet.</p>'
     for k, asked in questions.items():
         curves += histogram(f"Difficulty, iteration {k}", asked) if asked else ""
     return PAGE.format(
-        name=html.escape(printable(folder.resolve().name)),
+        name=shown(folder.resolve().name),
         style=STYLE,
-        state=html.escape(printable(state)),
-        warnings="".join(f'<p class="warning">{html.escape(warning)}</p>' for warning in warnings),
+        state=shown(state),
+        warnings="".join(f'<p class="warning">{shown(warning)}</p>' for warning in warnings),
         settings=html.escape(json.dumps(config, indent=1)),
         skips=len(skipped.splitlines()),
-        skipped=html.escape(skipped[:20_000]),
+        skipped=shown(skipped[:20_000]),
         ladder=climb and LADDER.format(charts=climb),
         charts=curves,
         gallery=gallery(questions, folder),
@@ -379,7 +352,7 @@ def page(folder: Path) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0: done, 2: a wrong argument."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
+    parser.error = lambda message: parser.exit(2, f"error: {printable(message)}\n")
     parser.add_argument("run", type=Path, help="folder of a run, runs/NAME")
     parser.add_argument("--out", type=Path, help="where the page goes (default: report.html in that folder)")
     args = parser.parse_args(argv)
@@ -387,9 +360,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         out.write_text(page(args.run), encoding="utf-8", errors="backslashreplace")
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {printable(str(error))}\n")
         return 2
-    print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
+    print(f"wrote {printable(str(out))} ({out.stat().st_size / 1e6:.1f} MB)")
     return 0
 
 

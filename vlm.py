@@ -79,9 +79,11 @@ class VLM:
         self.image_size = dict(image_processor.size)  # least and most pixels of an image
         if max_pixels is not None:
             self.image_size["longest_edge"] = min(max_pixels, self.image_size["longest_edge"])
-            self.image_size["shortest_edge"] = min(
-                self.image_size["shortest_edge"], self.image_size["longest_edge"]
-            )
+            if (
+                max_pixels < self.image_size["shortest_edge"]
+            ):  # a small image is scaled up to a token, no more
+                side = image_processor.patch_size * image_processor.merge_size
+                self.image_size["shortest_edge"] = side**2
         self.device = model.device  # where it computes
         self.parked = False
         self.limits = Limits()

@@ -7,6 +7,7 @@ starts, pixels when an image is used; a file that fails either is skipped and co
 
 import io
 import json
+import math
 import os
 import random
 import stat
@@ -39,6 +40,7 @@ UNREAD = (
 UNREAD -= SUFFIXES | frozenset(".pdf .mpg .mpeg .h5 .hdf .grib .bufr .iim".split())  # films, documents, data
 MAX_RATIO = 200  # width / height and height / width that the image processor of Qwen2.5-VL accepts
 MAX_PIXELS = 89_478_485  # a larger image is taken for a decompression bomb (Pillow's own limit)
+HEADROOM = 2  # times the pixels that the model takes: it scales such an image as it would the whole one
 # Sets upright what an EXIF orientation of 2, 3, ... 8 describes.
 TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
 PNG = b"\x89PNG\r\n\x1a\n"  # how such a file starts
@@ -201,32 +203,40 @@ def _without_metadata(data: bytes) -> bytes:
     return b"".join(kept) + data[at:]
 
 
-def load_image(path: str) -> Image.Image:
+def load_image(path: str, max_pixels: int | None = None) -> Image.Image:
     """Reads an image as RGB: the right way up, the first frame of an animation, what is transparent in white.
 
+    max_pixels: how many pixels a model takes. An image of more than HEADROOM times as many is scaled down to
+    that, so that many photographs fit into memory; a smaller one is left as it is, for the model to scale.
     Raises ImageError for a file that cannot be read to its end.
     """
+    most = None if max_pixels is None else HEADROOM * max_pixels
     try:  # a file can be cut off anywhere behind its header
         with _open(path) as image:
             try:
-                return _rgb(image)
+                return _rgb(image, most)
             except ImageError:
                 raise
             except Exception:  # without its metadata the image may be whole
                 if (bare := _bare(path)) is None:
                     raise
-                return _rgb(bare)
+                return _rgb(bare, most)
     except ImageError:
         raise
     except Exception as error:
         raise ImageError(f"cannot be read to its end: {_reason(error)}") from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """The pixels of an opened image, upright, on white."""
+def _rgb(image: Image.Image, most: int | None = None) -> Image.Image:
+    """The pixels of an opened image, `most` at most, upright, on white."""
+    size = _scaled_down(image.size, most)
+    if size != image.size:  # a JPEG is read at a half, a quarter or an eighth, if that is still twice as wide
+        image.draft(None, (2 * size[0], 2 * size[1]))
     raw = str(image.tile[0].args) if image.tile else ""  # how the file packs them, known until they are read
     image.load()
     turned = _numbers(image) if image.mode.startswith("I") or image.mode == "F" else _on_white(image, raw)
+    if size != turned.size:
+        turned = turned.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     try:
         turn = image.getexif().get(0x0112)
     except Exception:  # broken metadata; the pixels are there
@@ -234,6 +244,16 @@ def _rgb(image: Image.Image) -> Image.Image:
     if isinstance(turn, int) and 2 <= turn <= 8:
         turned = turned.transpose(Image.Transpose[TURNS[turn - 2]])
     return turned.convert("RGB")
+
+
+def _scaled_down(size: tuple[int, int], most: int | None) -> tuple[int, int]:
+    """The same shape with about `most` pixels, or the size itself if it has not more."""
+    if most is None or size[0] * size[1] <= most:
+        return size
+    shorter = min(size)  # it stays as long as one image token, and the shape becomes no longer: MAX_RATIO
+    scale = min(1.0, max(math.sqrt(most / (size[0] * size[1])), 28 / shorter))
+    width, height = (math.ceil(side * scale) if side == shorter else int(side * scale) for side in size)
+    return width, height
 
 
 def _on_white(image: Image.Image, raw: str) -> Image.Image:
@@ -283,11 +303,13 @@ class Pictures:
 
     Each pass over the paths is a permutation that depends on `seed` and the number of the pass alone, so
     `position`, how many places have been passed, is all that an interrupted run has to remember.
+    `max_pixels`: what the model takes of an image (see `load_image`).
     """
 
     found: Found
     seed: str
     position: int = 0
+    max_pixels: int | None = None
 
     def take(self, count: int, ranks: Ranks) -> list[Picture]:
         """The next `count` pictures, of several ranks this one's share of them.
@@ -300,7 +322,7 @@ class Pictures:
             good, bad = [], []
             for path in ranks.share(self._next_paths(missing)):
                 try:
-                    good.append(Picture(path, load_image(path)))
+                    good.append(Picture(path, load_image(path, self.max_pixels)))
                 except ImageError as error:
                     bad.append((path, str(error)))
             bad = [tuple(b) for b in ranks.gather(bad)]

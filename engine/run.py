@@ -78,7 +78,7 @@ class Run:
         self.folder, self.images, self.scene_size, self.ranks = folder, images, scene_size, ranks
         self.settings, self.seed, self.save_every = settings, settings.seed, settings.save_every
         self.state, self.number = State(), 0  # the state, and how many were written
-        self.pictures = Pictures(images, "")
+        self.pictures = self.in_order("")
         self.records: list[dict] = []
         self.skips_told = 0
         self.header_printed = self.stopping = False
@@ -121,7 +121,7 @@ class Run:
             found = [number, asdict(state or State())]
         self.number, state = self.ranks.gather([found])[0]
         self.state = State(**state)
-        self.pictures = Pictures(self.images, f"{self.seed} {self.state.iteration}", self.state.pictures)
+        self.pictures = self.in_order(self.state.iteration, self.state.pictures)
         self.images.skipped[:] = [(path, why) for path, why in self.state.skipped] or self.images.skipped
         self.records, self.skips_told = read_records(self.folder), 0
         self.tell_skips()
@@ -184,17 +184,15 @@ class Run:
         if self.state.step == 0:
             files["reference"] = files[role]
         else:
-            copy_tensors(
-                self.reference.model.named_parameters(), read_tensors(self.folder, files["reference"])
-            )
+            began = read_tensors(self.folder, files["reference"])
+            copy_tensors(self.reference.model.named_parameters(), began)
         self.policy = Trained(vlm, s.lr, s.weight_decay, s.offload, s.gradient_checkpointing, self.ranks)
         self.policy.load_weights(read_tensors(self.folder, files[role]))
         if self.state.step:
             self.policy.load_moments(read_tensors(self.folder, files["moments"]))
 
     def seeded(self, *place) -> torch.Generator:
-        """Random numbers that depend on nothing but a place in the run (and the process): it can be done
-        again."""
+        """Random numbers that depend on nothing but a place in the run (and the process)."""
         generator = torch.Generator(self.questioner.device)
         return generator.manual_seed(self.ranks.seed(self.seed, *place))
 
@@ -209,6 +207,10 @@ class Run:
             generator=self.generator,
         )
 
+    def in_order(self, what: int | str, position: int = 0) -> Pictures:
+        """The images in the order of an iteration, scaled down on loading to what a model sees of them."""
+        return Pictures(self.images, f"{self.seed} {what}", position, self.settings.max_pixels)
+
     def next_images(self, count: int) -> list[Picture]:
         """The next images; of several processes this one's share of them."""
         return images_in(self.folder, self.pictures.take(count, self.ranks))
@@ -221,8 +223,7 @@ class Run:
             self.stop_if_asked()
 
     def next_examples(self, examples: list[Example], count: int, step: int) -> list:
-        """What the step takes of the curated questions, round and round (see `readable`); this one's
-        share."""
+        """What the step takes of the curated questions, round and round (see `readable`)."""
         places = range((step - 1) * count, step * count)
         return self.readable(self.share([examples[i % len(examples)] for i in places]))
 
@@ -251,7 +252,7 @@ class Run:
         for name in ("moments", "reference"):
             self.state.files.pop(name, None)
         if self.state.phase == "questioner":  # each iteration has its own order
-            self.pictures = Pictures(self.images, f"{self.seed} {self.state.iteration}")
+            self.pictures = self.in_order(self.state.iteration)
         self.save(tensors or {}, files)
         self.stop_if_asked()
 
@@ -309,7 +310,7 @@ class Run:
 
     def probe_images(self, count: int) -> list[Picture]:
         """Images for the fixed questions; of several processes this one's share."""
-        order = Pictures(self.images, f"{self.seed} probes")
+        order = self.in_order("probes")
         return images_in(self.folder, order.take(min(count, len(self.images.paths)), self.ranks))
 
     def readable(self, examples: list[Example]) -> list[tuple[Example, Image.Image]]:
@@ -318,7 +319,9 @@ class Run:
         found, bad = [], []
         for example in examples:
             try:
-                found.append((example, load_image(str(self.folder / example.image))))
+                found.append(
+                    (example, load_image(str(self.folder / example.image), self.settings.max_pixels))
+                )
             except ImageError as error:
                 bad.append((example.image, str(error)))
         new = dict.fromkeys(tuple(b) for b in self.ranks.gather(bad))

@@ -1,5 +1,7 @@
 """The reports of evaluate.py as text."""
 
+from engine.records import printable
+
 
 def table(reports: dict[str, dict]) -> str:
     """The comparisons with the first model, then the scores of all models side by side."""
@@ -24,7 +26,7 @@ def table(reports: dict[str, dict]) -> str:
 
 
 def _row(model: str, name: str, *cells: str) -> str:
-    return " ".join([f"{model[-24:]:<24} {name[:20]:<20}", *cells])
+    return " ".join([f"{printable(model)[-24:]:<24} {printable(name)[:20]:<20}", *cells])
 
 
 def _p_value(p: float) -> str:

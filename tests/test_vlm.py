@@ -78,6 +78,17 @@ def test_max_pixels_bounds_the_image(published):
     )
 
 
+@pytest.mark.parametrize("tokens", [1, 1.3, 2, 3, 3.9])
+def test_a_limit_below_the_checkpoints_least_size_scales_nothing_up(published, tokens):
+    """The published minimum is four image tokens; an image of fewer, within the limit, keeps its own size."""
+    vlm = VLM.load(published, "cpu", torch.float32, max_pixels=int(28 * 28 * tokens))
+    for size, own in (((28, 28), 1), ((30, 30), 1), ((56, 28), 2), ((28, 84), 3), ((56, 56), 4)):
+        got = vlm.prompt("x", noise_image(*size)).image_tokens
+        assert got == own if own <= tokens else 1 <= got <= tokens
+    for size in ((1, 1), (10, 10), (900, 700), (500, 500)):
+        assert 1 <= vlm.prompt("x", noise_image(*size)).image_tokens <= tokens
+
+
 # ---- Log-probabilities -------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,56 @@
+"""The page that report.py fills in: its look, and its parts in order."""
+
+STYLE = """
+:root { color-scheme: light dark; --line: color-mix(in srgb, CanvasText 18%, Canvas);
+  --c0: #2f7dc2; --c1: #c85a14; --c2: #23864f; --c3: #9457ae;
+  --pale: color-mix(in srgb, #2f7dc2 35%, Canvas); }
+* { box-sizing: border-box; min-width: 0; overflow-wrap: anywhere; }
+body { margin: 0 auto; padding: 1rem; max-width: 72rem; font: 16px/1.5 system-ui, sans-serif; }
+h3, .soft, .key { margin: 0; font-size: .9rem; color: color-mix(in srgb, CanvasText 70%, Canvas); }
+p, p.soft { max-width: 46rem; margin: .5rem 0 .8rem; }
+.warning { border-left: 4px solid var(--c1); padding-left: .8rem; }
+pre { white-space: pre-wrap; font-size: .8rem; }
+.charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }
+figure, .image { margin: 0; padding: .7rem; border: 1px solid var(--line); border-radius: 8px; }
+figcaption { font-weight: 600; } svg { width: 100%; display: block; }
+svg text { fill: CanvasText; opacity: .7; font-size: 11px; }
+.axis { stroke: var(--line); fill: none; } .dashed { stroke: CanvasText; opacity: .4; stroke-dasharray: 3; }
+.curve { fill: none; stroke-width: 2; }
+.band { opacity: .15; }
+.key { margin-right: .9rem; display: inline-block; }
+.key i { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; }
+.image { margin-bottom: 1rem; display: grid; gap: 1rem; grid-template-columns: 168px 1fr; }
+img { width: 168px; }
+@media (max-width: 45rem) { .image { grid-template-columns: 1fr; } }
+.turns { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 13rem), 1fr)); }
+.question { border-top: 1px solid var(--line); padding: .5rem 0; }
+.vote { display: grid; gap: .4rem; grid-template-columns: 5.5rem 1fr 1.6rem; font-size: .85rem; }
+.vote span:first-child { text-align: right; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.bar { height: .7rem; margin-top: .3rem; background: var(--pale); } .bar.label { background: var(--c0); }
+.good { color: var(--c2); } .bad { color: var(--c1); }
+"""
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{name}, a VisPlay run</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head><body>
+<h1>{name}</h1><p>{state}</p>
+{warnings}
+<details><summary>All settings</summary><pre>{settings}</pre></details>
+<details><summary>{skips} images skipped</summary><pre>{skipped}</pre></details>
+{ladder}
+<h2>Curves</h2>
+<p class="soft">Dashed lines: a new iteration. r_unc = 1 - |2c - 1| is largest where the Reasoner is torn;
+c is the share of its majority. In the histograms, what curation kept is coloured.</p>
+<div class="charts">{charts}</div>
+<h2>Questions and votes</h2>
+<p class="soft">Each bar is an answer and how often the Reasoner gave it; the coloured one is the majority,
+the silver label. Iteration beside iteration: how the questions about an image climb, and how sure the
+Reasoner is of them.</p>
+{gallery}
+</body></html>
+"""
+LADDER = """<h2>The ladder</h2>
+<p class="soft">A rung is how many objects one must list to answer a question. Accuracy is that of sampled
+answers to held-out questions; iteration 0 is the base. The curated questions stand where the mean of their
+objects is.</p>
+<div class="charts">{charts}</div>"""

@@ -1,0 +1,177 @@
+"""Evaluation: what was found wrong by a review, each kind with its neighbours."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from checkpoints import edit, noise_image
+from conftest import ROOT
+
+import evaluate
+from engine.table import table
+from evaluate import Item, Outcome
+
+
+def outcomes_of(values, images):
+    """Right or wrong once greedily and once at random, each about an image."""
+    answers = ("1" if value else "2" for value in values)
+    return [Outcome(Item(image, "?", ("1",)), a, [a]) for a, image in zip(answers, images)]
+
+
+# ---- Intervals ---------------------------------------------------------------------------------------------
+
+
+def test_questions_about_one_image_are_drawn_together():
+    """Of 40 images with 10 questions each, all right or all wrong, the interval is that of 40 questions."""
+    per_image = [1.0] * 20 + [0.0] * 20
+    images = [f"{i}.png" for i in range(40)]
+    alone = evaluate.bootstrap(per_image)
+    together = evaluate.bootstrap(np.repeat(per_image, 10).tolist(), np.repeat(images, 10).tolist())
+    assert together == pytest.approx(alone) and together[1] - together[0] > 0.25
+    low, high = evaluate.bootstrap(np.repeat(per_image, 10).tolist())
+    assert high - low < 0.12, "drawn one by one they would seem to be 400"
+    assert evaluate.bootstrap(per_image, images) == alone, "one question an image: nothing changes"
+    values = [0.0, 1.0, 1.0]
+    assert evaluate.bootstrap(values, ["x"] * 3) == evaluate.bootstrap(values), (
+        "of one image nothing is known"
+    )
+
+
+def test_images_with_more_questions_weigh_more():
+    """The interval is that of the mean over questions, so it lies around it."""
+    values, images = [1.0] * 90 + [0.0] * 10, ["a"] * 45 + ["b"] * 45 + [f"c{i}" for i in range(10)]
+    low, high = evaluate.bootstrap(values, images)
+    assert low < 0.9 < high < 1
+
+
+def test_scores_and_comparisons_use_the_images():
+    values, images = [1, 0] * 30, [f"{i // 6}.png" for i in range(60)]
+    same_each = [value for i in range(10) for value in [i % 2] * 6]
+    report = evaluate.full_report(outcomes_of(same_each, images))["scores"]["all"]
+    assert report["intervals"]["greedy_accuracy"] == evaluate.bootstrap(map_float(same_each), images)
+    change = evaluate.compare(outcomes_of(values, images), outcomes_of([1] * 60, images))
+    assert change["greedy_accuracy"]["interval"] == (0.5, 0.5), "each image gains the same"
+
+
+def map_float(values):
+    return [float(value) for value in values]
+
+
+# ---- The judge ---------------------------------------------------------------------------------------------
+
+
+def judged(greedy, verdict, **fields):
+    return Outcome(Item("x", "?", ("1",), **fields), greedy, ["1"], verdict)
+
+
+def test_what_was_not_answered_is_wrong_for_the_judge_too():
+    one = [judged("1", True)] + [judged(None, None)] * 99
+    assert evaluate.judge_scores(one) == dict(judged=0.01, judged_right=0.01, judge_disagreement=0.0)
+    none = [judged(None, None)] * 4
+    assert evaluate.judge_scores(none) == dict(judged=0.0, judged_right=0.0)
+    choices = [judged(None, None, choices=("1", "2"))] * 3
+    assert evaluate.judge_scores(choices) == dict(judged=0.0), "the judge is not asked about choices"
+    mixed = [judged("1", True), judged("2", True), judged("3", None), judged(None, None), *choices[:1]]
+    scores = evaluate.judge_scores(mixed)
+    assert scores == dict(judged=2 / 5, judged_right=2 / 3, judge_disagreement=1 / 2)
+
+
+# ---- Before the first answer -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path):
+    noise_image(60, 60).save(tmp_path / "a.png")
+    (tmp_path / "data.jsonl").write_text('{"image": "a.png", "question": "How many?", "answer": "2"}\n')
+    return tmp_path / "data.jsonl"
+
+
+def broken(folder, how):
+    """A copy of the toy in which one thing is missing or wrong."""
+    shutil.copytree(ROOT / "toy", folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    if how == "config":
+        (folder / "config.json").write_text("{")
+    elif how == "template":
+        for name in ("tokenizer_config.json", "chat_template.json", "chat_template.jinja"):
+            if (folder / name).exists() and name.endswith("json"):
+                edit(folder, name, chat_template="{{ messages[0].role }}")
+            elif (folder / name).exists():
+                (folder / name).write_text("{{ messages[0].role }}")
+    elif how == "weights":
+        (folder / "model.safetensors").unlink()
+    elif how == "cut":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+    else:
+        (folder / how).unlink()
+    return str(folder)
+
+
+@pytest.mark.parametrize("flag", ["--model", "--judge"])
+@pytest.mark.parametrize(
+    "how", ["config", "template", "weights", "cut", "tokenizer.json", "preprocessor_config.json"]
+)
+def test_every_checkpoint_is_looked_at_before_the_first_one_answers(
+    data, tmp_path, flag, how, monkeypatch, capsys
+):
+    monkeypatch.setattr(evaluate.VLM, "load", None)  # not reached
+    wrong = broken(tmp_path / "wrong", how)
+    args = ["--model", str(ROOT / "toy"), flag, wrong, "--data", str(data), "--device", "cpu"]
+    assert evaluate.main(args) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "wrong" in err
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--temperature", "nan"], ["--temperature", "0"], ["--temperature", "1e-7"], ["--temperature", "inf"],
+        ["--temperature", "-1"], ["--top-p", "nan"], ["--top-p", "0"], ["--top-p", "1.01"],
+        ["--seed", "-1"], ["--seed", str(2**63)], ["--answers", "-3"], ["--max-pixels", "783"],
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range(data, args, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "read_items", None)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--model", str(ROOT / "toy"), "--data", str(data), *args])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
+# ---- What reaches the terminal -----------------------------------------------------------------------------
+
+NASTY = "a\x1b[2J\udcff\n\x07b"
+
+
+def is_clean(text):
+    text.encode("utf-8")
+    return all(c == "\n" or c.isprintable() for c in text)
+
+
+def test_names_and_kinds_are_printed_as_they_can_be_read():
+    report = evaluate.full_report([Outcome(Item("x", "?", ("1",), kind=NASTY), "1", ["1"])])
+    report["against_first"] = evaluate.compare(*[outcomes_of([1, 0], ["x", "y"])] * 2)
+    text = table({NASTY: report})
+    assert is_clean(text) and r"\x1b[2J\udcff\n\x07b" in text
+    assert len(text.splitlines()) == len(table({"x": report}).splitlines())
+
+
+def test_images_questions_and_answers_do_not_reach_the_terminal_raw(data, tmp_path, capsys):
+    name = "\x1b]0;x\x07.png"
+    lines = [dict(image=name, question="?", answer="1"), dict(image="\udcff.png", question="?", answer="1")]
+    lines += [dict(image="a.png", question=NASTY.replace("\udcff", ""), answer="\x1b[1m", kind="\x1b[31m")]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    args = ["--model", str(ROOT / "toy"), "--data", str(data), "--answers", "1", "--max-new-tokens", "2"]
+    assert evaluate.main([*args, "--device", "cpu", "--json", str(tmp_path / "out.json")]) == 0
+    printed = capsys.readouterr()
+    assert is_clean(printed.out) and is_clean(printed.err) and r"\x1b]0;x\x07.png" in printed.err
+    assert r"\x1b[31m" in printed.out and json.loads((tmp_path / "out.json").read_text())
+    data.write_text(json.dumps(dict(image="a.png", question="?", answer="\x1b", choices=["x"])))
+    assert evaluate.main([*args, "--device", "cpu"]) == 2 and is_clean(capsys.readouterr().err)
+    for wrong in (["--model", NASTY], ["--judge", NASTY], ["--json", f"{NASTY}/x"], ["--device", NASTY]):
+        try:
+            assert evaluate.main([*args, *wrong]) == 2
+        except SystemExit as stop:
+            assert stop.code == 2
+        err = capsys.readouterr().err
+        assert is_clean(err) and err.startswith("error: ") and err.count("\n") == 1
