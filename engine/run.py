@@ -83,8 +83,7 @@ class Run:
         self.skips_told = 0
         self.header_printed = self.stopping = False
         self.console = Console(ranks.first)
-        self.locked = None
-        self.questioner = self.reasoner = self.policy = self.reference = self.generator = None
+        self.locked = self.questioner = self.reasoner = self.policy = self.reference = self.generator = None
         self.started = time.monotonic()
 
     # ---- Beginning, and going on ---------------------------------------------------------------------
