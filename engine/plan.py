@@ -7,25 +7,20 @@ output matrix); the gradient of the latter is reduced last, in float32, when the
 plain copies (both roles, and the reference) are in the computer's memory, and on a GPU only while they work.
 One process in float32 trains its plain copy itself, which then stays.
 
-Activations are counted from what autograd keeps (found with `saved_tensors_hooks` in transformers 5.23): of
-a token or patch each layer keeps 8 vectors of its width and 4 of its MLP's, and 2 more of its width in
-float32, from the norms; the image encoder, which cuts its windows out and puts them together again, keeps 12
-in place of 8. A test compares the total with the peak of an update: 15% at most between them.
-"""
+Activations are counted from what autograd keeps (found with `saved_tensors_hooks` in transformers 5.23): of a
+token or patch each layer keeps 8 vectors of its width and 4 of its MLP's, and 2 more of its width in float32,
+from the norms; the image encoder, which cuts its windows out and puts them together again, keeps 12 in place
+of 8. A test compares the total with the peak of an update: 15% at most between them. """
 
 from dataclasses import dataclass, replace
 
-import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+import torch from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-import lora
-from cache import CPU_CACHE_BYTES, SAMPLING_BYTES, cache_token_bytes
-from generate import PREFILL_TOKENS
-from packing import BATCH_IMAGE_TOKENS, BATCH_TOKENS, LOGITS, ROW_TOKENS
+import lora from cache import CPU_CACHE_BYTES, SAMPLING_BYTES, cache_token_bytes from generate import
+PREFILL_TOKENS from packing import BATCH_IMAGE_TOKENS, BATCH_TOKENS, LOGITS, ROW_TOKENS
 
 
-@dataclass(frozen=True)
-class Work:
+@dataclass(frozen=True) class Work:
     """What a step deals with.
 
     Tokens of an image, of the text around it and of the longest completion, G, and how many questions (each
@@ -45,8 +40,7 @@ class Work:
         return self.image_tokens + self.text_tokens
 
 
-@dataclass(frozen=True)
-class Moment:
+@dataclass(frozen=True) class Moment:
     """What is in memory at a moment of the loop: name of the part -> bytes."""
 
     name: str
@@ -101,12 +95,7 @@ def memory_plan(
     base, copies = {"frozen weights": frozen} if frozen else {}, {"questioner": copy, "reasoner": copy}
     in_training = {"float32 masters": 4 * own if sharded else 0, "AdamW's moments": 8 * own}
     device = "cpu" if device_bytes is None else "cuda"
-    update = {"gradients": 4 * own} | update_parts(config, dtype, sizes, work, checkpointing, device)
-    if not sharded:
-        update |= {
-            "whole layers": 0,
-            "activations": activation_bytes(config, dtype, work, checkpointing, device, sizes),
-        }
+    update = update_parts(config, dtype, sizes, work, checkpointing, device, sharded) | {"gradients": 4 * own}
     if device_bytes is not None and offload:
         in_training, update["gradients"] = {}, 0
     # What stays while nothing works: on a CPU all copies, on a GPU the one that is trained itself.
@@ -118,9 +107,8 @@ def memory_plan(
         parts = stays | in_training if training else base | (copies if device_bytes is None else {})
         if not ("trained role" in parts and name.startswith(role.title())):
             parts = parts | {role: copy}
-        free = CPU_CACHE_BYTES if device_bytes is None else max(0, device_bytes - sum(parts.values())) // 2
-        least, most = (rollout_bytes(config, dtype, work, count, n) for count in (n, rows))
-        return Moment(name, parts | {"cache": max(least, min(most, free))})
+        cache = cache_bytes(config, dtype, work, rows, n, device_bytes, sum(parts.values()))
+        return Moment(name, parts | {"cache": cache})
 
     answers, G = work.questions * work.answers, work.group_size
     return [
@@ -139,12 +127,30 @@ def update_parts(
     work: Work,
     checkpointing: bool,
     device: str,
+    sharded: bool,
 ) -> dict[str, int]:
-    """What an update takes besides weights, gradients and moments, where the model is sharded."""
+    """What an update takes besides weights, gradients and moments. sizes: of what is trained."""
     rest, layer = layer_sizes(sizes)
     activations = activation_bytes(config, dtype, work, checkpointing, device, sizes)
+    if not sharded:
+        return {"whole layers": 0, "activations": activations}
     last = rest * (dtype.itemsize + 4 + 4)
     return {"whole layers": (rest + 2 * layer) * dtype.itemsize, "activations": max(activations, last)}
+
+
+def cache_bytes(
+    config: Qwen2_5_VLConfig,
+    dtype: torch.dtype,
+    work: Work,
+    rows: int,
+    n: int,
+    device_bytes: int | None,
+    taken: int,
+) -> int:
+    """What rollouts take beside weights: half of what is free, but never less than one prompt with n rows needs."""
+    free = CPU_CACHE_BYTES if device_bytes is None else max(0, device_bytes - taken) // 2
+    least, most = (rollout_bytes(config, dtype, work, count, n) for count in (n, rows))
+    return max(least, min(most, free))
 
 
 def host_plan(

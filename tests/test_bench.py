@@ -9,6 +9,7 @@ from conftest import ROOT
 
 SMALL = "--size tiny --prompt-tokens 60 --group-size 2 --new-tokens 4"
 SMALLEST = {
+    "encoder": "--size tiny --image-tokens 64 --prompts 1 --repeats 1",
     "rollout": f"{SMALL} --prompts 2 --repeats 1",
     "update": f"{SMALL} --prompts 2 --repeats 1",
     "iteration": f"{SMALL} --prompts 2 --answers 2",

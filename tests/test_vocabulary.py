@@ -28,7 +28,7 @@ import questioner
 import reasoner
 import vlm as vlm_module
 from answers import extract_answer
-from curate import read_examples
+from engine.records import read_examples
 from engine.images import load_image
 from generate import generate
 from vlm import VLM
