@@ -7,20 +7,25 @@ output matrix); the gradient of the latter is reduced last, in float32, when the
 plain copies (both roles, and the reference) are in the computer's memory, and on a GPU only while they work.
 One process in float32 trains its plain copy itself, which then stays.
 
-Activations are counted from what autograd keeps (found with `saved_tensors_hooks` in transformers 5.23): of a
-token or patch each layer keeps 8 vectors of its width and 4 of its MLP's, and 2 more of its width in float32,
-from the norms; the image encoder, which cuts its windows out and puts them together again, keeps 12 in place
-of 8. A test compares the total with the peak of an update: 15% at most between them. """
+Activations are counted from what autograd keeps (found with `saved_tensors_hooks` in transformers 5.23): of
+a token or patch each layer keeps 8 vectors of its width and 4 of its MLP's, and 2 more of its width in
+float32, from the norms; the image encoder, which cuts its windows out and puts them together again, keeps 12
+in place of 8. A test compares the total with the peak of an update: 15% at most between them.
+"""
 
 from dataclasses import dataclass, replace
 
-import torch from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-import lora from cache import CPU_CACHE_BYTES, SAMPLING_BYTES, cache_token_bytes from generate import
-PREFILL_TOKENS from packing import BATCH_IMAGE_TOKENS, BATCH_TOKENS, LOGITS, ROW_TOKENS
+import lora
+from cache import CPU_CACHE_BYTES, SAMPLING_BYTES, cache_token_bytes
+from generate import PREFILL_TOKENS
+from packing import BATCH_IMAGE_TOKENS, BATCH_TOKENS, LOGITS, ROW_TOKENS
 
 
-@dataclass(frozen=True) class Work:
+@dataclass(frozen=True)
+class Work:
     """What a step deals with.
 
     Tokens of an image, of the text around it and of the longest completion, G, and how many questions (each
@@ -40,7 +45,8 @@ PREFILL_TOKENS from packing import BATCH_IMAGE_TOKENS, BATCH_TOKENS, LOGITS, ROW
         return self.image_tokens + self.text_tokens
 
 
-@dataclass(frozen=True) class Moment:
+@dataclass(frozen=True)
+class Moment:
     """What is in memory at a moment of the loop: name of the part -> bytes."""
 
     name: str
@@ -147,7 +153,7 @@ def cache_bytes(
     device_bytes: int | None,
     taken: int,
 ) -> int:
-    """What rollouts take beside weights: half of what is free, but never less than one prompt with n rows needs."""
+    """What rollouts take beside weights: half of what is free, at least what a prompt with n rows needs."""
     free = CPU_CACHE_BYTES if device_bytes is None else max(0, device_bytes - taken) // 2
     least, most = (rollout_bytes(config, dtype, work, count, n) for count in (n, rows))
     return max(least, min(most, free))

@@ -28,8 +28,8 @@ import questioner
 import reasoner
 import vlm as vlm_module
 from answers import extract_answer
-from engine.records import read_examples
 from engine.images import load_image
+from engine.records import read_examples
 from generate import generate
 from vlm import VLM
 
