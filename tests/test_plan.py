@@ -55,7 +55,9 @@ def test_short_completions_take_no_more_than_was_planned_for_long_ones(small, mo
         monkeypatch.setattr(packing, name, 2048), monkeypatch.setattr(plan, name, 2048)
     prompts = [random_prompt(small, 300, seed) for seed in range(6)]
     work = plan.Work(prompts[0].image_tokens, 300 - prompts[0].image_tokens, 200, 8, 6, 1)
-    planned = plan.activation_bytes(small.model.config, torch.float32, work, False, "cpu")
+    config = small.model.config
+    sizes = plan.parameter_sizes(config)
+    planned = plan.activation_bytes(config, torch.float32, work, False, "cpu", sizes)
     for new_tokens in (20, 60):
         completions = [random_completions(small, 8, new_tokens, seed) for seed in range(6)]
         groups = [grpo.Group(p, c, [float(i % 2) for i in range(8)]) for p, c in zip(prompts, completions)]
