@@ -19,6 +19,7 @@ It cannot tell how fast anything is, how much memory it takes, what CUDA's own k
 two streams race; and tensors of FSDP2 (DTensor) do not run on it.
 """
 
+import functools
 import sys
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -28,7 +29,8 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).resolve().parent.parent
+TESTS = str(Path(__file__).resolve().parent)
+PROJECT = str(Path(TESTS).parent)
 CUDA, CPU, ALIAS = torch.device("cuda", 0), torch.device("cpu"), "lazy"
 
 # The host needs a number, or a size that depends on numbers.
@@ -118,15 +120,18 @@ def plain(x):
 
 def each(f, x):
     """The same nest of lists, tuples and dicts, with f done to what is in it."""
-    if isinstance(x, list | tuple):
-        return type(x)([each(f, part) for part in x])
-    return {key: each(f, part) for key, part in x.items()} if isinstance(x, dict) else f(x)
+    kind = type(x)
+    if kind is list or kind is tuple:
+        return kind([each(f, part) for part in x])
+    return {key: each(f, part) for key, part in x.items()} if kind is dict else f(x)
 
 
 def tensors_in(x) -> list:
-    found = []
-    each(lambda part: found.append(part) if isinstance(part, torch.Tensor) else None, x)
-    return found
+    """All tensors in such a nest."""
+    if isinstance(x, torch.Tensor):
+        return [x]
+    parts = x.values() if type(x) is dict else x if type(x) in (list, tuple) else ()
+    return [tensor for part in parts for tensor in tensors_in(part)]
 
 
 class GPU(TorchDispatchMode):
@@ -140,7 +145,7 @@ class GPU(TorchDispatchMode):
         self.waits: list[str] = []  # the functions of the project that waited for a number,
         self.copies: list[tuple[str, str]] = []  # and those that copied between the devices: (how, who)
         self.recordings = self.replays = self.done = 0
-        self.fails_at: int | None = None  # memory runs out when so many operations are done
+        self.fails_at = self.failed = None  # memory runs out when so many operations are done; who did it
         self.tape: list | None = None  # of the recording that goes on
         self.stream, self.underway = "main", False  # underway: what the allocator believes
         self.pinned: dict[int, torch.UntypedStorage] = {}
@@ -194,6 +199,7 @@ class GPU(TorchDispatchMode):
             self.check(func, name, args, kwargs, there, here, made_there)
             self.done += 1
             if self.done == self.fails_at:
+                self.failed = caller()
                 raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
         args_, kwargs_ = each(plain, args), each(plain, kwargs)
         if kwargs_.pop("pin_memory", False):
@@ -203,10 +209,10 @@ class GPU(TorchDispatchMode):
         if name == "_fused_sdp_choice":
             return 0  # the plain formula
         made = compute(func, args_, kwargs_)
-        if self.tape is not None and (there or made_there):
-            self.tape.append((func, args_, kwargs_, made))
-        if (written := written_argument(func, args, kwargs)) is not None:
-            return written
+        if self.tape is not None and (there or made_there) and not func.is_view:
+            self.tape.append((func, args_, kwargs_, tensors_in(made)))
+        if (written := written_argument(func)) is not None:
+            return kwargs[written[1]] if written[1] in kwargs else args[written[0]]
         return each(lambda x: OnGPU(x) if isinstance(x, torch.Tensor) else x, made) if made_there else made
 
     def check(self, func, name, args, kwargs, there, here, made_there) -> None:
@@ -279,10 +285,7 @@ class Graph:
         GPU.now.replays += 1
         with torch.utils._python_dispatch._disable_current_modes():
             for func, args, kwargs, made in self.tape:
-                if func.is_view:
-                    continue
-                again = compute(func, args, kwargs)
-                for old, new in zip(tensors_in(made), tensors_in(again)):
+                for old, new in zip(made, tensors_in(compute(func, args, kwargs))):
                     if old.data_ptr() != new.data_ptr():
                         old.copy_(new)
 
@@ -297,13 +300,14 @@ def compute(func, args, kwargs):
     return func(*args, **kwargs)
 
 
-def written_argument(func, args, kwargs):
-    """What an operation in place gives back."""
-    schema = func._schema
-    if len(schema.returns) == 1 and (alias := schema.returns[0].alias_info) and alias.is_write:
-        for place, argument in enumerate(schema.arguments):
+@functools.cache
+def written_argument(func) -> tuple[int, str] | None:
+    """Place and name of the argument that an operation in place gives back."""
+    returns = func._schema.returns
+    if len(returns) == 1 and returns[0].alias_info is not None and returns[0].alias_info.is_write:
+        for place, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                return kwargs[argument.name] if argument.name in kwargs else args[place]
+                return place, argument.name
     return None
 
 
@@ -349,8 +353,8 @@ def caller() -> str:
     """The innermost function of the project on the stack."""
     frame = sys._getframe(2)
     while frame is not None:
-        path, name = Path(frame.f_code.co_filename), frame.f_code.co_name
-        if path.is_relative_to(ROOT) and "tests" not in path.parts and not name.startswith("<"):
+        path, name = frame.f_code.co_filename, frame.f_code.co_name
+        if path.startswith(PROJECT) and not path.startswith(TESTS) and not name.startswith("<"):
             return name
         frame = frame.f_back
     return "a test"
