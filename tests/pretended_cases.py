@@ -30,8 +30,9 @@ def case(function):
 
 def tiny(dtype="float32", lively=False, rank=0):
     """A tiny random model on the CPU. lively: many words end a completion, and it does not repeat itself."""
-    from lora import add_lora
     from shapes import random_vlm
+
+    from lora import add_lora
 
     vlm = random_vlm("tiny", "cpu", dtype)
     rng = torch.Generator().manual_seed(1)
@@ -249,9 +250,10 @@ def parked_roles():
 
 def updated(vlm, checkpointing):
     """Two updates against a parked reference: their metrics, and the trained weights."""
+    from shapes import random_completions
+
     import grpo
     from engine.shards import Trained
-    from shapes import random_completions
 
     vlm.park()
     reference = vlm.copy()
@@ -335,10 +337,11 @@ def out_of_memory_in_an_update():
 @case
 def lora_export():
     """A and B are parked in CPU memory, W is on the GPU; what is written is what the CPU would write."""
-    import lora
-    from generate import generate
     from PIL import Image
     from safetensors.torch import load_file
+
+    import lora
+    from generate import generate
     from vlm import VLM
 
     folder, image = Path(scratch()), Image.new("RGB", (56, 56))

@@ -113,7 +113,7 @@ def on_gpu(x) -> bool:
 
 def plain(x):
     """What the CPU computes with, in place of what the project has."""
-    if isinstance(x, torch.device):
+    if isinstance(x, torch.device) and x.type in (CUDA.type, ALIAS):
         return CPU
     return x.numbers if isinstance(x, OnGPU) else x
 
