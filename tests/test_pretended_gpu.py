@@ -23,6 +23,7 @@ sys.path[:0] = [
     path for path in (str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")) if path not in sys.path
 ]
 
+import pretended_rules  # noqa: E402, F401  its cases are in CASES
 from pretended_cases import CASES, tiny  # noqa: E402
 
 # Planted into the project's source one by one: a simulator that sees nothing would pass all cases.
