@@ -1,0 +1,377 @@
+"""What must hold on a GPU: rollouts, updates and whole runs on `pretended_gpu`, and that module's own rules.
+
+Each case runs in a process of its own, with the project's modules freshly imported (see
+test_pretended_gpu.py): hence the imports inside the functions.
+"""
+
+import functools
+import json
+import os
+import tempfile
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from unittest import mock
+
+import torch
+from pretended_gpu import GPU, PROJECT, Refused, on_gpu, plain
+
+ROOT = Path(PROJECT)
+CASES = {}
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+# ---- What the cases share ----------------------------------------------------------------------------------
+
+
+def tiny(dtype="float32", lively=False, rank=0):
+    """A tiny random model on the CPU. lively: many words end a completion, and it does not repeat itself."""
+    from shapes import random_vlm
+
+    from lora import add_lora
+
+    vlm = random_vlm("tiny", "cpu", dtype)
+    rng = torch.Generator().manual_seed(1)
+    if rank:
+        add_lora(vlm.model, rank)
+        for name, p in vlm.model.named_parameters():
+            if name.endswith("lora_B"):
+                p.data += 0.05 * torch.randn(p.shape, generator=rng)
+    if lively:
+        vlm.end_ids = [vlm.end_ids[0], *range(3, 500, 11)]
+        for p in vlm.model.parameters():
+            p.data += (0.12 * torch.randn(p.shape, generator=rng)).to(p.dtype)
+    return vlm
+
+
+def lent(vlm):
+    """Its copy on the GPU."""
+    twin = vlm.copy()
+    twin.model.to("cuda")
+    twin.device, twin.limits = twin.model.device, type(vlm.limits)()
+    return twin
+
+
+def prompts_of(vlm, count):
+    from shapes import random_prompt
+
+    return [random_prompt(vlm, 50 + 7 * i, i) for i in range(count)]
+
+
+def small_buckets():
+    """Several graphs, rows that leave and prompts that wait, although all is tiny."""
+    import cache
+    import generate
+
+    cache.BUCKETS["cuda"], generate.CHECK_EVERY["cuda"] = (4, 2, 16, 8), 4
+    generate.slots_in_memory = lambda *_: 2
+
+
+def scratch():
+    """An empty folder, which pytest removes some day."""
+    return tempfile.mkdtemp(dir=os.environ.get("PRETENDED_GPU_FOLDER"))
+
+
+def tensors_of(vlm):
+    return [*vlm.model.parameters(), *vlm.model.buffers()]
+
+
+# ---- The rules ---------------------------------------------------------------------------------------------
+
+
+def refused(work, error=Refused):
+    try:
+        work()
+    except error:
+        return True
+    return False
+
+
+# ---- Rollouts ----------------------------------------------------------------------------------------------
+
+
+@case
+def greedy_rollout():
+    """Recorded and replayed, with refills: the CPU's tokens."""
+    from generate import generate
+
+    vlm, prompts = tiny(lively=True), prompts_of(tiny(), 8)
+    want = generate(vlm, prompts, 2, 24, temperature=0.0)
+    assert len({len(ids) for group in want for ids in group}) > 2, "they end at different times"
+    small_buckets()
+    with GPU() as gpu:
+        got = generate(lent(vlm), prompts, 2, 24, temperature=0.0)
+        torch.cuda.empty_cache()
+    assert got == want
+    assert gpu.recordings > 2 and gpu.replays > 20 and gpu.stream == "main"
+
+
+@case
+def sampled_rollout():
+    """bfloat16, top-p and top-k: the same recorded or not; who waits for the device is known."""
+    from generate import generate
+
+    vlm, prompts = tiny("bfloat16", lively=True), prompts_of(tiny(), 3)
+    small_buckets()
+    for top_p, top_k in ((0.9, 0), (1.0, 5)):
+        with GPU() as gpu:
+            twin, results = lent(vlm), []
+            for twin.limits.record in (True, False):
+                settings = dict(top_p=top_p, top_k=top_k, generator=torch.Generator("cuda").manual_seed(0))
+                results.append(generate(twin, prompts, 2, 10, **settings))
+            generate(twin, prompts, 2, 3, top_p=top_p, generator=torch.Generator().manual_seed(0))
+        assert results[0] == results[1] and gpu.recordings and gpu.replays
+        assert set(gpu.waits) <= {"retire", "keep"}, set(gpu.waits)
+        # A copy that is not "goes on" waits, too: where prompts come in and rows leave, and nowhere else.
+        waiting = {who for how, who in gpu.copies if how.endswith("waits")} - {"draw"}  # draw: asked for it
+        may = {"__init__", "admit", "embed", "prefill", "place", "_move_up", "retire", "a test"}
+        assert waiting <= may, waiting - may
+
+
+@case
+def a_recording_that_fails():
+    """It is done eagerly, is not tried again, and memory can be freed after it."""
+    from generate import generate
+
+    vlm, prompts, said = tiny(lively=True), prompts_of(tiny(), 3), StringIO()
+    want = generate(vlm, prompts, 2, 12, temperature=0.0)
+    with GPU(breaks=True) as gpu, redirect_stderr(said):
+        twin = lent(vlm)
+        for role in (twin, twin, twin.copy()):
+            assert generate(role, prompts, 2, 12, temperature=0.0) == want
+        torch.cuda.empty_cache()
+    assert gpu.recordings == 1 and gpu.replays == 0 and gpu.stream == "main"
+    assert said.getvalue().count("without a CUDA graph") == 1
+
+
+@case
+def out_of_memory_in_a_rollout():
+    """It begins again, smaller: before, during and after a recording."""
+    from generate import generate
+
+    vlm, prompts = tiny(lively=True), prompts_of(tiny(), 4)
+    want = generate(vlm, prompts, 2, 12, temperature=0.0)
+    with GPU() as gpu:
+        generate(lent(vlm), prompts, 2, 12, temperature=0.0)
+    full = torch.OutOfMemoryError("pretended")
+    with GPU(), mock.patch.object(torch.cuda, "graph", side_effect=full):
+        twin = lent(vlm)
+        assert refused(lambda: generate(twin, prompts, 2, 12), torch.OutOfMemoryError)
+        assert twin.limits.record and twin.limits.budget == 1 / 64, "each size was tried"
+    for moment in (0.1, 0.4, 0.6, 0.9):
+        with GPU() as again:
+            twin, again.fails_at = lent(vlm), int(moment * gpu.done)
+            assert generate(twin, prompts, 2, 12, temperature=0.0) == want
+            assert twin.limits.budget == 0.5 and twin.limits.record and again.stream == "main"
+            torch.cuda.empty_cache()
+
+
+# ---- Roles and updates -------------------------------------------------------------------------------------
+
+
+@case
+def parked_roles():
+    """Pinned, in one buffer, still tied; lent without a wait and given back as they were."""
+    with GPU() as gpu:
+        vlm = lent(tiny("bfloat16"))
+        head, table = vlm.model.lm_head.weight, vlm.model.get_input_embeddings().weight
+        assert head is table and all(map(on_gpu, tensors_of(vlm)))
+        vlm.park()
+        (buffer,) = {plain(t).untyped_storage().data_ptr() for t in tensors_of(vlm)}
+        assert buffer in gpu.pinned and not any(map(on_gpu, tensors_of(vlm)))
+        gpu.copies.clear()
+        vlm.park()  # nothing to do
+        with vlm.present():
+            assert all(map(on_gpu, tensors_of(vlm)))
+        assert {how for how, _ in gpu.copies} == {"to GPU pinned goes on"}
+        assert {plain(t).untyped_storage().data_ptr() for t in tensors_of(vlm)} == {buffer}
+        twin = vlm.copy()
+        assert twin.parked and twin.model.lm_head.weight is twin.model.get_input_embeddings().weight
+        twin.unpark()
+        assert all(map(on_gpu, tensors_of(twin))) and vlm.model.lm_head.weight is head is table
+        assert twin.model.lm_head.weight is twin.model.get_input_embeddings().weight
+
+
+def updated(vlm, checkpointing):
+    """Two updates against a parked reference: their metrics, and the trained weights."""
+    from shapes import random_completions
+
+    import grpo
+    from engine.shards import Trained
+
+    vlm.park()
+    reference = vlm.copy()
+    groups = [
+        grpo.Group(prompt, random_completions(vlm, 3, 9, i), [0.0, 1.0, 1.0])
+        for i, prompt in enumerate(prompts_of(vlm, 3))
+    ]
+    policy = Trained(vlm, 1e-3, 1e-2, checkpointing=checkpointing)
+    grpo.add_reference(groups, reference)
+    assert reference.parked and not vlm.parked and not policy.sharded
+    metrics = [grpo.update(policy, policy.optimizer, groups) for _ in range(2)]
+    return metrics, {name: plain(w).detach().clone() for name, w in policy.weights().items()}
+
+
+def same_updates(vlm, near, apart):
+    start, (want, trained) = vlm.trained_weights(), updated(vlm.copy(), False)
+    for checkpointing in (False, True):
+        with GPU() as gpu:
+            got, ours = updated(lent(vlm), checkpointing)
+        for a, b in zip(want, got):
+            assert not b["skipped"] and abs(a["loss"] - b["loss"]) < near, (a, b)
+            assert abs(a["grad_norm"] / b["grad_norm"] - 1) < near, (a, b)
+        assert ours.keys() == trained.keys()
+        off, way = (
+            [(x[name] - y[name]).norm() for name in ours] for x, y in ((ours, trained), (ours, start))
+        )
+        assert torch.stack(off).norm() < apart * torch.stack(way).norm()
+        assert set(gpu.waits) <= {"grpo_loss", "update"}, set(gpu.waits)
+
+
+@case
+def float32_update():
+    same_updates(tiny(), 1e-5, 0.01)
+
+
+@case
+def lora_update():
+    """A and B in float32, the base in bfloat16."""
+    same_updates(tiny("bfloat16", rank=4), 0.02, 0.2)
+
+
+@case
+def moments_come_back():
+    """What a state has on the disk is on the CPU; a resumed run goes on as if it had not stopped."""
+    from engine.shards import Trained
+
+    with GPU():
+        policy = Trained(lent(tiny("bfloat16", rank=2)), 1e-3, 1e-2)
+
+        def step(policy):
+            for p in policy.parameters():
+                p.grad = torch.ones_like(p)
+            policy.optimizer.step()
+            return {name: w.cpu() for name, w in policy.weights().items()}
+
+        weights, moments = step(policy), {name: m.cpu() for name, m in policy.moments().items()}
+        resumed = Trained(lent(tiny("bfloat16", rank=2)), 1e-3, 1e-2)
+        resumed.load_weights(iter(weights.items()))
+        resumed.load_moments(iter(moments.items()))
+        a, b = step(policy), step(resumed)
+        assert all(map(on_gpu, resumed.moments().values())) and all(torch.equal(a[n], b[n]) for n in a)
+
+
+@case
+def out_of_memory_in_an_update():
+    """In the reference, in the forward and in the backward pass: half the budget, and the same step."""
+    vlm, places = tiny(), set()
+    want, _ = updated(vlm.copy(), False)
+    with GPU() as gpu:
+        updated(lent(vlm), False)
+    for moment in (0.2, 0.3, 0.4):
+        with GPU() as again:
+            twin, again.fails_at = lent(vlm), int(moment * gpu.done)
+            got, _ = updated(twin, False)
+            assert twin.limits.budget == 0.5
+        places.add(again.failed)
+        for a, b in zip(want, got):
+            assert abs(a["loss"] - b["loss"]) < 1e-5 and abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-4
+
+
+@case
+def lora_export():
+    """A and B are parked in CPU memory, W is on the GPU; what is written is what the CPU would write."""
+    from PIL import Image
+    from safetensors.torch import load_file
+
+    import lora
+    from generate import generate
+    from vlm import VLM
+
+    folder, image = Path(scratch()), Image.new("RGB", (56, 56))
+
+    def trained(device):
+        vlm = VLM.load(ROOT / "toy", device, "bfloat16")
+        lora.add_lora(vlm.model, 2)
+        vlm.park()
+        for name, p in vlm.model.named_parameters():
+            if name.endswith("lora_B"):
+                p.data += 0.5
+        generate(vlm, [vlm.prompt("How many?", image)], 1, 2)
+        vlm.save(folder / device)
+        lora.save_adapter(vlm.model, "toy", folder / device / "adapter")
+        return vlm
+
+    trained("cpu")
+    with GPU():
+        layer = lora.text_linears(trained("cuda").model)[0][1]
+        assert on_gpu(layer.weight) and not on_gpu(layer.lora_A)
+    base = load_file(ROOT / "toy" / "model.safetensors")
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        here, there = (load_file(folder / device / name) for device in ("cpu", "cuda"))
+        assert here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in here)
+        assert (
+            any(not torch.equal(here[key], base[key].to(here[key].dtype)) for key in here if key in base)
+            or "adapter" in name
+        )
+
+
+# ---- Whole runs --------------------------------------------------------------------------------------------
+
+FLAGS = (
+    "--device cuda --iterations 1 --questioner-steps 2 --reasoner-steps 1 --images-per-step 2 --candidates 2"
+)
+FLAGS += " --group-size 2 --answers 2 --max-new-tokens 18 --save-every 1 --tau-low 0 --tau-high 1 --lr 1e-3"
+
+
+def whole_and_resumed(*flags):
+    """Two runs in an empty folder, one stopped in the middle and resumed; gives both folders."""
+    import loop
+    import watch
+    from engine import command, run
+
+    watch.HELD_OUT_QUESTIONS, command.SCENES, watch.PROBES = 1, 4, 1
+    os.chdir(scratch())
+    flags = [*FLAGS.split(), *flags]
+    rewarded = functools.partial(  # something is learnt, whatever is said
+        loop.visplay,
+        question_reward=lambda votes, s: [float(i) for i in range(len(votes))],
+        answer_reward=lambda answer, example: float(len(answer or "")),
+    )
+    log = run.Run.log
+
+    def stop(self, *args):
+        log(self, *args)
+        self.stopping = True
+
+    quiet = redirect_stdout(StringIO()), redirect_stderr(StringIO())
+    with GPU() as gpu, quiet[0], quiet[1], mock.patch.object(loop, "visplay", rewarded):
+        assert loop.main([*flags, "--name", "whole"]) == 0
+        with mock.patch.object(run.Run, "log", stop):
+            assert loop.main([*flags, "--name", "cut"]) == 1
+        assert loop.main(["--resume", "runs/cut"]) == 0
+    assert gpu.recordings and gpu.replays > 50
+    whole, cut = Path("runs/whole").resolve(), Path("runs/cut").resolve()
+    assert records(whole) == records(cut)
+    assert {r["phase"] for r in records(whole)} >= {"questioner", "curation", "reasoner", "measure"}
+    return whole, cut
+
+
+def records(folder):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+
+
+def same_file(whole, cut, name):
+    return (whole / name).read_bytes() == (cut / name).read_bytes()
+
+
+@case
+def whole_run():
+    whole, cut = whole_and_resumed("--dtype", "float32")
+    for role in ("questioner", "reasoner"):
+        assert same_file(whole, cut, f"{role}/model.safetensors")

@@ -1,0 +1,248 @@
+"""The CUDA path on a machine without a GPU: the cases of pretended_cases.py, and mistakes that they must see.
+
+    pytest tests/test_pretended_gpu.py
+    python tests/test_pretended_gpu.py greedy_rollout      some cases or mistakes, with their tracebacks
+
+All run in one other process, each in a fork of it, as torch and the project are changed in there.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [
+    path for path in (str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")) if path not in sys.path
+]
+
+import pretended_rules  # noqa: E402, F401  its cases are in CASES
+from pretended_cases import CASES, tiny  # noqa: E402
+
+# Planted into the project's source one by one: a simulator that sees nothing would pass all cases.
+# MODULE, the case that must see it: WHAT, then what stands there and what is put in its place.
+PLANTED = """
+cache, greedy_rollout: an index made on the CPU
+- everyone = torch.arange(R, device=x.device)
++ everyone = torch.arange(R)
+
+cache, greedy_rollout: a number asked for in the step
+- seen = torch.arange(P, device=x.device)
++ P = min(P, int(rows.prompt_length.max())); seen = torch.arange(P, device=x.device)
+
+cache, greedy_rollout: a random number in the step
+- logits = vlm.model.lm_head(model.norm(x)).float()
++ logits = vlm.model.lm_head(model.norm(x)).float() + 0 * torch.rand(1, device=x.device)
+
+cache, greedy_rollout: a list copied in the step
+- index_fill_(1, rows.vision_ids, -torch.inf)
++ index_fill_(1, torch.tensor(vlm.vision_ids, device=x.device), -torch.inf)
+
+cache, greedy_rollout: logits at a new address in each step
+- rows.logits[:R] = logits.index_fill_
++ rows.logits = logits.index_fill_
+
+cache, greedy_rollout: a Python number that changes from step to step
+- (rows.written[:R] - 1).clamp
++ (rows.written[:R] * 0 + rows.time - rows.owners[0][2] - 1).clamp
+
+cache, greedy_rollout: a kernel that there is not
+- if q.is_cuda and q.dtype != torch.float32:
++ if q.is_cuda:
+
+cache, a_recording_that_fails: the stream of a broken recording stays
+- torch.cuda.set_stream(stream)
++ pass
+
+cache, a_recording_that_fails: the allocator is not told of a broken recording
+- torch._C._cuda_endAllocateToPool(index, pool)
++ pass
+
+cache, a_recording_that_fails: a recording is tried again in every call
+- vlm.limits.record = False
++ pass
+
+cache, out_of_memory_in_a_rollout: out of memory is taken for a recording that fails
+- if isinstance(error, torch.OutOfMemoryError):
++ if False:
+
+generate, sampled_rollout: a wait in sampling
+- if probs.device.type == "cpu" and not outside.any():
++ if not outside.any():
+
+generate, sampled_rollout: uniform numbers left on the CPU
+- generator=generator).to(probs.device)
++ generator=generator)
+
+generate, greedy_rollout: positions left on the CPU
+- embeds, positions.to(vlm.device), None
++ embeds, positions, None
+
+vlm, parked_roles: buffers forgotten in parking
+- if p.requires_grad), *self.model.buffers()]
++ if p.requires_grad)]
+
+vlm, parked_roles: parked in memory that is not pinned
+- self._tensors(), self.device.type == "cuda"
++ self._tensors(), False
+
+vlm, parked_roles: a buffer for each parked tensor
+- tensor.data = place.copy_(tensor.data)
++ tensor.data = torch.empty_like(place, pin_memory=pinned).copy_(tensor.data)
+
+vlm, parked_roles: a lending that waits
+- tensor.data.to(self.device, non_blocking=True)
++ tensor.data.to(self.device)
+
+vlm, sampled_rollout: features placed by looking for the image token
+- return embeds.index_put((row, torch.cat(column).to(device)), values)
++ return embeds.index_put((ids == model.config.image_token_id,), values)
+
+vlm, float32_update: a mask left on the CPU
+- mask = packed_mask(batch.segment.to(device))
++ mask = packed_mask(batch.segment)
+
+vision, sampled_rollout: sizes of images asked for
+- for t, h, w in grids.tolist()]))
++ for t, h, w in grids.to(device).tolist()]))
+
+vision, sampled_rollout: windows copied with a wait
+- order = order.to(device, non_blocking=True)
++ order = order.to(device)
+
+vision, float32_update: rotations made on the CPU
+- dim=1).to(device, non_blocking=True)
++ dim=1)
+
+packing, float32_update: an order made on the CPU
+- order = torch.arange(segment.shape[1], device=segment.device)
++ order = torch.arange(segment.shape[1])
+
+packing, float32_update: a gradient made on the CPU
+- torch.empty_like(hidden),
++ torch.empty(hidden.shape, dtype=hidden.dtype),
+
+grpo, float32_update: advantages left on the CPU
+- for g, i in which], device=logp.device)
++ for g, i in which])
+
+grpo, lora_update: a mask of tokens made on the CPU
+- torch.ones_like(row, dtype=torch.bool)
++ torch.ones(len(row), dtype=torch.bool)
+
+engine.shards, moments_come_back: moments left on the CPU
+- return whole.to(master.device)
++ return whole
+
+lora, lora_export: a change merged on the other device
+- change.to(self.weight.device)
++ change
+
+lora, lora_update: a change that is skipped where it is 0
+- return super().forward(x) + ALPHA *
++ return super().forward(x) + (ALPHA if self.lora_B.any() else 0) *
+"""
+
+
+def parsed(text):
+    """{what: (case, module, old, new)}"""
+    mistakes = {}
+    for block in text.strip().split("\n\n"):
+        title, old, new = block.split("\n")
+        place, what = title.split(": ")
+        module, case = place.split(", ")
+        mistakes[what] = case, module, old.removeprefix("- "), new.removeprefix("+ ")
+    return mistakes
+
+
+MISTAKES = parsed(PLANTED)
+
+
+# ---- In the other process ----------------------------------------------------------------------------------
+
+
+def plant(module, old, new):
+    """Loads a module of the project with a mistake in it; all others will import this one."""
+    spec = importlib.util.find_spec(module)
+    source, made = Path(spec.origin).read_text(encoding="utf-8"), importlib.util.module_from_spec(spec)
+    if source.count(old) != 1:
+        raise LookupError(f"{module}.py has {old!r} {source.count(old)} times, not once: mend PLANTED")
+    sys.modules[module] = made
+    exec(compile(source.replace(old, new), spec.origin, "exec"), vars(made))
+
+
+def forked(name):
+    """What a case, or the case of a mistake, has to say; "" if nothing."""
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        said = ""
+        try:
+            project = [m for m, x in sys.modules.items() if is_of_the_project(getattr(x, "__file__", None))]
+            for module in project:
+                del sys.modules[module]
+            if name in MISTAKES:
+                plant(*MISTAKES[name][1:])
+            CASES[MISTAKES[name][0] if name in MISTAKES else name]()
+        except BaseException:
+            said = traceback.format_exc()[-20_000:]
+        os.write(write, said.encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        said = pipe.read().decode()
+    status = os.waitpid(child, 0)[1]
+    return said or (f"died with status {status}" if status else "")
+
+
+def is_of_the_project(file):
+    return bool(file) and Path(file).is_relative_to(ROOT) and Path(file).parent.name != "tests"
+
+
+def main():
+    torch.set_num_threads(1)
+    import loop  # noqa: F401  what it imports stays loaded in the forks
+
+    tiny()
+    for name in sys.argv[1:]:
+        print(name, forked(name) or "ok", sep="\n", flush=True)
+    for name in [] if sys.argv[1:] else [*CASES, *MISTAKES]:
+        start = time.monotonic()
+        print("\n" + json.dumps([name, forked(name), round(time.monotonic() - start, 1)]), flush=True)
+
+
+# ---- In pytest ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """What each case and each mistake has to say."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system cannot fork")
+    folder = {"PRETENDED_GPU_FOLDER": str(tmp_path_factory.mktemp("pretended")), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).resolve())]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | folder)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(lines) == len(CASES) + len(MISTAKES), done.stderr[-3000:]
+    return {name: words for name, words, _ in lines}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_on_a_gpu_that_is_not_there(name, said):
+    assert not said[name], said[name]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_is_seen(mistake, said):
+    assert said[mistake], f"{MISTAKES[mistake][0]} does not see: {mistake}"
+    assert "mend PLANTED" not in said[mistake], said[mistake]
+
+
+if __name__ == "__main__":
+    main()
