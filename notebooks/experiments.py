@@ -66,7 +66,7 @@ UNWANTED |= set("skipped equal_groups length truncated probes_right".split())
 MARGIN = 0.2
 
 
-# ---- What takes the place of the loop's own rewards and its rule for keeping ------------------
+# ---- What takes the place of the loop's own rewards and its rule for keeping ----------------
 
 
 def changed(experiment: str, run) -> dict:
@@ -118,7 +118,7 @@ def random_label_reward(seed: int):
 
 
 def without_training(run):
-    """The usual reward, but steps of length 0: neither it nor KL or weight decay does anything."""
+    """The usual reward, but steps of length 0, so that no weight changes at all."""
 
     def reward(votes, s) -> list[float]:
         for parameters in run.policy.optimizer.param_groups:
@@ -128,11 +128,11 @@ def without_training(run):
     return reward
 
 
-# ---- Running all of them -----------------------------------------------------------------------
+# ---- Running all of them --------------------------------------------------------------------
 
 
 def settings(experiment: str, seed: int, short: bool) -> dict:
-    """All settings of a run; `model` is the steepness of its base, or None: the committed one."""
+    """All settings of a run; `model` is its base's steepness, or None: the committed one."""
     flags = TOY_DEFAULTS | dict(seed=seed, device="cpu") | EXPERIMENTS[experiment]
     values = asdict(Settings(**flags | (SHORT if short else {})))
     return {name: value for name, value in values.items() if name not in NOT_SETTINGS}
