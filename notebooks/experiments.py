@@ -1,11 +1,13 @@
 """The paper's questions, put to the toy, where the truth is known: the runs of notebook 06.
 
-    python notebooks/experiments.py           every run of EXPERIMENTS with 3 seeds; goes on
-                                              where it was stopped (about an hour on 2 cores)
+    python notebooks/experiments.py           every run of EXPERIMENTS with 4 seeds that is not
+                                              in --out yet (2 to 3 minutes of a core each)
     python notebooks/experiments.py --short   the same code with everything small, to see that
                                               it works (a minute)
 
-Each run is one process with one thread. Results are appended to --out, a line of JSON a run.
+A run has one thread, and a folder of its own that is thrown away. Its result is a line of JSON
+in --out: all its settings, the commit of the code, and its records. Seeds 10 and 11 were used
+to choose the toy's settings; they are not for experiments.
 """
 
 import argparse
@@ -15,8 +17,9 @@ import random
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,189 +29,174 @@ from transformers.utils.logging import disable_progress_bar
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import grpo
 import loop
-import questioner
 import rewards
-from curate import Example
+import toy.build
+import watch
+from answers import canonical
 from engine import command
-from engine.images import Found, Pictures
-from engine.ranks import Ranks
-from engine.records import mean
 from engine.settings import TOY, TOY_DEFAULTS, Settings
-from engine.shards import Trained
 from toy.answerer import understand
-from toy.scenes import COLOURS, SHAPES, Scene, read_truth, write_scenes
-from vlm import VLM
+from toy.scenes import read_truth
 
-WEAKER = "weaker base"
-EXPERIMENTS: dict[str, dict] = {  # what differs from `python loop.py`
+EXPERIMENTS: dict[str, dict] = {  # the settings that differ from `python loop.py`
     "default": {},
-    "tau 0.1 to 0.9": dict(tau_low=0.1, tau_high=0.9),
-    "tau 0.4 to 0.6": dict(tau_low=0.4, tau_high=0.6),
-    "no thresholds": dict(tau_low=0.0, tau_high=1.0),
     "one long iteration": dict(
-        iterations=1, questioner_steps=60, reasoner_steps=9, candidates=768
+        iterations=1, questioner_steps=60, reasoner_steps=30, candidates=1536
     ),
-    "lambda 0": dict(diversity_weight=0.0),
-    WEAKER: {},
+    "margin": {},
     "true labels": {},
     "random labels": {},
-    "oracle": {},
+    "no thresholds": dict(tau_low=0.0, tau_high=1.0),
+    "Questioner not trained": {},
+    "Questioner twice as fast": dict(questioner_steps=40),
+    "tau 0.4 to 0.6": dict(tau_low=0.4, tau_high=0.6),
+    "tau 0.1 to 0.9": dict(tau_low=0.1, tau_high=0.9),
+    "lambda 0": dict(diversity_weight=0.0),
+    "soft reward": {},
+    "more votes": dict(answers=20),
+    "gentle base": dict(model="gentle"),  # a steepness of toy/build.py, built for it
+    "steep base": dict(model="steep"),
 }
 SHORT = dict(iterations=1, questioner_steps=1, reasoner_steps=1, images_per_step=2)
 SHORT |= dict(group_size=2, answers=2, candidates=4)
+NOT_SETTINGS = ("name", "resume", "dry_run")
 UNWANTED = set("seconds tokens_per_second loss policy_loss clip_share ratio grad_norm".split())
-UNWANTED |= set("skipped equal_groups length truncated".split())
-ORACLE_STEPS, ORACLE_NOISE = 60, 0.25  # of the objects it looks at a quarter are misread
+UNWANTED |= set("skipped equal_groups length truncated probes_right".split())
+MARGIN = 0.2
 
 
-# ---- Self-play ----------------------------------------------------------------------------
+# ---- What takes the place of the loop's own rewards and its rule for keeping ----------------
 
 
-def selfplay(experiment: str, seed: int, short: bool, weaker: Path) -> list[dict]:
-    """A run of the loop in a folder of its own; its metrics."""
-    flags = TOY_DEFAULTS | dict(name="x", seed=seed, device="cpu") | EXPERIMENTS[experiment]
-    if short:
-        command.SCENES, loop.HELD_OUT_QUESTIONS = 32, 16  # this process does nothing else
-        flags |= SHORT
-    if experiment == WEAKER:
-        flags |= dict(model=str(weaker))
-    run = command.ready(Settings(**flags))
-    replaced = {
-        "true labels": true_label_reward(run),
-        "random labels": random_label_reward(seed),
+def changed(experiment: str, run) -> dict:
+    """Arguments of `loop.visplay`, of the experiments that change more than settings."""
+    rules = {
+        "margin": dict(keep=clear_majority),
+        "soft reward": dict(answer_reward=share_of_votes),
+        "true labels": dict(answer_reward=true_label_reward(run)),
+        "random labels": dict(answer_reward=random_label_reward(run.seed)),
+        "Questioner not trained": dict(question_reward=without_training(run)),
     }
-    loop.visplay(run.settings, run, replaced.get(experiment, loop.silver_label_reward))
-    return run.records
+    return rules.get(experiment, {})
 
 
-def true_label_reward(run) -> loop.Reward:
-    """1 for the answer that is true of the scene."""
+def clear_majority(example, s) -> bool:
+    """Kept as usual, if the first answer leads the second by MARGIN of the votes."""
+    votes = Counter(canonical(a) for a in example.answers if a is not None).most_common(2)
+    lead = votes[0][1] - votes[1][1] if len(votes) == 2 else len(example.answers)
+    return loop.keep(example, s) and lead >= MARGIN * len(example.answers) - 1e-9
+
+
+def share_of_votes(answer, example) -> float:
+    """An answer is worth the share of the votes that it has, not 1 or 0."""
+    same = [rewards.answer_reward(answer, a) for a in example.answers if a is not None]
+    return sum(same) / len(example.answers)
+
+
+def true_label_reward(run):
+    """1 for the answer that is true of the scene; 0 for a question without an answer."""
     truth = read_truth(run.folder / "images")
 
-    def reward(answer: str | None, example: Example) -> float:
+    def reward(answer, example) -> float:
         fact = understand(example.question, truth[Path(example.image).name])
         return 0.0 if fact is None else rewards.answer_reward(answer, fact.answer)
 
     return reward
 
 
-def random_label_reward(seed: int) -> loop.Reward:
+def random_label_reward(seed: int):
     """1 for an answer of the right kind that was drawn once for each question."""
 
-    def reward(answer: str | None, example: Example) -> float:
+    def reward(answer, example) -> float:
         rng = random.Random(f"{seed} {example.image} {example.question}")
         numerical = example.kind == "numerical"
-        label = str(rng.randint(0, 5)) if numerical else rng.choice(["yes", "no"])
+        label = str(rng.randint(0, 9)) if numerical else rng.choice(["yes", "no"])
         return rewards.answer_reward(answer, label)
 
     return reward
 
 
-# ---- The oracle ---------------------------------------------------------------------------
+def without_training(run):
+    """The usual reward, but steps of length 0, so that no weight changes at all."""
+
+    def reward(votes, s) -> list[float]:
+        for parameters in run.policy.optimizer.param_groups:
+            parameters["lr"] = 0.0
+        return loop.question_reward(votes, s)
+
+    return reward
 
 
-def oracle(seed: int, short: bool) -> list[dict]:
-    """A Questioner whose Reasoner is the exact answerer, misreading some objects.
-
-    What does it learn to ask? With n objects to look at, an answer is right with a probability
-    that falls with n: n is the difficulty.
-    """
-    steps, images, group_size, answers = (2, 2, 2, 2) if short else (ORACLE_STEPS, 32, 8, 10)
-    s, rng = Settings(**TOY_DEFAULTS), random.Random(seed)
-    sampling = dict(max_new_tokens=s.max_new_tokens, temperature=s.temperature, top_p=s.top_p)
-    sampling |= dict(generator=torch.Generator().manual_seed(seed))
-    paths = [str(path) for path in write_scenes(Path("scenes"), 512, seed)]
-    truth, pictures = read_truth(Path("scenes")), Pictures(Found(paths, []), str(seed))
-    vlm, records = VLM.load(TOY, "cpu", "float32"), []
-    reference, policy = vlm.copy(), Trained(vlm, s.lr, s.weight_decay)
-    for step in range(1, steps + 1):
-        asked = questioner.ask(vlm, pictures.take(images, Ranks()), group_size, **sampling)
-        votes = oracle_votes(asked, truth, answers, rng)
-        reward = [loop.questioner_reward(group, s.diversity_weight) for group in votes]
-        groups = [grpo.Group(a.prompt, a.completions, r) for a, r in zip(asked, reward)]
-        grpo.add_reference(groups, reference)
-        grpo.update(policy, policy.optimizer, groups)
-        records.append(dict(phase="oracle", step=step) | oracle_metrics(votes, truth))
-    return records
+# ---- Running all of them --------------------------------------------------------------------
 
 
-def oracle_votes(asked: list, truth: dict, m: int, rng: random.Random) -> loop.Votes:
-    """As `reasoner.vote`, but by the exact answerer, from what it sees of the objects."""
-
-    def vote(path: str, question) -> Example:
-        fact, answers = understand(question.text, truth[Path(path).name]), [None] * m
-        if fact is not None:
-            seen = [misread(fact.things, rng) for _ in range(m)]
-            answers = [understand(question.text, things).answer for things in seen]
-        return Example(
-            path, question.text, question.kind, *rewards.confidence(answers), answers
-        )
-
-    return [[q and vote(a.path, q) for q in a.questions] for a in asked]
+def settings(experiment: str, seed: int, short: bool) -> dict:
+    """All settings of a run; `model` is its base's steepness, or None: the committed one."""
+    flags = TOY_DEFAULTS | dict(seed=seed, device="cpu") | EXPERIMENTS[experiment]
+    values = asdict(Settings(**flags | (SHORT if short else {})))
+    return {name: value for name, value in values.items() if name not in NOT_SETTINGS}
 
 
-def misread(things: Scene, rng: random.Random) -> Scene:
-    """What is seen of some objects: some are missed, or have another colour or shape."""
-    seen = []
-    for thing in things:
-        if rng.random() < ORACLE_NOISE:
-            if rng.random() < 0.5:
-                continue
-            if rng.random() < 0.5:
-                thing = replace(thing, colour=rng.choice(list(COLOURS)))
-            else:
-                thing = replace(thing, shape=rng.choice(SHAPES))
-        seen.append(thing)
-    return tuple(seen)
-
-
-def oracle_metrics(votes: loop.Votes, truth: dict) -> dict:
-    """Of the questions that have an answer: their share, r_unc, and their objects."""
-    asked = [v for group in votes for v in group]
-    answered = [v for v in asked if v and v.label is not None]
-    facts = [understand(v.question, truth[Path(v.image).name]) for v in answered]
-    return dict(
-        understood=len(answered) / len(asked),
-        r_unc=mean([rewards.uncertainty_reward(v.confidence) for v in answered]),
-        objects=mean([len(fact.things) for fact in facts]),
+def is_done(experiment: str, seed: int, short: bool, results: list[dict]) -> bool:
+    """Whether results have this run. A setting that is not in them had the value of today."""
+    wanted = settings(experiment, seed, short)
+    key = dict(experiment=experiment, seed=seed, short=short)
+    return any(
+        all(r.get(name) == value for name, value in key.items())
+        and wanted | r.get("settings", {}) == wanted
+        for r in results
     )
 
 
-# ---- Running all of them ------------------------------------------------------------------
-
-
-def one(experiment: str, seed: int, short: bool, weaker: Path) -> dict:
-    """One run, in a process and a folder of its own."""
+def one(experiment: str, seed: int, short: bool, bases: Path) -> dict:
+    """One run, in a folder of its own; its line of results."""
     torch.set_num_threads(1)
     disable_progress_bar()
     sys.stdout = open(os.devnull, "w")
+    if short:  # this process does nothing else
+        command.SCENES, watch.HELD_OUT_QUESTIONS, watch.PROBES = 32, 16, 4
+    result = dict(experiment=experiment, seed=seed, short=short)
+    result |= dict(settings=settings(experiment, seed, short))
+    s = Settings(**result["settings"], name="x")
+    s.model = s.model and str(bases / s.model)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        if experiment == "oracle":
-            records = oracle(seed, short)
-        else:
-            records = selfplay(experiment, seed, short, weaker)
+        run = command.ready(s)
+        loop.visplay(run.settings, run, **changed(experiment, run))
         os.chdir(ROOT)
-    records = [{k: rounded(v) for k, v in r.items() if k not in UNWANTED} for r in records]
-    return dict(experiment=experiment, seed=seed, short=short, records=records)
+    wanted = [{k: rounded(v) for k, v in r.items() if k not in UNWANTED} for r in run.records]
+    return result | dict(records=wanted)
 
 
 def rounded(value):
     """Four digits are enough for a figure."""
+    if isinstance(value, dict):
+        return {name: rounded(v) for name, v in value.items()}
     return round(value, 4) if isinstance(value, float) else value
 
 
-def build_weaker(folder: Path, short: bool) -> None:
-    """The toy after more lessons in guessing.
+def build_bases(runs: list[tuple], folder: Path, short: bool) -> None:
+    """The bases of another steepness that these runs start from (a minute each)."""
+    if short:
+        toy.build.SCENES, toy.build.LAZY_STEPS = 32, 1
+    names = {EXPERIMENTS[name].get("model") for name, _ in runs}
+    for steepness in sorted(names - {None}):
+        print(f"building the {steepness} base", flush=True)
+        toy.build.build(folder / steepness, steepness, TOY)
 
-    80% of its answers are bare guesses, and a fifth of the objects are misread.
-    """
-    build = [sys.executable, "-m", "toy.build", "--start", str(TOY), "--out", str(folder)]
-    lessons = f"--guess-steps {1 if short else 150} --guess-share 0.8 --noise 0.2"
-    build += lessons.split()
-    subprocess.run(build, check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
+
+def code() -> str:
+    """The last commit that changed the code, with a + if there are changes since."""
+    paths = ["--", "*.py", "toy"]
+
+    def git(*words):
+        done = subprocess.run(
+            ["git", *words, *paths], cwd=ROOT, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    return git("log", "-1", "--format=%h") + ("+" if git("status", "--porcelain") else "")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -219,7 +207,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=beside, help="results (default: beside this)"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default: 3)")
+    parser.add_argument("--seeds", type=int, default=4, help="seeds 0, 1, ... (default: 4)")
     names = dict(choices=EXPERIMENTS, nargs="+", default=list(EXPERIMENTS))
     parser.add_argument("--only", **names, help="some of the experiments (default: all)")
     parser.add_argument(
@@ -233,17 +221,25 @@ def main() -> None:
     """Every run that is not in --out already, several at a time."""
     args = parse_arguments()
     lines = args.out.read_text().splitlines() if args.out.exists() else []
-    done = {(result["experiment"], result["seed"]) for result in map(json.loads, lines)}
+    results = [json.loads(line) for line in lines]
     wanted = [(name, seed) for seed in range(args.seeds) for name in args.only]
-    todo = [run for run in wanted if run not in done]
+    todo = [
+        (name, seed) for name, seed in wanted if not is_done(name, seed, args.short, results)
+    ]
+    print(
+        f"{len(todo)} runs to do; {len(wanted) - len(todo)} are in {args.out} already",
+        flush=True,
+    )
+    if not todo:
+        return
+    commit = code()
     with tempfile.TemporaryDirectory() as folder:
-        weaker = Path(folder)
-        if any(name == WEAKER for name, _ in todo):
-            build_weaker(weaker, args.short)
+        bases = Path(folder)
+        build_bases(todo, bases, args.short)
         with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
-            futures = [pool.submit(one, *run, args.short, weaker) for run in todo]
+            futures = [pool.submit(one, *run, args.short, bases) for run in todo]
             for future in as_completed(futures):
-                result = future.result()
+                result = dict(commit=commit) | future.result()
                 with open(args.out, "a") as file:
                     file.write(json.dumps(result) + "\n")
                 print(f"{result['experiment']}, seed {result['seed']}", flush=True)

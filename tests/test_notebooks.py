@@ -4,13 +4,20 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import nbformat
 import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 
+from curate import Example
+from engine.settings import Settings
+
 LESSONS = ROOT / "notebooks"
+sys.path.insert(0, str(LESSONS))
+from experiments import EXPERIMENTS, clear_majority, is_done, settings, share_of_votes  # noqa: E402
+
 NOTEBOOKS = sorted(LESSONS.glob("*.ipynb"))
 TITLES = "01_rewards 02_grpo 03_generation 04_packed_groups 05_visplay 06_experiments"
 WIDTH = 95  # characters of a line that Jupyter shows, as in notebooks/ruff.toml
@@ -57,24 +64,55 @@ def test_no_line_of_code_is_cut_off(path):
             assert max(map(len, block.splitlines())) <= WIDTH, block
 
 
+def experiments(*flags):
+    command = [sys.executable, str(LESSONS / "experiments.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=500)
+
+
 def test_the_experiments_run_at_their_smallest(tmp_path):
+    """All of them; a short run is not done again, and never counts for a long one."""
     out = tmp_path / "results.jsonl"
-    command = [sys.executable, str(LESSONS / "experiments.py"), "--short"]
-    command += ["--seeds", "1", "--jobs", "2", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=tmp_path)
+    flags = ["--short", "--seeds", "1", "--jobs", "2", "--out", str(out)]
+    done = experiments(*flags)
     assert done.returncode == 0, done.stderr
-    ran = {r["experiment"]: r["records"][-1]["phase"] for r in results(out)}
-    committed = {r["experiment"] for r in results(LESSONS / "experiments.jsonl")}
-    assert ran == {name: "oracle" if name == "oracle" else "measure" for name in committed}
-    again = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=tmp_path)
-    assert again.returncode == 0 and len(results(out)) == len(ran), "what is done is not done again"
+    ran = results(out)
+    assert {r["experiment"] for r in ran} == set(EXPERIMENTS) and len(ran) == len(EXPERIMENTS)
+    assert all(r["records"][-1]["phase"] == "measure" and r["commit"] for r in ran)
+    again = experiments(*flags)
+    assert again.returncode == 0 and "0 runs to do" in again.stdout
+    assert results(out) == ran
+    assert not any(is_done(r["experiment"], 0, short=False, results=ran) for r in ran)
+
+
+def test_a_run_of_other_settings_is_not_done():
+    of_today = dict(experiment="default", seed=3, short=False, settings=settings("default", 3, False))
+    assert is_done("default", 3, False, [of_today])
+    assert not is_done("default", 2, False, [of_today])
+    assert not is_done("margin", 3, False, [of_today])
+    assert not is_done("default", 3, False, [of_today | {"settings": of_today["settings"] | {"lr": 1.0}}])
+    before = {name: value for name, value in of_today["settings"].items() if name != "lora_rank"}
+    assert is_done("default", 3, False, [of_today | {"settings": before}]), "the flag came later"
+
+
+def test_what_is_kept_and_paid_in_place_of_the_default():
+    s = Settings()
+    votes = ["3"] * 5 + ["4"] * 3 + [None] * 2
+    clear = Example("a.png", "How many?", "numerical", "3", 0.5, votes)
+    assert clear_majority(clear, s)
+    assert not clear_majority(replace(clear, answers=["3"] * 5 + ["4"] * 4 + [None]), s)
+    assert not clear_majority(replace(clear, confidence=0.9), s)
+    assert [share_of_votes(answer, clear) for answer in ("3", "4.0", "5", None)] == [0.5, 0.3, 0, 0]
 
 
 def test_the_committed_results_are_of_whole_runs():
-    """Three seeds of each experiment, none of them a short one, each as long as its settings say."""
+    """No short one, none twice, none of the seeds that settings were chosen on, each as long as it says."""
     committed = results(LESSONS / "experiments.jsonl")
     assert not any(r["short"] for r in committed)
-    assert len({(r["experiment"], r["seed"]) for r in committed}) == 30
+    assert len({(r["experiment"], r["seed"]) for r in committed}) == len(committed)
+    assert {r["experiment"] for r in committed} <= set(EXPERIMENTS) and not {10, 11} & {
+        r["seed"] for r in committed
+    }
     for r in committed:
-        asked = sum(record["phase"] == "questioner" for record in r["records"])
-        assert asked == (0 if r["experiment"] == "oracle" else 60)
+        s, phases = r["settings"], [record["phase"] for record in r["records"]]
+        assert phases.count("questioner") == s["iterations"] * s["questioner_steps"]
+        assert phases.count("measure") == s["iterations"] + 1
