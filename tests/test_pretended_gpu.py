@@ -126,8 +126,8 @@ packing, float32_update: an order made on the CPU
 + order = torch.arange(segment.shape[1])
 
 packing, float32_update: a gradient made on the CPU
-- torch.empty_like(hidden),
-+ torch.empty(hidden.shape, dtype=hidden.dtype),
+- grad_hidden = torch.empty_like(hidden)
++ grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype)
 
 grpo, float32_update: advantages left on the CPU
 - for g, i in which], device=logp.device)
@@ -142,8 +142,8 @@ engine.shards, moments_come_back: moments left on the CPU
 + return whole
 
 lora, lora_export: a change merged on the other device
-- change.to(self.weight.device)
-+ change
+- self.lora_A).to(self.weight.device)
++ self.lora_A)
 
 lora, lora_update: a change that is skipped where it is 0
 - return super().forward(x) + ALPHA *
@@ -226,6 +226,7 @@ def said(tmp_path_factory):
     if not hasattr(os, "fork"):
         pytest.skip("this system cannot fork")
     folder = {"PRETENDED_GPU_FOLDER": str(tmp_path_factory.mktemp("pretended")), "OMP_NUM_THREADS": "1"}
+    folder["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # torch allows no new threads in a fork
     command = [sys.executable, str(Path(__file__).resolve())]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | folder)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
