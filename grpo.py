@@ -3,7 +3,7 @@ r"""Group Relative Policy Optimization, by hand (DeepSeekMath, arXiv 2402.03300;
 G completions y_1 .. y_G of one prompt have rewards r_1 .. r_G. There is no value network: the group is its
 own baseline,
 
-    A_i     = (r_i - mean(r_1 .. r_G)) / (std(r_1 .. r_G) + eps)                           -> group_advantages
+    A_i     = (r_i - mean(r_1 .. r_G)) / (std(r_1 .. r_G) + 1e-4)                          -> group_advantages
     rho_i,t = exp(log pi(y_i,t) - log pi_old(y_i,t))
     KL_i,t  = exp(log pi_ref - log pi) - (log pi_ref - log pi) - 1                           -> kl_estimate
     L       = 1/N sum_i 1/|y_i| sum_t [ -min(rho A, clip(rho, 1 - eps, 1 + eps) A) + beta KL ]   -> grpo_loss
