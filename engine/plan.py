@@ -13,7 +13,9 @@ float32, from the norms; the image encoder, which cuts its windows out and puts 
 in place of 8. A test compares the total with the peak of an update: 15% at most between them.
 """
 
+import json
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -60,20 +62,23 @@ class Moment:
 
 def parameter_sizes(config: Qwen2_5_VLConfig) -> dict[str, int]:
     """The number of elements of each parameter of a model of this shape, by name; no weights are made."""
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    return {name: p.numel() for name, p in model.named_parameters()}
+    return trained_sizes(config, 0, False)
 
 
 def trained_sizes(config: Qwen2_5_VLConfig, lora_rank: int, freeze_vision: bool) -> dict[str, int]:
     """The number of elements of each parameter that is trained, by name."""
+    return dict(_trained_sizes(config.to_json_string(use_diff=False), lora_rank, freeze_vision))
+
+
+@cache
+def _trained_sizes(config: str, lora_rank: int, freeze_vision: bool) -> list[tuple[str, int]]:
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**json.loads(config)))
         if lora_rank:
             lora.add_lora(model, lora_rank)
     if freeze_vision:
         model.model.visual.requires_grad_(False)
-    return {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    return [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def memory_plan(

@@ -13,7 +13,7 @@ import packing
 from engine import plan
 from engine.shards import Trained
 
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.append(str(ROOT / "bench"))  # at the end: it has a rewards.py of its own
 import memory  # noqa: E402
 from shapes import peak_extra_bytes, random_completions, random_prompt, random_vlm, shape_config  # noqa: E402
 

@@ -19,9 +19,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [
-    path for path in (str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")) if path not in sys.path
-]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.append(str(ROOT / "bench"))  # at the end: it has a rewards.py of its own
 
 import pretended_rules  # noqa: E402, F401  its cases are in CASES
 from pretended_cases import CASES, tiny  # noqa: E402

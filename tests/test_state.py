@@ -115,6 +115,6 @@ def test_a_damaged_state_is_passed_over(tmp_path, damage):
 def test_without_any_whole_state_nothing_is_deleted(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "curated.jsonl").write_text("changed")
-    number, state, complaints = recover(tmp_path)
-    assert (number, state) == (0, None) and "curated.jsonl is damaged" in complaints[0]
+    with pytest.raises(ValueError, match="no state of .* is whole: .*curated.jsonl is damaged"):
+        recover(tmp_path)
     assert (tmp_path / "state" / "000001.json").exists()
