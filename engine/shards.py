@@ -89,8 +89,8 @@ class Trained:
     def use_less_memory(self) -> None:
         """See `VLM.use_less_memory`; what an update that broke off has left is cleared.
 
-        Of several ranks none can begin again alone: the others wait for it within a layer. FSDP2 before torch
-        2.12 cannot forget a backward pass that broke off.
+        Of several ranks none can begin again alone: the others wait for it within a layer. FSDP2 of torch
+        2.11 cannot forget a backward pass that broke off.
         """
         if self.ranks.size > 1 or (self.sharded and not hasattr(self.forward, "reset_iter_state")):
             raise torch.OutOfMemoryError("an update that ran out of memory cannot begin again here")
