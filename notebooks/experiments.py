@@ -62,7 +62,7 @@ SHORT = dict(iterations=1, questioner_steps=1, reasoner_steps=1, images_per_step
 SHORT |= dict(group_size=2, answers=2, candidates=4)
 NOT_SETTINGS = ("name", "resume", "dry_run")
 UNWANTED = set("seconds tokens_per_second loss policy_loss clip_share ratio grad_norm".split())
-UNWANTED |= set("skipped equal_groups length truncated probes_right".split())
+UNWANTED |= set("skipped equal_groups length truncated".split())
 MARGIN = 0.2
 
 
