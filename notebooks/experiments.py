@@ -30,11 +30,13 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import loop
+import reasoner
 import rewards
 import toy.build
 import watch
 from answers import canonical
 from engine import command
+from engine.images import load_image
 from engine.settings import TOY, TOY_DEFAULTS, Settings
 from toy.answerer import understand
 from toy.scenes import read_truth
@@ -55,6 +57,10 @@ EXPERIMENTS: dict[str, dict] = {  # the settings that differ from `python loop.p
     "lambda 0": dict(diversity_weight=0.0),
     "soft reward": {},
     "more votes": dict(answers=20),
+    "Questioner stops early": {},
+    "two Reasoners": {},
+    "five iterations": dict(iterations=5),
+    "five iterations, margin": dict(iterations=5),
     "gentle base": dict(model="gentle"),  # a steepness of toy/build.py, built for it
     "steep base": dict(model="steep"),
 }
@@ -63,7 +69,11 @@ SHORT |= dict(group_size=2, answers=2, candidates=4)
 NOT_SETTINGS = ("name", "resume", "dry_run")
 UNWANTED = set("seconds tokens_per_second loss policy_loss clip_share ratio grad_norm".split())
 UNWANTED |= set("skipped equal_groups length truncated".split())
-MARGIN = 0.2
+MARGIN = 0.2  # of the votes, by which the first answer leads the second
+WINDOW, FEWER = (
+    5,
+    0.9,
+)  # steps; of the best window so far: where the Questioner's phase stops early
 
 
 # ---- What takes the place of the loop's own rewards and its rule for keeping ----------------
@@ -73,6 +83,9 @@ def changed(experiment: str, run) -> dict:
     """Arguments of `loop.visplay`, of the experiments that change more than settings."""
     rules = {
         "margin": dict(keep=clear_majority),
+        "five iterations, margin": dict(keep=clear_majority),
+        "two Reasoners": dict(keep=same_majority_before(run)),
+        "Questioner stops early": dict(question_reward=until_fewer_are_kept(run)),
         "soft reward": dict(answer_reward=share_of_votes),
         "true labels": dict(answer_reward=true_label_reward(run)),
         "random labels": dict(answer_reward=random_label_reward(run.seed)),
@@ -121,11 +134,58 @@ def without_training(run):
     """The usual reward, but steps of length 0, so that no weight changes at all."""
 
     def reward(votes, s) -> list[float]:
-        for parameters in run.policy.optimizer.param_groups:
-            parameters["lr"] = 0.0
+        stand_still(run)
         return loop.question_reward(votes, s)
 
     return reward
+
+
+def stand_still(run) -> None:
+    """Steps of length 0 to the end of this phase (the next one has its own optimizer)."""
+    for parameters in run.policy.optimizer.param_groups:
+        parameters["lr"] = 0.0
+
+
+def until_fewer_are_kept(run):
+    """The usual reward, until fewer questions than before are kept: then steps of length 0.
+
+    Looked at is the mean of WINDOW steps; the phase stops where it is below FEWER of the best.
+    """
+    shares: dict[int, list[float]] = {}  # of each iteration: of each image's valid questions
+
+    def reward(votes, s) -> list[float]:
+        mine = shares.setdefault(run.state.iteration, [])
+        kept = [loop.keep(vote, s) for vote in votes if vote]
+        mine.append(sum(kept) / max(1, len(kept)))
+        size = WINDOW * s.images_per_step
+        steps = range(0, len(mine) - size + 1, s.images_per_step)
+        windows = [sum(mine[i : i + size]) / size for i in steps]
+        if windows and windows[-1] < FEWER * max(windows):
+            stand_still(run)
+        return loop.question_reward(votes, s)
+
+    return reward
+
+
+def same_majority_before(run):
+    """Kept as usual, if the Reasoner of an iteration ago, asked now, has the same majority.
+
+    In iteration 1 that is the base, asked a second time.
+    """
+    reasoners = {}
+
+    def keep(example, s) -> bool:
+        k = run.state.iteration
+        if k not in reasoners:
+            reasoners[k] = run.reasoner.copy()
+        if not loop.keep(example, s):
+            return False
+        older, image = reasoners[max(1, k - 1)], load_image(str(run.folder / example.image))
+        prompt = reasoner.answer_prompt(older, image, example.question)
+        [before] = reasoner.answer(older, [prompt], s.answers, **run.sampling)
+        return rewards.answer_reward(rewards.confidence(before.answers)[0], example.label) == 1
+
+    return keep
 
 
 # ---- Running all of them --------------------------------------------------------------------
