@@ -11,7 +11,11 @@ from pathlib import Path
 from curate import Example
 from engine.ranks import Ranks
 
-HEADER = " iteration  greedy  sampled | valid  r_unc first-last  clusters | curated  silver right  seconds"
+RUNGS = ("1-2", "3-4", "5-6", "7-9")  # objects that a question about built-in scenes asks to list
+HEADER = (
+    f"iteration greedy sampled  {'  '.join(RUNGS)} | valid  r_unc first-last clusters"
+    " | curated objects right seconds"
+)
 
 
 def row(k: int, results: dict, records: list[dict]) -> str:
@@ -20,17 +24,13 @@ def row(k: int, results: dict, records: list[dict]) -> str:
     curation = next((r for r in records if r["phase"] == "curation"), {})
     first, last = (asking[0], asking[-1]) if asking else ({}, {})
     seconds = sum(r.get("seconds", 0.0) for r in records) if k else None
-    cells = [f"{k or 'base':>10}", _cell(results.get("greedy_accuracy"), 7)]
-    cells += [_cell(results.get("sampled_accuracy"), 8), " |", _cell(last.get("validity"), 5)]
-    cells += [
-        _cell(first.get("r_unc"), 8),
-        "-",
-        _cell(last.get("r_unc"), 5),
-        _cell(last.get("clusters"), 9),
-        " |",
-    ]
-    cells += [f"{curation.get('curated', '-'):>7}", _cell(results.get("silver_accuracy"), 13)]
-    return " ".join([*cells, _cell(seconds, 8, 0)])
+    rungs = results.get("sampled_by_objects", {})
+    cells = [f"{k or 'base':>9}", _cell(results.get("greedy_accuracy"), 6)]
+    cells += [_cell(results.get("sampled_accuracy"), 7), *(_cell(rungs.get(name), 4, 2) for name in RUNGS)]
+    cells += ["|", _cell(last.get("validity"), 5), _cell(first.get("r_unc"), 8), "-"]
+    cells += [_cell(last.get("r_unc"), 6), _cell(last.get("clusters"), 8, 1)]
+    cells += ["|", f"{curation.get('curated', '-'):>7}", _cell(results.get("objects"), 7, 1)]
+    return " ".join([*cells, _cell(results.get("silver_accuracy"), 5, 2), _cell(seconds, 7, 0)])
 
 
 def printable(path: str) -> str:

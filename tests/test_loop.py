@@ -129,6 +129,11 @@ def test_a_run_is_reproducible_and_resumes(workplace, capsys, monkeypatch):
     assert loop.main([*args, "whole"]) == 0
     whole = capsys.readouterr().out
     assert "base" in whole and "done" in whole and "\r" not in whole
+    header, *rows = [line for line in whole.splitlines() if line.startswith((" ", "iteration greedy"))][-4:]
+    names = header.replace("|", " ").split()
+    for line, measured in zip(rows, records(workplace / "runs" / "whole", "measure"), strict=True):
+        ladder = line.replace("|", " ").split()[names.index("1-2") : names.index("7-9") + 1]
+        assert ladder == [f"{share:.2f}" for share in measured["sampled_by_objects"].values()], line
 
     curate, calls = loop.curate_questions, []
 
