@@ -4,7 +4,7 @@
                             cluster, one kind
     pseudo-label drift      the Reasoner grows surer while its majority is right less often: it learns its own
                             mistakes
-    stagnant difficulty     r_unc does not rise over a Questioner phase, by more than chance: the Questioner no
+    stagnant difficulty     r_unc does not rise by more than chance over a Questioner phase: the Questioner no
                             longer follows the Reasoner
 
 The first functions measure, the last three judge, and each of those gives a sentence with the number, what it
