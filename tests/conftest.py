@@ -1,5 +1,9 @@
+import os
 import sys
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time: a thread each, also in what they start
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

@@ -128,7 +128,7 @@ def sampled_rollout():
         assert set(gpu.waits) <= {"retire", "keep"}, set(gpu.waits)
         # A copy that is not "goes on" waits, too: where prompts come in and rows leave, and nowhere else.
         waiting = {who for how, who in gpu.copies if how.endswith("waits")} - {"draw"}  # draw: asked for it
-        may = {"__init__", "admit", "embed", "prefill", "place", "_move_up", "retire", "a test"}
+        may = {"__init__", "admit", "embed", "image_features", "prefill", "place", "_move_up", "retire"}
         assert waiting <= may, waiting - may
 
 
