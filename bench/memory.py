@@ -1,7 +1,7 @@
 """How many GPUs of which size a model needs, by the memory plan: the tables in docs/memory.md.
 
 bfloat16, groups of 8, 1,024 image tokens, up to 1,024 new tokens. A model fits if the plan's largest moment
-takes at most 95% of what the GPU offers.
+takes at most 95% of what the GPU offers, with smaller batches where the usual ones do not fit.
 """
 
 import argparse
@@ -18,6 +18,7 @@ FLAGS = {
     "": (False, False, 0),
     "`--gradient-checkpointing`": (True, False, 0),
     "`--gradient-checkpointing --offload`": (True, True, 0),
+    "`--lora-rank 16`": (False, False, 16),
     "`--gradient-checkpointing --lora-rank 16`": (True, False, 16),
 }
 WORK = plan.Work(
@@ -30,9 +31,11 @@ def gpus_needed(size: str, gib: float, checkpointing: bool, offload: bool, rank:
     config, available = shape_config(size), int(gib * 2**30)
 
     def fits(count: int) -> bool:
-        how = (checkpointing, offload, count, rank)
-        moments = plan.memory_plan(config, torch.bfloat16, available, WORK, *how)
-        return max(moment.total for moment in moments) <= 0.95 * available
+        what = (config, torch.bfloat16)
+        how = dict(checkpointing=checkpointing, offload=offload, ranks=count, lora_rank=rank)
+        budget = plan.fitting_budget(available, *what, WORK, **how)
+        moments = plan.memory_plan(*what, available, WORK, **how, budget=budget)
+        return max(moment.total for moment in moments) <= plan.USABLE * available
 
     return next(filter(fits, COUNTS), None)
 
