@@ -30,6 +30,7 @@ ARGS = "--images images --iterations 2 --questioner-steps 3 --reasoner-steps 3 -
 ARGS += "--group-size 4 --answers 4 --candidates 12 --tau-low 0 --tau-high 1 --save-every 2".split()
 ARGS += "--device cpu --name".split()
 KILLS = 40 if THOROUGH else 6
+ROLES = ("questioner", "reasoner")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def outcome(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     records = [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in lines]
     curated = [path.read_text() for path in sorted((folder / "curated").iterdir())]
-    weights = [(folder / role / "model.safetensors").read_bytes() for role in ("questioner", "reasoner")]
+    weights = [(folder / role / "model.safetensors").read_bytes() for role in ROLES]
     return records, curated, weights, sorted(path.name for path in folder.iterdir())
 
 
@@ -108,6 +109,27 @@ def test_kills_at_random_moments(workplace, whole):
             break
         assert outcome(folder) == expected
     assert not THOROUGH or phases >= set(run_module.PHASES), phases
+
+
+def test_kill_in_each_phase_with_lora(workplace):
+    """kill -9 in all four phases, one after the other: adapters and all else end as if nothing had been."""
+    args, results = ["--lora-rank", "4", "--lr", "1e-3", *ARGS], []
+    for name, phases in (("lora", ()), ("lora-killed", run_module.PHASES)):
+        folder = workplace / "runs" / name
+        for phase in phases:
+            process = launch(workplace, *args, name)
+            while process.is_alive() and place(folder) != phase:
+                time.sleep(0.01)
+            assert process.is_alive(), f"it was over before {phase}"
+            process.kill()
+            process.join()
+            assert place(folder) == phase
+        process = launch(workplace, *args, name)
+        process.join()
+        assert process.exitcode == 0, (workplace / "err").read_text()
+        adapters = [(folder / f"{role}-adapter" / "adapter_model.safetensors") for role in ROLES]
+        results.append((outcome(folder), [path.read_bytes() for path in adapters]))
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
