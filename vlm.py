@@ -62,10 +62,12 @@ class Prompt:
 
 @dataclass
 class Limits:
-    """What was learnt of the GPU: the share of the token budgets that fits, and if it can record steps."""
+    """What was learnt of the GPU: the share of the token budgets that fits, if it can record steps, and if
+    torch can compile for it."""
 
     budget: float = 1.0
     record: bool = True
+    compile: bool = True
 
 
 class VLM:
