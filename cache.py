@@ -35,8 +35,8 @@ class Rows:
     layer each, [R, heads, T, head_dim], of the tokens that the row has written. row_of_cell: [S * n],
     cell_of_row: [R]; written: [R] tokens written; first: [R] the position of the first of them. tokens: [R, T
     + 1] (the last column is scrap: where finished rows go on writing); logits: [R, vocabulary], float32.
-    in_one: a layer each, the three projections before attention as one, on a GPU. pieces: `fused`, or its
-    functions compiled.
+    banned: [vocabulary], True for tokens that are never sampled; count: 0, 1, 2, ... in_one: a layer each,
+    the three projections before attention as one, on a GPU. pieces: `fused`, or its functions compiled.
     """
 
     def __init__(self, vlm: VLM, slots: int, n: int, prompt_tokens: int, new_tokens: int):
@@ -61,11 +61,12 @@ class Rows:
         self.written, self.first, self.tokens = integers(rows), integers(rows), integers(rows, new_tokens + 1)
         self.finished = torch.ones(rows, device=device, dtype=torch.bool)
         self.logits = torch.zeros(rows, text.vocab_size, device=device)
-        self.end_ids, self.vision_ids = (
-            integers(0).new_tensor(vlm.end_ids),
-            integers(0).new_tensor(vlm.vision_ids),
-        )
-        self.n, self.new_tokens, self.buckets = n, new_tokens, BUCKETS[device.type]
+        self.end_ids = integers(0).new_tensor(vlm.end_ids)
+        self.banned = torch.zeros(text.vocab_size, device=device, dtype=torch.bool)
+        self.banned[integers(0).new_tensor(vlm.vision_ids)] = True
+        self.count = torch.arange(max(prompt_tokens, new_tokens), device=device)
+        self.n, self.heads, self.dtype, self.new_tokens = n, heads, dtype, new_tokens
+        self.buckets = BUCKETS[device.type]
         layers, fast = vlm.model.model.language_model.layers, device.type == "cuda"
         self.in_one = [in_one(layer.self_attn) if fast else None for layer in layers]
         self.pieces = fused.compiled(vlm.limits) if fast else fused
@@ -153,30 +154,27 @@ def step(vlm: VLM, rows: Rows, R: int, S: int, P: int, T: int) -> None:
     batch. It looks at S slots, P tokens of each prompt and T written tokens of each row (see `Rows.shape`).
     Done twice it gives the same, and it never asks the GPU for a number, as `recorded` needs.
     """
-    model, f = vlm.model.model.language_model, rows.pieces
-    index = (rows.written[:R] - 1).clamp(0, rows.new_tokens - 1)
-    x = model.embed_tokens(rows.tokens[:R].gather(1, index[:, None])[:, 0])
-    rotary, change = model.rotary_emb, torch.zeros_like(x)
-    cos, sin = f.rotation(rows.first[:R] + index, rotary.inv_freq, rotary.attention_scaling, x.dtype)
-    # Made once for all layers:
-    unseen = torch.arange(P, device=x.device) >= rows.prompt_length[:S, None, None, None]
-    unwritten = torch.arange(T, device=x.device) > index[:, None, None, None]
-    row_of_cell, cell_of_row = rows.row_of_cell[: S * rows.n].view(S, rows.n), rows.cell_of_row[:R]
+    model, f, n, heads = vlm.model.model.language_model, rows.pieces, rows.n, rows.heads
+    token, index, cos, sin, unseen, unwritten = f.begin(
+        rows.tokens[:R], rows.written[:R], rows.first[:R], rows.prompt_length[:S], rows.count[:P],
+        rows.count[:T], model.rotary_emb.inv_freq, model.rotary_emb.attention_scaling, heads, rows.dtype,
+    )  # fmt: skip
+    row_of_cell, cell_of_row = rows.row_of_cell[: S * n].view(S, n), rows.cell_of_row[:R]
+    x = model.embed_tokens(token)
+    change = torch.zeros_like(x)
     for layer, block in enumerate(model.layers):
         x, h = f.add_norm(x, change, *scale(block.input_layernorm))
-        q, k, v = (
-            y.unflatten(1, (-1, cos.shape[-1])) for y in project(block.self_attn, rows.in_one[layer], h)
+        q, k, v = project(block.self_attn, rows.in_one[layer], h)
+        q = f.rotate_and_write(q, k, v, cos, sin, index, rows.keys[layer][:R], rows.values[layer][:R])
+        prompt = (
+            x.flatten(0, 1)[: S * heads, :P] for x in (rows.prompt_keys[layer], rows.prompt_values[layer])
         )
-        prompt = rows.prompt_keys[layer][:S, :, :P], rows.prompt_values[layer][:S, :, :P]
-        keys, values = rows.keys[layer][:R], rows.values[layer][:R]
-        q = f.rotate_and_write(q, k, v, cos, sin, index, keys, values)
-        h = f.attend(
-            q, *prompt, keys[:, :, :T], values[:, :, :T], unseen, unwritten, row_of_cell, cell_of_row
-        )
+        own = (x.flatten(0, 1)[: R * heads, :T] for x in (rows.keys[layer], rows.values[layer]))
+        h = f.attend(q, *prompt, *own, unseen, unwritten, row_of_cell, cell_of_row)
         x, h = f.add_norm(x, block.self_attn.o_proj(h), *scale(block.post_attention_layernorm))
         change = block.mlp.down_proj(f.swiglu(block.mlp.gate_proj(h), block.mlp.up_proj(h)))
     x, h = f.add_norm(x, change, *scale(model.norm))
-    f.write_logits(vlm.model.lm_head(h), rows.vision_ids, rows.logits[:R])
+    f.write_logits(vlm.model.lm_head(h), rows.banned, rows.logits[:R])
 
 
 def scale(norm) -> tuple[Tensor, float]:

@@ -113,7 +113,7 @@ def admit(vlm: VLM, rows: Rows, prompts: list[Prompt], chosen: list[int]) -> Non
         lengths = [len(prompts[i]) for i in batch]
         first = rows.first.new_tensor([prompts[i].next_position for i in batch])
         rows.prompt_length[into] = rows.prompt_length.new_tensor(lengths)
-        rows.logits[new] = logits.index_fill(1, rows.vision_ids, -torch.inf).repeat_interleave(n, dim=0)
+        rows.logits[new] = logits.masked_fill(rows.banned, -torch.inf).repeat_interleave(n, dim=0)
         rows.first[new], rows.written[new], rows.finished[new] = first.repeat_interleave(n), 0, False
         rows.place(list(range(slot * n, (slot + len(batch)) * n)), start)
         rows.owners += [(i, sample, rows.time) for i in batch for sample in range(n)]
@@ -193,7 +193,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generat
     probs, likeliest = pieces.likelihoods(logits, temperature)
     rounds, bound = _rounds(top_p), top_p if top_p < 1 else math.inf
     numbers = uniform_numbers(rounds, len(probs), probs.device, generator)
-    token, drawn, outside = pieces.draw(probs, next(numbers), bound)
+    token, drawn, outside = pieces.draw(probs, probs.cumsum(dim=1), next(numbers), bound)
     if rounds == 1:
         return torch.where(outside, likeliest, token)[:, 0]
     if probs.device.type == "cpu":
@@ -204,7 +204,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generat
     for _ in range(rounds - 1):
         if probs.device.type == "cpu" and not outside.any():
             break
-        left, drawn = pieces.draw_again(which, left, drawn, token, outside, next(numbers), bound)
+        left = pieces.likelier(left, drawn)
+        drawn = pieces.draw_again(which, left, left.cumsum(dim=1), token, outside, next(numbers), bound)
     return torch.where(outside, likeliest, token)[:, 0]
 
 

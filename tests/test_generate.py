@@ -303,12 +303,14 @@ def test_bfloat16_attention_is_as_exact_as_torchs(size=30.0):
     torch's)."""
     rng, n, d, prompt, own = torch.Generator().manual_seed(0), 4, 64, 300, 20
     normal = lambda *shape: torch.randn(shape, generator=rng).bfloat16()  # noqa: E731
-    caches = [normal(rows, 2, tokens, d) for rows, tokens in ((1, prompt), (1, prompt), (n, own), (n, own))]
+    caches = [normal(rows * 2, tokens, d) for rows, tokens in ((1, prompt), (1, prompt), (n, own), (n, own))]
     q = normal(n, 6, d) * size / 8
-    hidden = [torch.zeros(rows, 1, 1, tokens, dtype=torch.bool) for rows, tokens in ((1, prompt), (n, own))]
+    hidden = [torch.zeros(rows * 2, 1, tokens, dtype=torch.bool) for rows, tokens in ((1, prompt), (n, own))]
     cells, scaled = torch.arange(n), (q * d**-0.5).view(n, 2, 3, d)
     got = fused.attend(scaled, *caches, *hidden, cells[None], cells).view(n, 6, d)
-    keys, values = (torch.cat([caches[i].expand(n, -1, -1, -1), caches[i + 2]], 2) for i in (0, 1))
+    keys, values = (
+        torch.cat([caches[i].expand(n, -1, -1, -1), caches[i + 2].view(n, 2, own, d)], 2) for i in (0, 1)
+    )
     attention = torch.nn.functional.scaled_dot_product_attention
     exact = attention(q.double()[:, :, None], keys.double(), values.double(), enable_gqa=True)[:, :, 0]
     torchs = attention(q[:, :, None], keys, values, enable_gqa=True)[:, :, 0]
@@ -349,11 +351,12 @@ def test_attention_in_two_parts_is_attention(slots, n, prompt_tokens, own_tokens
     row_of_cell[cells] = torch.arange(count)
     prompt_length = torch.randint(1, prompt_tokens + 1, (slots,), generator=rng)
     written = torch.randint(1, own_tokens + 1, (count,), generator=rng)
-    unseen = torch.arange(prompt_tokens) >= prompt_length[:, None, None, None]
-    unwritten = torch.arange(own_tokens) >= written[:, None, None, None]
+    unseen = (torch.arange(prompt_tokens) >= prompt_length[:, None, None]).repeat_interleave(kv, dim=0)
+    unwritten = (torch.arange(own_tokens) >= written[:, None, None]).repeat_interleave(kv, dim=0)
     q = normal(count, kv * groups, d) * size
     scaled, cells_of_slot = (q * d**-0.5).view(count, kv, groups, d), row_of_cell.view(slots, n)
-    got = fused.attend(scaled, *prompts, *owns, unseen, unwritten, cells_of_slot, cells)
+    flat = (x.flatten(0, 1) for x in (*prompts, *owns))
+    got = fused.attend(scaled, *flat, unseen, unwritten, cells_of_slot, cells)
     got = got.view(count, kv * groups, d)
     for r in range(count):
         slot = int(cells[r]) // n
@@ -456,7 +459,8 @@ def test_a_token_without_probability_never_comes_out(extreme, top_p, monkeypatch
     )
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, extreme))
     assert set(sample(logits, 1.0, top_p, 0, None).tolist()) <= {2, 4}
-    token, *_ = fused.draw(torch.tensor([[0.0, 3e-8, 0.0]]), torch.tensor([[extreme]]), 1.0)
+    probs = torch.tensor([[0.0, 3e-8, 0.0]])
+    token, *_ = fused.draw(probs, probs.cumsum(dim=1), torch.tensor([[extreme]]), 1.0)
     assert token.tolist() == [[1]], "whatever the sum"
 
 
