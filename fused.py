@@ -6,6 +6,7 @@ a CPU runs, and what a GPU runs where nothing can be compiled.
 """
 
 import sys
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
@@ -196,6 +197,12 @@ CHANGING = {
 }
 
 
+def mark(args: Sequence, changing: tuple) -> None:
+    """Tells torch.compile which dimensions of these arguments change."""
+    for argument, dimensions in zip(args, changing):
+        torch._dynamo.maybe_mark_dynamic(argument, dimensions)
+
+
 def compiled(limits) -> SimpleNamespace:
     """The functions above under their names, compiled when they are first called.
 
@@ -209,8 +216,7 @@ def compiled(limits) -> SimpleNamespace:
         def call(*args):
             if limits.compile:
                 try:
-                    for argument, dimensions in zip(args, changing):
-                        torch._dynamo.maybe_mark_dynamic(argument, dimensions)
+                    mark(args, changing)
                     return made(*args)
                 except torch.OutOfMemoryError:
                     raise
