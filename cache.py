@@ -126,7 +126,7 @@ def slots_in_memory(vlm: VLM, prompt_tokens: int, n: int, new_tokens: int) -> in
     row = new_tokens * cache_token_bytes(vlm.model.config, vlm.model.dtype)
     row += SAMPLING_BYTES * vlm.model.config.text_config.vocab_size
     slot = prompt_tokens * cache_token_bytes(vlm.model.config, vlm.model.dtype) + n * row
-    return max(1, int(cache_budget(vlm.device) * vlm.limits.budget) // slot)
+    return max(1, int(cache_budget(vlm.device) * vlm.limits.rows) // slot)
 
 
 def cache_token_bytes(config, dtype: torch.dtype) -> int:

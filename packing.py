@@ -124,9 +124,14 @@ def packed_mask(segment: Tensor) -> Tensor:
     return (shared_or_own & (order[None, :] <= order[:, None]))[:, None]
 
 
-def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """[N] log-probabilities, float32, of targets [N]; hidden: [N, hidden], weight: [vocabulary, hidden]."""
-    size = max(1, LOGITS[hidden.device.type] // len(weight))
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, budget: float = 1.0
+) -> Tensor:
+    """[N] log-probabilities, float32, of targets [N]; hidden: [N, hidden], weight: [vocabulary, hidden].
+
+    budget: the share of LOGITS that is made at a time.
+    """
+    size = max(1, int(LOGITS[hidden.device.type] * budget) // len(weight))
     return TargetLogprobs.apply(hidden, weight, targets, temperature, size)
 
 

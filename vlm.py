@@ -25,12 +25,19 @@ from packing import PackedBatch, lay_out, pack, packed_mask, token_logprobs
 from vision import encode_images
 
 
-@dataclass(frozen=True)
+@dataclass
 class Patches:
-    """An image as the model reads it: `pixels` and `grid` of a Prompt. Prompts about one image share it."""
+    """An image as the model reads it. Prompts about one image share it, and what a frozen encoder made of it.
+
+    pixels: [patches, channels * 2 * 14 * 14] float32, the image as flattened patches.
+    grid: [1, 3] int64, the image's patches in time, height and width.
+    features: once a frozen image encoder has seen it, a weight of that encoder, to know it by, and the
+    features [image_tokens, hidden] in CPU memory (see `image_features`).
+    """
 
     pixels: Tensor
     grid: Tensor
+    features: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,15 +46,12 @@ class Prompt:
 
     ids: [P] int64, the image token repeated once per image feature.
     positions: [3, P] int64, the temporal, vertical and horizontal position of every token.
-    pixels: [patches, channels * 2 * 14 * 14] float32, the image as flattened patches.
-    grid: [1, 3] int64, the image's patches in time, height and width.
     image_start, image_tokens: where in `ids` the image features go.
     """
 
     ids: Tensor
     positions: Tensor
-    pixels: Tensor
-    grid: Tensor
+    patches: Patches
     image_start: int
     image_tokens: int
 
@@ -62,10 +66,14 @@ class Prompt:
 
 @dataclass
 class Limits:
-    """What was learnt of the GPU: the share of the token budgets that fits, if it can record steps, and if
-    torch can compile for it."""
+    """What is known of the GPU: which shares of the token budgets and of the rows of a rollout fit, if it can
+    record steps, and if torch can compile for it."""
 
     budget: float = 1.0
+    rows: float = 1.0
+
+    budget: float = 1.0
+    rows: float = 1.0
     record: bool = True
     compile: bool = True
 
@@ -198,9 +206,9 @@ class VLM:
 
         Roles that are copies of one another share this: they share the GPU, too.
         """
-        if self.limits.budget <= 1 / 64:
+        if max(self.limits.budget, self.limits.rows) <= 1 / 64:
             raise torch.OutOfMemoryError("the smallest batches are still too large")
-        self.limits.budget /= 2
+        self.limits.budget, self.limits.rows = self.limits.budget / 2, self.limits.rows / 2
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -227,7 +235,7 @@ class VLM:
         start, tokens = ids.index(self.model.config.image_token_id), int(patches.grid.prod()) // merge**2
         ids[start : start + 1] = [ids[start]] * tokens
         positions = rope_positions(start, patches.grid[0].tolist(), merge, len(ids) - start - tokens)
-        return Prompt(torch.tensor(ids), positions, patches.pixels, patches.grid, start, tokens)
+        return Prompt(torch.tensor(ids), positions, patches, start, tokens)
 
     def _encode(self, text: str, plain: bool = False) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
@@ -258,7 +266,8 @@ class VLM:
         share: that of the batch in all completions. Differentiate a batch before asking for the next: then
         only one batch's activations are in memory at a time.
         """
-        forward, total = PackedForward(self.model), sum(len(completions) for _, completions in groups)
+        forward = PackedForward(self.model, limits=self.limits)
+        total = sum(len(completions) for _, completions in groups)
         with self.present():
             for rows in pack(groups, self.limits.budget):
                 batch = lay_out(groups, rows)
@@ -274,12 +283,12 @@ class PackedForward(torch.nn.Module):
 
     A module, so that the whole of it can be sharded over processes (see engine/shards.py). With
     `checkpointing` the backward pass computes a layer's activations again instead of keeping them: one more
-    forward.
+    forward. limits: how many logits are made at a time (see `Limits`).
     """
 
-    def __init__(self, model, checkpointing: bool = False):
+    def __init__(self, model, checkpointing: bool = False, limits: Limits | None = None):
         super().__init__()
-        self.model, self.checkpointing = model, checkpointing
+        self.model, self.checkpointing, self.limits = model, checkpointing, limits or Limits()
         if checkpointing:
             new_name = "activation_checkpointing_enable"  # since transformers 5.2x
             enable = getattr(model, new_name if hasattr(model, new_name) else "gradient_checkpointing_enable")
@@ -297,7 +306,8 @@ class PackedForward(torch.nn.Module):
         for layer in layers:
             layer.training = False
         where, targets = batch.where.to(device), batch.targets.to(device)
-        return token_logprobs(hidden[where], self.model.lm_head.weight, targets, temperature)
+        weight = self.model.lm_head.weight
+        return token_logprobs(hidden[where], weight, targets, temperature, self.limits.budget)
 
 
 def copy_model(model):
@@ -308,19 +318,35 @@ def copy_model(model):
 def embed(model, ids: Tensor, prompts: list[Prompt]) -> Tensor:
     """Input embeddings [B, T, hidden] of ids [B, T], whose rows start with these prompts.
 
-    All images are encoded in one pass, each once. Their features are placed by the prompts' own positions,
-    never by looking for the image token.
+    Features are placed by the prompts' own positions, never by looking for the image token.
     """
     device = ids.device
-    images = {id(p.pixels): p for p in prompts}  # prompts about one image share its pixels
-    pixels = torch.cat([p.pixels for p in images.values()]).to(device)
-    grids = torch.cat([p.grid for p in images.values()])
-    features = dict(zip(images, encode_images(model.model.visual, pixels, grids)))
+    images = {id(p.patches): p.patches for p in prompts}
+    features = dict(zip(images, image_features(model.model.visual, list(images.values()), device)))
     embeds = model.get_input_embeddings()(ids)
     row = torch.cat([torch.full((p.image_tokens,), r) for r, p in enumerate(prompts)]).to(device)
     column = [torch.arange(p.image_start, p.image_start + p.image_tokens) for p in prompts]
-    values = torch.cat([features[id(p.pixels)] for p in prompts]).to(embeds.dtype)
+    values = torch.cat([features[id(p.patches)] for p in prompts]).to(embeds.dtype)
     return embeds.index_put((row, torch.cat(column).to(device)), values)
+
+
+def image_features(visual, images: list[Patches], device: torch.device) -> list[Tensor]:
+    """The features [tokens, hidden] of each image, all that are needed made in one pass.
+
+    A frozen encoder makes the same every time: kept beside the image, they serve both roles, rollouts,
+    reference and update. In CPU memory, where they take a fifth of what the pixels take.
+    """
+    weight, frozen = next(visual.parameters()), not any(p.requires_grad for p in visual.parameters())
+    new = [i for i in images if not frozen or i.features is None or i.features[0] is not weight]
+    made = []
+    if new:
+        pixels = torch.cat([image.pixels for image in new]).to(device)
+        made = encode_images(visual, pixels, torch.cat([image.grid for image in new]))
+    if not frozen:
+        return made
+    for image, features in zip(new, made):
+        image.features = weight, features.detach().cpu()
+    return [image.features[1].to(device) for image in images]
 
 
 def hidden_states(model, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache=None) -> Tensor:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import grpo
 from engine.checkpoint import load_processors
-from vlm import VLM, Prompt, rope_positions
+from vlm import VLM, Patches, Prompt, rope_positions
 
 # ---- Models ------------------------------------------------------------------------------------------------
 
@@ -98,7 +98,7 @@ def random_prompt(vlm: VLM, tokens: int, seed: int) -> Prompt:
     grid = torch.tensor([[1, 2 * side, 2 * side]])
     positions = rope_positions(start, grid[0].tolist(), 2, tokens - end)
     pixels = torch.randn(4 * side * side, 3 * 2 * 14 * 14, generator=rng)
-    return Prompt(ids, positions, pixels, grid, start, side * side)
+    return Prompt(ids, positions, Patches(pixels, grid), start, side * side)
 
 
 def image_side(prompt_tokens: int) -> int:

@@ -50,6 +50,11 @@ def resolve(name_or_path: str | Path, weights: bool = False) -> Path:
     return _from_hub(name, weights, constants.HF_HUB_CACHE)
 
 
+def has_weights(name_or_path: str | Path) -> bool:
+    """Whether its weights are on this machine, so that loading them asks no network."""
+    return any(resolve(name_or_path).glob("*.safetensors"))
+
+
 @cache
 def _from_hub(name: str, weights: bool, place: str) -> Path:
     """The folder of a hub id, asked for once: without a network the hub's client tries for minutes."""

@@ -12,6 +12,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -21,17 +22,16 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import lora
-from engine import checkpoint, plan
+from engine import checkpoint, preview
 from engine.checkpoint import load_config, load_processors
 from engine.console import Console
-from engine.images import Found, ImageError, find_images
+from engine.images import Found, ImageError, Picture, find_images
 from engine.ranks import Ranks, join, leave, lost
-from engine.records import printable
+from engine.rehearsal import rehearse, sentence
 from engine.run import Run, RunError, Stopped
 from engine.settings import MAY_CHANGE, TOY, Settings, flag, parse_arguments
 from vlm import VLM
 
-SCENES = 512  # built-in scenes, if there are no other images
 TOO_LITTLE_MEMORY = (
     "the GPU has too little memory: run again with the same --name and --gradient-checkpointing, --offload "
     "or both, which goes on where this stopped; or begin anew with a lower --max-new-tokens, --max-pixels or "
@@ -81,12 +81,14 @@ def start(loop: Loop, s: Settings, ranks: Ranks, console: Console) -> int:
             if ranks.first:
                 print(f"{run.folder} is complete: all of its {s.iterations} iterations are done")
             return 0
+        config, budget = load_config(model_of(s)), token_budget(s, run)
         if ranks.first:
-            print_plan(s, run)
+            preview.show(s, run, config, device_of(s), budget)
         if s.dry_run:
+            show_time(s, run, budget)
             return 0
         console.now("loading the model")
-        roles = load_roles(s)
+        roles = load_roles(s, budget)
         start_run(s, run)
         if ranks.first:  # what a run needs at its end is proven at its start
             checkpoint.prove_export(roles[0], run.folder)
@@ -139,7 +141,7 @@ def carry_out(loop: Loop, s: Settings, run: Run, roles: tuple[VLM, VLM]) -> int:
 def ready(s: Settings, ranks: Ranks | None = None) -> Run:
     """A run that the loop can go on with, for notebooks and experiments. Raises ValueError and OSError."""
     run = prepare(s, ranks or Ranks())
-    roles = load_roles(s)
+    roles = load_roles(s, token_budget(s, run))
     start_run(s, run)
     run.cast(*roles)
     return run
@@ -205,18 +207,50 @@ def device_of(s: Settings) -> torch.device:
     return checkpoint.check_device(s.device)
 
 
-def load_roles(s: Settings) -> tuple[VLM, VLM]:
-    """Both roles, as copies of the base model."""
+def token_budget(s: Settings, run: Run) -> float:
+    """The share of the token budgets that fits, the same for all ranks (see `plan.fitting_budget`)."""
+    budget = preview.budget(s, run, load_config(model_of(s)), device_of(s))
+    return min(run.ranks.gather([budget]))
+
+
+def load_roles(s: Settings, budget: float) -> tuple[VLM, VLM]:
+    """Both roles, as copies of the base model. budget: see `token_budget`."""
     device = device_of(s)
     if device.index is not None:
         torch.cuda.set_device(device)
     base = VLM.load(model_of(s), device, s.dtype, s.max_pixels)
+    base.limits.budget = budget
     if s.lora_rank:
         lora.add_lora(base.model, s.lora_rank, s.seed)
     if s.freeze_vision:
         base.model.model.visual.requires_grad_(False)
     base.park()
     return base, base.copy()
+
+
+def show_time(s: Settings, run: Run, budget: float) -> None:
+    """Prints how long an iteration takes, measured with the weights and a few images, or why it does not."""
+    say = print if run.ranks.first else lambda _: None
+    if not checkpoint.has_weights(model_of(s)):
+        say("time     not measured: the weights are not on this machine yet")
+        return
+    run.console.now("measuring how long a step takes")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            rehearsal = rehearse(s, load_roles(s, budget), few_pictures(s, run, Path(folder)), run.ranks)
+        say(f"time     {sentence(s, rehearsal, run.ranks.size)}")
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        say(f"time     not measured: {checkpoint.first_line(error)}")
+
+
+def few_pictures(s: Settings, run: Run, folder: Path) -> list[Picture]:
+    """The first images of a step, of the run's own, or of scenes that are drawn in `folder`."""
+    if s.images is None:
+        from toy.scenes import write_scenes
+
+        scenes = write_scenes(folder, s.images_per_step, s.seed, run.scene_size)
+        run.images.paths[:] = map(str, scenes)
+    return run.next_images(s.images_per_step)
 
 
 def start_run(s: Settings, run: Run) -> None:
@@ -227,7 +261,9 @@ def start_run(s: Settings, run: Run) -> None:
         return
     from toy.scenes import write_scenes  # draws; what the answers are, only toy/answerer.py knows
 
-    mine = write_scenes(run.folder / "images", SCENES, s.seed, run.scene_size) if run.ranks.first else []
+    mine = (
+        write_scenes(run.folder / "images", preview.SCENES, s.seed, run.scene_size) if run.ranks.first else []
+    )
     run.images.paths[:] = run.ranks.gather([list(map(str, mine))])[0]
     if run.number == 0 and run.ranks.first:
         print(f"no --images given: built-in scenes are in {run.folder / 'images'}")
@@ -288,42 +324,3 @@ def reopened(s: Settings, folder: Path, scene_size: int, ranks: Ranks) -> Run:
     run = Run(folder, images, scene_size, s, ranks)
     run.reopen(dataclasses.asdict(s) | {"scene_size": scene_size})
     return run
-
-
-# ---- The plan ----------------------------------------------------------------------------------------------
-
-
-def print_plan(s: Settings, run: Run) -> None:
-    """What will run: images, tokens, steps and the memory of each phase."""
-    device = device_of(s)
-    dtype = getattr(torch, s.dtype)
-    config, image_tokens = load_config(model_of(s)), s.max_pixels // (28 * 28)
-    if s.images is None:
-        size, image_tokens = run.scene_size, (run.scene_size // 28) ** 2
-        print(f"images   {SCENES} built-in scenes of {size} x {size} pixels, {image_tokens} tokens each")
-    else:
-        found = run.images
-        counts = f"{len(found.paths)} found, {len(found.skipped)} skipped"
-        print(f"images   {counts}, up to about {image_tokens} tokens each")
-        for path, reason in found.skipped:
-            print(f"         skipped {printable(path)}: {reason}")
-    questions, size = s.images_per_step * s.group_size, sum(plan.parameter_sizes(config).values())
-    where = f"{dtype}, on {run.ranks.size} x {device}"
-    print(f"model    {s.model or 'the toy'}: {size:,} parameters, {where}")
-    phases = f"{s.questioner_steps} Questioner and {s.reasoner_steps} Reasoner steps"
-    print(f"steps    {s.iterations} iterations of {phases}")
-    print(f"         a Questioner step samples {questions} questions and {questions * s.answers} answers,")
-    print(f"         a curation {s.candidates} questions and {s.candidates * s.answers} answers,")
-    print(f"         and a Reasoner step up to {questions} answers")
-    # 100: an instruction, a question
-    work = plan.Work(image_tokens, 100, s.max_new_tokens, s.group_size, questions, s.answers)
-    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    memory = (s.gradient_checkpointing, s.offload, run.ranks.size, s.lora_rank, s.freeze_vision)
-    for moment in plan.memory_plan(config, dtype, total, work, *memory):
-        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in moment.parts.items() if size)
-        too_much = total is not None and moment.total >= total
-        verdict = f"; MORE than the {total / 2**30:.0f} GiB of {device}" if too_much else ""
-        print(f"memory   {moment.name}: {moment.total / 2**30:.2f} GiB ({parts}){verdict}")
-    if device.type == "cuda":
-        host = plan.host_plan(config, dtype, *memory[1:])
-        print(f"memory   {host.name}: {host.total / 2**30:.2f} GiB")

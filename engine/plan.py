@@ -91,10 +91,11 @@ def memory_plan(
     ranks: int = 1,
     lora_rank: int = 0,
     freeze_vision: bool = False,
+    budget: float = 1.0,
 ) -> list[Moment]:
     """The memory of the moments of one iteration that take most, on one GPU of `ranks`.
 
-    device_bytes: the memory of the GPU, None on a CPU. `work` is what all ranks have to do.
+    device_bytes: of the GPU, None on a CPU. work: of all ranks. budget: the share of the token budgets.
     """
     sizes = trained_sizes(config, lora_rank, freeze_vision)
     work = replace(work, questions=-(-work.questions // ranks))
@@ -106,9 +107,9 @@ def memory_plan(
     base, copies = {"frozen weights": frozen} if frozen else {}, {"questioner": copy, "reasoner": copy}
     in_training = {"float32 masters": 4 * own if sharded else 0, "AdamW's moments": 8 * own}
     device = "cpu" if device_bytes is None else "cuda"
-    update = update_parts(config, dtype, sizes, work, checkpointing, device, sharded) | {"gradients": 4 * own}
-    if device_bytes is not None and offload:
-        in_training, update["gradients"] = {}, 0
+    update = update_parts(config, dtype, sizes, work, checkpointing, device, sharded, budget)
+    gone = device_bytes is not None and offload
+    in_training, update["gradients"] = ({}, 0) if gone else (in_training, 4 * own)
     # What stays while nothing works: on a CPU all copies, on a GPU the one that is trained itself.
     stays = base | (
         copies | {"reference": copy} if device_bytes is None else {} if sharded else {"trained role": copy}
@@ -118,7 +119,7 @@ def memory_plan(
         parts = stays | in_training if training else base | (copies if device_bytes is None else {})
         if not ("trained role" in parts and name.startswith(role.title())):
             parts = parts | {role: copy}
-        cache = cache_bytes(config, dtype, work, rows, n, device_bytes, sum(parts.values()))
+        cache = cache_bytes(config, dtype, work, rows, n, device_bytes, sum(parts.values()), budget)
         return Moment(name, parts | {"cache": cache})
 
     answers, G = work.questions * work.answers, work.group_size
@@ -131,6 +132,27 @@ def memory_plan(
     ]
 
 
+USABLE = 0.95  # of a GPU's memory: a twentieth is left for what nobody planned
+
+
+def fitting_budget(device_bytes: int | None, *what, **flags) -> float:
+    """The share of the token budgets with which every moment fits: 1, 1/2, ... 1/64; 1 on a CPU.
+
+    A GPU with less memory forwards and differentiates fewer tokens at a time. device_bytes: what is free of
+    it. what, flags: the other arguments of `memory_plan`.
+    1/64 if nothing fits.
+    """
+    if device_bytes is None:
+        return 1.0
+    config, dtype, work = what
+
+    def fits(budget: float) -> bool:
+        moments = memory_plan(config, dtype, device_bytes, work, **flags, budget=budget)
+        return max(moment.total for moment in moments) <= USABLE * device_bytes
+
+    return next((0.5**halvings for halvings in range(7) if fits(0.5**halvings)), 1 / 64)
+
+
 def update_parts(
     config: Qwen2_5_VLConfig,
     dtype: torch.dtype,
@@ -139,10 +161,11 @@ def update_parts(
     checkpointing: bool,
     device: str,
     sharded: bool,
+    budget: float = 1.0,
 ) -> dict[str, int]:
     """What an update takes besides weights, gradients and moments. sizes: of what is trained."""
     rest, layer = layer_sizes(sizes)
-    activations = activation_bytes(config, dtype, work, checkpointing, device, sizes)
+    activations = activation_bytes(config, dtype, work, checkpointing, device, sizes, budget)
     if not sharded:
         return {"whole layers": 0, "activations": activations}
     last = rest * (dtype.itemsize + 4 + 4)
@@ -157,10 +180,11 @@ def cache_bytes(
     n: int,
     device_bytes: int | None,
     taken: int,
+    budget: float = 1.0,
 ) -> int:
     """What rollouts take beside weights: half of what is free, at least what a prompt with n rows needs."""
     free = CPU_CACHE_BYTES if device_bytes is None else max(0, device_bytes - taken) // 2
-    least, most = (rollout_bytes(config, dtype, work, count, n) for count in (n, rows))
+    least, most = (rollout_bytes(config, dtype, work, count, n, budget) for count in (n, rows))
     return max(least, min(most, free))
 
 
@@ -203,20 +227,24 @@ def layer_sizes(sizes: dict[str, int]) -> tuple[int, int]:
     return rest, max(layers.values())
 
 
-def rollout_bytes(config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, rows: int, n: int) -> int:
+def rollout_bytes(
+    config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, rows: int, n: int, budget: float = 1.0
+) -> int:
     """Keys and values of all rows and prompts, what sampling needs, and one layer of a prefill."""
     text, tokens = config.text_config, rows * work.new_tokens + rows // n * work.prompt_tokens
     cache, sampling = tokens * cache_token_bytes(config, dtype), rows * text.vocab_size * SAMPLING_BYTES
     layer = 6 * text.hidden_size + 3 * text.intermediate_size
-    return cache + sampling + min(PREFILL_TOKENS, rows // n * work.prompt_tokens) * layer * dtype.itemsize
+    prefill = min(max(int(PREFILL_TOKENS * budget), work.prompt_tokens), rows // n * work.prompt_tokens)
+    return cache + sampling + prefill * layer * dtype.itemsize
 
 
-def largest_batch(work: Work) -> tuple[int, int]:
+def largest_batch(work: Work, budget: float = 1.0) -> tuple[int, int]:
     """How many rows of how many tokens are forwarded and differentiated together at most (see
     `packing.pack`)."""
     group = work.prompt_tokens + work.group_size * (work.new_tokens - 1)
-    row = min(group, max(ROW_TOKENS, work.prompt_tokens + work.new_tokens - 1))
-    return min(max(1, min(BATCH_TOKENS // row, BATCH_IMAGE_TOKENS // work.image_tokens)), work.questions), row
+    row = min(group, max(int(ROW_TOKENS * budget), work.prompt_tokens + work.new_tokens - 1))
+    rows = min(BATCH_TOKENS * budget // row, BATCH_IMAGE_TOKENS * budget // work.image_tokens)
+    return min(max(1, int(rows)), work.questions), row
 
 
 def activation_bytes(
@@ -226,11 +254,12 @@ def activation_bytes(
     checkpointing: bool,
     device: str,
     sizes: dict[str, int],
+    budget: float = 1.0,
 ) -> int:
     """What the backward pass keeps at most (see the top); shorter completions put more images in a batch."""
     lengths = sorted({max(1, work.new_tokens * i // 32) for i in range(1, 33)})
     works = [replace(work, new_tokens=length) for length in lengths]
-    return max(batch_bytes(config, dtype, each, checkpointing, device, sizes) for each in works)
+    return max(batch_bytes(config, dtype, each, checkpointing, device, sizes, budget) for each in works)
 
 
 def batch_bytes(
@@ -240,13 +269,14 @@ def batch_bytes(
     checkpointing: bool,
     device: str,
     sizes: dict[str, int],
+    budget: float = 1.0,
 ) -> int:
     """The same for the largest batch of completions that all have `work.new_tokens` tokens.
 
     sizes: of what is trained. A frozen image encoder keeps nothing, and a frozen output matrix has no
     gradient.
     """
-    rows, row = largest_batch(work)
+    rows, row = largest_batch(work, budget)
     text, vision = config.text_config, config.vision_config
     patches = vision.spatial_merge_size**2 * rows * work.image_tokens
 
@@ -259,7 +289,8 @@ def batch_bytes(
     mask = rows * row * row * dtype.itemsize
     matrix = text.vocab_size * text.hidden_size * dtype.itemsize  # the gradient of the output matrix
     matrix = matrix if any("embed_tokens" in name for name in sizes) else 0
-    logits = min(LOGITS[device], rows * row * text.vocab_size) * (4 + dtype.itemsize)  # as made, in float32
+    made = min(max(int(LOGITS[device] * budget), text.vocab_size), rows * row * text.vocab_size)
+    logits = made * (4 + dtype.itemsize)  # as made, and in float32
     if not checkpointing:
         return mask + text.num_hidden_layers * text_layer + depth * vision_layer + logits + matrix
     inputs = text.num_hidden_layers * rows * row * text.hidden_size + depth * patches * vision.hidden_size

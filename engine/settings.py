@@ -76,7 +76,9 @@ class Settings:
     save_every: int = setting(
         5, "steps between two saved states of a run; a state is also saved when a phase ends"
     )
-    dry_run: bool = setting(False, "print what would run and how much memory it takes, then stop")
+    dry_run: bool = setting(
+        False, "print what would run, how much memory it takes and how long (measured), then stop"
+    )
 
     def check(self) -> None:
         """Raises ValueError, with a sentence for the user, for a value out of range."""

@@ -51,7 +51,7 @@ class Trained:
             self.forward = shard(vlm, offload, checkpointing, self.ranks.size)
         else:
             vlm.unpark()
-            self.forward = PackedForward(vlm.model, checkpointing)
+            self.forward = PackedForward(vlm.model, checkpointing, vlm.limits)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
         if self.sharded:
             self.optimizer.register_step_post_hook(lambda *_: self.refresh())
@@ -153,7 +153,7 @@ def shard(vlm: VLM, offload: bool, checkpointing: bool, size: int) -> PackedForw
         mp_policy=precision,
         offload_policy=CPUOffloadPolicy() if offload and device.type == "cuda" else OffloadPolicy(),
     )
-    forward = PackedForward(copy_model(vlm.model), checkpointing)
+    forward = PackedForward(copy_model(vlm.model), checkpointing, vlm.limits)
     frozen = {
         p for p in forward.parameters() if not p.requires_grad
     }  # stays as it is, shared with the plain copy

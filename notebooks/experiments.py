@@ -35,7 +35,7 @@ import rewards
 import toy.build
 import watch
 from answers import canonical
-from engine import command
+from engine import command, preview
 from engine.images import load_image
 from engine.settings import TOY, TOY_DEFAULTS, Settings
 from toy.answerer import understand
@@ -215,7 +215,7 @@ def one(experiment: str, seed: int, short: bool, bases: Path) -> dict:
     disable_progress_bar()
     sys.stdout = open(os.devnull, "w")
     if short:  # this process does nothing else
-        command.SCENES, watch.HELD_OUT_QUESTIONS, watch.PROBES = 32, 16, 4
+        preview.SCENES, watch.HELD_OUT_QUESTIONS, watch.PROBES = 32, 16, 4
     result = dict(experiment=experiment, seed=seed, short=short)
     result |= dict(settings=settings(experiment, seed, short))
     s = Settings(**result["settings"], name="x")

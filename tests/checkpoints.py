@@ -262,7 +262,7 @@ def plain_inputs(prompt: Prompt, completion: list[int] = ()) -> dict:
     types = torch.zeros_like(ids, dtype=torch.int)
     types[0, prompt.image_start : prompt.image_start + prompt.image_tokens] = 1
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types)
-    return inputs | dict(pixel_values=prompt.pixels, image_grid_thw=prompt.grid)
+    return inputs | dict(pixel_values=prompt.patches.pixels, image_grid_thw=prompt.patches.grid)
 
 
 def plain_logprobs(vlm: VLM, prompt: Prompt, completion: list[int], temperature: float) -> torch.Tensor:

@@ -332,9 +332,9 @@ def whole_and_resumed(*flags):
     """Two runs in an empty folder, one stopped in the middle and resumed; gives both folders."""
     import loop
     import watch
-    from engine import command, run
+    from engine import preview, run
 
-    watch.HELD_OUT_QUESTIONS, command.SCENES, watch.PROBES = 1, 4, 1
+    watch.HELD_OUT_QUESTIONS, preview.SCENES, watch.PROBES = 1, 4, 1
     os.chdir(scratch())
     flags = [*FLAGS.split(), *flags]
     rewarded = functools.partial(  # something is learnt, whatever is said

@@ -47,7 +47,7 @@ def test_saved_folder_loads_in_plain_transformers(published, tmp_path):
     second = again.prompt("How many?", noise_image(120, 60))
     assert (
         torch.equal(second.ids, prompt.ids)
-        and torch.equal(second.pixels, prompt.pixels)
+        and torch.equal(second.patches.pixels, prompt.patches.pixels)
         and again.end_ids == vlm.end_ids
     )
     assert Qwen2VLImageProcessorPil.from_pretrained(tmp_path / "out").size == vlm.image_processor.size

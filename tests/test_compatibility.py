@@ -58,7 +58,7 @@ def test_a_source_as_transformers_5_saves_it(published, tmp_path):
     vlm = stirred(source)
     prompt = vlm.prompt("How many?", noise_image(120, 60))
     before = VLM.load(published, "cpu", torch.float32).prompt("How many?", noise_image(120, 60))
-    assert torch.equal(prompt.ids, before.ids) and torch.equal(prompt.pixels, before.pixels)
+    assert torch.equal(prompt.ids, before.ids) and torch.equal(prompt.patches.pixels, before.patches.pixels)
     prove_export(vlm, tmp_path)
     vlm.save(tmp_path / "saved")
     kept = json.loads((tmp_path / "saved" / "preprocessor_config.json").read_text())

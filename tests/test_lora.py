@@ -14,7 +14,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import grpo
 import loop
 import lora
+import questioner
+import reasoner
+import vlm as vlm_file
 from engine import plan
+from engine.images import Picture
 from engine.ranks import Ranks
 from engine.shards import Trained
 from generate import generate
@@ -68,6 +72,65 @@ def test_merged_weights_compute_the_same():
     assert not torch.allclose(before, plain.logprobs(prompts[0], [[5, 6, 7]])[0], atol=1e-2), "B is not 0"
     tokens = [generate(v, prompts, 1, 12, temperature=0.0) for v in (vlm, plain)]
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("how", ["lora", "frozen", "all weights"])
+def test_a_frozen_encoder_sees_an_image_once(how, monkeypatch):
+    """In asking, the other role's votes, reference and update; one that is trained sees it each time."""
+    seen, encode = [], vlm_file.encode_images
+
+    def counted(visual, pixels, grids):
+        seen.append(len(grids))
+        return encode(visual, pixels, grids)
+
+    monkeypatch.setattr(vlm_file, "encode_images", counted)
+    asks = with_lora() if how == "lora" else VLM.load(ROOT / "toy", "cpu", "float32")
+    if how == "frozen":
+        asks.model.model.visual.requires_grad_(False)
+    answers, reference = asks.copy(), asks.copy()
+    pictures = [Picture(str(i), noise_image(60 + 30 * i, 60, i)) for i in range(3)]
+    sampling = dict(max_new_tokens=32, generator=torch.Generator().manual_seed(0))
+    asked = questioner.ask(asks, pictures, 4, **sampling)
+    assert any(votes for group in reasoner.vote(answers, asked, 2, **sampling) for votes in group)
+    groups = [grpo.Group(a.prompt, a.completions, [0.0, 1.0, 0.5, 0.2]) for a in asked]
+    grpo.add_reference(groups, reference)
+    grpo.backward(Trained(asks, 1e-4, 0.0), groups)
+    if how == "all weights":
+        assert sum(seen) >= 3 * len(pictures) and all(a.patches.features is None for a in asked)
+    else:
+        assert sum(seen) == len(pictures)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kept_features_change_nothing(dtype):
+    """Log-probabilities and gradients with features that a rollout kept, and with ones made anew."""
+    vlm, results = with_lora(dtype), []
+    for kept in (True, False):
+        groups = groups_of(vlm)
+        if kept:
+            generate(vlm, [g.prompt for g in groups], 1, 2, temperature=0)
+            assert all(g.prompt.patches.features is not None for g in groups)
+        grpo.add_reference(groups, vlm)
+        grpo.backward(vlm, groups)
+        gradients = [p.grad.clone() for p in vlm.model.parameters() if p.grad is not None]
+        vlm.model.zero_grad()
+        results.append([*(x for g in groups for x in g.ref_logp.values()), *gradients])
+    for a, b in zip(*results, strict=True):
+        # All images in one pass either way, padded and ordered alike: the same to the last bit.
+        assert torch.equal(a, b)
+
+
+def test_kept_features_are_of_one_encoder():
+    """Another frozen encoder, or one that is trained, makes its own."""
+    first, other, trained = with_lora(), with_lora(), VLM.load(ROOT / "toy", "cpu", "float32")
+    with torch.no_grad():
+        other.model.model.visual.patch_embed.proj.weight.mul_(1.5)
+        expected = other.logprobs(groups_of(other)[0].prompt, [[5, 6, 7]])[0]
+        prompt = groups_of(first)[0].prompt
+        before, after = first.logprobs(prompt, [[5, 6, 7]])[0], other.logprobs(prompt, [[5, 6, 7]])[0]
+    assert torch.equal(after, expected) and not torch.allclose(before, after)
+    trained.logprobs(prompt, [[5, 6, 7]])[0].sum().backward()
+    assert trained.model.model.visual.patch_embed.proj.weight.grad.abs().max() > 0
 
 
 def test_gradients_are_those_of_the_formula():

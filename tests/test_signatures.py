@@ -80,9 +80,9 @@ FIRST = dict(variety_of=64, distinct_2=0.4, kind_entropy=1.2, largest_cluster=0.
     "changed, said",
     [
         ({}, None),
-        (dict(distinct_2=0.21, kind_entropy=0.61, largest_cluster=0.5), None),
+        (dict(distinct_2=0.21, kind_entropy=0.25, largest_cluster=0.5), None),
         (dict(distinct_2=0.19), "distinct_2 is 0.19, at first 0.40"),
-        (dict(kind_entropy=0.5), "kind_entropy is 0.50"),
+        (dict(kind_entropy=0.2), "kind_entropy is 0.20"),
         (dict(largest_cluster=0.7), "one cluster holds 0.70"),
     ],
 )
@@ -132,5 +132,8 @@ def test_label_drift_is_seldom_seen_where_there_is_none():
 def test_stagnant_difficulty():
     assert "0.500 -> 0.500" in signatures.stagnant_difficulty([0.5] * 6)
     assert "--questioner-steps" in signatures.stagnant_difficulty([0.6, 0.6, 0.9, 0.9, 0.5, 0.5])
-    assert signatures.stagnant_difficulty([0.5, 0.5, 0.1, 0.1, 0.6, 0.5]) is None
+    assert signatures.stagnant_difficulty([0.5, 0.5, 0.1, 0.1, 0.6, 0.58]) is None
+    # By hand: thirds 0.5 -+ 0.1 and 0.6 -+ 0.1, each 0.02 / 1 of variance: an error of 0.1414.
+    assert signatures.stagnant_difficulty([0.4, 0.6, 0, 0, 0.5, 0.7]), "0.1 is 0.7 errors"
+    assert signatures.stagnant_difficulty([0.4, 0.6, 0, 0, 0.62, 0.82]) is None, "0.22 is 1.56"
     assert signatures.stagnant_difficulty([0.9, 0.5, 0.4, 0.1, 0.1]) is None, "too few steps to say"

@@ -33,8 +33,8 @@ def test_image_tokens_against_transformers_processor(random_vlm, size, monkeypat
     theirs = processor(text=[rendered], images=[image], return_tensors="pt")
     ours = random_vlm.prompt(text, image)
     assert ours.ids.tolist() == theirs["input_ids"][0].tolist()
-    assert torch.equal(ours.pixels, theirs["pixel_values"]) and torch.equal(
-        ours.grid, theirs["image_grid_thw"]
+    assert torch.equal(ours.patches.pixels, theirs["pixel_values"]) and torch.equal(
+        ours.patches.grid, theirs["image_grid_thw"]
     )
     assert (ours.ids == random_vlm.model.config.image_token_id).nonzero()[:, 0].tolist() == list(
         range(ours.image_start, ours.image_start + ours.image_tokens)
@@ -46,7 +46,10 @@ def test_positions_against_transformers(random_vlm, size):
     prompt = random_vlm.prompt("A question?", noise_image(*size), system="Be brief.")
     inputs = plain_inputs(prompt)
     positions, delta = random_vlm.model.model.get_rope_index(
-        inputs["input_ids"], inputs["mm_token_type_ids"], prompt.grid, attention_mask=inputs["attention_mask"]
+        inputs["input_ids"],
+        inputs["mm_token_type_ids"],
+        prompt.patches.grid,
+        attention_mask=inputs["attention_mask"],
     )
     assert torch.equal(prompt.positions, positions[:, 0])
     assert prompt.next_position == len(prompt) + delta.item()

@@ -37,7 +37,7 @@ import questioner
 import reasoner
 from toy.answerer import Fact, ask, understand
 from toy.scenes import BOARD, COLOURS, PLURALS, SHAPES, Scene, render, sample_scene
-from vlm import VLM, Prompt
+from vlm import VLM, Patches, Prompt
 
 FOLDER = Path(__file__).parent
 # The probability of stopping before object 1, 2, 3, ...
@@ -205,13 +205,15 @@ class Lessons:
         self.scenes = [sample_scene(rng) for _ in range(scenes)]
         self.blank = render((), rng)
         images = [render(scene, rng) for scene in tqdm(self.scenes, desc="scenes", disable=None)]
-        self.pixels = [vlm.patches(image).pixels.half() for image in images]  # half: they are many
+        self.patches = [vlm.patches(image) for image in images]
+        for patches in self.patches:
+            patches.pixels = patches.pixels.half()  # they are many
 
-    def prompt(self, text: str, pixels: torch.Tensor) -> Prompt:
-        """The prompt of `text` about a scene; only the pixels differ between scenes."""
+    def prompt(self, text: str, patches: Patches) -> Prompt:
+        """The prompt of `text` about a scene; only the patches differ between scenes."""
         if text not in self.prompts:
             self.prompts[text] = self.vlm.prompt(text, self.blank)
-        return replace(self.prompts[text], pixels=pixels)
+        return replace(self.prompts[text], patches=patches)
 
     def batch(self, asking: float, stops: Sequence[float]) -> tuple[list[Prompt], list[list[int]]]:
         """Prompts and what to write after them; a share `asking` of them are the Questioner's."""
@@ -219,13 +221,14 @@ class Lessons:
         for lesson in range(BATCH):
             if lesson % 2 == 0:  # two lessons a scene: its image is encoded once
                 i = self.rng.randrange(len(self.scenes))
-                scene, pixels = self.scenes[i], self.pixels[i].float()
+                scene, half = self.scenes[i], self.patches[i]
+                patches = replace(half, pixels=half.pixels.float())
             if self.rng.random() < asking:
-                prompts.append(self.prompt(questioner.INSTRUCTION, pixels))
+                prompts.append(self.prompt(questioner.INSTRUCTION, patches))
                 outputs.append(questioner_output(easy_question(scene, self.rng), scene))
             else:
                 question = ask(scene, self.rng)
-                prompts.append(self.prompt(question + reasoner.INSTRUCTION, pixels))
+                prompts.append(self.prompt(question + reasoner.INSTRUCTION, patches))
                 outputs.append(reasoner_output(question, scene, self.rng, stops))
         return prompts, [self.vlm.tokenizer(text)["input_ids"] + [self.vlm.end_ids[0]] for text in outputs]
 

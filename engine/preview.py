@@ -1,0 +1,117 @@
+"""What a run will do, printed before it begins: images, steps, and the memory of each moment on this machine.
+
+Memory comes from the plan (plan.py). A GPU that is too small for the usual batches gets smaller ones, the
+`budget`; one that is still too small is told which flags would help.
+"""
+
+import torch
+from transformers import Qwen2_5_VLConfig
+
+from engine import plan
+from engine.records import printable
+from engine.run import Run
+from engine.settings import Settings
+
+SCENES = 512  # built-in scenes, if there are no other images
+TEXT_TOKENS = 100  # of an instruction and a question, about
+SLOW = 0.25  # below this share of the usual batches a step has many small forward passes
+HELP = {  # flags that need less memory, those that change nothing else first
+    "--gradient-checkpointing": dict(checkpointing=True),
+    "--gradient-checkpointing --offload": dict(checkpointing=True, offload=True),
+    "--gradient-checkpointing --lora-rank 16 --lr 2e-5": dict(checkpointing=True, lora_rank=16),
+}
+
+
+def budget(s: Settings, run: Run, config: Qwen2_5_VLConfig, device: torch.device) -> float:
+    """The share of the token budgets that fits into the memory that is free (see `plan.fitting_budget`)."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    return plan.fitting_budget(free, *of_plan(s, run, config), **memory_flags(s, run))
+
+
+def of_plan(s: Settings, run: Run, config: Qwen2_5_VLConfig) -> tuple:
+    """What the plan wants to know first: the model, what it computes in, and the work of a step."""
+    questions = s.images_per_step * s.group_size
+    work = plan.Work(image_tokens(s, run), TEXT_TOKENS, s.max_new_tokens, s.group_size, questions, s.answers)
+    return config, getattr(torch, s.dtype), work
+
+
+def memory_flags(s: Settings, run: Run) -> dict:
+    """What the plan wants to know besides."""
+    return dict(
+        checkpointing=s.gradient_checkpointing,
+        offload=s.offload,
+        ranks=run.ranks.size,
+        lora_rank=s.lora_rank,
+        freeze_vision=s.freeze_vision,
+    )
+
+
+def image_tokens(s: Settings, run: Run) -> int:
+    """Tokens of the largest image."""
+    return (run.scene_size // 28) ** 2 if s.images is None else s.max_pixels // (28 * 28)
+
+
+def show(s: Settings, run: Run, config: Qwen2_5_VLConfig, device: torch.device, budget: float) -> None:
+    """Prints it all. budget: the share of the token budgets that is used."""
+    tokens = image_tokens(s, run)
+    if s.images is None:
+        size = run.scene_size
+        print(f"images   {SCENES} built-in scenes of {size} x {size} pixels, {tokens} tokens each")
+    else:
+        found = run.images
+        counts = f"{len(found.paths)} found, {len(found.skipped)} skipped"
+        print(f"images   {counts}, up to about {tokens} tokens each")
+        for path, reason in found.skipped:
+            print(f"         skipped {printable(path)}: {reason}")
+    questions, size = s.images_per_step * s.group_size, sum(plan.parameter_sizes(config).values())
+    where = f"torch.{s.dtype}, on {run.ranks.size} x {device}"
+    print(f"model    {s.model or 'the toy'}: {size:,} parameters, {where}")
+    phases = f"{s.questioner_steps} Questioner and {s.reasoner_steps} Reasoner steps"
+    print(f"steps    {s.iterations} iterations of {phases}")
+    print(f"         a Questioner step samples {questions} questions and {questions * s.answers} answers,")
+    print(f"         a curation {s.candidates} questions and {s.candidates * s.answers} answers,")
+    print(f"         and a Reasoner step up to {questions} answers")
+    show_memory(s, run, config, device, budget)
+
+
+def show_memory(s: Settings, run: Run, config: Qwen2_5_VLConfig, device: torch.device, budget: float) -> None:
+    """Prints the memory of each moment, and on a GPU what to do about it."""
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    flags = memory_flags(s, run)
+    first, dtype, work = of_plan(s, run, config)
+    checkpointing, offload = flags.pop("checkpointing"), flags.pop("offload")
+    moments = plan.memory_plan(first, dtype, total, work, checkpointing, offload, budget=budget, **flags)
+    for moment in moments:
+        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in moment.parts.items() if size)
+        too_much = total is not None and moment.total >= total
+        verdict = f"; MORE than the {total / 2**30:.0f} GiB of {device}" if too_much else ""
+        print(f"memory   {moment.name}: {moment.total / 2**30:.2f} GiB ({parts}){verdict}")
+    if total is None:
+        return
+    host = plan.host_plan(config, dtype, offload, **flags)
+    print(f"memory   {host.name}: {host.total / 2**30:.2f} GiB")
+    free = torch.cuda.mem_get_info(device)[0]
+    print(f"memory   {advice(free, budget, of_plan(s, run, config), memory_flags(s, run))}")
+
+
+def advice(free: int, budget: float, what: tuple, flags: dict) -> str:
+    """Whether these flags suit a GPU with `free` bytes, and which suit it better.
+
+    budget: the share of the token budgets that is used; what, flags: see `of_plan` and `memory_flags`.
+    """
+
+    def fits(flags: dict, budget: float) -> bool:
+        moments = plan.memory_plan(*what[:2], free, what[2], **flags, budget=budget)
+        return max(moment.total for moment in moments) <= plan.USABLE * free
+
+    fitting = fits(flags, budget)
+    if fitting and budget == 1:
+        return f"{free / 2**30:.1f} GiB are free on the GPU: this fits"
+    smaller = (
+        f"with batches of {budget:g} of the usual size" if fitting else "not even with the smallest batches"
+    )
+    sentence = f"{free / 2**30:.1f} GiB are free on the GPU: this fits {smaller}"
+    if fitting and budget >= SLOW:
+        return sentence
+    better = [text for text, more in HELP.items() if fits(flags | more, SLOW)]
+    return sentence + (f"; use {' or '.join(better)}" if better else "")

@@ -1,0 +1,150 @@
+"""What is said before a run begins: batches that fit, flags that help, and how long it takes."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+from checkpoints import noise_image
+from conftest import ROOT
+
+import grpo
+import loop
+import packing
+from engine import plan, preview, rehearsal
+from engine.images import Picture
+from engine.ranks import Ranks
+from engine.rehearsal import Rehearsal, duration, rehearse, sentence
+from engine.settings import parse_arguments
+from engine.shards import Trained
+
+sys.path.append(str(ROOT / "bench"))
+from shapes import peak_extra_bytes, random_completions, random_prompt, random_vlm, shape_config  # noqa: E402
+
+GIB = 2**30
+WORK = plan.Work(1024, 100, 1024, 8, 1024, 10)
+PLAIN = dict(checkpointing=False, offload=False, ranks=1, lora_rank=0, freeze_vision=False)
+
+
+# ---- Batches that fit --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.5, 0.25])
+def test_smaller_batches_take_what_is_planned_for_them(budget, monkeypatch):
+    """An update of eight groups at a share of the budgets, against the peak of its tensors; 15% at most."""
+    for name in ("ROW_TOKENS", "BATCH_TOKENS", "BATCH_IMAGE_TOKENS"):
+        monkeypatch.setattr(packing, name, 1600), monkeypatch.setattr(plan, name, 1600)
+    vlm = random_vlm("small", "cpu", "float32")
+    vlm.limits.budget = budget
+    groups = []
+    for seed in range(8):
+        prompt, completions = random_prompt(vlm, 150, seed), random_completions(vlm, 4, 40, seed)
+        groups.append(grpo.Group(prompt, completions, [0.0, 1.0, 0.0, 1.0]))
+    policy = Trained(vlm, 1e-6, 0.0)
+    grpo.add_reference(groups, vlm)
+    grpo.backward(policy, groups)
+    measured = peak_extra_bytes(lambda: grpo.backward(policy, groups), "cpu")
+    work = plan.Work(prompt.image_tokens, len(prompt) - prompt.image_tokens, 40, 4, 8, 1)
+    config = vlm.model.config
+    what = (work, False, "cpu", plan.parameter_sizes(config))
+    planned = plan.batch_bytes(config, torch.float32, *what, budget)
+    assert planned == pytest.approx(measured, rel=0.15)
+    assert planned <= plan.activation_bytes(config, torch.float32, *what, budget)
+
+
+def test_less_memory_means_smaller_batches():
+    """3B with LoRA and without checkpointing: by the plan 45.7 GiB, 26.5 and 17.4 with smaller batches."""
+    what, flags, shares = (shape_config("3b"), torch.bfloat16, WORK), PLAIN | dict(lora_rank=16), []
+    for gib in (50, 40, 30, 20, 12):
+        shares.append(plan.fitting_budget(gib * GIB, *what, **flags))
+        moments = plan.memory_plan(*what[:2], gib * GIB, WORK, **flags, budget=shares[-1])
+        fits = max(moment.total for moment in moments) <= 0.95 * gib * GIB
+        assert fits == (gib > 12), gib
+    assert shares == [1, 0.5, 0.5, 0.25, 1 / 64]
+    assert plan.fitting_budget(None, *what, **PLAIN) == 1
+
+
+def test_all_token_budgets_shrink_together(monkeypatch):
+    """Rows, batches, prefills and logits: fewer tokens at a time, and the same numbers."""
+    vlm, sizes = random_vlm("small", "cpu", "float32"), []
+    prompt, completions = random_prompt(vlm, 150, 0), random_completions(vlm, 4, 40, 0)
+    whole = vlm.logprobs(prompt, completions)
+    vlm.limits.budget = 1 / 64
+    made = packing.TargetLogprobs.apply
+    monkeypatch.setattr(packing.TargetLogprobs, "apply", lambda *a: (sizes.append(a[-1]), made(*a))[1])
+    for a, b in zip(whole, vlm.logprobs(prompt, completions)):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert len(sizes) == 4, "each completion in a row of its own"
+    assert max(sizes) <= packing.LOGITS["cpu"] / 64 / vlm.model.config.text_config.vocab_size
+
+
+# ---- Flags that help ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "size, gib, flags, says, proposes",
+    [
+        ("3b", 139, {}, "this fits", []),
+        ("3b", 30, dict(lora_rank=16), "of 0.5 of the usual size", []),
+        ("3b", 78, {}, "not even", ["--gradient-checkpointing", "--offload", "--lora-rank"]),
+        ("3b", 22, {}, "not even", ["--gradient-checkpointing --offload", "--lora-rank"]),
+        ("3b", 22, dict(checkpointing=True, offload=True), "this fits", []),
+        ("7b", 22, {}, "not even", ["--gradient-checkpointing --offload"]),
+        ("7b", 4, {}, "not even", []),
+    ],
+)
+def test_advice(size, gib, flags, says, proposes):
+    what, flags = (shape_config(size), torch.bfloat16, WORK), PLAIN | flags
+    budget = plan.fitting_budget(gib * GIB, *what, **flags)
+    sentence = preview.advice(gib * GIB, budget, what, flags)
+    assert says in sentence and all(p in sentence for p in proposes), sentence
+    assert ("use" in sentence.split(":")[1].replace("usual", "")) == bool(proposes), sentence
+
+
+# ---- How long ----------------------------------------------------------------------------------------------
+
+
+def test_seconds_by_hand():
+    s = parse_arguments("", ["--model", "x", "--images-per-step", "16", "--candidates", "100"])
+    measured = Rehearsal(images=4, asking=2.0, answering=30.0, updating=8.0, valid=20)
+    assert measured.questioner_step(s) == 160.0  # 40 seconds for 4 images, 16 of them
+    assert measured.curation(s) == 100.0  # 32 / 4 seconds for the 8 questions of an image, 100 of them
+    # 1.5 s for the 10 answers to a question, so 1.2 s for 8 of them, and 2 s of update; 16 questions.
+    assert measured.reasoner_step(s) == pytest.approx(51.2)
+    assert measured.iteration(s) == pytest.approx(20 * 160 + 100 + 20 * 51.2)
+    text = sentence(s, measured, 2)
+    assert "Questioner step takes about 80 s" in text and "an iteration 36 min, all 3 of them 108 min" in text
+    assert [duration(x) for x in (0.123, 3, 119, 121, 7300, 300_000)] == [
+        *("0.1 s", "3 s", "119 s", "2 min", "2 h", "3 days")
+    ]
+
+
+def test_a_rehearsal_changes_nothing_and_doubles_its_images(toy, monkeypatch):
+    s = parse_arguments("", ["--group-size", "2", "--answers", "2", "--max-new-tokens", "32"])
+    roles, counts, step = (toy.copy(), toy.copy()), [], rehearsal.step_on
+    before = [p.clone() for p in roles[0].model.parameters()]
+    monkeypatch.setattr(rehearsal, "step_on", lambda *a: (counts.append(len(a[2])), step(*a))[1])
+    monkeypatch.setattr(rehearsal, "ENOUGH", float("inf"))
+    pictures = [Picture(str(i), noise_image(60, 60, i)) for i in range(3)]
+    result = rehearse(s, roles, pictures, Ranks())
+    assert counts == [1, 1, 2, 3] and result.images == 3
+    assert min(result.asking, result.answering, result.updating) > 0
+    assert all(torch.equal(a, b) for a, b in zip(before, roles[0].model.parameters()))
+    counts.clear()
+    monkeypatch.setattr(rehearsal, "ENOUGH", 0.0)
+    assert rehearse(s, roles, pictures, Ranks()).images == 1 and counts == [1, 1]
+
+
+def test_a_dry_run_says_how_long(published, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = "--images-per-step 2 --group-size 2 --answers 2 --max-new-tokens 32".split()
+    assert loop.main(["--dry-run", *small]) == 0
+    out = capsys.readouterr().out
+    assert "time     from a step on 2 images: a Questioner step takes about" in out, out
+    shutil.copytree(published, "m")
+    for file in (tmp_path / "m").glob("*.safetensors*"):
+        file.unlink()
+    noise_image(60, 60).save("a.png")
+    assert loop.main(["--dry-run", "--model", "m", "--images", "*.png", *small]) == 0
+    assert "not measured: the weights are not on this machine yet" in capsys.readouterr().out
+    assert {p.name for p in tmp_path.iterdir()} == {"m", "a.png"}
