@@ -71,9 +71,6 @@ class Limits:
 
     budget: float = 1.0
     rows: float = 1.0
-
-    budget: float = 1.0
-    rows: float = 1.0
     record: bool = True
     compile: bool = True
 
