@@ -1,10 +1,11 @@
 """The cache that the samples of a prompt share, and one step of decoding on it.
 
-    step     forwards one token per row; a row attends to its prompt's keys and to its own (see `attend`)
+    step     forwards one token per row; a row attends to its prompt's keys and to its own (`fused.attend`)
 
 All tensors are allocated once and written in place, so a step is a fixed sequence of kernels on fixed
-addresses. On a GPU it is therefore recorded once as a CUDA graph and replayed: launching a thousand small
-kernels from Python takes longer than running them.
+addresses. On a GPU it is therefore recorded once as a CUDA graph and replayed: launching hundreds of small
+kernels from Python takes longer than running them. What stands between the matrix products is compiled there,
+so that they are not thousands (fused.py).
 """
 
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import fused
 from vlm import VLM
 
 CPU_CACHE_BYTES = 1 << 29  # memory for keys and values on a CPU; on CUDA it is derived from what is free
@@ -33,6 +35,8 @@ class Rows:
     layer each, [R, heads, T, head_dim], of the tokens that the row has written. row_of_cell: [S * n],
     cell_of_row: [R]; written: [R] tokens written; first: [R] the position of the first of them. tokens: [R, T
     + 1] (the last column is scrap: where finished rows go on writing); logits: [R, vocabulary], float32.
+    banned: [vocabulary], True for tokens that are never sampled; count: 0, 1, 2, ... in_one: a layer each,
+    the three projections before attention as one, on a GPU. pieces: `fused`, or its functions compiled.
     """
 
     def __init__(self, vlm: VLM, slots: int, n: int, prompt_tokens: int, new_tokens: int):
@@ -57,11 +61,15 @@ class Rows:
         self.written, self.first, self.tokens = integers(rows), integers(rows), integers(rows, new_tokens + 1)
         self.finished = torch.ones(rows, device=device, dtype=torch.bool)
         self.logits = torch.zeros(rows, text.vocab_size, device=device)
-        self.end_ids, self.vision_ids = (
-            integers(0).new_tensor(vlm.end_ids),
-            integers(0).new_tensor(vlm.vision_ids),
-        )
-        self.n, self.new_tokens, self.buckets = n, new_tokens, BUCKETS[device.type]
+        self.end_ids = integers(0).new_tensor(vlm.end_ids)
+        self.banned = torch.zeros(text.vocab_size, device=device, dtype=torch.bool)
+        self.banned[integers(0).new_tensor(vlm.vision_ids)] = True
+        self.count = torch.arange(max(prompt_tokens, new_tokens), device=device)
+        self.n, self.heads, self.dtype, self.new_tokens = n, heads, dtype, new_tokens
+        self.buckets = BUCKETS[device.type]
+        layers, fast = vlm.model.model.language_model.layers, device.type == "cuda"
+        self.in_one = [in_one(layer.self_attn) if fast else None for layer in layers]
+        self.pieces = fused.compiled(vlm.limits) if fast else fused
         # What the host knows, so that it need not ask the GPU:
         self.owners: list[
             tuple[int, int, int]
@@ -146,90 +154,51 @@ def step(vlm: VLM, rows: Rows, R: int, S: int, P: int, T: int) -> None:
     batch. It looks at S slots, P tokens of each prompt and T written tokens of each row (see `Rows.shape`).
     Done twice it gives the same, and it never asks the GPU for a number, as `recorded` needs.
     """
-    model, index = vlm.model.model.language_model, (rows.written[:R] - 1).clamp(0, rows.new_tokens - 1)
-    x = model.embed_tokens(rows.tokens[:R].gather(1, index[:, None])[:, 0])
-    cos, sin = rotation(model.rotary_emb, rows.first[:R] + index, x.dtype)
-    seen = torch.arange(P, device=x.device) < rows.prompt_length[:S, None, None, None]
-    own = torch.arange(T, device=x.device) <= index[:, None, None, None]
-    everyone = torch.arange(R, device=x.device)
+    model, f, n, heads = vlm.model.model.language_model, rows.pieces, rows.n, rows.heads
+    token, index, cos, sin, unseen, unwritten = f.begin(
+        rows.tokens[:R], rows.written[:R], rows.first[:R], rows.prompt_length[:S], rows.count[:P],
+        rows.count[:T], model.rotary_emb.inv_freq, model.rotary_emb.attention_scaling, heads, rows.dtype,
+    )  # fmt: skip
+    row_of_cell, cell_of_row = rows.row_of_cell[: S * n].view(S, n), rows.cell_of_row[:R]
+    x = model.embed_tokens(token)
+    change = torch.zeros_like(x)
     for layer, block in enumerate(model.layers):
-        h, attention = block.input_layernorm(x), block.self_attn
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        q, k, v = (project(h).unflatten(1, (-1, cos.shape[-1])) for project in projections)
-        rows.keys[layer][everyone, :, index] = rotate(k, cos, sin)
-        rows.values[layer][everyone, :, index] = v
-        x = x + attention.o_proj(attend(rotate(q, cos, sin), rows, layer, seen, own))
-        x = x + block.mlp(block.post_attention_layernorm(x))
-    logits = vlm.model.lm_head(model.norm(x)).float()
-    rows.logits[:R] = logits.index_fill_(1, rows.vision_ids, -torch.inf)
+        x, h = f.add_norm(x, change, *scale(block.input_layernorm))
+        q, k, v = project(block.self_attn, rows.in_one[layer], h)
+        q = f.rotate_and_write(q, k, v, cos, sin, index, rows.keys[layer][:R], rows.values[layer][:R])
+        prompt = (
+            x.flatten(0, 1)[: S * heads, :P] for x in (rows.prompt_keys[layer], rows.prompt_values[layer])
+        )
+        own = (x.flatten(0, 1)[: R * heads, :T] for x in (rows.keys[layer], rows.values[layer]))
+        h = f.attend(q, *prompt, *own, unseen, unwritten, row_of_cell, cell_of_row)
+        x, h = f.add_norm(x, block.self_attn.o_proj(h), *scale(block.post_attention_layernorm))
+        change = block.mlp.down_proj(f.swiglu(block.mlp.gate_proj(h), block.mlp.up_proj(h)))
+    x, h = f.add_norm(x, change, *scale(model.norm))
+    f.write_logits(vlm.model.lm_head(h), rows.banned, rows.logits[:R])
 
 
-def rotation(rotary, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cos and sin [R, 1, head_dim] for text at position [R]: the same position in time, height and width."""
-    angle = position[:, None, None].float() * rotary.inv_freq.float()
-    angle = torch.cat([angle, angle], dim=-1)
-    return (angle.cos() * rotary.attention_scaling).to(dtype), (angle.sin() * rotary.attention_scaling).to(
-        dtype
-    )
+def scale(norm) -> tuple[Tensor, float]:
+    """Weight and epsilon of an RMS norm."""
+    return norm.weight, norm.variance_epsilon
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x [R, heads, head_dim]; cos, sin: [R, 1, head_dim]."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+def project(attention, whole: tuple[Tensor, Tensor] | None, h: Tensor) -> list[Tensor]:
+    """Queries, keys and values of h [R, hidden]; whole: what `in_one` gave."""
+    projections = attention.q_proj, attention.k_proj, attention.v_proj
+    if whole is None:
+        return [each(h) for each in projections]
+    return torch.nn.functional.linear(h, *whole).split([each.out_features for each in projections], dim=1)
 
 
-def attend(q: Tensor, rows: Rows, layer: int, seen: Tensor, own: Tensor) -> Tensor:
-    """Attention of q [R, heads, head_dim] to the row's prompt and to its own tokens; returns [R, heads *
-    head_dim].
+def in_one(attention) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of the three projections as those of one; None if one does more than that (LoRA).
 
-    The softmax over both is the mean of the two softmaxes, weighted with their sums (Hydragen, arXiv
-    2402.05099), so the n samples of a prompt can read its keys together, as one matrix product, and none
-    needs a copy of them. seen: [S, 1, 1, P], own: [R, 1, 1, T]: True where there is a token. With 2 prompts,
-    n = 2 and one row gone, rows 0, 1, 2 may stand in cells 0, 2, 3: their queries are laid out by cell, [2
-    slots, 2 samples], for the prompts (cell 1 holds a query that nobody asked), and what comes of it is laid
-    out by row again.
+    A copy, up to 6% of the weights, for the length of a rollout: one matrix product is faster than three.
     """
-    (R, _, d), (S, P), T = q.shape, (len(seen), seen.shape[-1]), own.shape[-1]
-    q = (q * d**-0.5).view(R, rows.keys[layer].shape[1], -1, d)  # [R, key heads, query heads of each, d]
-    kv, g = q.shape[1:3]
-    cells = (
-        q[rows.row_of_cell[: S * rows.n]]
-        .view(S, rows.n, kv, g, d)
-        .transpose(1, 2)
-        .reshape(S, kv, rows.n * g, d)
-    )
-    parts = partial_attention(
-        cells, rows.prompt_keys[layer][:S, :, :P], rows.prompt_values[layer][:S, :, :P], seen
-    )
-    parts = [x.view(S, kv, rows.n, g, -1).transpose(1, 2).flatten(0, 1)[rows.cell_of_row[:R]] for x in parts]
-    prompt_sum, prompt_weight, prompt_top = parts
-    keys, values = rows.keys[layer][:R, :, :T], rows.values[layer][:R, :, :T]
-    own_sum, own_weight, own_top = partial_attention(q, keys, values, own)
-    a = (prompt_top - own_top).sigmoid()  # e^top over the sum of both: no overflow
-    b = (own_top - prompt_top).sigmoid()
-    out = (a * prompt_sum + b * own_sum) / (a * prompt_weight + b * own_weight)
-    return out.to(q.dtype).flatten(1)
-
-
-def partial_attention(
-    q: Tensor, keys: Tensor, values: Tensor, visible: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """sum_j e^(s_j - top) v_j, sum_j e^(s_j - top) and top = max_j s_j over the visible keys, s = q . k."""
-    scores = float_scores(q, keys).masked_fill_(~visible, -torch.inf)
-    top = scores.amax(dim=-1, keepdim=True)
-    weights = scores.sub_(top).exp_()
-    return (weights.to(values.dtype) @ values).float(), weights.sum(dim=-1, keepdim=True), top
-
-
-def float_scores(q: Tensor, keys: Tensor) -> Tensor:
-    """Q . k in float32, also of bfloat16 [A, B, Q, d] and [A, B, K, d]: a score of 100 rounded to bfloat16 is
-    off by up to 0.25."""
-    if q.is_cuda and q.dtype != torch.float32:
-        return torch.bmm(
-            q.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32
-        ).unflatten(0, q.shape[:2])
-    return q.float() @ keys.float().transpose(-1, -2)
+    projections = attention.q_proj, attention.k_proj, attention.v_proj
+    if any(type(each) is not torch.nn.Linear for each in projections):
+        return None
+    return torch.cat([each.weight for each in projections]), torch.cat([each.bias for each in projections])
 
 
 def recorded(step: Callable[[], None], vlm: VLM, pool) -> Callable[[], None]:

@@ -16,11 +16,12 @@ a completion that holds one could not be fed back (R1-V issue 91).
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+import fused
 from cache import Rows, recorded, slots_in_memory, step
 from vlm import VLM, Prompt, embed, hidden_states
 
@@ -73,11 +74,11 @@ def write(
     waiting: list[int],
     n: int,
     new_tokens: int,
-    draw_token: Callable[[Tensor], Tensor],
+    draw_token: Callable[[Tensor, object], Tensor],
     results: list[list],
 ) -> None:
-    """Writes n completions of the waiting prompts into `results`; draw_token: logits [R, vocabulary] ->
-    tokens [R]."""
+    """Writes n completions of the waiting prompts into `results`; draw_token: logits [R, vocabulary] and
+    the pieces of `Rows` -> tokens [R]."""
     waiting = sorted(waiting, key=lambda i: len(prompts[i]))  # the longest come first: all others fit
     longest = len(prompts[waiting[-1]])
     slots = min(len(waiting), slots_in_memory(vlm, longest, n, new_tokens))
@@ -88,7 +89,7 @@ def write(
         if waiting and len(rows.prompt_lengths) <= 0.75 * slots:
             chosen = [waiting.pop() for _ in range(min(len(waiting), slots - len(rows.prompt_lengths)))]
             admit(vlm, rows, prompts, chosen)
-        rows.take(draw_token(rows.logits[: len(rows.owners)]))
+        rows.take(draw_token(rows.logits[: len(rows.owners)], pieces=rows.pieces))
         if rows.time % CHECK_EVERY[vlm.device.type] == 0:
             retire(rows, results)
         if rows.owners:
@@ -112,7 +113,7 @@ def admit(vlm: VLM, rows: Rows, prompts: list[Prompt], chosen: list[int]) -> Non
         lengths = [len(prompts[i]) for i in batch]
         first = rows.first.new_tensor([prompts[i].next_position for i in batch])
         rows.prompt_length[into] = rows.prompt_length.new_tensor(lengths)
-        rows.logits[new] = logits.index_fill(1, rows.vision_ids, -torch.inf).repeat_interleave(n, dim=0)
+        rows.logits[new] = logits.masked_fill(rows.banned, -torch.inf).repeat_interleave(n, dim=0)
         rows.first[new], rows.written[new], rows.finished[new] = first.repeat_interleave(n), 0, False
         rows.place(list(range(slot * n, (slot + len(batch)) * n)), start)
         rows.owners += [(i, sample, rows.time) for i in batch for sample in range(n)]
@@ -173,43 +174,46 @@ def prefill(vlm: VLM, prompts: list[Prompt]) -> tuple[Tensor, list[tuple[Tensor,
 # ---- Sampling ----------------------------------------------------------------------------------------------
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generator) -> Tensor:
+def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generator, pieces=fused) -> Tensor:
     """Draws one token a row from logits [R, vocabulary]; temperature 0 takes the likeliest.
 
     The nucleus is every token that has less than top_p of probability in likelier ones (equally likely tokens
     are in it together, where a sort would cut between them). Sorting 151,936 probabilities to find it takes
     longer than the transformer's step, so a token is drawn first, and drawn again from the likelier ones if
     it was outside: that is the distribution of the nucleus alone. A token of probability 0 never comes out.
+
+    Few rows draw again. A GPU must not be asked how many, so there it is a number of rows that more are
+    outside than once in a billion times. pieces: as `Rows` has them.
     """
     if temperature < 1e-6:
         return logits.argmax(dim=-1)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: nothing overflows
     if 0 < top_k < logits.shape[-1]:
         best, which = logits.topk(top_k, dim=-1)
         logits = torch.full_like(logits, -torch.inf).scatter(1, which, best)
-    probs = logits.softmax(dim=-1)
-    token = probs.new_zeros(len(probs), 1, dtype=torch.long)
-    outside = probs.new_ones(len(probs), 1, dtype=torch.bool)
-    for _ in range(_rounds(top_p)):
-        token = torch.where(outside, draw(probs, generator), token)
-        drawn = probs.gather(1, token)
-        likelier = torch.where(probs > drawn, probs, 0).sum(dim=1, keepdim=True)
-        outside = (likelier >= (top_p if top_p < 1 else torch.inf)) | (drawn == 0)
+    probs, likeliest = pieces.likelihoods(logits, temperature)
+    rounds, bound = _rounds(top_p), top_p if top_p < 1 else math.inf
+    numbers = uniform_numbers(rounds, len(probs), probs.device, generator)
+    token, drawn, outside = pieces.draw(probs, probs.cumsum(dim=1), next(numbers), bound)
+    if rounds == 1:
+        return torch.where(outside, likeliest, token)[:, 0]
+    if probs.device.type == "cpu":
+        which = outside[:, 0].nonzero()[:, 0]
+    else:
+        which = outside[:, 0].int().topk(_rows_outside(len(probs), top_p), sorted=False).indices
+    left, drawn = probs[which], drawn[which]
+    for _ in range(rounds - 1):
         if probs.device.type == "cpu" and not outside.any():
             break
-        probs = torch.where(outside & (probs <= drawn), 0, probs)
-    return torch.where(outside, probs.argmax(dim=1, keepdim=True), token)[:, 0]
+        left = pieces.likelier(left, drawn)
+        drawn = pieces.draw_again(which, left, left.cumsum(dim=1), token, outside, next(numbers), bound)
+    return torch.where(outside, likeliest, token)[:, 0]
 
 
-def draw(probs: Tensor, generator) -> Tensor:
-    """One token a row [R, 1]: the first whose cumulative probability exceeds a uniform number; probs need not
-    sum to 1."""
-    device = probs.device if generator is None else generator.device
-    uniform = torch.rand(len(probs), 1, device=device, generator=generator).to(probs.device)
-    cumulative = probs.cumsum(dim=1)
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp_(
-        max=probs.shape[1] - 1
-    )
+def uniform_numbers(rounds: int, rows: int, device: torch.device, generator) -> Iterator[Tensor]:
+    """Random numbers [rows, 1] for each round; on a CPU none are drawn for rounds that there are not."""
+    at_once, place = 1 if device.type == "cpu" else rounds, device if generator is None else generator.device
+    for _ in range(rounds // at_once):
+        yield from torch.rand(at_once, rows, 1, device=place, generator=generator).to(device)
 
 
 def _rounds(top_p: float) -> int:
@@ -220,3 +224,21 @@ def _rounds(top_p: float) -> int:
     average.
     """
     return 1 if top_p == 1 else math.ceil(min(64.0, math.log(1e-9) / math.log1p(-top_p)))
+
+
+@functools.cache
+def _rows_outside(rows: int, top_p: float) -> int:
+    """How many rows draw again: with probability 1 - 1e-9 no more are outside after the first draw.
+
+    They are outside independently of one another, with probability 1 - top_p at most: their number is
+    binomial. A row beyond it gets its likeliest token.
+    """
+    if top_p < 0.5:
+        return rows
+    chance = inside = top_p**rows  # that exactly, and that at most `most` are outside
+    most = 0
+    while inside < 1 - 1e-9 and most < rows:
+        most += 1
+        chance *= (rows - most + 1) / most * (1 - top_p) / top_p
+        inside += chance
+    return most

@@ -66,12 +66,13 @@ class Prompt:
 
 @dataclass
 class Limits:
-    """What is known of the GPU: which shares of the token budgets and of the rows of a rollout fit, and if it
-    can record steps."""
+    """What is known of the GPU: which shares of the token budgets and of the rows of a rollout fit, if it can
+    record steps, and if torch can compile for it."""
 
     budget: float = 1.0
     rows: float = 1.0
     record: bool = True
+    compile: bool = True
 
 
 class VLM:

@@ -104,10 +104,13 @@ def greedy_rollout():
     assert len({len(ids) for group in want for ids in group}) > 2, "they end at different times"
     small_buckets()
     with GPU() as gpu:
-        got = generate(lent(vlm), prompts, 2, 24, temperature=0.0)
+        twin = lent(vlm)
+        got = generate(twin, prompts, 2, 24, temperature=0.0)
         torch.cuda.empty_cache()
     assert got == want
     assert gpu.recordings > 2 and gpu.replays > 20 and gpu.stream == "main"
+    pieces = "begin add_norm rotate_and_write attend swiglu write_logits"
+    assert gpu.compiled.keys() == set(pieces.split()) and twin.limits.compile
 
 
 @case
@@ -127,8 +130,9 @@ def sampled_rollout():
         assert results[0] == results[1] and gpu.recordings and gpu.replays
         assert set(gpu.waits) <= {"retire", "keep"}, set(gpu.waits)
         # A copy that is not "goes on" waits, too: where prompts come in and rows leave, and nowhere else.
-        waiting = {who for how, who in gpu.copies if how.endswith("waits")} - {"draw"}  # draw: asked for it
-        may = {"__init__", "admit", "embed", "image_features", "prefill", "place", "_move_up", "retire"}
+        waiting = {who for how, who in gpu.copies if how.endswith("waits")} - {"uniform_numbers"}  # asked for
+        inside = {"image_features", "prefill", "place"}
+        may = {"__init__", "admit", "embed", "_move_up", "retire", "a test", *inside}
         assert waiting <= may, waiting - may
 
 
@@ -146,6 +150,40 @@ def a_recording_that_fails():
         torch.cuda.empty_cache()
     assert gpu.recordings == 1 and gpu.replays == 0 and gpu.stream == "main"
     assert said.getvalue().count("without a CUDA graph") == 1
+
+
+@case
+def a_compiler_that_fails():
+    """It is said once and not tried again; the plain functions are recorded."""
+    from generate import generate
+
+    vlm, prompts, said = tiny(lively=True), prompts_of(tiny(), 3), StringIO()
+    want = generate(vlm, prompts, 2, 12, temperature=0.0)
+    with GPU(compiles=False) as gpu, redirect_stderr(said):
+        twin = lent(vlm)
+        for role in (twin, twin, twin.copy()):
+            assert generate(role, prompts, 2, 12, temperature=0.0) == want
+        generate(twin, prompts, 2, 12)
+    assert gpu.recordings and gpu.replays and not gpu.compiled
+    assert said.getvalue().count("without compiled kernels") == 1
+
+
+@case
+def nucleus():
+    """A fixed number of rows draws again, and what comes is the nucleus's distribution."""
+    from scipy.stats import chisquare
+
+    from generate import _rows_outside, sample
+
+    probs = torch.tensor([0.4, 0.25, 0.0, 0.15, 0.1, 0.06, 0.04])
+    for top_p, kept in ((0.85, [0, 1, 3, 4]), (0.7, [0, 1, 3]), (0.99, [0, 1, 3, 4, 5, 6])):
+        with GPU() as gpu:
+            logits, rng = probs.log().expand(64, -1).to("cuda"), torch.Generator("cuda").manual_seed(0)
+            draws = [sample(logits, 1.0, top_p, 0, rng).cpu() for _ in range(150)]
+        assert not gpu.waits and 0 < _rows_outside(64, top_p) <= 64
+        counts, want = torch.cat(draws).bincount(minlength=7), probs[kept].double()
+        assert counts[kept].sum() == counts.sum() == 64 * 150, "nothing outside the nucleus"
+        assert chisquare(counts[kept].tolist(), (counts.sum() * want / want.sum()).tolist()).pvalue > 1e-4
 
 
 @case

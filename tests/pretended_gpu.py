@@ -13,8 +13,10 @@ those of autograd as well), computes it on the CPU, and refuses what a GPU refus
                       freeing memory
     in a replay       no Python runs: the recorded operations are done again, with the numbers that they had,
                       on the tensors that they had; a step that changes from call to call goes wrong, as there
+    compiling         where it is not the first call that compiles, or a new shape, but a recording
     after a recording that broke off: freeing memory fails until the allocator is told that it has ended
 
+What torch.compile is asked for runs as it stands: compiling itself is tested on the CPU (test_fused.py).
 It cannot tell how fast anything is, how much memory it takes, what CUDA's own kernels compute, or whether
 two streams race; and tensors of FSDP2 (DTensor) do not run on it.
 """
@@ -135,13 +137,15 @@ def tensors_in(x) -> list:
 
 
 class GPU(TorchDispatchMode):
-    """free: bytes of memory that are said to be free. breaks: whether recordings break off."""
+    """free: bytes of memory that are said to be free. breaks: whether recordings break off; compiles: whether
+    there is a compiler."""
 
     now: "GPU"
 
-    def __init__(self, free: int = 1 << 32, breaks: bool = False):
+    def __init__(self, free: int = 1 << 32, breaks: bool = False, compiles: bool = True):
         super().__init__()
-        self.free, self.breaks = free, breaks
+        self.free, self.breaks, self.compiles = free, breaks, compiles
+        self.compiled: dict[str, int] = {}  # how often each function was compiled
         self.waits: list[str] = []  # the functions of the project that waited for a number,
         self.copies: list[tuple[str, str]] = []  # and those that copied between the devices: (how, who)
         self.recordings = self.replays = self.done = 0
@@ -176,6 +180,7 @@ class GPU(TorchDispatchMode):
         end = dict(_cuda_endAllocateToPool=lambda index, pool: setattr(self, "underway", False))
         patches += [mock.patch.object(torch._C, name, new, create=True) for name, new in end.items()]
         patches += [mock.patch.object(torch.Tensor, "to", moved)]
+        patches += [mock.patch.object(torch, "compile", self.compile)]
         for patch in patches:
             self.undo.enter_context(patch)
         # `module.to("cuda")` keeps a parameter the same object, as it does on a true GPU; ties hold.
@@ -268,6 +273,23 @@ class GPU(TorchDispatchMode):
         finally:
             self.tape = None
         self.underway, self.stream = False, "main"
+
+    def compile(self, function, fullgraph: bool):
+        """torch.compile: in the first call, and where a size is 1 that was not, or a dtype another."""
+        kinds = set()
+
+        def call(*args):
+            kind = tuple((x.dtype, *(size == 1 for size in x.shape)) for x in tensors_in(args))
+            if kind not in kinds:
+                if self.tape is not None:
+                    raise Refused(f"{function.__name__} is compiled in a recording")
+                if not self.compiles:
+                    raise RuntimeError("Cannot find a working triton installation (pretended)")
+                self.compiled[function.__name__] = self.compiled.get(function.__name__, 0) + 1
+            kinds.add(kind)
+            return function(*args)
+
+        return call
 
     def empty_cache(self) -> None:
         """torch.cuda.empty_cache."""

@@ -13,6 +13,7 @@ from scipy.stats import chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cache
+import fused
 import generate as generate_module
 from generate import generate, sample
 from vlm import Limits, embed, hidden_states
@@ -302,16 +303,13 @@ def test_bfloat16_attention_is_as_exact_as_torchs(size=30.0):
     torch's)."""
     rng, n, d, prompt, own = torch.Generator().manual_seed(0), 4, 64, 300, 20
     normal = lambda *shape: torch.randn(shape, generator=rng).bfloat16()  # noqa: E731
-    rows = SimpleNamespace(
-        n=n, prompt_keys=[normal(1, 2, prompt, d)], prompt_values=[normal(1, 2, prompt, d)]
-    )
-    rows.keys, rows.values, rows.row_of_cell = [normal(n, 2, own, d)], [normal(n, 2, own, d)], torch.arange(n)
-    rows.cell_of_row, q = torch.arange(n), normal(n, 6, d) * size / 8
-    seen, mine = torch.ones(1, 1, 1, prompt, dtype=torch.bool), torch.ones(n, 1, 1, own, dtype=torch.bool)
-    got = cache.attend(q, rows, 0, seen, mine).view(n, 6, d)
+    caches = [normal(rows * 2, tokens, d) for rows, tokens in ((1, prompt), (1, prompt), (n, own), (n, own))]
+    q = normal(n, 6, d) * size / 8
+    hidden = [torch.zeros(rows * 2, 1, tokens, dtype=torch.bool) for rows, tokens in ((1, prompt), (n, own))]
+    cells, scaled = torch.arange(n), (q * d**-0.5).view(n, 2, 3, d)
+    got = fused.attend(scaled, *caches, *hidden, cells[None], cells).view(n, 6, d)
     keys, values = (
-        torch.cat([a.expand(n, -1, -1, -1), b], 2)
-        for a, b in ((rows.prompt_keys[0], rows.keys[0]), (rows.prompt_values[0], rows.values[0]))
+        torch.cat([caches[i].expand(n, -1, -1, -1), caches[i + 2].view(n, 2, own, d)], 2) for i in (0, 1)
     )
     attention = torch.nn.functional.scaled_dot_product_attention
     exact = attention(q.double()[:, :, None], keys.double(), values.double(), enable_gqa=True)[:, :, 0]
@@ -341,34 +339,32 @@ def test_few_shapes_are_recorded(ending_vlm, monkeypatch):
     st.integers(0, 10**6),
 )
 def test_attention_in_two_parts_is_attention(slots, n, prompt_tokens, own_tokens, size, seed):
-    """`attend` against a softmax over prompt and own tokens at once, row by row; scores large enough to
+    """`fused.attend` against a softmax over prompt and own tokens at once, row by row; scores large enough to
     overflow exp."""
     rng, kv, groups, d = torch.Generator().manual_seed(seed), 2, 3, 4
     count = int(torch.randint(1, slots * n + 1, (), generator=rng))
-    rows, normal = SimpleNamespace(n=n), lambda *shape: torch.randn(shape, generator=rng)
-    rows.prompt_keys, rows.prompt_values = ([normal(slots, kv, prompt_tokens, d)] for _ in range(2))
-    rows.keys, rows.values = ([normal(slots * n, kv, own_tokens, d)] for _ in range(2))
+    normal = lambda *shape: torch.randn(shape, generator=rng)  # noqa: E731
+    prompts = [normal(slots, kv, prompt_tokens, d) for _ in range(2)]
+    owns = [normal(count, kv, own_tokens, d) for _ in range(2)]
     cells = torch.randperm(slots * n, generator=rng)[:count]
-    rows.cell_of_row, rows.row_of_cell = (
-        torch.zeros(slots * n, dtype=torch.long),
-        torch.zeros(slots * n, dtype=torch.long),
-    )
-    rows.cell_of_row[:count], rows.row_of_cell[cells] = cells, torch.arange(count)
+    row_of_cell = torch.zeros(slots * n, dtype=torch.long)
+    row_of_cell[cells] = torch.arange(count)
     prompt_length = torch.randint(1, prompt_tokens + 1, (slots,), generator=rng)
     written = torch.randint(1, own_tokens + 1, (count,), generator=rng)
-    seen = torch.arange(prompt_tokens) < prompt_length[:, None, None, None]
-    own = torch.arange(own_tokens) < written[:, None, None, None]
+    unseen = (torch.arange(prompt_tokens) >= prompt_length[:, None, None]).repeat_interleave(kv, dim=0)
+    unwritten = (torch.arange(own_tokens) >= written[:, None, None]).repeat_interleave(kv, dim=0)
     q = normal(count, kv * groups, d) * size
-    got = cache.attend(q, rows, 0, seen, own).view(count, kv * groups, d)
+    scaled, cells_of_slot = (q * d**-0.5).view(count, kv, groups, d), row_of_cell.view(slots, n)
+    flat = (x.flatten(0, 1) for x in (*prompts, *owns))
+    got = fused.attend(scaled, *flat, unseen, unwritten, cells_of_slot, cells)
+    got = got.view(count, kv * groups, d)
     for r in range(count):
         slot = int(cells[r]) // n
         for head in range(kv * groups):
             h = head // groups
-            keys = torch.cat(
-                [rows.prompt_keys[0][slot, h, : prompt_length[slot]], rows.keys[0][r, h, : written[r]]]
-            )
-            values = torch.cat(
-                [rows.prompt_values[0][slot, h, : prompt_length[slot]], rows.values[0][r, h, : written[r]]]
+            keys, values = (
+                torch.cat([prompt[slot, h, : prompt_length[slot]], own[r, h, : written[r]]])
+                for prompt, own in zip(prompts, owns)
             )
             want = (keys @ q[r, head] * d**-0.5).softmax(0) @ values
             assert torch.allclose(got[r, head], want, atol=1e-4)  # a score of 100 has 1e-5 of rounding
@@ -463,7 +459,9 @@ def test_a_token_without_probability_never_comes_out(extreme, top_p, monkeypatch
     )
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, extreme))
     assert set(sample(logits, 1.0, top_p, 0, None).tolist()) <= {2, 4}
-    assert generate_module.draw(torch.tensor([[0.0, 3e-8, 0.0]]), None).tolist() == [[1]], "whatever the sum"
+    probs = torch.tensor([[0.0, 3e-8, 0.0]])
+    token, *_ = fused.draw(probs, probs.cumsum(dim=1), torch.tensor([[extreme]]), 1.0)
+    assert token.tolist() == [[1]], "whatever the sum"
 
 
 def test_first_tokens_follow_the_model(random_vlm):

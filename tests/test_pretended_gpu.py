@@ -28,31 +28,43 @@ from pretended_cases import CASES, tiny  # noqa: E402
 # Planted into the project's source one by one: a simulator that sees nothing would pass all cases.
 # MODULE, the case that must see it: WHAT, then what stands there and what is put in its place.
 PLANTED = """
-cache, greedy_rollout: an index made on the CPU
-- everyone = torch.arange(R, device=x.device)
-+ everyone = torch.arange(R)
+fused, greedy_rollout: an index made on the CPU
+- everyone = torch.arange(len(index), device=index.device)
++ everyone = torch.arange(len(index))
 
 cache, greedy_rollout: a number asked for in the step
-- seen = torch.arange(P, device=x.device)
-+ P = min(P, int(rows.prompt_length.max())); seen = torch.arange(P, device=x.device)
+- x = model.embed_tokens(token)
++ x = model.embed_tokens(token + 0 * int(rows.prompt_length.max()))
 
 cache, greedy_rollout: a random number in the step
-- logits = vlm.model.lm_head(model.norm(x)).float()
-+ logits = vlm.model.lm_head(model.norm(x)).float() + 0 * torch.rand(1, device=x.device)
+- x = model.embed_tokens(token)
++ x = model.embed_tokens(token) + 0 * torch.rand(1, device=token.device)
 
 cache, greedy_rollout: a list copied in the step
-- index_fill_(1, rows.vision_ids, -torch.inf)
-+ index_fill_(1, torch.tensor(vlm.vision_ids, device=x.device), -torch.inf)
+- rows.banned, rows.logits[:R])
++ torch.tensor([False] * len(rows.banned), device=x.device), rows.logits[:R])
 
 cache, greedy_rollout: logits at a new address in each step
-- rows.logits[:R] = logits.index_fill_
-+ rows.logits = logits.index_fill_
+- f.write_logits(
++ rows.logits = rows.logits.clone(); f.write_logits(
 
 cache, greedy_rollout: a Python number that changes from step to step
-- (rows.written[:R] - 1).clamp
-+ (rows.written[:R] * 0 + rows.time - rows.owners[0][2] - 1).clamp
+- rows.written[:R], rows.first[:R]
++ rows.written[:R] * 0 + rows.time - rows.owners[0][2], rows.first[:R]
 
-cache, greedy_rollout: a kernel that there is not
+cache, greedy_rollout: compiled for the first time in a recording
+- graph = torch.cuda.CUDAGraph()
++ graph = torch.cuda.CUDAGraph(); step.args[1].pieces = fused.compiled(vlm.limits)
+
+fused, a_compiler_that_fails: compiling is tried again in every call
+- limits.compile = False
++ pass
+
+fused, a_compiler_that_fails: a compiler that fails ends it all
+- except Exception as error:
++ except SyntaxError as error:
+
+fused, greedy_rollout: a kernel that there is not
 - if q.is_cuda and q.dtype != torch.float32:
 + if q.is_cuda:
 
@@ -76,8 +88,20 @@ generate, sampled_rollout: a wait in sampling
 - if probs.device.type == "cpu" and not outside.any():
 + if not outside.any():
 
+generate, sampled_rollout: asked which rows draw again
+- which = outside[:, 0].int().topk(
++ which = outside[:, 0].nonzero()[:, 0]; outside[:, 0].int().topk(
+
+generate, nucleus: too few rows draw again
+- _rows_outside(len(probs), top_p), sorted
++ 1, sorted
+
+generate, nucleus: rows that are inside draw again, too
+- pieces.draw_again(which, left, left.cumsum(dim=1), token, outside, next
++ pieces.draw_again(which, left, left.cumsum(dim=1), token, outside | True, next
+
 generate, sampled_rollout: uniform numbers left on the CPU
-- generator=generator).to(probs.device)
+- generator=generator).to(device)
 + generator=generator)
 
 generate, greedy_rollout: positions left on the CPU
