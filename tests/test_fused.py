@@ -69,7 +69,8 @@ def arguments(dtype, R, S, n, P, T, spare, kv=2, g=3, d=16, hidden=48, mlp=70, w
 
 
 def tensors(x):
-    return [x] if isinstance(x, torch.Tensor) else [t for y in x or () for t in tensors(y)]
+    parts = x if isinstance(x, (tuple, list)) else ()
+    return [x] if isinstance(x, torch.Tensor) else [t for part in parts for t in tensors(part)]
 
 
 def copied(args):
@@ -108,7 +109,7 @@ def test_compiled_it_gives_the_same(function, dtype):
         compiled.append(counters["unique_graphs"] - before)
         for a, b in zip(got + tensors(ours), want + tensors(theirs), strict=True):
             assert a.dtype == b.dtype and torch.allclose(a.float(), b.float(), **near), (a - b).abs().max()
-    assert compiled[:2] == [1, 1] and compiled[-1] <= 5 < torch._dynamo.config.recompile_limit
+    assert compiled[:2] == [1, 1] and compiled[-1] <= 5, "once for many sizes"
 
 
 @needs_compiler
@@ -122,6 +123,7 @@ def test_a_compiled_step_writes_the_same_tokens(monkeypatch):
         p.data += 0.12 * torch.randn(p.shape, generator=rng)
     prompts = [random_prompt(vlm, 50 + 7 * i, i) for i in range(5)]
     monkeypatch.setattr(generate, "slots_in_memory", lambda *_: 2)
+    monkeypatch.setitem(cache.BUCKETS, "cpu", (4, 2, 16, 8))
 
     def texts():
         greedy = generate.generate(vlm, prompts, 3, 12, temperature=0.0)
