@@ -64,7 +64,7 @@ def take_until(lengths: list[int], n: int):
     return take_and_end
 
 
-def sample_by_sorting(logits, temperature, top_p, top_k, generator):
+def sample_by_sorting(logits, temperature, top_p, top_k, generator, pieces=None):
     """Nucleus sampling as it is usually written."""
     probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     probs = torch.where(probs.cumsum(dim=-1) - probs < top_p, probs, 0)

@@ -97,6 +97,7 @@ def refused(work, error=Refused):
 @case
 def greedy_rollout():
     """Recorded and replayed, with refills: the CPU's tokens."""
+    from cache import all_in_one
     from generate import generate
 
     vlm, prompts = tiny(lively=True), prompts_of(tiny(), 8)
@@ -111,6 +112,11 @@ def greedy_rollout():
     assert gpu.recordings > 2 and gpu.replays > 20 and gpu.stream == "main"
     pieces = "begin add_norm rotate_and_write attend swiglu write_logits"
     assert gpu.compiled.keys() == set(pieces.split()) and twin.limits.compile
+    layers = len(twin.model.model.language_model.layers)
+    for free in (1 << 32, 1 << 16):  # projections are copied into one where there is room
+        with GPU(free=free):
+            made = all_in_one(lent(vlm))
+        assert len(made) == layers and (None in made) == (free == 1 << 16)
 
 
 @case
