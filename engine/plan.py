@@ -273,7 +273,7 @@ def batch_bytes(
 ) -> int:
     """The same for the largest batch of completions that all have `work.new_tokens` tokens.
 
-    sizes: of what is trained. A frozen image encoder keeps nothing, and a frozen output matrix has no
+    sizes: of what is trained. A frozen image encoder is done with before, and a frozen output matrix has no
     gradient.
     """
     rows, row = largest_batch(work, budget)
@@ -284,8 +284,8 @@ def batch_bytes(
         return tokens * ((vectors * width + 4 * mlp) * dtype.itemsize + 2 * width * 4)
 
     text_layer = layer(rows * row, text.hidden_size, text.intermediate_size, 8)
-    vision_layer = layer(patches, vision.hidden_size, vision.intermediate_size, 12)
     depth = vision.depth if any("visual" in name for name in sizes) else 0
+    vision_layer = layer(patches, vision.hidden_size, vision.intermediate_size, 12) if depth else 0
     mask = rows * row * row * dtype.itemsize
     matrix = text.vocab_size * text.hidden_size * dtype.itemsize  # the gradient of the output matrix
     matrix = matrix if any("embed_tokens" in name for name in sizes) else 0
