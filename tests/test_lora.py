@@ -238,6 +238,8 @@ def test_peft_loads_the_adapter_with_equal_logits(tmp_path):
 
 
 def test_the_plan_of_an_update():
+    """Up to 30% too much, never too little: logits are planned for all tokens of a row, and the image encoder,
+    which hid that while it ran in an update, no longer does."""
     vlm = random_vlm("small", "cpu", "float32")
     lora.add_lora(vlm.model, 8)
     prompt, completions = random_prompt(vlm, 300, 0), random_completions(vlm, 8, 48, 0)
@@ -248,7 +250,7 @@ def test_the_plan_of_an_update():
     measured = peak_extra_bytes(lambda: grpo.backward(policy, [group]), "cpu")
     work = plan.Work(prompt.image_tokens, len(prompt) - prompt.image_tokens, 48, 8, 1, 1)
     moments = plan.memory_plan(vlm.model.config, torch.float32, None, work, True, False, lora_rank=8)
-    assert moments[2].parts["activations"] == pytest.approx(measured, rel=0.15)
+    assert measured < moments[2].parts["activations"] < 1.3 * measured
 
 
 def test_it_fits_the_gpus_people_own():
