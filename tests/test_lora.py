@@ -238,8 +238,8 @@ def test_peft_loads_the_adapter_with_equal_logits(tmp_path):
 
 
 def test_the_plan_of_an_update():
-    """Up to 30% too much, never too little: logits are planned for all tokens of a row, and the image encoder,
-    which hid that while it ran in an update, no longer does."""
+    """Up to 30% too much, never too little: logits are planned for all tokens of a row. The image
+    encoder hid that while it ran in an update."""
     vlm = random_vlm("small", "cpu", "float32")
     lora.add_lora(vlm.model, 8)
     prompt, completions = random_prompt(vlm, 300, 0), random_completions(vlm, 8, 48, 0)
