@@ -1,6 +1,6 @@
 """The paper's questions, put to the toy, where the truth is known: the runs of notebook 06.
 
-    python notebooks/experiments.py           every run of EXPERIMENTS with 4 seeds that is not
+    python notebooks/experiments.py           every run of EXPERIMENTS with 5 seeds that is not
                                               in --out yet (2 to 3 minutes of a core each)
     python notebooks/experiments.py --short   the same code with everything small, to see that
                                               it works (a minute)
@@ -267,7 +267,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=beside, help="results (default: beside this)"
     )
-    parser.add_argument("--seeds", type=int, default=4, help="seeds 0, 1, ... (default: 4)")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... (default: 5)")
     names = dict(choices=EXPERIMENTS, nargs="+", default=list(EXPERIMENTS))
     parser.add_argument("--only", **names, help="some of the experiments (default: all)")
     parser.add_argument(
