@@ -150,11 +150,8 @@ class TargetLogprobs(torch.autograd.Function):
     def forward(
         ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, size: int
     ) -> Tensor:
-        logps, totals = [], []
-        for h, target in zip(hidden.split(size), targets.split(size)):
-            logits = (h @ weight.T).float().div_(temperature)
-            totals.append(logits.logsumexp(dim=1))
-            logps.append(logits.gather(1, target[:, None])[:, 0] - totals[-1])
+        pieces = zip(hidden.split(size), targets.split(size))
+        logps, totals = zip(*(target_logprobs(h, weight, target, temperature) for h, target in pieces))
         ctx.save_for_backward(hidden, weight, targets, torch.cat(totals))
         ctx.temperature, ctx.size = temperature, size
         return torch.cat(logps)
@@ -177,4 +174,14 @@ class TargetLogprobs(torch.autograd.Function):
             torch.mm(z, weight, out=out)
             if grad_weight is not None:
                 grad_weight.addmm_(z.T, h)
+            del z  # before the next is made: there is one chunk's logits at a time
         return grad_hidden, grad_weight, None, None, None
+
+
+def target_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """log softmax(hidden W^T / temperature) at the targets, and each token's log-sum-exp: [n], float32."""
+    logits = (hidden @ weight.T).float().div_(temperature)
+    total = logits.logsumexp(dim=1)
+    return logits.gather(1, targets[:, None])[:, 0] - total, total

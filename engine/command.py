@@ -87,6 +87,7 @@ def start(loop: Loop, s: Settings, ranks: Ranks, console: Console) -> int:
         if s.dry_run:
             show_time(s, run, budget)
             return 0
+        preview.check_disk(s, run, config)
         console.now("loading the model")
         roles = load_roles(s, budget)
         start_run(s, run)

@@ -212,6 +212,21 @@ def host_plan(
     return Moment("in the computer's memory, for each process", parts)
 
 
+def disk_plan(
+    config: Qwen2_5_VLConfig, stored: torch.dtype, lora_rank: int = 0, freeze_vision: bool = False
+) -> Moment:
+    """What the run folder takes at most, besides images and lists. stored: the dtype of exports, the base's.
+
+    Of what is trained a state has float32 weights of both roles and the reference, and AdamW's two moments.
+    Two states are kept while a third is written, and share what has not changed. An export is written beside
+    the one that it replaces.
+    """
+    trained = sum(trained_sizes(config, lora_rank, freeze_vision).values())
+    whole = sum(parameter_sizes(config).values()) * stored.itemsize
+    states = 4 * trained * (2 + 3 * 3)  # reference and other role once, role and moments three times
+    return Moment("on the disk, at most", {"states": states, "checkpoints": 3 * whole})
+
+
 def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
@@ -280,18 +295,29 @@ def batch_bytes(
     text, vision = config.text_config, config.vision_config
     patches = vision.spatial_merge_size**2 * rows * work.image_tokens
 
-    def layer(tokens: int, width: int, mlp: int, vectors: int) -> int:
-        return tokens * ((vectors * width + 4 * mlp) * dtype.itemsize + 2 * width * 4)
-
-    text_layer = layer(rows * row, text.hidden_size, text.intermediate_size, 8)
+    text_layer = layer_bytes(rows * row, text, dtype, 8)
     depth = vision.depth if any("visual" in name for name in sizes) else 0
-    vision_layer = layer(patches, vision.hidden_size, vision.intermediate_size, 12) if depth else 0
-    mask = rows * row * row * dtype.itemsize
+    vision_layer = layer_bytes(patches, vision, dtype, 12) if depth else 0
+    mask = rows * row * row * (1 + dtype.itemsize)  # of what sees what, and what is added to scores
+    # In no layer: the last norm, the states that predict and their gradient; pixels and the merger.
+    ends = rows * row * text.hidden_size * (3 * dtype.itemsize + 2 * 4)
+    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    ends += patches * (pixels + 6 * vision.hidden_size) * dtype.itemsize if depth else 0
     matrix = text.vocab_size * text.hidden_size * dtype.itemsize  # the gradient of the output matrix
     matrix = matrix if any("embed_tokens" in name for name in sizes) else 0
-    made = min(max(int(LOGITS[device] * budget), text.vocab_size), rows * row * text.vocab_size)
-    logits = made * (4 + dtype.itemsize)  # as made, and in float32
+    predicted = rows * min(work.group_size * work.new_tokens, row)  # tokens of completions
+    made = min(max(int(LOGITS[device] * budget), text.vocab_size), predicted * text.vocab_size)
+    logits = max(
+        made * (4 + 4), made * (4 + dtype.itemsize % 4) + matrix
+    )  # forward, with their exp; backward
     if not checkpointing:
-        return mask + text.num_hidden_layers * text_layer + depth * vision_layer + logits + matrix
+        return ends + mask + text.num_hidden_layers * text_layer + depth * vision_layer + logits
     inputs = text.num_hidden_layers * rows * row * text.hidden_size + depth * patches * vision.hidden_size
-    return mask + inputs * dtype.itemsize + matrix + max(text_layer, vision_layer, logits, matrix)
+    one_layer = max(text_layer, vision_layer, matrix) + matrix
+    return ends + mask + inputs * dtype.itemsize + max(one_layer, logits)
+
+
+def layer_bytes(tokens: int, shape, dtype: torch.dtype, vectors: int) -> int:
+    """What a layer keeps of so many tokens; shape: the text's or the image encoder's configuration."""
+    width, mlp = shape.hidden_size, shape.intermediate_size
+    return tokens * ((vectors * width + 4 * mlp) * dtype.itemsize + 2 * width * 4)

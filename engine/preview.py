@@ -4,6 +4,9 @@ Memory comes from the plan (plan.py). A GPU that is too small for the usual batc
 `budget`; one that is still too small is told which flags would help.
 """
 
+import shutil
+from pathlib import Path
+
 import torch
 from transformers import Qwen2_5_VLConfig
 
@@ -74,6 +77,34 @@ def show(s: Settings, run: Run, config: Qwen2_5_VLConfig, device: torch.device, 
     show_memory(s, run, config, device, budget)
 
 
+def check_disk(s: Settings, run: Run, config: Qwen2_5_VLConfig) -> None:
+    """Raises ValueError if a run would fill the disk that its folder is on."""
+    needed, there = disk_plan(s, config), room(run.folder)
+    if run.ranks.any(needed.total > there):
+        why = f"the run takes up to {disk_sentence(needed)}, and the disk has room for {there / 2**30:.1f}"
+        less = "" if s.lora_rank else ", or --lora-rank 16, whose states are small"
+        raise ValueError(f"{run.folder}: {why}; a larger disk is needed{less}")
+
+
+def disk_plan(s: Settings, config: Qwen2_5_VLConfig) -> plan.Moment:
+    """What the run folder takes at most (see plan.py)."""
+    stored = config.dtype or config.text_config.dtype or getattr(torch, s.dtype)
+    return plan.disk_plan(config, stored, s.lora_rank, s.freeze_vision)
+
+
+def disk_sentence(needed: plan.Moment) -> str:
+    """Its size and its parts."""
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in needed.parts.items())
+    return f"{needed.total / 2**30:.2f} GiB ({parts})"
+
+
+def room(folder: Path) -> int:
+    """Bytes that a run in this folder may take: what is free, and what it has already (when it goes on)."""
+    there = next(parent for parent in folder.absolute().parents if parent.exists())
+    mine = [path for path in folder.rglob("*") if path.is_file()]
+    return shutil.disk_usage(there).free + sum(path.stat().st_size for path in mine)
+
+
 def show_memory(s: Settings, run: Run, config: Qwen2_5_VLConfig, device: torch.device, budget: float) -> None:
     """Prints the memory of each moment, and on a GPU what to do about it."""
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
@@ -86,6 +117,7 @@ def show_memory(s: Settings, run: Run, config: Qwen2_5_VLConfig, device: torch.d
         too_much = total is not None and moment.total >= total
         verdict = f"; MORE than the {total / 2**30:.0f} GiB of {device}" if too_much else ""
         print(f"memory   {moment.name}: {moment.total / 2**30:.2f} GiB ({parts}){verdict}")
+    print(f"disk     at most {disk_sentence(disk_plan(s, config))}; {room(run.folder) / 2**30:.2f} are free")
     if total is None:
         return
     host = plan.host_plan(config, dtype, offload, **flags)

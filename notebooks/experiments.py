@@ -6,8 +6,9 @@
                                               it works (a minute)
 
 A run has one thread, and a folder of its own that is thrown away. Its result is a line of JSON
-in --out: all its settings, the commit of the code, and its records. Seeds 10 and 11 were used
-to choose the toy's settings; they are not for experiments.
+in --out: all its settings, the commit of the code, its seconds, the bytes of its last state,
+and its records. Seeds 10 and 11 were used to choose the toy's settings and LoRA's learning
+rate; they are not for experiments.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -63,6 +65,7 @@ EXPERIMENTS: dict[str, dict] = {  # the settings that differ from `python loop.p
     "five iterations, margin": dict(iterations=5),
     "gentle base": dict(model="gentle"),  # a steepness of toy/build.py, built for it
     "steep base": dict(model="steep"),
+    "LoRA": dict(lora_rank=8, lr=6e-4),
 }
 SHORT = dict(iterations=1, questioner_steps=1, reasoner_steps=1, images_per_step=2)
 SHORT |= dict(group_size=2, answers=2, candidates=4)
@@ -70,10 +73,7 @@ NOT_SETTINGS = ("name", "resume", "dry_run")
 UNWANTED = set("seconds tokens_per_second loss policy_loss clip_share ratio grad_norm".split())
 UNWANTED |= set("skipped equal_groups length truncated".split())
 MARGIN = 0.2  # of the votes, by which the first answer leads the second
-WINDOW, FEWER = (
-    5,
-    0.9,
-)  # steps; of the best window so far: where the Questioner's phase stops early
+WINDOW, FEWER = 5, 0.9  # steps; of the best window so far: the Questioner's phase stops early
 
 
 # ---- What takes the place of the loop's own rewards and its rule for keeping ----------------
@@ -222,8 +222,10 @@ def one(experiment: str, seed: int, short: bool, bases: Path) -> dict:
     s.model = s.model and str(bases / s.model)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        run = command.ready(s)
+        run, start = command.ready(s), time.perf_counter()
         loop.visplay(run.settings, run, **changed(experiment, run))
+        result |= dict(seconds=round(time.perf_counter() - start))
+        result |= dict(state_bytes=sum(f.stat().st_size for f in Path("x/state").iterdir()))
         os.chdir(ROOT)
     wanted = [{k: rounded(v) for k, v in r.items() if k not in UNWANTED} for r in run.records]
     return result | dict(records=wanted)

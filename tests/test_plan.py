@@ -153,6 +153,8 @@ def test_the_tables_in_the_docs():
     for lines in (memory.table(), memory.update_table()):
         start = text.index(lines[0])
         assert text[start : start + len(lines)] == lines
+    readme = (ROOT / "README.md").read_text()
+    assert "\n".join("  " + line for line in memory.table_by_gpu()) in readme
 
 
 def test_more_rows_or_tokens_take_more():
