@@ -63,6 +63,8 @@ EXPERIMENTS: dict[str, dict] = {  # the settings that differ from `python loop.p
     "two Reasoners": {},
     "five iterations": dict(iterations=5),
     "five iterations, margin": dict(iterations=5),
+    "five iterations, stops early": dict(iterations=5),
+    "five iterations, two Reasoners": dict(iterations=5),
     "gentle base": dict(model="gentle"),  # a steepness of toy/build.py, built for it
     "steep base": dict(model="steep"),
     "LoRA": dict(lora_rank=8, lr=6e-4),
@@ -85,7 +87,9 @@ def changed(experiment: str, run) -> dict:
         "margin": dict(keep=clear_majority),
         "five iterations, margin": dict(keep=clear_majority),
         "two Reasoners": dict(keep=same_majority_before(run)),
+        "five iterations, two Reasoners": dict(keep=same_majority_before(run)),
         "Questioner stops early": dict(question_reward=until_fewer_are_kept(run)),
+        "five iterations, stops early": dict(question_reward=until_fewer_are_kept(run)),
         "soft reward": dict(answer_reward=share_of_votes),
         "true labels": dict(answer_reward=true_label_reward(run)),
         "random labels": dict(answer_reward=random_label_reward(run.seed)),
