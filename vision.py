@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 
@@ -68,7 +68,10 @@ def encode_images(visual, pixels: Tensor, grids: Tensor) -> list[Tensor]:
     order, windows, images = sort_patches(visual, grids.tolist())
     order = order.to(device, non_blocking=True)
     images = Segments(images.groups, *(x.to(device, non_blocking=True) for x in (images.order, images.back)))
-    x = visual.patch_embed(pixels)
+    # A kernel as large as a patch makes the convolution a matrix product, at which cuDNN's conv3d can be very
+    # slow, or take gigabytes (pytorch#166643, transformers#45041).
+    kernel = visual.patch_embed.proj.weight.flatten(1)
+    x = linear(pixels.to(kernel.dtype), kernel, visual.patch_embed.proj.bias)
     x = x.unflatten(0, (-1, unit))[order].flatten(0, 1)
     rotation = [r.unflatten(0, (-1, unit))[order].flatten(0, 1) for r in rotations(visual, grids, device)]
     whole = torch.tensor([0, len(x)], dtype=torch.int32)  # transformers would cut here; it finds one piece

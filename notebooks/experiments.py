@@ -229,7 +229,7 @@ def one(experiment: str, seed: int, short: bool, bases: Path) -> dict:
         run, start = command.ready(s), time.perf_counter()
         loop.visplay(run.settings, run, **changed(experiment, run))
         result |= dict(seconds=round(time.perf_counter() - start))
-        result |= dict(state_bytes=sum(f.stat().st_size for f in Path("x/state").iterdir()))
+        result |= dict(state_bytes=sum(f.stat().st_size for f in (run.folder / "state").iterdir()))
         os.chdir(ROOT)
     wanted = [{k: rounded(v) for k, v in r.items() if k not in UNWANTED} for r in run.records]
     return result | dict(records=wanted)
