@@ -6,9 +6,10 @@
 Both read one checkpoint and the same images, and write exactly --new-tokens tokens a completion, at
 temperature 1 and top-p 0.99. Both train all weights, by AdamW, with a reference (beta 0.01) and the clip at
 0.2. TRL generates by transformers (vLLM wants a GPU) and is told what makes it fast: SDPA, no mixed precision
-on a CPU, nothing logged or saved, all rows in one batch (--trl-rows: so many, accumulated), and no gradient
-checkpointing, which it has by default: so it takes more memory here than it would. "rest" is what a step does
-besides: in TRL mostly the images of all rows, processed once more.
+on a CPU, nothing logged or saved, and no gradient checkpointing, which it has by default: so it takes more
+memory here than it would. It writes all completions at once; reference and update take a group at a time, or
+--trl-rows completions (on a CPU all at once is slower, and takes three times the memory). "rest" is what a
+step does besides: in TRL mostly the images of all completions, processed once more.
 
 Before the clock runs, ours is given the completions and rewards of TRL's first step: the gradient and the
 weights after it should be the same. (Not in bfloat16, for which ours keeps float32 masters.)
@@ -233,7 +234,7 @@ def their_settings(folder: str, args):
     from trl import GRPOConfig
 
     rows = args.prompts * args.group_size
-    at_once = args.trl_rows or rows
+    at_once = args.trl_rows or args.group_size
     if rows % at_once:
         sys.exit(f"--trl-rows must divide {rows}, the number of completions")
     sampling = dict(temperature=1.0, top_p=TOP_P, top_k=0, max_completion_length=args.new_tokens)
