@@ -1,5 +1,6 @@
 """Every benchmark runs at its smallest size and says what it should; how fast anything is, no test asks."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -80,6 +81,30 @@ def test_the_table_of_gpus():
 def test_a_table_for_people():
     printed = run("rewards", *SMALLEST["rewards"].split())
     assert "ratio" in printed and "questions=20" in printed and not printed.startswith("{")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is in bench/requirements-trl.txt")
+@pytest.mark.parametrize("rows", ["", "--trl-rows 4"])
+def test_trl_and_ours_make_the_same_step(rows):
+    """Given TRL's completions and rewards; TRL adds up the gradients of two batches, or has one."""
+    flags = f"{SMALL} --prompts 2 --repeats 1 --device cpu --dtype float32 {rows}"
+    results = json.loads(run("trl", *flags.split(), "--json"))["results"]
+    assert max(results[f"gradient{what}_difference"] for what in ("", "_norm")) < 1e-5
+    assert results["weights_difference"] < 1e-6 and results["step_difference"] < 1e-2
+    for part in ("rollout", "reference", "update", "step"):
+        theirs, ours = (results[f"{part}: {side}_s"] for side in ("theirs", "ours"))
+        assert 0 < ours and results[f"{part}: ratio"] == pytest.approx(theirs / ours)
+
+
+def test_without_trl_its_benchmark_says_what_to_install():
+    path = str(ROOT / "bench" / "trl.py")
+    lines = ["import runpy, sys", "sys.modules['trl'] = None  # as if it were not installed"]
+    lines += ["sys.path.insert(0, 'bench')", "sys.argv = ['trl.py']"]
+    lines += [f"runpy.run_path({path!r}, run_name='__main__')"]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    said = "bench/trl.py needs TRL: pip install -r bench/requirements-trl.txt"
+    assert done.returncode == 1 and done.stderr.strip() == said and not done.stdout
 
 
 WRONG = ["--group-size 0", "--dtype int8", "--prompt-tokens 5", "--repeats x"]
