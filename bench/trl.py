@@ -43,10 +43,7 @@ from vlm import VLM
 
 PARTS = ("rollout", "reference", "update", "rest")
 TOP_P, BETA, CLIP, MAX_NORM = 0.99, 0.01, 0.2, 1.0
-LR, WEIGHT_DECAY = (
-    1e-4,
-    1e-2,
-)  # larger than the paper's 1e-6, that a step is more than a float32's last digits
+LR, WEIGHT_DECAY = 1e-4, 1e-2  # the paper's 1e-6 would move a float32's last digits only
 
 
 def main() -> None:
