@@ -21,6 +21,7 @@ from pathlib import Path
 from answers import extract_answer, read_choice
 from engine.items import item_of
 from engine.published import LeftOut, images_of, records_of, write_images, write_questions
+from engine.settings import OneLineParser
 
 # How the prompts of those end that do not leave room for steps.
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -297,8 +298,7 @@ def line_of(read: Callable[[dict], dict], record: object, boxed: bool = False) -
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The arguments; ends the program with code 2 and one sentence if one is wrong."""
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
+    parser = OneLineParser(description=__doc__, formatter_class=layout)
     names = ", ".join(BENCHMARKS)
     parser.add_argument("name", metavar="NAME", help=f"{names}, or a hub id")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder that is written")

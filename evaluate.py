@@ -42,6 +42,7 @@ from engine.images import ImageError, load_image
 from engine.intervals import bootstrap, mcnemar
 from engine.items import Item, choices_of, read_answer, read_lines, right
 from engine.records import printable
+from engine.settings import OneLineParser
 from engine.table import table
 from generate import generate
 from rewards import confidence
@@ -281,7 +282,7 @@ def device(name: str) -> str:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The arguments; ends the program with code 2 and one sentence if one is wrong."""
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = OneLineParser(description=__doc__, formatter_class=layout)
     parser.error = lambda message: parser.exit(2, f"error: {printable(message)}\n")
     add = parser.add_argument
     add("--model", action="append", required=True, help="folder or hub id; give it again to compare several")

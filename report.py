@@ -5,7 +5,6 @@ their questions and votes, iteration beside iteration. It reads plain files of t
 run may still be going on, and its folder may come from another machine.
 """
 
-import argparse
 import base64
 import html
 import io
@@ -23,6 +22,7 @@ from curate import Example
 from engine.images import ImageError, load_image
 from engine.page import LADDER, PAGE, STYLE
 from engine.records import printable, read_examples
+from engine.settings import OneLineParser
 from rewards import same_answer
 from toy.answerer import understand
 from toy.scenes import read_truth
@@ -351,7 +351,7 @@ def page(folder: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0: done, 2: a wrong argument."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = OneLineParser(description=__doc__.split("\n")[0])
     parser.error = lambda message: parser.exit(2, f"error: {printable(message)}\n")
     parser.add_argument("run", type=Path, help="folder of a run, runs/NAME")
     parser.add_argument("--out", type=Path, help="where the page goes (default: report.html in that folder)")

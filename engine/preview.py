@@ -64,7 +64,7 @@ def show(s: Settings, run: Run, config: Qwen2_5_VLConfig, device: torch.device, 
         found = run.images
         counts = f"{len(found.paths)} found, {len(found.skipped)} skipped"
         print(f"images   {counts}, up to about {tokens} tokens each")
-        for path, reason in found.skipped:
+        for path, reason in found.skipped if s.dry_run else ():  # else the run names them when it starts
             print(f"         skipped {printable(path)}: {reason}")
     questions, size = s.images_per_step * s.group_size, sum(plan.parameter_sizes(config).values())
     where = f"torch.{s.dtype}, on {run.ranks.size} x {device}"

@@ -157,6 +157,16 @@ GROUPS = {
 class OneLineParser(argparse.ArgumentParser):
     """Says in one sentence what is wrong."""
 
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """As argparse's, but a mistyped flag is told which one is meant."""
+        given, unknown = self.parse_known_args(argv)
+        if unknown and not unknown[0].startswith("-"):
+            self.error(f"{unknown[0]} is one argument too many")
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1)
+            self.error(f"{unknown[0]} is no flag of this" + (f"; did you mean {near[0]}?" if near else ""))
+        return given
+
     def error(self, message: str):
         """Exits with 2."""
         self.exit(2, f"error: {message}\n")
@@ -174,11 +184,8 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> Settings
         group = parser.add_argument_group(title)
         for name in names:
             _add_flag(group, fields[name])
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], [flag(name) for name in fields], 1)
-        parser.error(f"{unknown[0]} is no flag of this" + (f"; did you mean {near[0]}?" if near else ""))
-    given = {name: value for name, value in vars(given).items() if value is not None}
+    given = vars(parser.parse_args(argv))
+    given = {name: value for name, value in given.items() if value is not None}
     if "resume" in given:
         allowed = {*MAY_CHANGE, "iterations"} - {"name", "dry_run"}
         if wrong := [name for name in given if name not in allowed]:

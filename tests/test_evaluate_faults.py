@@ -8,7 +8,9 @@ import pytest
 from checkpoints import edit, noise_image
 from conftest import ROOT
 
+import benchmarks
 import evaluate
+import report
 from engine.table import table
 from evaluate import Item, Outcome
 
@@ -175,3 +177,18 @@ def test_images_questions_and_answers_do_not_reach_the_terminal_raw(data, tmp_pa
             assert stop.code == 2
         err = capsys.readouterr().err
         assert is_clean(err) and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "main, argv, said",
+    [
+        (evaluate.main, ["--model", "x", "--data", "y", "--tempreature", "1"], "did you mean --temperature?"),
+        (benchmarks.main, ["mathvista", "x", "--limt", "3"], "did you mean --limit?"),
+        (report.main, ["runs/x", "and", "more"], "is one argument too many"),
+    ],
+)
+def test_a_mistyped_flag_is_told_which_one_is_meant(main, argv, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and said in error and error.count("\n") == 1
