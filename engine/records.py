@@ -22,13 +22,14 @@ def row(k: int, results: dict, records: list[dict]) -> str:
     """A row of the console's table. records: those of iteration k."""
     asking = [r for r in records if r["phase"] == "questioner"]
     curation = next((r for r in records if r["phase"] == "curation"), {})
-    first, last = (asking[0], asking[-1]) if asking else ({}, {})
+    third = max(1, len(asking) // 3)  # single steps may fall where a phase rises
     seconds = sum(r.get("seconds", 0.0) for r in records) if k else None
     rungs = results.get("sampled_by_objects", {})
     cells = [f"{k or 'base':>9}", _cell(results.get("greedy_accuracy"), 6)]
     cells += [_cell(results.get("sampled_accuracy"), 7), *(_cell(rungs.get(name), 4, 2) for name in RUNGS)]
-    cells += ["|", _cell(last.get("validity"), 5), _cell(first.get("r_unc"), 8), "-"]
-    cells += [_cell(last.get("r_unc"), 6), _cell(last.get("clusters"), 8, 1)]
+    first, last = asking[:third], asking[-third:]
+    cells += ["|", _cell(_mean_of("validity", last), 5), _cell(_mean_of("r_unc", first), 8), "-"]
+    cells += [_cell(_mean_of("r_unc", last), 6), _cell(_mean_of("clusters", last), 8, 1)]
     cells += ["|", f"{curation.get('curated', '-'):>7}", _cell(results.get("objects"), 7, 1)]
     return " ".join([*cells, _cell(results.get("silver_accuracy"), 5, 2), _cell(seconds, 7, 0)])
 
@@ -41,6 +42,12 @@ def printable(path: str) -> str:
 def mean(values: list) -> float:
     """0.0 if there are none."""
     return sum(values) / len(values) if values else 0.0
+
+
+def _mean_of(name: str, records: list[dict]) -> float | None:
+    """The mean of a number in the records that have it; None if none has."""
+    values = [record[name] for record in records if record.get(name) is not None]
+    return mean(values) if values else None
 
 
 def _cell(value: float | None, width: int, digits: int = 3) -> str:

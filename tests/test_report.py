@@ -15,7 +15,7 @@ from checkpoints import noise_image
 
 import report
 from curate import Example
-from engine.records import write_examples
+from engine.records import row, write_examples
 from toy.scenes import read_truth, write_scenes
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -218,6 +218,17 @@ def test_your_own_images_have_no_truth(tmp_path):
     check_page(text)
     assert "Share that is right" not in text and "✓" not in text and "to list" not in text
     assert r"b\udcffd.png" in text and text.count("gone.png can no longer be read") == 1
+
+
+def test_the_console_shows_means_of_a_phase_s_first_and_last_third():
+    values = [(0.1, 1.0, 8.0), (0.3, 1.0, 8.0), *[(0.9, 0.5, 1.0)] * 3, (0.8, 0.8, 5.0), (0.2, 1.0, 6.0)]
+    steps = [dict(phase="questioner", r_unc=u, validity=v, clusters=c) for u, v, c in values]
+    shown = lambda records: row(2, {}, records).split("|")[1].split()  # noqa: E731
+    assert shown(steps) == ["0.900", "0.200", "-", "0.500", "5.5"], (
+        "of 7 steps the first two and the last two"
+    )
+    assert shown(steps[:1]) == ["1.000", "0.100", "-", "0.100", "8.0"]
+    assert shown([]) == ["-"] * 5
 
 
 def test_r_unc_is_the_mean_of_a_phase_s_first_and_last_third(tmp_path):
