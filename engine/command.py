@@ -235,11 +235,18 @@ def show_time(s: Settings, run: Run, budget: float) -> None:
     if not checkpoint.has_weights(model_of(s)):
         say("time     not measured: the weights are not on this machine yet")
         return
+    fits, needed = preview.in_the_computer(s, run, load_config(model_of(s)), device_of(s), budget)
+    if run.ranks.any(not fits):
+        say(f"time     not measured: {needed}")
+        return
     run.console.now("measuring how long a step takes")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # so that Ctrl-C takes the folder away
     try:
         with tempfile.TemporaryDirectory() as folder:
             rehearsal = rehearse(s, load_roles(s, budget), few_pictures(s, run, Path(folder)), run.ranks)
         say(f"time     {sentence(s, rehearsal, run.ranks.size)}")
+    except KeyboardInterrupt:
+        say("time     not measured: interrupted")
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         say(f"time     not measured: {checkpoint.first_line(error)}")
 

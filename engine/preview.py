@@ -4,6 +4,8 @@ Memory comes from the plan (plan.py). A GPU that is too small for the usual batc
 `budget`; one that is still too small is told which flags would help.
 """
 
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -117,13 +119,41 @@ def show_memory(s: Settings, run: Run, config: Qwen2_5_VLConfig, device: torch.d
         too_much = total is not None and moment.total >= total
         verdict = f"; MORE than the {total / 2**30:.0f} GiB of {device}" if too_much else ""
         print(f"memory   {moment.name}: {moment.total / 2**30:.2f} GiB ({parts}){verdict}")
+    print(f"memory   {in_the_computer(s, run, config, device, budget)[1]}")
     print(f"disk     at most {disk_sentence(disk_plan(s, config))}; {room(run.folder) / 2**30:.2f} are free")
     if total is None:
         return
-    host = plan.host_plan(config, dtype, offload, **flags)
-    print(f"memory   {host.name}: {host.total / 2**30:.2f} GiB")
     free = torch.cuda.mem_get_info(device)[0]
     print(f"memory   {advice(free, budget, of_plan(s, run, config), memory_flags(s, run))}")
+
+
+def in_the_computer(
+    s: Settings, run: Run, config: Qwen2_5_VLConfig, device: torch.device, budget: float
+) -> tuple[bool, str]:
+    """Whether the computer has the memory that its processes of this run take, and a sentence about it."""
+    (first, dtype, work), flags = of_plan(s, run, config), memory_flags(s, run)
+    if device.type == "cuda":  # what waits there for the GPU
+        needed = plan.host_plan(
+            first, dtype, **{k: v for k, v in flags.items() if k != "checkpointing"}
+        ).total
+    else:
+        needed = max(m.total for m in plan.memory_plan(first, dtype, None, work, **flags, budget=budget))
+    needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that torchrun started here
+    there = available_memory()
+    sentence = f"in the computer: {needed / 2**30:.2f} GiB"
+    if there is None:
+        return True, sentence
+    verdict = ", MORE than the" if needed > there else "; there are"
+    return needed <= there, f"{sentence}{verdict} {there / 2**30:.1f} that are available"
+
+
+def available_memory() -> int | None:
+    """Bytes that processes can still have, by Linux; None where nothing says so."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
 
 
 def advice(free: int, budget: float, what: tuple, flags: dict) -> str:

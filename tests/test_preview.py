@@ -1,5 +1,6 @@
 """What is said before a run begins: batches that fit, flags that help, and how long it takes."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -192,3 +193,26 @@ def test_a_disk_that_is_too_small_is_known_at_the_start(more, workplace, monkeyp
     assert loop.main([*SMALL, "--name", "x", *more]) == 0
     free[0] = 0  # what the run has already is its own
     assert loop.main(["--resume", "runs/x"]) == 0
+
+
+# ---- The computer's memory ---------------------------------------------------------------------------------
+
+
+def test_no_model_is_loaded_that_is_larger_than_the_memory(workplace, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(preview, "available_memory", lambda: 10_000_000)
+    monkeypatch.setattr(command, "load_roles", None)
+    assert loop.main([*SMALL, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "MORE than the 0.0 that are available" in said.partition("time     not measured: ")[2]
+    monkeypatch.setattr(preview, "available_memory", lambda: None)
+    monkeypatch.setattr(command, "rehearse", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(command, "load_roles", lambda *_: None)
+    assert loop.main([*SMALL, "--dry-run"]) == 0
+    assert "not measured: interrupted" in capsys.readouterr().out
+
+
+def test_the_available_memory_is_between_what_is_free_and_what_there_is():
+    free, there = (
+        os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES")
+    )
+    assert 0.5 * free < preview.available_memory() < there
