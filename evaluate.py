@@ -283,7 +283,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The arguments; ends the program with code 2 and one sentence if one is wrong."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(description=__doc__, formatter_class=layout)
-    parser.error = lambda message: parser.exit(2, f"error: {printable(message)}\n")
     add = parser.add_argument
     add("--model", action="append", required=True, help="folder or hub id; give it again to compare several")
     add("--data", type=Path, required=True, help="labelled questions, JSON lines")

@@ -60,7 +60,7 @@ def merged_weights(model) -> dict[str, Tensor]:
     weights = {name: w for name, w in model.state_dict().items() if not name.endswith((".lora_A", ".lora_B"))}
     for name, layer in text_linears(model):
         if isinstance(layer, LoRALinear):
-            weights[f"{name}.weight"] = layer.merged()
+            weights[f"{name}.weight"] = layer.merged().cpu()  # a GPU has no room for all of them
     return weights
 
 

@@ -352,7 +352,6 @@ def page(folder: Path) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0: done, 2: a wrong argument."""
     parser = OneLineParser(description=__doc__.split("\n")[0])
-    parser.error = lambda message: parser.exit(2, f"error: {printable(message)}\n")
     parser.add_argument("run", type=Path, help="folder of a run, runs/NAME")
     parser.add_argument("--out", type=Path, help="where the page goes (default: report.html in that folder)")
     args = parser.parse_args(argv)

@@ -21,6 +21,7 @@ FLAGS = {
     "`--lora-rank 16`": (False, False, 16),
     "`--gradient-checkpointing --lora-rank 16`": (True, False, 16),
 }
+SAVES = 3  # states within a phase of 20 steps, with --save-every 5: the defaults
 WORK = plan.Work(
     image_tokens=1024, text_tokens=100, new_tokens=1024, group_size=8, questions=1024, answers=10
 )
@@ -68,7 +69,7 @@ def update_table() -> list[str]:
             trained = sum(value for name, value in update.items() if name not in known)
             sizes = [trained, frozen, update["whole layers"], update["activations"], moments[2].total]
             sizes += [answering["reasoner"] + frozen, plan.host_plan(config, torch.bfloat16, *how[1:]).total]
-            sizes += [plan.disk_plan(config, torch.bfloat16, rank).total]
+            sizes += [plan.disk_plan(config, torch.bfloat16, SAVES, rank).total]
             lines.append(
                 f"| {size.upper()} | {flags} | " + " | ".join(f"{s / 2**30:.1f}" for s in sizes) + " |"
             )
@@ -104,11 +105,11 @@ def first_fitting(size: str, gib: float, ways: dict) -> str:
 
 
 def host_gibs(size: str, ways: dict) -> str:
-    """Of the computer's memory, without and with offload; an export takes all weights of a role."""
+    """Of the computer's memory, without and with offload; with LoRA an export makes all weights of a role."""
     config, gibs = shape_config(size), {}
     whole = 2 * sum(plan.parameter_sizes(config).values())
     for words, (_, offload, rank) in ways.items():
-        most = max(whole, plan.host_plan(config, torch.bfloat16, offload, 1, rank).total)
+        most = plan.host_plan(config, torch.bfloat16, offload, 1, rank).total + (whole if rank else 0)
         gibs[f"{most / 2**30:.0f}"] = words.partition(", ")[2]
     return ", ".join(f"{gib} with {words}" if words else gib for gib, words in gibs.items())
 
@@ -116,7 +117,7 @@ def host_gibs(size: str, ways: dict) -> str:
 def disk_gibs(size: str, ways: dict) -> str:
     """What the run folder takes at most."""
     [rank] = {rank for _, _, rank in ways.values()}
-    return f"{plan.disk_plan(shape_config(size), torch.bfloat16, rank).total / 2**30:.0f}"
+    return f"{plan.disk_plan(shape_config(size), torch.bfloat16, SAVES, rank).total / 2**30:.0f}"
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ def start(loop: Loop, s: Settings, ranks: Ranks, console: Console) -> int:
         preview.check_disk(s, run, config)
         console.now("loading the model")
         roles = load_roles(s, budget)
+        preview.check_disk(s, run, config)  # again, as weights may have been downloaded
         start_run(s, run)
         if ranks.first:  # what a run needs at its end is proven at its start
             checkpoint.prove_export(roles[0], run.folder)

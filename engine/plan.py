@@ -213,17 +213,22 @@ def host_plan(
 
 
 def disk_plan(
-    config: Qwen2_5_VLConfig, stored: torch.dtype, lora_rank: int = 0, freeze_vision: bool = False
+    config: Qwen2_5_VLConfig,
+    stored: torch.dtype,
+    saves: int,
+    lora_rank: int = 0,
+    freeze_vision: bool = False,
 ) -> Moment:
-    """What the run folder takes at most, besides images and lists. stored: the dtype of exports, the base's.
+    """What the run folder takes at most, besides images and lists.
 
+    stored: the dtype of exports, the base's. saves: how many states are saved within a phase.
     Of what is trained a state has float32 weights of both roles and the reference, and AdamW's two moments.
-    Two states are kept while a third is written, and share what has not changed. An export is written beside
-    the one that it replaces.
+    Two states are kept while a third is written, and share what has not changed; one more than `saves` is
+    counted, as Ctrl-C saves another. An export is written beside the one that it replaces.
     """
     trained = sum(trained_sizes(config, lora_rank, freeze_vision).values())
     whole = sum(parameter_sizes(config).values()) * stored.itemsize
-    states = 4 * trained * (2 + 3 * 3)  # reference and other role once, role and moments three times
+    states = 4 * trained * (2 + 3 * min(3, saves + 1))  # reference and other role; role and moments of each
     return Moment("on the disk, at most", {"states": states, "checkpoints": 3 * whole})
 
 
@@ -307,9 +312,9 @@ def batch_bytes(
     matrix = matrix if any("embed_tokens" in name for name in sizes) else 0
     predicted = rows * min(work.group_size * work.new_tokens, row)  # tokens of completions
     made = min(max(int(LOGITS[device] * budget), text.vocab_size), predicted * text.vocab_size)
-    logits = max(
-        made * (4 + 4), made * (4 + dtype.itemsize % 4) + matrix
-    )  # forward, with their exp; backward
+    forward = made * (4 + 4)  # logits in float32 and their exponentials
+    backward = made * (4 + (0 if dtype == torch.float32 else dtype.itemsize)) + matrix  # and a cast of them
+    logits = max(forward, backward)
     if not checkpointing:
         return ends + mask + text.num_hidden_layers * text_layer + depth * vision_layer + logits
     inputs = text.num_hidden_layers * rows * row * text.hidden_size + depth * patches * vision.hidden_size

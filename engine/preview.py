@@ -77,21 +77,26 @@ def show(s: Settings, run: Run, config: Qwen2_5_VLConfig, device: torch.device, 
     print(f"         a curation {s.candidates} questions and {s.candidates * s.answers} answers,")
     print(f"         and a Reasoner step up to {questions} answers")
     show_memory(s, run, config, device, budget)
+    there, needed = room(run.folder), disk_plan(s, config)
+    free = "" if there is None else f"; {there / 2**30:.2f} are free"
+    verdict = ", too LITTLE" if there is not None and there < needed.total else ""
+    print(f"disk     a new run takes at most {disk_sentence(needed)}{free}{verdict}")
 
 
 def check_disk(s: Settings, run: Run, config: Qwen2_5_VLConfig) -> None:
-    """Raises ValueError if a run would fill the disk that its folder is on."""
+    """Raises ValueError if a new run would fill the disk that its folder is on."""
     needed, there = disk_plan(s, config), room(run.folder)
-    if run.ranks.any(needed.total > there):
+    if run.ranks.any(run.number == 0 and there is not None and needed.total > there):
         why = f"the run takes up to {disk_sentence(needed)}, and the disk has room for {there / 2**30:.1f}"
-        less = "" if s.lora_rank else ", or --lora-rank 16, whose states are small"
-        raise ValueError(f"{run.folder}: {why}; a larger disk is needed{less}")
+        less = "a higher --save-every" if s.lora_rank else "a higher --save-every or --lora-rank 16"
+        raise ValueError(f"{run.folder}: {why}; {less} takes less")
 
 
 def disk_plan(s: Settings, config: Qwen2_5_VLConfig) -> plan.Moment:
     """What the run folder takes at most (see plan.py)."""
     stored = config.dtype or config.text_config.dtype or getattr(torch, s.dtype)
-    return plan.disk_plan(config, stored, s.lora_rank, s.freeze_vision)
+    saves = (max(s.questioner_steps, s.reasoner_steps) - 1) // s.save_every  # the last step ends the phase
+    return plan.disk_plan(config, stored, saves, s.lora_rank, s.freeze_vision)
 
 
 def disk_sentence(needed: plan.Moment) -> str:
@@ -100,11 +105,14 @@ def disk_sentence(needed: plan.Moment) -> str:
     return f"{needed.total / 2**30:.2f} GiB ({parts})"
 
 
-def room(folder: Path) -> int:
-    """Bytes that a run in this folder may take: what is free, and what it has already (when it goes on)."""
-    there = next(parent for parent in folder.absolute().parents if parent.exists())
-    mine = [path for path in folder.rglob("*") if path.is_file()]
-    return shutil.disk_usage(there).free + sum(path.stat().st_size for path in mine)
+def room(folder: Path) -> int | None:
+    """Bytes that are free on the disk of a run's folder; None if nobody says, as on some network drives."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        usage = shutil.disk_usage(there)
+    except OSError:
+        return None
+    return usage.free if usage.total else None
 
 
 def show_memory(s: Settings, run: Run, config: Qwen2_5_VLConfig, device: torch.device, budget: float) -> None:
@@ -120,7 +128,6 @@ def show_memory(s: Settings, run: Run, config: Qwen2_5_VLConfig, device: torch.d
         verdict = f"; MORE than the {total / 2**30:.0f} GiB of {device}" if too_much else ""
         print(f"memory   {moment.name}: {moment.total / 2**30:.2f} GiB ({parts}){verdict}")
     print(f"memory   {in_the_computer(s, run, config, device, budget)[1]}")
-    print(f"disk     at most {disk_sentence(disk_plan(s, config))}; {room(run.folder) / 2**30:.2f} are free")
     if total is None:
         return
     free = torch.cuda.mem_get_info(device)[0]

@@ -160,6 +160,7 @@ class OneLineParser(argparse.ArgumentParser):
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
         """As argparse's, but a mistyped flag is told which one is meant."""
         given, unknown = self.parse_known_args(argv)
+        unknown = [word for word in unknown if word != "--"]
         if unknown and not unknown[0].startswith("-"):
             self.error(f"{unknown[0]} is one argument too many")
         if unknown:
@@ -169,7 +170,8 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Exits with 2."""
-        self.exit(2, f"error: {message}\n")
+        shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        self.exit(2, f"error: {''.join(shown)}\n")
 
 
 def parse_arguments(description: str, argv: list[str] | None = None) -> Settings:

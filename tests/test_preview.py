@@ -157,9 +157,15 @@ def test_a_dry_run_says_how_long(published, tmp_path, monkeypatch, capsys):
 # ---- The disk ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [[], ["--lora-rank", "4"], ["--freeze-vision", "--dtype", "bfloat16"]])
-def test_the_disk_is_planned_as_it_is_used(more, workplace, monkeypatch):  # noqa: F811
-    """The most that states and exports ever take, looked at when a state is written and none deleted yet."""
+CASES = [("1", []), ("1", ["--lora-rank", "4"]), ("1", ["--freeze-vision", "--dtype", "bfloat16"])]
+
+
+@pytest.mark.parametrize("every, more", [*CASES, ("2", []), ("9", [])])
+def test_the_disk_is_planned_as_it_is_used(every, more, workplace, monkeypatch):  # noqa: F811
+    """The most that states and exports ever take, looked at when a state is written and none deleted yet.
+
+    Where less than two states are saved within a phase, the plan has room for one that Ctrl-C saves.
+    """
     sizes, write, replace = [], state.write_state, state.replace_folder
 
     def size() -> None:
@@ -171,12 +177,15 @@ def test_the_disk_is_planned_as_it_is_used(more, workplace, monkeypatch):  # noq
 
     monkeypatch.setattr(run_module, "write_state", lambda *a: (size(), write(*a)))
     monkeypatch.setattr(run_module, "replace_folder", replaced)
-    flags = SMALL + "--iterations 2 --questioner-steps 4 --reasoner-steps 4 --save-every 1 --name x".split()
+    flags = (
+        SMALL
+        + f"--iterations 2 --questioner-steps 4 --reasoner-steps 4 --save-every {every} --name x".split()
+    )
     assert loop.main(flags + more) == 0
     s = parse_arguments("", flags + more)
     planned = preview.disk_plan(s, command.load_config(command.model_of(s)))
     assert max(sizes) < 1.02 * planned.total, "2% for names and adapters"
-    assert planned.total < 1.25 * max(sizes)
+    assert planned.total < (1.25 if every == "1" else 1.6) * max(sizes)
 
 
 @pytest.mark.parametrize("more", [[], ["--lora-rank", "4"]])
@@ -187,12 +196,25 @@ def test_a_disk_that_is_too_small_is_known_at_the_start(more, workplace, monkeyp
     assert loop.main([*SMALL, "--name", "x", *more]) == 2
     error = capsys.readouterr().err
     assert "runs/x: the run takes up to 0.0" in error and "the disk has room for 0.0" in error
-    assert ("--lora-rank 16" in error) == (not more)
+    assert "--save-every" in error and ("--lora-rank 16" in error) == (not more)
     assert not Path("runs").exists()
+    assert loop.main([*SMALL, "--name", "x", "--dry-run", *more]) == 0
+    assert "too LITTLE" in capsys.readouterr().out
     free[0] = 10**9
     assert loop.main([*SMALL, "--name", "x", *more]) == 0
-    free[0] = 0  # what the run has already is its own
-    assert loop.main(["--resume", "runs/x"]) == 0
+    free[0] = 0  # what is planned is for a new run; one that goes on has most of it already
+    assert loop.main(["--resume", "runs/x", "--iterations", "2"]) == 0
+
+
+def test_the_disk_is_that_of_the_folder_itself(tmp_path, monkeypatch):
+    asked = []
+    usage = lambda path: (asked.append(path), shutil._ntuple_diskusage(0, 0, 0))[1]  # noqa: E731
+    monkeypatch.setattr(preview.shutil, "disk_usage", usage)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "x").symlink_to(tmp_path / "elsewhere")
+    assert preview.room(tmp_path / "x") is None, "a drive of size 0 says nothing"
+    preview.room(tmp_path / "not" / "there")
+    assert asked == [tmp_path / "x", tmp_path]
 
 
 # ---- The computer's memory ---------------------------------------------------------------------------------

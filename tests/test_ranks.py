@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from checkpoints import noise_image
 from conftest import ROOT
+from torch.distributed.fsdp import FSDPModule
 
 import grpo
 import packing
@@ -186,6 +187,7 @@ def random_groups_with(groups):
     return [grpo.Group(g.prompt, g.completions, g.rewards, g.ref_logp) for g in groups]
 
 
+@pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="FSDP2 of torch 2.11 cannot forget")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("where", ["text", "vision"])
 def test_out_of_memory_in_a_sharded_backward_leaves_nothing_behind(where, checkpointing):
