@@ -23,7 +23,7 @@ if __name__ == "__main__":  # torch takes seconds to import: --help, a wrong fla
     from engine.settings import parse_arguments
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parse_arguments(__doc__).check()
+    parse_arguments(__doc__)
 
 import random
 import sys

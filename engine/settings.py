@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import json
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,14 +160,22 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
         """As argparse's, but a mistyped flag is told which one is meant."""
-        given, unknown = self.parse_known_args(argv)
+        words = sys.argv[1:] if argv is None else argv
+        for name in (word.split("=")[0] for word in words if word.startswith("--")):
+            if not any(known.startswith(name) for known in self._option_string_actions):
+                self.no_flag(name)  # before one that is missing, which may be the one that is meant
+        given, unknown = self.parse_known_args(words)
         unknown = [word for word in unknown if word != "--"]
         if unknown and not unknown[0].startswith("-"):
             self.error(f"{unknown[0]} is one argument too many")
         if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1)
-            self.error(f"{unknown[0]} is no flag of this" + (f"; did you mean {near[0]}?" if near else ""))
+            self.no_flag(unknown[0].split("=")[0])
         return given
+
+    def no_flag(self, name: str):
+        """Exits with 2, and names the flag that is nearest."""
+        near = difflib.get_close_matches(name, self._option_string_actions, 1)
+        self.error(f"{name} is no flag of this" + (f"; did you mean {near[0]}?" if near else ""))
 
     def error(self, message: str):
         """Exits with 2."""
@@ -192,12 +201,12 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> Settings
         allowed = {*MAY_CHANGE, "iterations"} - {"name", "dry_run"}
         if wrong := [name for name in given if name not in allowed]:
             parser.error(f"--resume takes the settings of the run it continues, not {flag(wrong[0])}")
-        settings = Settings(**given)
-        settings.given = tuple(given)  # a value that happens to be the default is given, too
-        return settings
     try:
-        fitting = beside(given.get("model", TOY)).get("settings", {})
-        return Settings(**(fitting | given))
+        fitting = {} if "resume" in given else beside(given.get("model", TOY)).get("settings", {})
+        settings = Settings(**(fitting | given))
+        settings.given = tuple(given)  # a value that happens to be the default is given, too
+        settings.check()
+        return settings
     except (ValueError, TypeError) as error:
         parser.error(str(error))
 

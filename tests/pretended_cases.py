@@ -142,36 +142,34 @@ def sampled_rollout():
         assert waiting <= may, waiting - may
 
 
-@case
-def a_recording_that_fails():
-    """It is done eagerly, is not tried again, and memory can be freed after it."""
+def goes_on_without(vlm, prompts, sentence, **broken):
+    """Greedy rollouts of three roles on a GPU that lacks something: the CPU's tokens, and one sentence."""
     from generate import generate
 
-    vlm, prompts, said = tiny(lively=True), prompts_of(tiny(), 3), StringIO()
-    want = generate(vlm, prompts, 2, 12, temperature=0.0)
-    with GPU(breaks=True) as gpu, redirect_stderr(said):
+    want, said = generate(vlm, prompts, 2, 12, temperature=0.0), StringIO()
+    with GPU(**broken) as gpu, redirect_stderr(said):
         twin = lent(vlm)
         for role in (twin, twin, twin.copy()):
             assert generate(role, prompts, 2, 12, temperature=0.0) == want
+        generate(twin, prompts, 2, 12)
         torch.cuda.empty_cache()
-    assert gpu.recordings == 1 and gpu.replays == 0 and gpu.stream == "main"
-    assert said.getvalue().count("without a CUDA graph") == 1
+    assert said.getvalue().count(sentence) == 1 and gpu.stream == "main"
+    return gpu
+
+
+@case
+def a_recording_that_fails():
+    """It is done eagerly, is not tried again, and memory can be freed after it."""
+    gpu = goes_on_without(tiny(lively=True), prompts_of(tiny(), 3), "without a CUDA graph", breaks=True)
+    assert gpu.recordings == 1 and gpu.replays == 0
 
 
 @case
 def a_compiler_that_fails():
     """It is said once and not tried again; the plain functions are recorded."""
-    from generate import generate
-
-    vlm, prompts, said = tiny(lively=True), prompts_of(tiny(), 3), StringIO()
-    want = generate(vlm, prompts, 2, 12, temperature=0.0)
-    with GPU(compiles=False) as gpu, redirect_stderr(said):
-        twin = lent(vlm)
-        for role in (twin, twin, twin.copy()):
-            assert generate(role, prompts, 2, 12, temperature=0.0) == want
-        generate(twin, prompts, 2, 12)
+    vlm, prompts = tiny(lively=True), prompts_of(tiny(), 3)
+    gpu = goes_on_without(vlm, prompts, "without compiled kernels", compiles=False)
     assert gpu.recordings and gpu.replays and not gpu.compiled
-    assert said.getvalue().count("without compiled kernels") == 1
 
 
 @case
@@ -352,8 +350,11 @@ def lora_export():
 
     trained("cpu")
     with GPU():
-        layer = lora.text_linears(trained("cuda").model)[0][1]
+        model = trained("cuda").model
+        layer, merged = lora.text_linears(model)[0][1], lora.merged_weights(model)
         assert on_gpu(layer.weight) and not on_gpu(layer.lora_A)
+        made = [merged[f"{name}.weight"] for name, _ in lora.text_linears(model)]
+        assert not any(map(on_gpu, made)), "a GPU has no room for all of them"
     base = load_file(ROOT / "toy" / "model.safetensors")
     for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
         here, there = (load_file(folder / device / name) for device in ("cpu", "cuda"))

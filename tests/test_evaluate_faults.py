@@ -183,6 +183,7 @@ def test_images_questions_and_answers_do_not_reach_the_terminal_raw(data, tmp_pa
     "main, argv, said",
     [
         (evaluate.main, ["--model", "x", "--data", "y", "--tempreature", "1"], "did you mean --temperature?"),
+        (evaluate.main, ["--modle", "x", "--data", "y"], "did you mean --model?"),
         (benchmarks.main, ["mathvista", "x", "--limt", "3"], "did you mean --limit?"),
         (report.main, ["runs/x", "and", "more"], "is one argument too many"),
     ],

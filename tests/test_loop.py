@@ -465,13 +465,16 @@ def test_a_toy_takes_the_settings_that_lie_beside_it(workplace):
     assert stop.value.code == 2
 
 
-def test_help_and_a_mistyped_flag_answer_at_once(workplace):
+def test_help_and_a_wrong_flag_answer_at_once(workplace):
     """Before torch is imported: here its import would fail."""
     code = "import runpy, sys; sys.modules['torch'] = None; sys.argv[0] = 'loop.py'; "
     code += f"runpy.run_path({str(ROOT / 'loop.py')!r}, run_name='__main__')"
     for args, words in (
         (["--help"], "the loop"),
         (["--qustioner-steps", "3"], "did you mean --questioner-steps"),
+        (["--lr", "-1"], "error: --lr must be a number of at least 0"),
+        (["--tau-low", "0.9"], "error: --tau-low"),
+        (["--resume", "runs/x", "--iterations", "0"], "error: --iterations must be a number of at least 1"),
     ):
         env = {"PYTHONPATH": str(ROOT), "PATH": ""}
         done = subprocess.run([sys.executable, "-c", code, *args], env=env, capture_output=True, text=True)

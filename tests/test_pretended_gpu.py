@@ -168,6 +168,10 @@ lora, lora_export: a change merged on the other device
 - self.lora_A).to(self.weight.device)
 + self.lora_A)
 
+lora, lora_export: all merged matrices on the GPU at once
+- layer.merged().cpu()
++ layer.merged()
+
 lora, lora_update: a change that is skipped where it is 0
 - return super().forward(x) + ALPHA *
 + return super().forward(x) + (ALPHA if self.lora_B.any() else 0) *
