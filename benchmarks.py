@@ -9,6 +9,11 @@ evaluation (zli12321/...). vision-sr1-47k writes the paper's own images, for `lo
 docs/evaluation.md says what is left out of which benchmark, and how each is scored.
 """
 
+import signal
+
+if __name__ == "__main__":  # during the imports Ctrl-C leaves no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import ast
 import math
@@ -350,4 +355,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -14,7 +14,8 @@ from rewards import confidence
 
 @dataclass(frozen=True)
 class Example:
-    """One question that the Reasoner has answered m times; curated, a line of `curated/iteration-K.jsonl`."""
+    """One question that the Reasoner has answered m times, in any phase; if it is kept it is a line of
+    `curated/iteration-K.jsonl`."""
 
     image: str  # path of the image file
     question: str
@@ -41,5 +42,5 @@ def pool(candidates: Iterable[Example]) -> list[Example]:
 
 
 def curate(candidates: Iterable[Example], wanted: Callable[[Example], bool]) -> list[Example]:
-    """The training set D: the questions that are wanted, each once."""
-    return [example for example in pool(candidates) if wanted(example)]
+    """The training set D: the questions that have a label and are wanted, each once."""
+    return [example for example in pool(candidates) if example.label is not None and wanted(example)]

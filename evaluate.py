@@ -19,6 +19,11 @@ apart), and "question_id" and "figure_id" (see `pair_scores`). How the paper's b
 in docs/evaluation.md.
 """
 
+import signal
+
+if __name__ == "__main__":  # during the imports, which take seconds, Ctrl-C leaves no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import json
 import math
@@ -279,6 +284,14 @@ def device(name: str) -> str:
     return name
 
 
+def prove_writable(path: Path) -> None:
+    """Raises OSError if a file cannot be written; what is in it stays as it is."""
+    new = not path.exists()
+    path.open("a").close()
+    if new:
+        path.unlink()
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The arguments; ends the program with code 2 and one sentence if one is wrong."""
     layout = argparse.RawDescriptionHelpFormatter
@@ -305,6 +318,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--seed must be at least 0 and below 2^63")
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         parser.error(f"--json {args.json}: it must be a file in a folder that exists")
+    if args.json and args.json.exists() and args.data.exists() and args.json.samefile(args.data):
+        parser.error("--json and --data are the same file")
+    if args.json:
+        try:
+            prove_writable(args.json)
+        except OSError as error:
+            parser.error(f"--json {args.json} cannot be written: {error.strerror}")
     return args
 
 
@@ -365,4 +385,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

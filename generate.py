@@ -51,8 +51,9 @@ def generate(
     out, prompts that are done are kept, and the others begin again with half as many rows at a time. Raises
     ValueError for arguments out of range, OutOfMemoryError if not even a few rows fit.
     """
-    if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError("need n >= 1, max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
+    whole = n >= 1 and max_new_tokens >= 1 and top_k >= 0
+    if not whole or not 0 <= temperature < math.inf or not 0 < top_p <= 1:  # written so that NaN is wrong
+        raise ValueError("need n, max_new_tokens >= 1, 0 <= temperature < inf, 0 < top_p <= 1, top_k >= 0")
     results: list[list] = [[None] * n for _ in prompts]
     draw_token = functools.partial(
         sample, temperature=temperature, top_p=top_p, top_k=top_k, generator=generator

@@ -52,8 +52,8 @@ def question_reward(votes: list[Example | None], s: Settings) -> list[float]:
 
 
 def keep(example: Example, s: Settings) -> bool:
-    """Whether a question is curated: tau_low <= c <= tau_high, and it has a label."""
-    return example.label is not None and curate.keep(example.confidence, s.tau_low, s.tau_high)
+    """Whether a question is curated: tau_low <= c <= tau_high."""
+    return curate.keep(example.confidence, s.tau_low, s.tau_high)
 
 
 def answer_reward(answer: str | None, example: Example) -> float:

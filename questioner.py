@@ -14,7 +14,7 @@ The prompt is our own and the same for every model; the paper's is longer and na
 
 from dataclasses import dataclass
 
-from answers import extract_answer, without_thinking
+from answers import extract_answer
 from engine.images import Picture
 from generate import generate
 from vlm import VLM, Patches, Prompt
@@ -62,12 +62,13 @@ def ask(vlm: VLM, pictures: list[Picture], n: int, **sampling) -> list[Asked]:
 def parse_question(text: str) -> Question | None:
     """The question in an output of the Questioner, or None if it is not valid.
 
-    One thought at most may stand before it. Takes time linear in the text, raises nothing and evaluates
-    nothing, whatever the model wrote.
+    One thought at most may stand before it, none in it or behind it. Takes time linear in the text, raises
+    nothing and evaluates nothing, whatever the model wrote.
     """
-    if max(text.count("<think>"), text.count("</think>")) > 1:
+    thought, _, rest = text.rpartition("</think>")
+    if "</think>" in thought or thought.count("<think>") > 1 or "<think>" in rest:
         return None
-    rest, blocks = without_thinking(text).strip(), {}
+    rest, blocks = rest.strip(), {}
     for name in ("type", "question", "answer"):
         opening, closing = f"<{name}>", f"</{name}>"
         if not rest.startswith(opening) or rest.count(opening) != 1 or rest.count(closing) != 1:
@@ -76,13 +77,8 @@ def parse_question(text: str) -> Question | None:
         rest = rest.lstrip()
     kind, question = " ".join(blocks["type"].lower().replace("-", " ").split()), blocks["question"].strip()
     answer = extract_answer(blocks["answer"]) or blocks["answer"].replace("\\boxed{}", "").strip()
-    if (
-        rest
-        or kind not in KINDS
-        or not question
-        or not answer
-        or "<type>" in question
-        or "<answer>" in question
-    ):
+    if rest or kind not in KINDS or not question or not answer:
+        return None
+    if "<answer>" in question or "</answer>" in question:
         return None
     return Question(kind, question, answer)

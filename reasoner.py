@@ -51,10 +51,9 @@ def vote(vlm: VLM, asked: list[Asked], m: int, **sampling) -> list[list[Example 
     """Answers every valid question m times: each with its silver label and confidence (None: invalid)."""
     places = [(a, question) for a in asked for question in a.questions if question is not None]
     prompts = [answer_prompt(vlm, a.patches, question.text) for a, question in places]
-    answered = iter(answer(vlm, prompts, m, **sampling))
-
-    def voted(path, question):
-        answers = next(answered).answers
-        return Example(path, question.text, question.kind, *confidence(answers), answers)
-
-    return [[q and voted(a.path, q) for q in a.questions] for a in asked]
+    answers = [each.answers for each in answer(vlm, prompts, m, **sampling)]
+    voted = iter(
+        Example(a.path, question.text, question.kind, *confidence(y), y)
+        for (a, question), y in zip(places, answers)
+    )
+    return [[question and next(voted) for question in a.questions] for a in asked]

@@ -5,6 +5,11 @@ their questions and votes, iteration beside iteration. It reads plain files of t
 run may still be going on, and its folder may come from another machine.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C leaves no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import base64
 import html
 import io
@@ -111,7 +116,10 @@ def find_picture(folder: Path, recorded: str) -> str:
 
 def known_truth(folder: Path) -> Callable:
     """A function that tells the fact a question is about, in built-in scenes; elsewhere nobody knows."""
-    scenes = read_truth(folder / "images") if (folder / "images" / "scenes.jsonl").exists() else {}
+    try:
+        scenes = read_truth(folder / "images")
+    except (OSError, ValueError, KeyError, TypeError):  # own images, or a damaged file
+        scenes = {}
     return lambda e: (
         understand(e.question, scene) if (scene := scenes.get((parts_of(e.image) or [""])[-1])) else None
     )

@@ -61,10 +61,10 @@ def variety(questions: Sequence[str], kinds: Sequence[str]) -> dict[str, float]:
 def question_collapse(first: dict, now: dict) -> str | None:
     """first, now: `variety` at the first Questioner step of the run and at the last one so far.
 
-    Silent if they are of samples of different sizes, on which these numbers depend.
+    Silent if their samples differ by more than a quarter in size, on which these numbers depend.
     """
-    signs = []
-    if first["variety_of"] != now["variety_of"] or not first["variety_of"]:
+    signs, (fewer, more) = [], sorted((first["variety_of"], now["variety_of"]))
+    if fewer < 0.75 * more or not more:
         return None
     for name, share in FELL.items():
         if now[name] < share * first[name]:

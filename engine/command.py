@@ -33,7 +33,7 @@ from engine.settings import MAY_CHANGE, TOY, Settings, flag, parse_arguments
 from vlm import VLM
 
 TOO_LITTLE_MEMORY = (
-    "the GPU has too little memory: run again with the same --name and --gradient-checkpointing, --offload "
+    "there is too little memory: run again with the same --name and --gradient-checkpointing, --offload "
     "or both, which goes on where this stopped; or begin anew with a lower --max-new-tokens, --max-pixels or "
     "--group-size"
 )
@@ -59,6 +59,9 @@ def main(loop: Loop, description: str, argv: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # of a CPU; of a GPU it is an OutOfMemoryError
+            print(f"error: {TOO_LITTLE_MEMORY}", file=sys.stderr)
+            return 1
         if "WORLD_SIZE" not in os.environ or not lost(error):
             raise
         why = f"another process of this run has ended or cannot be reached ({str(error).splitlines()[0]})"
@@ -72,6 +75,7 @@ def main(loop: Loop, description: str, argv: list[str] | None = None) -> int:
 def start(loop: Loop, s: Settings, ranks: Ranks, console: Console) -> int:
     """Checks everything, then runs; returns the exit code."""
     try:
+        check_program(s, program_of(loop))
         if s.resume is not None:
             s, run = resume(s, ranks)
         else:
@@ -91,7 +95,7 @@ def start(loop: Loop, s: Settings, ranks: Ranks, console: Console) -> int:
         console.now("loading the model")
         roles = load_roles(s, budget)
         preview.check_disk(s, run, config)  # again, as weights may have been downloaded
-        start_run(s, run)
+        start_run(s, run, program_of(loop))
         if ranks.first:  # what a run needs at its end is proven at its start
             checkpoint.prove_export(roles[0], run.folder)
     except (ValueError, OSError) as error:  # CheckpointError and ImageError are ValueErrors
@@ -113,7 +117,7 @@ def carry_out(loop: Loop, s: Settings, run: Run, roles: tuple[VLM, VLM]) -> int:
 
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, stop)
-    go_on = f"continue with: python loop.py --resume {shlex.quote(str(run.folder))}"
+    go_on = f"continue with: python {program_of(loop) or 'loop.py'} --resume {shlex.quote(str(run.folder))}"
     try:
         run.cast(*roles)
         loop(s, run)
@@ -158,11 +162,13 @@ def prepare(s: Settings, ranks: Ranks) -> Run:
     check_device(s.device, ranks)
     if s.images is not None:
         s.images = os.path.abspath(os.path.expanduser(s.images))  # so that a run can be resumed from anywhere
-    if s.model is not None and Path(s.model).is_dir():
-        s.model = os.path.abspath(s.model)
+    if s.model is not None and Path(s.model).expanduser().is_dir():
+        s.model = os.path.abspath(os.path.expanduser(s.model))
     dtype = checkpoint.check_dtype(s.dtype, device_of(s))
     s.dtype = str(dtype).removeprefix("torch.")  # a resumed run has the same, on whatever device
-    load_config(model_of(s))
+    width = load_config(model_of(s)).text_config.hidden_size
+    if s.lora_rank > width:
+        raise ValueError(f"--lora-rank must be at most {width}, the model's width, not {s.lora_rank}")
     _, image_processor, _ = load_processors(model_of(s))
     name = s.name or f"{Path(model_of(s)).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path("runs") / ranks.gather([name])[0]  # the first rank's clock counts
@@ -171,8 +177,7 @@ def prepare(s: Settings, ranks: Ranks) -> Run:
     scene_size = max(84, min(336, math.isqrt(s.max_pixels)) // 84 * 84)
     exists = ranks.any((folder / "config.json").exists())  # asked before any rank makes it
     if exists and not s.dry_run:
-        check_same_settings(s, folder)
-        return reopened(s, folder, scene_size, ranks)
+        return reopened(s, folder, check_same_settings(s, folder), ranks)
     begun = ("state", "lock", "images.json")  # all there is of a run that was killed before it was there
     if folder.exists() and not s.dry_run:
         if any(p.name not in begun and p.suffix != ".new" for p in folder.iterdir()):
@@ -245,7 +250,8 @@ def show_time(s: Settings, run: Run, budget: float) -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             rehearsal = rehearse(s, load_roles(s, budget), few_pictures(s, run, Path(folder)), run.ranks)
-        say(f"time     {sentence(s, rehearsal, run.ranks.size)}")
+        if run.ranks.first:  # another one may have no image
+            print(f"time     {sentence(s, rehearsal, run.ranks.size)}")
     except KeyboardInterrupt:
         say("time     not measured: interrupted")
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
@@ -262,10 +268,13 @@ def few_pictures(s: Settings, run: Run, folder: Path) -> list[Picture]:
     return run.next_images(s.images_per_step)
 
 
-def start_run(s: Settings, run: Run) -> None:
-    """Makes the run folder if it is new, and renders the built-in scenes if there are no other images."""
+def start_run(s: Settings, run: Run, program: str | None = None) -> None:
+    """Makes the run folder if it is new, and renders the built-in scenes if there are no other images.
+
+    program: see `program_of`.
+    """
     if run.number == 0:
-        run.create(dataclasses.asdict(s) | {"scene_size": run.scene_size})
+        run.create(dataclasses.asdict(s) | {"scene_size": run.scene_size, "program": program})
     if s.images is not None:
         return
     from toy.scenes import write_scenes  # draws; what the answers are, only toy/answerer.py knows
@@ -287,32 +296,53 @@ def resume(given: Settings, ranks: Ranks) -> tuple[Settings, Run]:
     Raises ValueError with a sentence for the user.
     """
     folder = Path(given.resume)
-    s, scene_size = saved_settings(folder)
+    s, more = saved_settings(folder)
+    if "iterations" in given.given and given.iterations < s.iterations:
+        raise ValueError(f"--iterations must be at least the {s.iterations} that {folder} was started with")
     for name in given.given:
         if name != "resume":
             setattr(s, name, getattr(given, name))
     s.check()
     check_device(s.device, ranks)
-    return s, reopened(s, folder, scene_size, ranks)
+    return s, reopened(s, folder, more, ranks)
 
 
-def saved_settings(folder: Path) -> tuple[Settings, int]:
-    """The settings of the run in `folder` and the size of its scenes. Raises ValueError for the user."""
+def saved_settings(folder: Path) -> tuple[Settings, dict]:
+    """The settings of the run in `folder`, and what its config.json says besides: `scene_size`, its scenes'
+    width, and `program`, which started it. Raises ValueError for the user."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        scene_size = config.pop("scene_size")
-        return Settings(**config), scene_size
+        more = dict(scene_size=config.pop("scene_size"), program=config.pop("program", None))
+        return Settings(**config), more
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"--resume {folder}: this is not the folder of a run of loop.py") from error
 
 
-def check_same_settings(s: Settings, folder: Path) -> None:
+def program_of(loop: Loop) -> str | None:
+    """The name of the file that a loop is written in: of loop.py, or of somebody's own."""
+    code = getattr(loop, "__code__", None)
+    return code and Path(code.co_filename).name
+
+
+def check_program(s: Settings, program: str | None) -> None:
+    """Raises ValueError if the run that goes on was started by another program, with rewards of its own."""
+    folder = Path(s.resume) if s.resume is not None else Path("runs") / (s.name or "")
+    if not (folder / "config.json").is_file():
+        return
+    started = saved_settings(folder)[1]["program"]
+    if None not in (program, started) and started != program:
+        raise ValueError(f"{folder} was started by {started}, not by {program}, and only goes on with that")
+
+
+def check_same_settings(s: Settings, folder: Path) -> dict:
     """Raises ValueError naming the first setting that is not what the run in `folder` was started with.
+
+    Returns what its config.json says besides.
 
     What only decides where and in how much memory the same numbers are computed may change, and a run may
     go on for more iterations.
     """
-    before, _ = saved_settings(folder)
+    before, more = saved_settings(folder)
     for field in dataclasses.fields(Settings):
         was, now = getattr(before, field.name), getattr(s, field.name)
         further = field.name == "iterations" and now > was  # a run may go on for longer
@@ -321,15 +351,16 @@ def check_same_settings(s: Settings, folder: Path) -> None:
                 f"{folder} was started with {flag(field.name)} {was}, not {now}; "
                 f"--resume {folder} goes on with its own settings, another --name starts a new run"
             )
+    return more
 
 
-def reopened(s: Settings, folder: Path, scene_size: int, ranks: Ranks) -> Run:
-    """A run that goes on with the images that it began with."""
+def reopened(s: Settings, folder: Path, more: dict, ranks: Ranks) -> Run:
+    """A run that goes on with the images that it began with. more: see `saved_settings`."""
     try:
         found = json.loads((folder / "images.json").read_text())
         images = Found(found["paths"], [(path, why) for path, why in found["skipped"]])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}/images.json, the list of the run's images, cannot be read") from error
-    run = Run(folder, images, scene_size, s, ranks)
-    run.reopen(dataclasses.asdict(s) | {"scene_size": scene_size})
+    run = Run(folder, images, more["scene_size"], s, ranks)
+    run.reopen(dataclasses.asdict(s) | more)
     return run

@@ -83,7 +83,12 @@ def find_images(where: str) -> Found:
     elif place.is_file():
         paths = [str(place)]
     else:  # follows no links: no loops
-        paths = sorted(map(str, Path(place.anchor).glob(str(place.relative_to(place.anchor)))))
+        pattern = str(place.relative_to(place.anchor))
+        pattern += "/*" if place.name == "**" else ""  # by itself it matches folders, before Python 3.13
+        try:
+            paths = sorted(map(str, Path(place.anchor).glob(pattern)))
+        except ValueError as error:
+            raise ValueError(f"--images {where}: {error}") from error
         if not paths:
             raise ValueError(f"--images: there is no folder, file or match of {where}")
     good, skipped = [], []

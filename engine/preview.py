@@ -7,6 +7,7 @@ Memory comes from the plan (plan.py). A GPU that is too small for the usual batc
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from transformers import Qwen2_5_VLConfig
 from engine import plan
 from engine.records import printable
 from engine.run import Run
-from engine.settings import Settings
+from engine.settings import MOST, Settings
 
 SCENES = 512  # built-in scenes, if there are no other images
 TEXT_TOKENS = 100  # of an instruction and a question, about
@@ -76,6 +77,8 @@ def show(s: Settings, run: Run, config: Qwen2_5_VLConfig, device: torch.device, 
     print(f"         a Questioner step samples {questions} questions and {questions * s.answers} answers,")
     print(f"         a curation {s.candidates} questions and {s.candidates * s.answers} answers,")
     print(f"         and a Reasoner step up to {questions} answers")
+    if s.lora_rank and s.lr < 1e-5:
+        print(f"         --lr {s.lr:g} hardly moves the few weights of --lora-rank; 2e-5 is common")
     show_memory(s, run, config, device, budget)
     there, needed = room(run.folder), disk_plan(s, config)
     free = "" if there is None else f"; {there / 2**30:.2f} are free"
@@ -88,8 +91,11 @@ def check_disk(s: Settings, run: Run, config: Qwen2_5_VLConfig) -> None:
     needed, there = disk_plan(s, config), room(run.folder)
     if run.ranks.any(run.number == 0 and there is not None and needed.total > there):
         why = f"the run takes up to {disk_sentence(needed)}, and the disk has room for {there / 2**30:.1f}"
-        less = "a higher --save-every" if s.lora_rank else "a higher --save-every or --lora-rank 16"
-        raise ValueError(f"{run.folder}: {why}; {less} takes less")
+        others = {"a higher --save-every": replace(s, save_every=MOST)}
+        lower = {"a lower --lora-rank": replace(s, lora_rank=1)}
+        others |= lower if s.lora_rank else {"--lora-rank 16": replace(s, lora_rank=16)}
+        less = [name for name, other in others.items() if disk_plan(other, config).total < needed.total]
+        raise ValueError(f"{run.folder}: {why}" + f"; {' or '.join(less)} takes less" * bool(less))
 
 
 def disk_plan(s: Settings, config: Qwen2_5_VLConfig) -> plan.Moment:

@@ -8,8 +8,11 @@ from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
 
+import torch
+
 from curate import Example
 from engine.ranks import Ranks
+from grpo import group_advantages
 
 RUNGS = ("1-2", "3-4", "5-6", "7-9")  # objects that a question about built-in scenes asks to list
 HEADER = (
@@ -74,11 +77,16 @@ def of_groups(groups: list, end_ids: list[int], seconds: float, ranks: Ranks) ->
     lengths = [length for group in completions for length, _ in group]
     return dict(
         reward=mean([r for group in rewards for r in group]),
-        equal_groups=mean([len(set(group)) == 1 for group in rewards]),
+        equal_groups=mean([all_equal(group) for group in rewards]),
         length=mean(lengths),
         truncated=mean([cut for group in completions for _, cut in group]),
         tokens_per_second=sum(lengths) / max(seconds, 1e-9),
     )
+
+
+def all_equal(rewards: list[float]) -> bool:
+    """Whether these rewards of a group teach nothing: 0.1 and 1 - 0.9 are the same to GRPO."""
+    return bool(rewards) and not group_advantages(torch.tensor([rewards])).any()
 
 
 def write_examples(path: Path, examples: Iterable[Example]) -> None:

@@ -106,17 +106,17 @@ class Run:
     def reopen(self, config: dict) -> None:
         """Goes back to the newest state that is whole; what was written after it is forgotten.
 
-        Raises ValueError if there are states and none is whole.
+        Raises ValueError if no state is whole, or all are gone.
         """
         found = None
         if self.ranks.first:
             self.locked = self.locked or lock(self.folder)
-            replace_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
             self.console.now(f"reading the state of {self.folder}")
             number, state, complaints = recover(self.folder)
             for complaint in complaints:
                 self.console.say(f"{complaint}; going on from the state before it")
             cut_records(self.folder, state.metrics if state else 0)
+            replace_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
             found = [number, asdict(state or State())]
         self.number, state = self.ranks.gather([found])[0]
         self.state = State(**state)
@@ -253,7 +253,8 @@ class Run:
         if self.state.phase == "questioner":  # each iteration has its own order
             self.pictures = self.in_order(self.state.iteration)
         self.save(tensors or {}, files)
-        self.stop_if_asked()
+        if self.state.iteration <= self.settings.iterations:  # else it is done
+            self.stop_if_asked()
 
     def stop_if_asked(self) -> None:
         """Raises Stopped in all processes if the user has asked any of them to stop."""
@@ -283,9 +284,8 @@ class Run:
             records.write_examples(self.folder / "candidates" / f"iteration-{k}.jsonl", candidates)
             records.write_examples(self.folder / "curated" / f"iteration-{k}.jsonl", curated)
         if not curated:
-            self.console.say(
-                f"iteration {k}: no question of middling confidence; the Reasoner is not trained"
-            )
+            why = "no question of middling confidence" if candidates else "not one question was valid"
+            self.console.say(f"iteration {k}: {why}; the Reasoner is not trained")
         self.advance(files={"curated": self.folder / "curated" / f"iteration-{k}.jsonl"})
 
     def curated(self, k: int) -> list[Example]:
@@ -361,7 +361,7 @@ class Run:
         written = records.of_groups(groups, self.questioner.end_ids, seconds, self.ranks)
         self.write(place | written | self.ranks.mean(metrics) | more | dict(seconds=seconds))
         if not more["validity"]:
-            self.console.say(f"step {step}: not one output was valid; rewards and advantages are 0")
+            self.console.say(f"step {step}: not one output was valid")
         if metrics["skipped"]:
             self.console.say(
                 f"step {step}: loss or gradient is not finite; skipped, the weights are unchanged"

@@ -13,6 +13,7 @@ from pathlib import Path
 TOY = Path(__file__).parent.parent / "toy"
 BESIDE = "visplay.json"  # beside a checkpoint: settings that fit it, and the instructions that it knows
 HELD_OUT_QUESTIONS, HELD_OUT_SEED = 512, 1_000_000  # about scenes of this seed; no run's seed is that large
+MOST = 1_000_000  # completions, answers, tokens of one: a larger number is a slip
 MAY_CHANGE = ("name", "resume", "dry_run", "device", "gradient_checkpointing", "offload", "save_every")
 
 
@@ -82,9 +83,13 @@ class Settings:
     )
 
     def check(self) -> None:
-        """Raises ValueError, with a sentence for the user, for a value out of range."""
+        """Raises ValueError, with a sentence for the user, for a value out of range or of another type."""
+        for field in dataclasses.fields(self):  # flags have their types; files may hold anything
+            value, kind = getattr(self, field.name), {float: float | int}.get(field.type, field.type)
+            if not isinstance(value, kind) or isinstance(value, bool) != (field.type is bool):
+                raise ValueError(f"{flag(field.name)} cannot be {value!r}")
         least = dict(
-            iterations=1, questioner_steps=1, reasoner_steps=1, images_per_step=1, group_size=2, answers=1
+            iterations=1, questioner_steps=1, reasoner_steps=1, images_per_step=1, group_size=2, answers=2
         )
         least |= dict(candidates=1, max_new_tokens=1, max_pixels=28 * 28, seed=0, lr=0.0, weight_decay=0.0)
         least |= dict(beta=0.0, diversity_weight=0.0, tau_low=0.0, save_every=1, lora_rank=0)
@@ -93,10 +98,17 @@ class Settings:
                 raise ValueError(
                     f"{flag(name)} must be a number of at least {value}, not {getattr(self, name)}"
                 )
+        for name, most in dict(max_new_tokens=MOST, group_size=MOST, answers=MOST).items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{flag(name)} must be at most {most}, not {getattr(self, name)}")
         if not self.tau_low <= self.tau_high <= 1:
             raise ValueError(
                 f"--tau-low ({self.tau_low}) must not be above --tau-high ({self.tau_high}), nor that above 1"
             )
+        m = self.answers
+        if not any(self.tau_low <= votes / m <= self.tau_high for votes in range(1, m + 1)):
+            band = f"between --tau-low ({self.tau_low}) and --tau-high ({self.tau_high})"
+            raise ValueError(f"no share of {m} --answers lies {band}: no question would be kept")
         if not 1e-3 <= self.temperature < math.inf:
             raise ValueError(
                 f"--temperature must be at least 0.001, not {self.temperature}: GRPO compares random samples"
@@ -113,13 +125,19 @@ class Settings:
 
 
 def beside(model: str | Path) -> dict:
-    """What a local checkpoint's folder says for this program; {} if nothing. Raises ValueError for the
-    user."""
-    file = Path(model) / BESIDE
+    """What a local checkpoint's folder says for this program: {"settings": {..}, "instructions": [..]}.
+
+    Each may be missing. Raises ValueError for the user.
+    """
+    file = Path(model).expanduser() / BESIDE
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
+    parts = dict(settings=dict, instructions=list)
+    if not isinstance(said, dict) or any(type(said[n]) is not kind for n, kind in parts.items() if n in said):
+        raise ValueError(f"{file} is not an object of settings (an object) and instructions (a list)")
+    return said
 
 
 UNKNOWN_INSTRUCTIONS = (

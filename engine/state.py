@@ -69,7 +69,8 @@ def recover(folder: Path) -> tuple[int, State | None, list[str]]:
     """The number and the content of the newest state that is whole; newer ones are deleted, with a sentence
     for each.
 
-    (0, None, ...) if there is none; then nothing is deleted. Call it only while no other process can write.
+    (0, None, ...) of a run that has not written any. Call it only while no other process can write. Raises
+    ValueError if all are damaged, or gone.
     """
     damaged: dict[Path, str] = {}
     for path in sorted((folder / "state").glob("*.json"), reverse=True):
@@ -89,6 +90,8 @@ def recover(folder: Path) -> tuple[int, State | None, list[str]]:
         return int(path.stem), state, list(damaged.values())
     if damaged:
         raise ValueError(f"no state of {folder} is whole: {next(iter(damaged.values()))}")
+    if (folder / "metrics.jsonl").exists():  # the base is saved before the first record
+        raise ValueError(f"{folder} cannot go on: its state/ is gone; choose another --name")
     return 0, None, []
 
 

@@ -26,7 +26,7 @@ def table(reports: dict[str, dict]) -> str:
 
 
 def _row(model: str, name: str, *cells: str) -> str:
-    return " ".join([f"{printable(model)[-24:]:<24} {printable(name)[:20]:<20}", *cells])
+    return " ".join([f"{printable(model)[-24:]:<24} {printable(name)[:24]:<24}", *cells])
 
 
 def _p_value(p: float) -> str:

@@ -399,6 +399,7 @@ def test_a_device_that_is_not_there_is_named_before_anything_is_loaded(data, mon
         ["--json", "no/such/folder.json"],
         ["--json", "/tmp"],
         ["--json", "/dev/full"],
+        ["--json", "/proc/x.json"],
     ],
 )
 def test_wrong_arguments_get_one_sentence(data, args, capsys):
@@ -410,3 +411,15 @@ def test_wrong_arguments_get_one_sentence(data, args, capsys):
         code = error.code
     err = capsys.readouterr().err
     assert code == 2 and "error: " in err and "Traceback" not in err
+
+
+def test_the_answers_do_not_go_over_the_questions(data, tmp_path, capsys):
+    text, link = data.read_text(), tmp_path / "link.jsonl"
+    link.symlink_to(data)
+    for same in (data, link):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(["--model", str(ROOT / "toy"), "--data", str(data), "--json", str(same)])
+        assert stop.value.code == 2 and "same file" in capsys.readouterr().err
+    assert data.read_text() == text
+    evaluate.prove_writable(tmp_path / "new.json")
+    assert not (tmp_path / "new.json").exists(), "what is proven leaves nothing behind"

@@ -2,6 +2,7 @@
 samples."""
 
 import contextlib
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -485,7 +486,10 @@ def test_first_tokens_follow_the_model(random_vlm):
 
 @pytest.mark.parametrize(
     "wrong",
-    [dict(n=0), dict(max_new_tokens=0), dict(temperature=-1), dict(top_p=0), dict(top_p=1.1), dict(top_k=-1)],
+    [
+        *(dict(n=0), dict(max_new_tokens=0), dict(top_k=-1), dict(top_p=0), dict(top_p=1.1)),
+        *(dict(top_p=math.nan), dict(temperature=-1), dict(temperature=math.nan), dict(temperature=math.inf)),
+    ],
 )
 def test_arguments_out_of_range(random_vlm, wrong):
     with pytest.raises(ValueError):

@@ -71,7 +71,10 @@ def test_folders_globs_and_lists(tmp_path):
     (tmp_path / "notes.md").write_text("not an image, and not named like one")
     assert find_images(str(tmp_path)).paths == [str(p) for p in good]
     assert find_images(str(tmp_path / "**" / "*.JPG")).paths == [str(good[1])]
+    assert find_images(str(tmp_path / "**")).paths == [str(p) for p in good]
     assert find_images(str(good[0])).paths == [str(good[0])]
+    with pytest.raises(ValueError, match=r"--images .*\*\*x"):
+        find_images(str(tmp_path / "**x"))
     (tmp_path / "list.txt").write_text(f"a.png\n\n{good[1]}\nmissing.png\n")
     found = find_images(str(tmp_path / "list.txt"))
     assert found.paths == [str(p) for p in good] and [p for p, _ in found.skipped] == [

@@ -1,11 +1,14 @@
 """The loop and its command line: whole iterations on real files, wrong input, and who may see the truth."""
 
 import ast
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import checkpoints
 import pytest
@@ -21,6 +24,7 @@ import questioner
 import vlm as vlm_module
 import watch
 from engine import command, console
+from engine import run as run_module
 from engine.records import read_examples
 from engine.settings import Settings, flag, parse_arguments
 from toy import measure
@@ -463,6 +467,114 @@ def test_a_toy_takes_the_settings_that_lie_beside_it(workplace):
     with pytest.raises(SystemExit) as stop:
         parse_arguments("", ["--model", "mine"])
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[1]",
+        "null",
+        '{"settings": null}',
+        '{"settings": [1]}',
+        '{"instructions": 5}',
+        '{"settings": {"group_size": 8.5}}',
+        '{"settings": {"answers": "7"}}',
+        '{"settings": {"offload": 1}}',
+        '{"settings": {"iterations": true}}',
+        '{"settings": {"images": 3}}',
+        '{"settings": {"colour": 3}}',
+    ],
+)
+def test_what_lies_beside_a_checkpoint_may_be_anything(said, workplace, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(workplace))
+    (workplace / "mine").mkdir()
+    (workplace / "mine" / "visplay.json").write_text(said)
+    for name in ("mine", "~/mine"):
+        with pytest.raises(SystemExit) as stop:
+            parse_arguments("", ["--model", name])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["--answers", "1"], "--answers must be"),
+        (["--answers", "3", "--tau-low", "0.4", "--tau-high", "0.6"], "no share of 3 --answers lies between"),
+        (["--answers", "9" * 22], "--answers must be at most"),
+        (["--max-new-tokens", "9" * 12], "--max-new-tokens must be at most"),
+        (["--lora-rank", "100000"], "--lora-rank must be at most"),
+    ],
+)
+def test_settings_with_which_nothing_can_be_learnt(args, said, workplace, capsys):
+    with contextlib.suppress(SystemExit):
+        assert loop.main([*SMALL, "--name", "x", *args]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1 and not Path("runs").exists()
+
+
+def test_a_lora_at_the_paper_s_learning_rate_is_told(workplace, capsys):
+    for lr, told in (("1e-6", True), ("2e-5", False)):
+        assert loop.main([*SMALL, "--name", "x", "--dry-run", "--lora-rank", "4", "--lr", lr]) == 0
+        assert ("hardly moves" in capsys.readouterr().out) == told
+
+
+def test_a_run_whose_state_is_gone_is_not_begun_again(workplace, capsys):
+    assert loop.main([*SMALL, "--name", "x"]) == 0
+    run = workplace / "runs" / "x"
+    shutil.rmtree(run / "state")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for args in (
+        ["--resume", "runs/x"],
+        ["--resume", "runs/x", "--iterations", "2"],
+        [*SMALL, "--name", "x"],
+    ):
+        assert loop.main(args) == 2
+        assert "its state/ is gone" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_run_goes_on_for_more_iterations_and_not_for_fewer(workplace, capsys):
+    args = [a if a != "1" else "2" for a in SMALL]
+    assert loop.main([*args, "--name", "x"]) == 0
+    config = Path("runs/x/config.json").read_text()
+    assert loop.main(["--resume", "runs/x", "--iterations", "1"]) == 2
+    assert "--iterations must be at least the 2" in capsys.readouterr().err
+    assert Path("runs/x/config.json").read_text() == config
+
+
+def test_a_stop_in_the_last_moment_is_no_stop(workplace, monkeypatch, capsys):
+    finish = run_module.Run.finish_iteration
+
+    def stopped(self, k, probes):
+        self.stopping = k == 1
+        finish(self, k, probes)
+
+    monkeypatch.setattr(run_module.Run, "finish_iteration", stopped)
+    assert loop.main([*SMALL, "--name", "x"]) == 0
+    assert "done: " in capsys.readouterr().out
+
+
+def test_the_program_of_docs_your_own_idea(workplace, capsys):
+    """It runs with loop.py's flags, may keep what has no label, and goes on with nothing but itself."""
+    text = (ROOT / "docs" / "your-own-idea.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    Path("my_idea.py").write_text(code.replace("and loop.keep(example, s)", "or example.label is None"))
+    flags = [*SMALL, "--name", "x", "--tau-low", "0", "--tau-high", "1", "--temperature", "3"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def idea(*args):
+        return subprocess.run([sys.executable, "my_idea.py", *args], env=env, capture_output=True, text=True)
+
+    done = idea(*flags)
+    assert done.returncode == 0, done.stderr
+    assert all(record["r_div"] is not None for record in records(Path("runs/x"), "questioner"))
+    assert all(json.loads(line)["label"] for line in Path("runs/x/curated/iteration-1.jsonl").open())
+    for args in (["--resume", "runs/x", "--iterations", "2"], flags):
+        assert loop.main(args) == 2
+        assert "was started by my_idea.py, not by loop.py" in capsys.readouterr().err
+    done = idea("--resume", "runs/x")
+    assert done.returncode == 0 and "is complete" in done.stdout
 
 
 def test_help_and_a_wrong_flag_answer_at_once(workplace):

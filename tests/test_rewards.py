@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
@@ -11,7 +12,8 @@ from sklearn.cluster import AgglomerativeClustering
 
 import rewards
 from curate import Example, curate, keep, pool
-from engine.records import read_examples, write_examples
+from engine.records import all_equal, read_examples, write_examples
+from grpo import group_advantages
 from rewards import confidence
 
 EQUAL = [
@@ -253,3 +255,12 @@ def test_a_question_that_is_proposed_again_is_kept_once_with_all_votes():
         ("b.png", "1", 1.0, 3),
     ]
     assert pool(pooled) == pooled
+
+
+def test_groups_that_teach_nothing_are_counted_as_grpo_sees_them():
+    """0.3 and 0.7 of the votes are rewarded alike, but for the last digit."""
+    unlike = ["how many cats?", "where is the red door"]
+    first, second = pair = rewards.questioner_rewards(unlike, [0.3, 0.7])
+    assert first != second and not group_advantages(torch.tensor([pair])).any()
+    assert all_equal(pair) and all_equal([0.5] * 8)
+    assert not all_equal([0.1, 0.2]) and not all_equal([])

@@ -91,6 +91,21 @@ def test_question_collapse(changed, said):
     assert message is None if said is None else said in message and "--diversity-weight" in message
 
 
+def test_a_collapse_is_seen_although_some_outputs_were_invalid():
+    """Samples of 64 outputs, some of them not valid, hardly differ in size."""
+    collapsed = FIRST | dict(distinct_2=0.01, kind_entropy=0.0, largest_cluster=1.0)
+    for first, now in ((64, 63), (63, 64), (50, 64)):
+        message = signatures.question_collapse(
+            FIRST | dict(variety_of=first), collapsed | dict(variety_of=now)
+        )
+        assert message and message.count(";") == 2
+    for first, now in ((64, 20), (20, 64), (0, 64), (64, 0)):
+        assert (
+            signatures.question_collapse(FIRST | dict(variety_of=first), collapsed | dict(variety_of=now))
+            is None
+        )
+
+
 def test_a_cluster_that_was_always_large_is_no_collapse():
     assert (
         signatures.question_collapse(FIRST | dict(largest_cluster=0.45), FIRST | dict(largest_cluster=0.8))
