@@ -11,10 +11,10 @@ own baseline,
 `update` makes one optimizer step out of it; as each rollout is used once, rho = 1 and the clip is idle. What
 the official code does otherwise is in docs/differences.md.
 
-This file knows nothing of models, images or files. A policy, or a reference, is anything that has
-`batches(groups, temperature)`, which yields completions that are forwarded together, as [(group, completion),
-..], [their log-probabilities [T_i], ..] and their share of all; and `use_less_memory()`, which makes batches
-smaller or raises OutOfMemoryError. A policy has `parameters()` besides (see vlm.py, engine/shards.py).
+This file knows nothing of models or files. A policy, or a reference, is anything that has `batches(groups,
+temperature)`, which yields (which, logps, share) of completions that are forwarded together: which [(g, i), ..],
+completion i of group g; logps, the log-probabilities [T_i] of each; share, their part of all. And
+`use_less_memory()`, for smaller batches. A policy has `parameters()` besides (see vlm.py, engine/shards.py).
 """
 
 import math
@@ -141,7 +141,7 @@ def backward(
 ) -> dict[str, float]:
     """Adds the gradient of the loss of all groups, each batch by its share; returns the loss's metrics.
 
-    In the first update after a rollout the policy is the one that sampled: log pi_old is kept for later ones.
+    The first call keeps log pi as log pi_old, as the policy is the one that sampled; later calls read it.
     """
     advantages = [group_advantages(torch.tensor([g.rewards]))[0].tolist() for g in groups]
     totals: dict[str, float] = {}

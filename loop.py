@@ -13,8 +13,11 @@ Differs from the paper: both roles live in one process, with no server between t
 official code: see docs/differences.md.
 
 Read it downward from `visplay`. Prompts are in questioner.py and reasoner.py, equations in rewards.py,
-curate.py and grpo.py; what is measured is in watch.py. `run` carries everything else (engine/run.py): the two
-roles, the images, random numbers, files, and what of a run that was stopped is done already.
+curate.py and grpo.py; what is measured is in watch.py. A *vote* is a question with its m answers
+(`curate.Example`), None for an output that is no valid question. `run` carries everything else
+(engine/run.py): the two roles, the images, random numbers, files. `run.at` is False for what a run that was
+stopped has done already; `run.steps` sets `run.policy`, the role in training, and `run.reference`, as it was
+when the phase began; `together`, `gather` and `once` do nothing where there is one process.
 """
 
 if __name__ == "__main__":  # torch takes seconds to import: --help, a wrong flag and Ctrl-C come before it
@@ -99,7 +102,7 @@ def curate_questions(s: Settings, run: Run, k: int, keep: Callable) -> None:
     for images in run.image_batches(k, "curation", s.candidates, s.images_per_step):
         asked = questioner.ask(run.questioner, images, 1, **run.sampling)
         votes = reasoner.vote(run.reasoner, asked, s.answers, **run.sampling)
-        candidates += [vote for (vote,) in run.together(votes) if vote]
+        candidates += [vote for (vote,) in run.together(votes) if vote]  # of one question an image
     curated = curate.curate(candidates, lambda example: keep(example, s))
     run.write(dict(iteration=k, phase="curation") | watch.of_candidates(s, candidates, curated, start))
     watch.questions(run, k)

@@ -171,7 +171,7 @@ def diversity_penalty(
 ) -> list[float]:
     """r_div = lambda |C_k| / G for each valid question of one image; `weight` is the paper's lambda.
 
-    `group_size` is G, where it is larger than the number of valid questions.
+    group_size: G, which counts invalid questions, too; by default the number of these questions.
     """
     labels = cluster_questions(questions)
     sizes = Counter(labels)
@@ -183,8 +183,7 @@ def questioner_rewards(
 ) -> list[float]:
     """R = 1[valid] max(0, r_unc - r_div) for the G questions of one image; None is an invalid question.
 
-    Only valid questions are clustered, and G counts all of them, so an invalid neighbour changes nobody's
-    penalty.
+    Only valid questions are clustered, and G counts invalid ones, too: these change nobody's penalty.
     """
     valid = [question for question in questions if question is not None]
     penalties = iter(diversity_penalty(valid, weight, len(questions)))

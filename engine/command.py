@@ -25,7 +25,7 @@ import lora
 from engine import checkpoint, preview
 from engine.checkpoint import load_config, load_processors
 from engine.console import Console
-from engine.images import Found, ImageError, Picture, find_images
+from engine.images import Found, ImageError, Picture, find_images, nothing_of
 from engine.ranks import Ranks, join, leave, lost
 from engine.rehearsal import rehearse, sentence
 from engine.run import Run, RunError, Stopped
@@ -122,7 +122,7 @@ def carry_out(loop: Loop, s: Settings, run: Run, roles: tuple[VLM, VLM]) -> int:
         run.cast(*roles)
         loop(s, run)
     except ImageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}; when they are back, {go_on}", file=sys.stderr)
         return 2
     except (Stopped, KeyboardInterrupt) as reason:
         if run.ranks.first:
@@ -200,7 +200,7 @@ def find(s: Settings) -> Found:
         return Found([], [])
     found = find_images(s.images)
     if not found.paths:
-        raise ValueError(f"--images {s.images}: no readable image found ({len(found.skipped)} skipped)")
+        raise ValueError(f"--images {s.images}: {nothing_of(found)}")
     return found
 
 

@@ -173,7 +173,9 @@ def _reason(error: Exception) -> str:
     """What went wrong, on one line and without the path, which Pillow repeats."""
     if isinstance(error, UnidentifiedImageError):
         return "of no known format"
-    text = (getattr(error, "strerror", None) or str(error)).splitlines()
+    if said := getattr(error, "strerror", None):
+        return said
+    text = str(error).splitlines()
     return f"{type(error).__name__} {text[0][:100] if text else ''}".removeprefix("OSError ").strip()
 
 
@@ -302,6 +304,14 @@ def _grey(values: np.ndarray, white: float | None) -> np.ndarray:
     return ((values - low) / (high - low) * 255).clip(0, 255).round().astype(np.uint8)
 
 
+def nothing_of(found: Found) -> str:
+    """That there is no image, and why the first one cannot be used."""
+    if not found.skipped:
+        return "there is no image"
+    path, why = found.skipped[0]
+    return f"none of the {len(found.skipped)} images can be read, the first is {path}: {why}"
+
+
 @dataclass
 class Pictures:
     """The images in random order, over and over.
@@ -340,7 +350,7 @@ class Pictures:
         left_out, paths, passed = {path for path, _ in self.found.skipped}, [], 0
         while len(paths) < count:
             if passed == 2 * len(self.found.paths):  # a whole pass, wherever this began
-                raise ImageError("none of the images can be read")
+                raise ImageError(nothing_of(self.found))
             path, self.position, passed = self._path(self.position), self.position + 1, passed + 1
             if path not in left_out:
                 paths.append(path)

@@ -53,6 +53,8 @@ def read_lines(path: Path) -> list[Item]:
         if line := line.strip(" \t\r\ufeff"):
             try:
                 items.append(item_of(json.loads(line), path.parent))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"--data {path}, line {number} is not JSON: {error.msg}") from error
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"--data {path}, line {number}: {error}") from error
     return items

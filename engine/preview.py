@@ -65,7 +65,7 @@ def show(s: Settings, run: Run, config: Qwen2_5_VLConfig, device: torch.device, 
         print(f"images   {SCENES} built-in scenes of {size} x {size} pixels, {tokens} tokens each")
     else:
         found = run.images
-        counts = f"{len(found.paths)} found, {len(found.skipped)} skipped"
+        counts = f"{len(found.paths)} to use, {len(found.skipped)} skipped"
         print(f"images   {counts}, up to about {tokens} tokens each")
         for path, reason in found.skipped if s.dry_run else ():  # else the run names them when it starts
             print(f"         skipped {printable(path)}: {reason}")

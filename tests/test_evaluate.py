@@ -286,7 +286,7 @@ def test_a_whole_file_by_hand(data, monkeypatch, capsys):
     assert (second["judged"], second["judged_right"], second["judge_disagreement"]) == (1 / 3, 1.0, 0.0), (
         "perhaps is no verdict"
     )
-    assert "against the first" in printed.out and "0.333" in printed.out
+    assert f" against {toy} [" in printed.out and "0.333" in printed.out
 
 
 def test_it_runs_on_a_real_checkpoint(published, data):

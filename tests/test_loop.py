@@ -788,7 +788,7 @@ def test_dry_run_of_a_real_size(published, workplace, capsys):
     assert loop.main(["--model", "3b", "--images", "images", "--dry-run", "--dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out
     assert "3,754,622,976 parameters" in out, "the number of the published 3B checkpoint"
-    assert "6 found, 1 skipped" in out and "broken.jpg" in out and "memory" in out
+    assert "6 to use, 1 skipped" in out and "broken.jpg" in out and "memory" in out
     for part in ("AdamW's moments 27.9", "float32 masters 13.9", "questioner 6.99"):
         assert part in out, out
     assert not (workplace / "runs").exists()
