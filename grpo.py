@@ -12,8 +12,8 @@ own baseline,
 the official code does otherwise is in docs/differences.md.
 
 This file knows nothing of models or files. A policy, or a reference, is anything that has `batches(groups,
-temperature)`, which yields (which, logps, share) of completions that are forwarded together: which [(g, i), ..],
-completion i of group g; logps, the log-probabilities [T_i] of each; share, their part of all. And
+temperature)`, which yields (which, logps, share) of completions that are forwarded together: which [(g, i),
+..], completion i of group g; logps, the log-probabilities [T_i] of each; share, their part of all. And
 `use_less_memory()`, for smaller batches. A policy has `parameters()` besides (see vlm.py, engine/shards.py).
 """
 
