@@ -75,7 +75,7 @@ def visplay(
     answer_reward: Callable = answer_reward,
 ) -> None:
     """All iterations, from where the run stands."""
-    run.expect(questioner.INSTRUCTION, reasoner.INSTRUCTION)
+    run.warn_of_new(questioner.INSTRUCTION, reasoner.INSTRUCTION)
     measure(s, run, 0)
     for k in range(1, s.iterations + 1):
         train_questioner(s, run, k, question_reward)
@@ -105,7 +105,7 @@ def curate_questions(s: Settings, run: Run, k: int, keep: Callable) -> None:
         candidates += [vote for (vote,) in run.together(votes) if vote]  # of one question an image
     curated = curate.curate(candidates, lambda example: keep(example, s))
     run.write(dict(iteration=k, phase="curation") | watch.of_candidates(s, candidates, curated, start))
-    watch.questions(run, k)
+    watch.warn_of_questions(run, k)
     run.finish_curation(k, candidates, curated)
 
 
@@ -137,7 +137,7 @@ def measure(s: Settings, run: Run, k: int) -> None:
         return
     probes = watch.probe(s, run, k)
     run.report(k, run.once(watch.true_accuracy, s, run, k, probes) | watch.of_probes(run, probes))
-    watch.labels(s, run, k, probes)
+    watch.warn_of_labels(s, run, k, probes)
     run.finish_iteration(k, probes)
 
 

@@ -1,10 +1,10 @@
 """What is measured in a run, and when it warns. Nothing of it is used for training.
 
-of_questions, of_answers     of a GRPO step: what its rewards are made of
-of_candidates                of a curation
-probe, of_probes             votes on fixed questions, the same at the end of each iteration
-true_accuracy                where the truth is known: held-out questions, silver labels, the fixed questions
-questions, labels            the paper's failure signatures (see signatures.py)
+of_questions, of_answers            of a GRPO step: what its rewards are made of
+of_candidates                       of a curation
+probe, of_probes                    votes on fixed questions, the same at the end of each iteration
+true_accuracy                       where the truth is known: of held-out questions, silver labels, fixed ones
+warn_of_questions, warn_of_labels   the paper's failure signatures (see signatures.py)
 """
 
 import time
@@ -118,7 +118,7 @@ def true_accuracy(s: Settings, run: Run, k: int, probes: list[Example]) -> dict:
 # ---- Warnings ----------------------------------------------------------------------------------------------
 
 
-def questions(run: Run, k: int) -> None:
+def warn_of_questions(run: Run, k: int) -> None:
     """Warns of what has gone wrong in the Questioner's phase."""
     steps = run.of("questioner")
     r_unc = [record["r_unc"] for record in steps if record["iteration"] == k]
@@ -126,7 +126,7 @@ def questions(run: Run, k: int) -> None:
     run.warn("question collapse", signatures.question_collapse(steps[0], steps[-1]))
 
 
-def labels(s: Settings, run: Run, k: int, probes: list[Example]) -> None:
+def warn_of_labels(s: Settings, run: Run, k: int, probes: list[Example]) -> None:
     """Warns of majorities that got worse on the fixed questions, while they are as large as before."""
     if k == 0:
         return

@@ -128,7 +128,7 @@ def show_memory(s: Settings, run: Run, config: Qwen2_5_VLConfig, device: torch.d
     first, dtype, work = of_plan(s, run, config)
     checkpointing, offload = flags.pop("checkpointing"), flags.pop("offload")
     moments = plan.memory_plan(first, dtype, total, work, checkpointing, offload, budget=budget, **flags)
-    for moment in moments:
+    for moment in moments if s.dry_run else [max(moments, key=lambda moment: moment.total)]:
         parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in moment.parts.items() if size)
         too_much = total is not None and moment.total >= total
         verdict = f"; MORE than the {total / 2**30:.0f} GiB of {device}" if too_much else ""

@@ -367,8 +367,8 @@ class Run:
                 f"step {step}: loss or gradient is not finite; skipped, the weights are unchanged"
             )
 
-    def expect(self, *instructions: str) -> None:
-        """Warns if the checkpoint was made for other instructions."""
+    def warn_of_new(self, *instructions: str) -> None:
+        """Warns if the checkpoint was made for others."""
         if not knows(self.questioner.source, instructions):
             self.console.say(UNKNOWN_INSTRUCTIONS)
 
