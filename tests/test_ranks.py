@@ -2,6 +2,8 @@
 
 One process that is sharded (in bfloat16, or offloaded) takes the same path."""
 
+import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -15,7 +17,9 @@ from torch.distributed.fsdp import FSDPModule
 
 import grpo
 import packing
+from engine import command
 from engine.ranks import Ranks
+from engine.settings import parse_arguments
 from engine.shards import Trained
 from engine.state import read_tensors, write_tensors
 from vlm import VLM
@@ -225,6 +229,18 @@ def zero_later(optimizer):
         zero_grad(*args, **named)
 
     return wrapped
+
+
+def timed(ranks):
+    s = parse_arguments("", "--dry-run --images-per-step 1 --group-size 2 --answers 2 --device cpu".split())
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        command.show_time(s, command.prepare(s, ranks), 1.0)
+    return said.getvalue()
+
+
+def test_how_long_it_takes_is_measured_also_where_a_rank_has_no_image():
+    first, second = together(2, timed)
+    assert "from a step on 1 images" in first and not second
 
 
 # ---- What an interrupted run needs -------------------------------------------------------------------------
