@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 TOY = Path(__file__).parent.parent / "toy"
@@ -179,7 +180,10 @@ class OneLineParser(argparse.ArgumentParser):
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
         """As argparse's, but a mistyped flag is told which one is meant."""
         words = sys.argv[1:] if argv is None else argv
-        for name in (word.split("=")[0] for word in words if word.startswith("--")):
+        flags = [
+            word.split("=")[0] for word in takewhile(lambda word: word != "--", words) if word[:2] == "--"
+        ]
+        for name in flags:
             if not any(known.startswith(name) for known in self._option_string_actions):
                 self.no_flag(name)  # before one that is missing, which may be the one that is meant
         given, unknown = self.parse_known_args(words)
