@@ -286,6 +286,7 @@ def device(name: str) -> str:
 
 def prove_writable(path: Path) -> None:
     """Raises OSError if a file cannot be written; what is in it stays as it is."""
+    path = path.resolve()  # of a link, which stays
     new = not path.exists()
     path.open("a").close()
     if new:

@@ -33,10 +33,11 @@ from engine.settings import MAY_CHANGE, TOY, Settings, flag, parse_arguments
 from vlm import VLM
 
 TOO_LITTLE_MEMORY = (
-    "there is too little memory: run again with the same --name and --gradient-checkpointing, --offload "
+    "the GPU has too little memory: run again with the same --name and --gradient-checkpointing, --offload "
     "or both, which goes on where this stopped; or begin anew with a lower --max-new-tokens, --max-pixels or "
     "--group-size"
 )
+NO_MEMORY = "can't allocate memory"  # what torch says of the computer's; of a GPU's it is an OutOfMemoryError
 Loop = Callable[[Settings, Run], None]
 
 
@@ -59,8 +60,11 @@ def main(loop: Loop, description: str, argv: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except RuntimeError as error:
-        if "can't allocate memory" in str(error):  # of a CPU; of a GPU it is an OutOfMemoryError
-            print(f"error: {TOO_LITTLE_MEMORY}", file=sys.stderr)
+        if NO_MEMORY in str(error):
+            less = "--images-per-step, --max-new-tokens, --max-pixels or --group-size"
+            print(
+                f"error: the computer has too little memory: begin anew with a lower {less}", file=sys.stderr
+            )
             return 1
         if "WORLD_SIZE" not in os.environ or not lost(error):
             raise
@@ -117,7 +121,7 @@ def carry_out(loop: Loop, s: Settings, run: Run, roles: tuple[VLM, VLM]) -> int:
 
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, stop)
-    go_on = f"continue with: python {program_of(loop) or 'loop.py'} --resume {shlex.quote(str(run.folder))}"
+    go_on = f"continue with: python {program_of(loop)} --resume {shlex.quote(str(run.folder))}"
     try:
         run.cast(*roles)
         loop(s, run)
@@ -254,7 +258,10 @@ def show_time(s: Settings, run: Run, budget: float) -> None:
             print(f"time     {sentence(s, rehearsal, run.ranks.size)}")
     except KeyboardInterrupt:
         say("time     not measured: interrupted")
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        full = isinstance(error, torch.OutOfMemoryError) or NO_MEMORY in str(error)
+        if isinstance(error, RuntimeError) and not full:
+            raise
         say(f"time     not measured: {checkpoint.first_line(error)}")
 
 
@@ -315,22 +322,25 @@ def saved_settings(folder: Path) -> tuple[Settings, dict]:
         more = dict(scene_size=config.pop("scene_size"), program=config.pop("program", None))
         return Settings(**config), more
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"--resume {folder}: this is not the folder of a run of loop.py") from error
+        raise ValueError(f"{folder} is not the folder of a run: its config.json cannot be read") from error
 
 
-def program_of(loop: Loop) -> str | None:
-    """The name of the file that a loop is written in: of loop.py, or of somebody's own."""
+def program_of(loop: Loop) -> str:
+    """The name of the file that a loop is written in: of loop.py, or of somebody's own.
+
+    Of what is no plain function (functools.partial), the file that was started.
+    """
     code = getattr(loop, "__code__", None)
-    return code and Path(code.co_filename).name
+    return Path(code.co_filename if code else sys.argv[0]).name
 
 
-def check_program(s: Settings, program: str | None) -> None:
+def check_program(s: Settings, program: str) -> None:
     """Raises ValueError if the run that goes on was started by another program, with rewards of its own."""
     folder = Path(s.resume) if s.resume is not None else Path("runs") / (s.name or "")
-    if not (folder / "config.json").is_file():
+    if s.dry_run or not (folder / "config.json").is_file():
         return
     started = saved_settings(folder)[1]["program"]
-    if None not in (program, started) and started != program:
+    if started not in (None, program):  # None: by a notebook, or an earlier version
         raise ValueError(f"{folder} was started by {started}, not by {program}, and only goes on with that")
 
 

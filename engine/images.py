@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from engine.ranks import Ranks
+from engine.records import printable
 
 # What Pillow itself decodes; not EPS, for which it starts Ghostscript.
 Image.init()
@@ -305,11 +306,11 @@ def _grey(values: np.ndarray, white: float | None) -> np.ndarray:
 
 
 def nothing_of(found: Found) -> str:
-    """That there is no image, and why the first one cannot be used."""
+    """That there is no image, and why the last one cannot be used."""
     if not found.skipped:
         return "there is no image"
-    path, why = found.skipped[0]
-    return f"none of the {len(found.skipped)} images can be read, the first is {path}: {why}"
+    path, why = found.skipped[-1]
+    return f"none of the {len(found.skipped)} images can be read, the last is {printable(path)}: {why}"
 
 
 @dataclass

@@ -90,7 +90,7 @@ class Settings:
             if not isinstance(value, kind) or isinstance(value, bool) != (field.type is bool):
                 raise ValueError(f"{flag(field.name)} cannot be {value!r}")
         least = dict(
-            iterations=1, questioner_steps=1, reasoner_steps=1, images_per_step=1, group_size=2, answers=2
+            iterations=1, questioner_steps=1, reasoner_steps=1, images_per_step=1, group_size=2, answers=1
         )
         least |= dict(candidates=1, max_new_tokens=1, max_pixels=28 * 28, seed=0, lr=0.0, weight_decay=0.0)
         least |= dict(beta=0.0, diversity_weight=0.0, tau_low=0.0, save_every=1, lora_rank=0)
@@ -106,10 +106,6 @@ class Settings:
             raise ValueError(
                 f"--tau-low ({self.tau_low}) must not be above --tau-high ({self.tau_high}), nor that above 1"
             )
-        m = self.answers
-        if not any(self.tau_low <= votes / m <= self.tau_high for votes in range(1, m + 1)):
-            band = f"between --tau-low ({self.tau_low}) and --tau-high ({self.tau_high})"
-            raise ValueError(f"no share of {m} --answers lies {band}: no question would be kept")
         if not 1e-3 <= self.temperature < math.inf:
             raise ValueError(
                 f"--temperature must be at least 0.001, not {self.temperature}: GRPO compares random samples"
@@ -123,6 +119,15 @@ class Settings:
             raise ValueError(f"--name {self.name!r} is not the name of a folder")
         if self.seed >= HELD_OUT_SEED:
             raise ValueError(f"--seed must be below {HELD_OUT_SEED}, the seed of the held-out scenes")
+
+    def check_useful(self) -> None:
+        """Raises ValueError for settings of a new run with which nothing can be learnt."""
+        m = self.answers
+        if m < 2:
+            raise ValueError(f"--answers must be at least 2, not {m}: a single one is always the majority")
+        if not any(self.tau_low <= votes / m <= self.tau_high for votes in range(1, m + 1)):
+            band = f"between --tau-low ({self.tau_low}) and --tau-high ({self.tau_high})"
+            raise ValueError(f"no share of {m} --answers lies {band}, so that no question would be kept")
 
 
 def beside(model: str | Path) -> dict:
@@ -180,10 +185,8 @@ class OneLineParser(argparse.ArgumentParser):
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
         """As argparse's, but a mistyped flag is told which one is meant."""
         words = sys.argv[1:] if argv is None else argv
-        flags = [
-            word.split("=")[0] for word in takewhile(lambda word: word != "--", words) if word[:2] == "--"
-        ]
-        for name in flags:
+        names = [word.split("=")[0] for word in takewhile(lambda word: word != "--", words)]
+        for name in (name for name in names if name.startswith("--") and " " not in name):
             if not any(known.startswith(name) for known in self._option_string_actions):
                 self.no_flag(name)  # before one that is missing, which may be the one that is meant
         given, unknown = self.parse_known_args(words)
@@ -228,6 +231,8 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> Settings
         settings = Settings(**(fitting | given))
         settings.given = tuple(given)  # a value that happens to be the default is given, too
         settings.check()
+        if "resume" not in given:
+            settings.check_useful()
         return settings
     except (ValueError, TypeError) as error:
         parser.error(str(error))

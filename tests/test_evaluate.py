@@ -399,7 +399,6 @@ def test_a_device_that_is_not_there_is_named_before_anything_is_loaded(data, mon
         ["--json", "no/such/folder.json"],
         ["--json", "/tmp"],
         ["--json", "/dev/full"],
-        ["--json", "/proc/x.json"],
     ],
 )
 def test_wrong_arguments_get_one_sentence(data, args, capsys):
@@ -413,6 +412,14 @@ def test_wrong_arguments_get_one_sentence(data, args, capsys):
     assert code == 2 and "error: " in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize("place", ["/proc/x.json", "/tmp", "no/such/folder.json"])
+def test_that_answers_can_be_written_is_known_before_the_first(place, data, monkeypatch):
+    monkeypatch.setattr(evaluate, "answer_items", lambda args: pytest.fail("too late"))
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--model", str(ROOT / "toy"), "--data", str(data), "--json", place])
+    assert stop.value.code == 2
+
+
 def test_the_answers_do_not_go_over_the_questions(data, tmp_path, capsys):
     text, link = data.read_text(), tmp_path / "link.jsonl"
     link.symlink_to(data)
@@ -421,5 +428,8 @@ def test_the_answers_do_not_go_over_the_questions(data, tmp_path, capsys):
             evaluate.main(["--model", str(ROOT / "toy"), "--data", str(data), "--json", str(same)])
         assert stop.value.code == 2 and "same file" in capsys.readouterr().err
     assert data.read_text() == text
-    evaluate.prove_writable(tmp_path / "new.json")
-    assert not (tmp_path / "new.json").exists(), "what is proven leaves nothing behind"
+    (tmp_path / "to.json").symlink_to(tmp_path / "new.json")
+    for path in (tmp_path / "new.json", tmp_path / "to.json"):
+        evaluate.prove_writable(path)
+        assert not (tmp_path / "new.json").exists(), "what is proven leaves nothing behind"
+    assert (tmp_path / "to.json").is_symlink()

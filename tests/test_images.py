@@ -11,7 +11,7 @@ import pytest
 from checkpoints import noise_image
 from PIL import Image, ImageOps
 
-from engine.images import Found, ImageError, Pictures, find_images, load_image
+from engine.images import Found, ImageError, Pictures, find_images, load_image, nothing_of
 from engine.ranks import Ranks
 
 
@@ -112,9 +112,11 @@ def test_a_truncated_image_is_skipped_when_it_is_read(tmp_path):
         "once, however often it comes round"
     )
     with pytest.raises(
-        ImageError, match="none of the 1 images can be read, the first is .*cut.png: .*to its end"
+        ImageError, match="none of the 1 images can be read, the last is .*cut.png: .*to its end"
     ):
         Pictures(Found([str(tmp_path / "cut.png")], []), "0").take(1, Ranks())
+    said = nothing_of(Found([], [("a\x1b[31m\nb.png", "of no known format")]))
+    assert said.isprintable() and "of no known format" in said
 
 
 def test_pictures_go_round_in_an_order_that_the_seed_gives(tmp_path):

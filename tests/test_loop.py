@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -511,6 +512,37 @@ def test_settings_with_which_nothing_can_be_learnt(args, said, workplace, capsys
         assert loop.main([*SMALL, "--name", "x", *args]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1 and not Path("runs").exists()
+
+
+def test_too_little_memory_in_the_computer_is_a_sentence(workplace, monkeypatch, capsys):
+    def full(*_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+
+    monkeypatch.setattr(command, "load_roles", full)
+    assert loop.main([*SMALL, "--name", "x"]) == 1
+    assert "error: the computer has too little memory" in capsys.readouterr().err
+    assert loop.main([*SMALL, "--name", "x", "--dry-run"]) == 0
+    assert "time     not measured: [enforce fail]" in capsys.readouterr().out
+    monkeypatch.setattr(command, "load_roles", lambda *_: {}["a mistake"])
+    for flags in ([], ["--dry-run"]):
+        with pytest.raises(KeyError):
+            loop.main([*SMALL, "--name", "x", *flags])
+
+
+def test_a_run_of_something_that_is_no_plain_function_goes_on_with_its_program(
+    workplace, monkeypatch, capsys
+):
+    mine = functools.partial(loop.visplay, keep=lambda example, s: True)
+    monkeypatch.setattr(sys, "argv", ["somewhere/idea.py"])
+    assert command.main(mine, "", [*SMALL, "--name", "x"]) == 0
+    assert json.loads(Path("runs/x/config.json").read_text())["program"] == "idea.py"
+    assert loop.main(["--resume", "runs/x", "--iterations", "2"]) == 2
+    assert "was started by idea.py" in capsys.readouterr().err
+    assert command.main(mine, "", ["--resume", "runs/x"]) == 0
+    config = json.loads(Path("runs/x/config.json").read_text())
+    del config["program"]  # as earlier versions wrote it
+    Path("runs/x/config.json").write_text(json.dumps(config | {"answers": 1}))
+    assert loop.main(["--resume", "runs/x"]) == 0
 
 
 def test_a_lora_at_the_paper_s_learning_rate_is_told(workplace, capsys):

@@ -257,6 +257,12 @@ def test_a_question_that_is_proposed_again_is_kept_once_with_all_votes():
     assert pool(pooled) == pooled
 
 
+def test_a_question_without_a_label_is_never_curated():
+    unanswered = Example("a.png", "how many?", "numerical", None, 0.0, [None, None])
+    answered = Example("a.png", "which?", "numerical", "red", 1.0, ["red", "red"])
+    assert curate([unanswered, answered], lambda example: True) == [answered]
+
+
 def test_groups_that_teach_nothing_are_counted_as_grpo_sees_them():
     """0.3 and 0.7 of the votes are rewarded alike, but for the last digit."""
     unlike = ["how many cats?", "where is the red door"]
