@@ -364,6 +364,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="where the page goes (default: report.html in that folder)")
     args = parser.parse_args(argv)
     out = args.out or args.run / "report.html"
+    if out.is_file() and out.suffix != ".html" and out.resolve().is_relative_to(args.run.resolve()):
+        parser.error(f"--out {printable(str(out))} is a file of the run itself")
     try:
         out.write_text(page(args.run), encoding="utf-8", errors="backslashreplace")
     except (ValueError, OSError) as error:

@@ -338,6 +338,17 @@ def test_what_is_no_run_gets_one_sentence(tmp_path, capsys):
         assert "not the folder of a run" in err and err.count("\n") == 1
 
 
+def test_the_page_does_not_go_over_the_run(tmp_path, capsys):
+    folder = make_run(tmp_path / "run")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for name in ("config.json", "metrics.jsonl"):
+        with pytest.raises(SystemExit) as stop:
+            report.main([str(folder), "--out", str(folder / name)])
+        assert stop.value.code == 2 and "a file of the run itself" in capsys.readouterr().err
+    assert report.main([str(folder)]) == report.main([str(folder)]) == 0, "over an older page it does"
+    assert {path: path.read_bytes() for path in before} == before
+
+
 LOOK = """<script>window.onload = () => {
   const told = [], box = mark => mark.getBoundingClientRect();
   const beside = (a, b) => a.left < b.left - 1 || a.right > b.right + 1;
