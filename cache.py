@@ -41,7 +41,7 @@ class Rows:
 
     def __init__(self, vlm: VLM, slots: int, n: int, prompt_tokens: int, new_tokens: int):
         text, device, dtype, rows = vlm.model.config.text_config, vlm.device, vlm.model.dtype, slots * n
-        heads, head_dim = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
+        heads, head_dim = text.num_key_value_heads, head_size(text)
 
         def per_layer(*shape) -> list[Tensor]:
             return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(text.num_hidden_layers)]
@@ -131,8 +131,12 @@ def slots_in_memory(vlm: VLM, prompt_tokens: int, n: int, new_tokens: int) -> in
 def cache_token_bytes(config, dtype: torch.dtype) -> int:
     """The bytes that the keys and values of one token take."""
     text = config.text_config
-    heads, head_dim = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * head_dim * dtype.itemsize
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * head_size(text) * dtype.itemsize
+
+
+def head_size(text) -> int:
+    """The width of a head; text: the text model's configuration, which names it or not."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def cache_budget(device: torch.device) -> int:
@@ -164,7 +168,8 @@ def step(vlm: VLM, rows: Rows, R: int, S: int, P: int, T: int) -> None:
     for layer, block in enumerate(model.layers):
         x, h = f.add_norm(x, change, *scale(block.input_layernorm))
         q, k, v = project(block.self_attn, rows.in_one[layer], h)
-        q = f.rotate_and_write(q, k, v, cos, sin, index, rows.keys[layer][:R], rows.values[layer][:R])
+        own = rows.keys[layer][:R], rows.values[layer][:R]
+        q = f.rotate_and_write(q, k, v, cos, sin, index, *own, head_norms(block.self_attn))
         prompt = (
             x.flatten(0, 1)[: S * heads, :P] for x in (rows.prompt_keys[layer], rows.prompt_values[layer])
         )
@@ -181,7 +186,14 @@ def scale(norm) -> tuple[Tensor, float]:
     return norm.weight, norm.variance_epsilon
 
 
-def project(attention, whole: tuple[Tensor, Tensor] | None, h: Tensor) -> list[Tensor]:
+def head_norms(attention) -> tuple[Tensor, Tensor, float] | None:
+    """Weights and epsilon of the norms of each head's queries and keys, which Qwen3-VL has."""
+    if not hasattr(attention, "q_norm"):
+        return None
+    return attention.q_norm.weight, *scale(attention.k_norm)
+
+
+def project(attention, whole: tuple[Tensor, Tensor | None] | None, h: Tensor) -> list[Tensor]:
     """Queries, keys and values of h [R, hidden]; whole: what `in_one` gave."""
     projections = projections_of(attention)
     if whole is None:
@@ -194,7 +206,7 @@ def projections_of(attention) -> tuple:
     return attention.q_proj, attention.k_proj, attention.v_proj
 
 
-def all_in_one(vlm: VLM) -> list[tuple[Tensor, Tensor] | None]:
+def all_in_one(vlm: VLM) -> list[tuple[Tensor, Tensor | None] | None]:
     """What `in_one` gives for each layer, on a GPU where it takes less than a tenth of what is still free."""
     attentions = [layer.self_attn for layer in vlm.model.model.language_model.layers]
     size = sum(each.weight.nbytes for attention in attentions for each in projections_of(attention))
@@ -203,7 +215,7 @@ def all_in_one(vlm: VLM) -> list[tuple[Tensor, Tensor] | None]:
     return [in_one(attention) for attention in attentions]
 
 
-def in_one(attention) -> tuple[Tensor, Tensor] | None:
+def in_one(attention) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of the three projections as those of one; None if one does more than that (LoRA).
 
     A copy, up to 6% of the weights, for the length of a rollout: one matrix product is faster than three.
@@ -211,7 +223,8 @@ def in_one(attention) -> tuple[Tensor, Tensor] | None:
     projections = projections_of(attention)
     if any(type(each) is not torch.nn.Linear for each in projections):
         return None
-    return torch.cat([each.weight for each in projections]), torch.cat([each.bias for each in projections])
+    bias = None if projections[0].bias is None else torch.cat([each.bias for each in projections])
+    return torch.cat([each.weight for each in projections]), bias
 
 
 def recorded(step: Callable[[], None], vlm: VLM, pool) -> Callable[[], None]:

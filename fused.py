@@ -16,9 +16,14 @@ from torch import Tensor
 def add_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The residual stream [R, hidden] after a change, and its RMS norm."""
     x = x + change
+    return x, rms_norm(x, weight, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm of x [..., width], worked out in float32."""
     scaled = x.float()
     scaled = scaled * torch.rsqrt(scaled.pow(2).mean(-1, keepdim=True) + eps)
-    return x, weight * scaled.to(x.dtype)
+    return weight * scaled.to(x.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -64,13 +69,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_and_write(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, index: Tensor, keys: Tensor, values: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    index: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    norms: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
     """Writes a token's key and value k, v [R, heads * d] into keys, values [R, heads, T, d] at index [R].
 
-    Returns its queries [R, key heads, query heads of each, d], rotated and divided by sqrt(d).
+    norms: weights [d] of q's and k's norms within a head, and epsilon; None: there are none. Returns the
+    token's queries [R, key heads, query heads of each, d], rotated and divided by sqrt(d).
     """
     q, k, v = (x.unflatten(1, (-1, cos.shape[-1])) for x in (q, k, v))
+    if norms is not None:
+        q, k = rms_norm(q, norms[0], norms[2]), rms_norm(k, norms[1], norms[2])
     everyone = torch.arange(len(index), device=index.device)
     keys[everyone, :, index] = rotate(k, cos, sin)
     values[everyone, :, index] = v

@@ -1,4 +1,4 @@
-"""A vision-language model of the Qwen2.5-VL family: load, save, turn an image and a text into a prompt, and
+"""A vision-language model of a family in families/: load, save, turn an image and a text into a prompt, and
 give
 
     log pi_theta(y_t | image, x, y_<t)        for every token t of a completion y,
@@ -9,7 +9,7 @@ has, and (in packing.py) which token may see which.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,51 +17,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from engine import checkpoint
 from engine.checkpoint import USER_TEXT, CheckpointError, end_ids, first_line, load_config, load_processors
+from families import FAMILIES, encode_images
 from packing import PackedBatch, lay_out, pack, packed_mask, token_logprobs
-from vision import encode_images
-
-
-@dataclass
-class Patches:
-    """An image as the model reads it. Prompts about one image share it, and what a frozen encoder made of it.
-
-    pixels: [patches, channels * 2 * 14 * 14] float32, the image as flattened patches.
-    grid: [1, 3] int64, the image's patches in time, height and width.
-    features: once a frozen image encoder has seen it, a weight of that encoder, to know it by, and the
-    features [image_tokens, hidden] in CPU memory (see `image_features`).
-    """
-
-    pixels: Tensor
-    grid: Tensor
-    features: tuple[Tensor, Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """An encoded prompt: text with one image in it, ending where the assistant starts to write (P tokens).
-
-    ids: [P] int64, the image token repeated once per image feature.
-    positions: [3, P] int64, the temporal, vertical and horizontal position of every token.
-    image_start, image_tokens: where in `ids` the image features go.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    patches: Patches
-    image_start: int
-    image_tokens: int
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def next_position(self) -> int:
-        """The position of the first token that the assistant writes."""
-        return int(self.positions.max()) + 1
+from prompts import Patches, Prompt, arrange, make_prompt
 
 
 @dataclass
@@ -111,7 +72,7 @@ class VLM:
         folder = checkpoint.resolve(name_or_path, weights=True)
         checkpoint.check_weights(folder, config.tie_word_embeddings)
         try:
-            model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            model, report = FAMILIES[config.model_type].MODEL.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -217,22 +178,32 @@ class VLM:
         made = self.image_processor(images=[image.convert("RGB")], size=self.image_size, return_tensors="pt")
         return Patches(made["pixel_values"], made["image_grid_thw"])
 
-    def prompt(self, text: str, image: Image.Image | Patches, system: str | None = None) -> Prompt:
+    def prompt(
+        self,
+        text: str,
+        image: Image.Image | Patches | Sequence[Image.Image | Patches],
+        system: str | None = None,
+    ) -> Prompt:
         """Encodes a user turn, the image and then the text, with the checkpoint's own chat template.
 
+        Of a list of images each stands where the text says <image 1>, <image 2>, ... (see `arrange`).
         `text` is data: a control token spelled out in it (`<|im_end|>`, `<|image_pad|>`) is encoded as plain
         characters and cannot forge a turn or an image. Raises ValueError for an image more than 200 times as
         wide as high or the other way round.
         """
-        rendered = checkpoint.render(self.tokenizer, system)
-        before, after = rendered.split(USER_TEXT)
-        ids = self._encode(before) + self._encode(text, plain=True) + self._encode(after)
-        patches = image if isinstance(image, Patches) else self.patches(image)
-        merge = self.model.config.vision_config.spatial_merge_size
-        start, tokens = ids.index(self.model.config.image_token_id), int(patches.grid.prod()) // merge**2
-        ids[start : start + 1] = [ids[start]] * tokens
-        positions = rope_positions(start, patches.grid[0].tolist(), merge, len(ids) - start - tokens)
-        return Prompt(torch.tensor(ids), positions, patches, start, tokens)
+        several = isinstance(image, Sequence)
+        images, parts = (image, arrange(text, len(image))) if several else ([image], [0, text])
+        numbers = [part for part in parts if isinstance(part, int)]
+        texts = [part for part in parts if isinstance(part, str)]
+        rendered = checkpoint.render(self.tokenizer, system, [isinstance(part, int) for part in parts])
+        first, *others = (self._encode(piece) for piece in rendered.split(USER_TEXT))
+        ids = first
+        for words, after in zip(texts, others, strict=True):
+            ids += self._encode(words, plain=True) + after
+        patches = [image if isinstance(image, Patches) else self.patches(image) for image in images]
+        config = self.model.config
+        merge = config.vision_config.spatial_merge_size
+        return make_prompt(ids, config.image_token_id, [patches[n] for n in numbers], merge)
 
     def _encode(self, text: str, plain: bool = False) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
@@ -313,22 +284,24 @@ def copy_model(model):
 
 
 def embed(model, ids: Tensor, prompts: list[Prompt]) -> Tensor:
-    """Input embeddings [B, T, hidden] of ids [B, T], whose rows start with these prompts.
+    """Input embeddings [B, T, hidden * depths] of ids [B, T], whose rows start with these prompts.
 
-    Features are placed by the prompts' own positions, never by looking for the image token.
+    Features are placed by the prompts' own positions, never by looking for the image token. What is added
+    after the first layers stands behind what is embedded: 0 where there is no image.
     """
     device = ids.device
-    images = {id(p.patches): p.patches for p in prompts}
+    images = {id(image): image for p in prompts for image in p.images}
     features = dict(zip(images, image_features(model.model.visual, list(images.values()), device)))
     embeds = model.get_input_embeddings()(ids)
     row = torch.cat([torch.full((p.image_tokens,), r) for r, p in enumerate(prompts)]).to(device)
-    column = [torch.arange(p.image_start, p.image_start + p.image_tokens) for p in prompts]
-    values = torch.cat([features[id(p.patches)] for p in prompts]).to(embeds.dtype)
-    return embeds.index_put((row, torch.cat(column).to(device)), values)
+    column = torch.cat([p.places for p in prompts]).to(device)
+    values = torch.cat([features[id(image)] for p in prompts for image in p.images]).to(embeds.dtype)
+    later = embeds.new_zeros(*ids.shape, values.shape[1] - embeds.shape[2])
+    return torch.cat([embeds, later], dim=2).index_put((row, column), values)
 
 
 def image_features(visual, images: list[Patches], device: torch.device) -> list[Tensor]:
-    """The features [tokens, hidden] of each image, all that are needed made in one pass.
+    """The features [tokens, hidden * depths] of each image, all that are needed made in one pass.
 
     A frozen encoder makes the same every time: kept beside the image, they serve both roles, rollouts,
     reference and update. In CPU memory, where they take a fifth of what the pixels take.
@@ -347,40 +320,23 @@ def image_features(visual, images: list[Patches], device: torch.device) -> list[
 
 
 def hidden_states(model, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache=None) -> Tensor:
-    """Last hidden states [B, T, hidden] of embeds [B, T, hidden] at positions [3, B, T].
+    """Last hidden states [B, T, hidden] of embeds [B, T, hidden * depths] at positions [3, B, T].
 
     mask: [B, 1, T, T] bool, True where a query (row) may see a key (column); None: all that stand before it.
-    The positions are always given: transformers would otherwise keep `rope_deltas` of an earlier call.
+    The text model's layers one after the other: its own forward takes masks and features in another form for
+    each family.
     """
+    text = model.model.language_model
     if mask is not None:  # as numbers, made once: each layer would make and keep its own
         numbers = torch.zeros(mask.shape, dtype=embeds.dtype, device=mask.device)
         mask = numbers.masked_fill_(~mask, -torch.inf)
-    return model.model.language_model(
-        inputs_embeds=embeds,
-        position_ids=positions,
-        attention_mask={"full_attention": mask},
-        past_key_values=cache,
-        use_cache=False,
-    ).last_hidden_state
+    x, *later = embeds.split(text.config.hidden_size, dim=2)
+    rotation = text.rotary_emb(x, positions)
+    for number, layer in enumerate(text.layers):
+        x = layer(x, attention_mask=mask, position_embeddings=rotation, past_key_values=cache)
+        x = x + later[number] if number < len(later) else x
+    return text.norm(x)
 
 
 def _padded_bytes(tensor: Tensor) -> int:
     return -(-tensor.nbytes // 256) * 256  # so that each tensor in a shared buffer starts where its dtype may
-
-
-# ---- Positions ---------------------------------------------------------------------------------------------
-
-
-def rope_positions(text_before: int, grid: list[int], merge: int, text_after: int) -> Tensor:
-    """The 3-D positions [3, P] of text, one image and text again (Qwen2-VL, arXiv 2409.12191, section 2.1).
-
-    Text counts up by one in all three rows. Image tokens share one temporal position and carry their row and
-    column, all offset by where the image starts; text goes on after the largest position the image used.
-    grid: the image's patches (time, height, width); merge: patches along one side of an image token.
-    """
-    frames, height, width = grid[0], grid[1] // merge, grid[2] // merge
-    before = torch.arange(text_before).expand(3, -1)
-    axes = torch.arange(frames), torch.arange(height), torch.arange(width)
-    image = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1) + text_before
-    after = torch.arange(text_after).expand(3, -1) + text_before + max(frames, height, width)
-    return torch.cat([before, image, after], dim=1)

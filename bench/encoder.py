@@ -1,4 +1,4 @@
-"""The image encoder: `vision.encode_images` against transformers' own forward, on the same weights.
+"""The image encoder: `families.encode_images` against transformers' own forward, on the same weights.
 
     python bench/encoder.py --size small --image-tokens 1024 --prompts 1
 
@@ -10,7 +10,7 @@ import copy
 import torch
 from shapes import arguments, compare, peak_extra_bytes, random_vlm, show
 
-from vision import encode_images
+from families import encode_images
 
 
 def main() -> None:

@@ -38,8 +38,8 @@ def plain(vlm, prompts, args):
         input_ids=torch.stack([p.ids for p in prompts]),
         attention_mask=torch.ones(len(prompts), args.prompt_tokens, dtype=torch.long),
         mm_token_type_ids=torch.stack([(p.ids == model.config.image_token_id).int() for p in prompts]),
-        pixel_values=torch.cat([p.patches.pixels for p in prompts]).to(model.dtype),
-        image_grid_thw=torch.cat([p.patches.grid for p in prompts]),
+        pixel_values=torch.cat([p.images[0].pixels for p in prompts]).to(model.dtype),
+        image_grid_thw=torch.cat([p.images[0].grid for p in prompts]),
     )
     inputs = {name: value.to(args.device) for name, value in inputs.items()}
     length = dict(max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens, eos_token_id=vlm.end_ids)

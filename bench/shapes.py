@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 import grpo
 from engine.checkpoint import load_processors
-from vlm import VLM, Patches, Prompt, rope_positions
+from prompts import rope_positions
+from vlm import VLM, Patches, Prompt
 
 # ---- Models ------------------------------------------------------------------------------------------------
 
@@ -96,9 +97,9 @@ def random_prompt(vlm: VLM, tokens: int, seed: int) -> Prompt:
     ids[start - 1], ids[end] = config.vision_start_token_id, config.vision_end_token_id
     ids[start:end] = config.image_token_id
     grid = torch.tensor([[1, 2 * side, 2 * side]])
-    positions = rope_positions(start, grid[0].tolist(), 2, tokens - end)
+    positions = rope_positions([start], grid.tolist(), 2, tokens)
     pixels = torch.randn(4 * side * side, 3 * 2 * 14 * 14, generator=rng)
-    return Prompt(ids, positions, Patches(pixels, grid), start, side * side)
+    return Prompt(ids, positions, (Patches(pixels, grid),), torch.arange(start, end))
 
 
 def image_side(prompt_tokens: int) -> int:

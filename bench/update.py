@@ -59,8 +59,8 @@ class Plain:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 mm_token_type_ids=(ids == model.config.image_token_id).int(),
-                pixel_values=prompt.patches.pixels.repeat(n, 1).to(model.device, model.dtype),
-                image_grid_thw=prompt.patches.grid.repeat(n, 1).to(model.device),
+                pixel_values=prompt.images[0].pixels.repeat(n, 1).to(model.device, model.dtype),
+                image_grid_thw=prompt.images[0].grid.repeat(n, 1).to(model.device),
                 logits_to_keep=length + 1,
                 use_cache=False,
             ).logits[:, :-1]

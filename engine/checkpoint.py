@@ -9,6 +9,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -16,9 +17,10 @@ import torch
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
-from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLConfig, Qwen2VLImageProcessorPil
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, Qwen2VLImageProcessorPil
 
 import lora
+from families import FAMILIES
 
 USER_TEXT = "\x01user text\x01"  # stands for the user's text while the chat template is rendered
 SMALL = ("*.json", "*.txt", "*.jinja")  # everything in a checkpoint but the weights
@@ -110,7 +112,7 @@ def check_dtype(dtype, device: torch.device) -> torch.dtype:
 # ---- Configuration -----------------------------------------------------------------------------------------
 
 
-def load_config(name_or_path: str | Path) -> Qwen2_5_VLConfig:
+def load_config(name_or_path: str | Path) -> PreTrainedConfig:
     """The configuration, after checking that it is one this project can run. Raises CheckpointError."""
     folder = resolve(name_or_path)
     adapter, name = read_json(folder, "adapter_config.json"), str(name_or_path)
@@ -129,19 +131,19 @@ def load_config(name_or_path: str | Path) -> Qwen2_5_VLConfig:
         raise CheckpointError(
             f"{name} is the folder of a run: its models are {name}/questioner and /reasoner"
         )
-    if kind != "qwen2_5_vl":
+    if kind not in [*FAMILIES]:
         raise CheckpointError(
-            f"{name} is a model of type {kind!r}; only the Qwen2.5-VL family (qwen2_5_vl) is supported"
+            f"{name} is a model of type {kind!r}; only {' and '.join(FAMILIES)} are supported"
         )
     for part in (fields, fields.get("text_config")):
         for key in ("quantization_config", "compression_config"):
             if isinstance(part, dict) and part.get(key):
                 raise CheckpointError(f"{name} is quantised ({key} in config.json) and so cannot be trained")
     try:
-        config = Qwen2_5_VLConfig.from_dict(_without_texts(fields))
+        config = FAMILIES[kind].MODEL.config_class.from_dict(_without_texts(fields))
     except Exception as error:
         raise CheckpointError(f"the config.json of {name} is not valid: {first_line(error)}") from error
-    if config.text_config.use_sliding_window:
+    if getattr(config.text_config, "use_sliding_window", False):
         raise CheckpointError(f"{name} uses sliding-window attention, which is not supported")
     return config
 
@@ -200,10 +202,10 @@ def load_processors(name_or_path: str | Path) -> tuple:
     return tokenizer, image_processor, folder
 
 
-def render(tokenizer, system: str | None = None) -> str:
-    """The chat template's text for an image and USER_TEXT, up to where the assistant starts."""
+def render(tokenizer, system: str | None = None, images: Sequence[bool] = (True, False)) -> str:
+    """The chat template's text for images and USER_TEXT in this order, up to where the assistant starts."""
     messages = [{"role": "system", "content": system}] if system is not None else []
-    content = [{"type": "image"}, {"type": "text", "text": USER_TEXT}]
+    content = [{"type": "image"} if image else {"type": "text", "text": USER_TEXT} for image in images]
     messages.append({"role": "user", "content": content})
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
@@ -331,7 +333,8 @@ def kept_files(vlm) -> dict[str, bytes]:
     files.setdefault("chat_template.jinja", tokenizer.get_chat_template().encode())
     if "preprocessor_config.json" not in files:  # transformers 5 keeps it inside processor_config.json
         inside = read_json(source, "processor_config.json")["image_processor"]
-        names = dict(image_processor_type="Qwen2VLImageProcessor", processor_class="Qwen2_5_VLProcessor")
+        processor = FAMILIES[vlm.model.config.model_type].PROCESSOR
+        names = dict(image_processor_type="Qwen2VLImageProcessor", processor_class=processor)
         files["preprocessor_config.json"] = json.dumps(inside | names, indent=2).encode()
     if "generation_config.json" not in files:
         ends = dict(eos_token_id=vlm.end_ids, pad_token_id=tokenizer.pad_token_id)

@@ -7,10 +7,9 @@ output matrix); the gradient of the latter is reduced last, in float32, when the
 plain copies (both roles, and the reference) are in the computer's memory, and on a GPU only while they work.
 One process in float32 trains its plain copy itself, which then stays.
 
-Activations are counted from what autograd keeps (found with `saved_tensors_hooks` in transformers 5.23): of
-a token or patch each layer keeps 8 vectors of its width and 4 of its MLP's, and 2 more of its width in
-float32, from the norms; the image encoder, which cuts its windows out and puts them together again, keeps 12
-in place of 8. A test compares the total with the peak of an update: 15% at most between them.
+Activations are counted from what autograd keeps of a token or patch in each layer (found with
+`saved_tensors_hooks` in transformers 5.23; `kept` in families/). A test compares the total with the peak of
+an update: 15% at most between them.
 """
 
 import json
@@ -18,10 +17,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedConfig
 
 import lora
 from cache import CPU_CACHE_BYTES, SAMPLING_BYTES, cache_token_bytes
+from families import FAMILIES
 from generate import PREFILL_TOKENS
 from packing import BATCH_IMAGE_TOKENS, BATCH_TOKENS, LOGITS, ROW_TOKENS
 
@@ -60,12 +60,12 @@ class Moment:
         return sum(self.parts.values())
 
 
-def parameter_sizes(config: Qwen2_5_VLConfig) -> dict[str, int]:
+def parameter_sizes(config: PreTrainedConfig) -> dict[str, int]:
     """The number of elements of each parameter of a model of this shape, by name; no weights are made."""
     return trained_sizes(config, 0, False)
 
 
-def trained_sizes(config: Qwen2_5_VLConfig, lora_rank: int, freeze_vision: bool) -> dict[str, int]:
+def trained_sizes(config: PreTrainedConfig, lora_rank: int, freeze_vision: bool) -> dict[str, int]:
     """The number of elements of each parameter that is trained, by name."""
     return dict(_trained_sizes(config.to_json_string(use_diff=False), lora_rank, freeze_vision))
 
@@ -73,7 +73,9 @@ def trained_sizes(config: Qwen2_5_VLConfig, lora_rank: int, freeze_vision: bool)
 @cache
 def _trained_sizes(config: str, lora_rank: int, freeze_vision: bool) -> list[tuple[str, int]]:
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**json.loads(config)))
+        fields = json.loads(config)
+        model = FAMILIES[fields["model_type"]].MODEL
+        model = model(model.config_class(**fields))
         if lora_rank:
             lora.add_lora(model, lora_rank)
     if freeze_vision:
@@ -82,7 +84,7 @@ def _trained_sizes(config: str, lora_rank: int, freeze_vision: bool) -> list[tup
 
 
 def memory_plan(
-    config: Qwen2_5_VLConfig,
+    config: PreTrainedConfig,
     dtype: torch.dtype,
     device_bytes: int | None,
     work: Work,
@@ -154,7 +156,7 @@ def fitting_budget(device_bytes: int | None, *what, **flags) -> float:
 
 
 def update_parts(
-    config: Qwen2_5_VLConfig,
+    config: PreTrainedConfig,
     dtype: torch.dtype,
     sizes: dict[str, int],
     work: Work,
@@ -173,7 +175,7 @@ def update_parts(
 
 
 def cache_bytes(
-    config: Qwen2_5_VLConfig,
+    config: PreTrainedConfig,
     dtype: torch.dtype,
     work: Work,
     rows: int,
@@ -189,7 +191,7 @@ def cache_bytes(
 
 
 def host_plan(
-    config: Qwen2_5_VLConfig,
+    config: PreTrainedConfig,
     dtype: torch.dtype,
     offload: bool,
     ranks: int = 1,
@@ -213,7 +215,7 @@ def host_plan(
 
 
 def disk_plan(
-    config: Qwen2_5_VLConfig,
+    config: PreTrainedConfig,
     stored: torch.dtype,
     saves: int,
     lora_rank: int = 0,
@@ -248,7 +250,7 @@ def layer_sizes(sizes: dict[str, int]) -> tuple[int, int]:
 
 
 def rollout_bytes(
-    config: Qwen2_5_VLConfig, dtype: torch.dtype, work: Work, rows: int, n: int, budget: float = 1.0
+    config: PreTrainedConfig, dtype: torch.dtype, work: Work, rows: int, n: int, budget: float = 1.0
 ) -> int:
     """Keys and values of all rows and prompts, what sampling needs, and one layer of a prefill."""
     text, tokens = config.text_config, rows * work.new_tokens + rows // n * work.prompt_tokens
@@ -268,7 +270,7 @@ def largest_batch(work: Work, budget: float = 1.0) -> tuple[int, int]:
 
 
 def activation_bytes(
-    config: Qwen2_5_VLConfig,
+    config: PreTrainedConfig,
     dtype: torch.dtype,
     work: Work,
     checkpointing: bool,
@@ -283,7 +285,7 @@ def activation_bytes(
 
 
 def batch_bytes(
-    config: Qwen2_5_VLConfig,
+    config: PreTrainedConfig,
     dtype: torch.dtype,
     work: Work,
     checkpointing: bool,
@@ -299,15 +301,18 @@ def batch_bytes(
     rows, row = largest_batch(work, budget)
     text, vision = config.text_config, config.vision_config
     patches = vision.spatial_merge_size**2 * rows * work.image_tokens
+    of_token, of_patch = (a * dtype.itemsize + 4 * b for a, b in FAMILIES[config.model_type].kept(config))
 
-    text_layer = layer_bytes(rows * row, text, dtype, 8)
+    text_layer = rows * row * of_token
     depth = vision.depth if any("visual" in name for name in sizes) else 0
-    vision_layer = layer_bytes(patches, vision, dtype, 12) if depth else 0
+    vision_layer = patches * of_patch if depth else 0
     mask = rows * row * row * (1 + dtype.itemsize)  # of what sees what, and what is added to scores
     # In no layer: the last norm, the states that predict and their gradient; pixels and the merger.
     ends = rows * row * text.hidden_size * (3 * dtype.itemsize + 2 * 4)
+    later = len(getattr(vision, "deepstack_visual_indexes", ()))  # features besides the last layer's
+    ends += 2 * later * rows * row * text.hidden_size * dtype.itemsize
     pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    ends += patches * (pixels + 6 * vision.hidden_size) * dtype.itemsize if depth else 0
+    ends += patches * (pixels + 6 * (1 + later) * vision.hidden_size) * dtype.itemsize if depth else 0
     matrix = text.vocab_size * text.hidden_size * dtype.itemsize  # the gradient of the output matrix
     matrix = matrix if any("embed_tokens" in name for name in sizes) else 0
     predicted = rows * min(work.group_size * work.new_tokens, row)  # tokens of completions
@@ -320,9 +325,3 @@ def batch_bytes(
     inputs = text.num_hidden_layers * rows * row * text.hidden_size + depth * patches * vision.hidden_size
     one_layer = max(text_layer, vision_layer, matrix) + matrix
     return ends + mask + inputs * dtype.itemsize + max(one_layer, logits)
-
-
-def layer_bytes(tokens: int, shape, dtype: torch.dtype, vectors: int) -> int:
-    """What a layer keeps of so many tokens; shape: the text's or the image encoder's configuration."""
-    width, mlp = shape.hidden_size, shape.intermediate_size
-    return tokens * ((vectors * width + 4 * mlp) * dtype.itemsize + 2 * width * 4)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import Qwen2_5_VLConfig
+from transformers import PreTrainedConfig
 
 from engine import plan
 from engine.records import printable
@@ -28,16 +28,17 @@ HELP = {  # flags that need less memory, those that change nothing else first
 }
 
 
-def budget(s: Settings, run: Run, config: Qwen2_5_VLConfig, device: torch.device) -> float:
+def budget(s: Settings, run: Run, config: PreTrainedConfig, device: torch.device) -> float:
     """The share of the token budgets that fits into the memory that is free (see `plan.fitting_budget`)."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     return plan.fitting_budget(free, *of_plan(s, run, config), **memory_flags(s, run))
 
 
-def of_plan(s: Settings, run: Run, config: Qwen2_5_VLConfig) -> tuple:
+def of_plan(s: Settings, run: Run, config: PreTrainedConfig) -> tuple:
     """What the plan wants to know first: the model, what it computes in, and the work of a step."""
     questions = s.images_per_step * s.group_size
-    work = plan.Work(image_tokens(s, run), TEXT_TOKENS, s.max_new_tokens, s.group_size, questions, s.answers)
+    tokens = image_tokens(s, run, config)
+    work = plan.Work(tokens, TEXT_TOKENS, s.max_new_tokens, s.group_size, questions, s.answers)
     return config, getattr(torch, s.dtype), work
 
 
@@ -52,14 +53,15 @@ def memory_flags(s: Settings, run: Run) -> dict:
     )
 
 
-def image_tokens(s: Settings, run: Run) -> int:
+def image_tokens(s: Settings, run: Run, config: PreTrainedConfig) -> int:
     """Tokens of the largest image."""
-    return (run.scene_size // 28) ** 2 if s.images is None else s.max_pixels // (28 * 28)
+    side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
+    return (run.scene_size // side) ** 2 if s.images is None else s.max_pixels // side**2
 
 
-def show(s: Settings, run: Run, config: Qwen2_5_VLConfig, device: torch.device, budget: float) -> None:
+def show(s: Settings, run: Run, config: PreTrainedConfig, device: torch.device, budget: float) -> None:
     """Prints it all. budget: the share of the token budgets that is used."""
-    tokens = image_tokens(s, run)
+    tokens = image_tokens(s, run, config)
     if s.images is None:
         size = run.scene_size
         print(f"images   {SCENES} built-in scenes of {size} x {size} pixels, {tokens} tokens each")
@@ -86,7 +88,7 @@ def show(s: Settings, run: Run, config: Qwen2_5_VLConfig, device: torch.device, 
     print(f"disk     a new run takes at most {disk_sentence(needed)}{free}{verdict}")
 
 
-def check_disk(s: Settings, run: Run, config: Qwen2_5_VLConfig) -> None:
+def check_disk(s: Settings, run: Run, config: PreTrainedConfig) -> None:
     """Raises ValueError if a new run would fill the disk that its folder is on."""
     needed, there = disk_plan(s, config), room(run.folder)
     if run.ranks.any(run.number == 0 and there is not None and needed.total > there):
@@ -98,7 +100,7 @@ def check_disk(s: Settings, run: Run, config: Qwen2_5_VLConfig) -> None:
         raise ValueError(f"{run.folder}: {why}" + f"; {' or '.join(less)} takes less" * bool(less))
 
 
-def disk_plan(s: Settings, config: Qwen2_5_VLConfig) -> plan.Moment:
+def disk_plan(s: Settings, config: PreTrainedConfig) -> plan.Moment:
     """What the run folder takes at most (see plan.py)."""
     stored = config.dtype or config.text_config.dtype or getattr(torch, s.dtype)
     saves = (max(s.questioner_steps, s.reasoner_steps) - 1) // s.save_every  # the last step ends the phase
@@ -121,7 +123,7 @@ def room(folder: Path) -> int | None:
     return usage.free if usage.total else None
 
 
-def show_memory(s: Settings, run: Run, config: Qwen2_5_VLConfig, device: torch.device, budget: float) -> None:
+def show_memory(s: Settings, run: Run, config: PreTrainedConfig, device: torch.device, budget: float) -> None:
     """Prints the memory of each moment, and on a GPU what to do about it."""
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     flags = memory_flags(s, run)
@@ -141,7 +143,7 @@ def show_memory(s: Settings, run: Run, config: Qwen2_5_VLConfig, device: torch.d
 
 
 def in_the_computer(
-    s: Settings, run: Run, config: Qwen2_5_VLConfig, device: torch.device, budget: float
+    s: Settings, run: Run, config: PreTrainedConfig, device: torch.device, budget: float
 ) -> tuple[bool, str]:
     """Whether the computer has the memory that its processes of this run take, and a sentence about it."""
     (first, dtype, work), flags = of_plan(s, run, config), memory_flags(s, run)

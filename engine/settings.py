@@ -28,7 +28,7 @@ class Settings:
     """Every setting of a run: one flag each, the paper's values as defaults."""
 
     model: str | None = setting(
-        None, "folder or hub id of a Qwen2.5-VL or MiMo-VL checkpoint (default: the toy here)"
+        None, "folder or hub id of a Qwen2.5-VL, MiMo-VL or Qwen3-VL checkpoint (default: the toy here)"
     )
     images: str | None = setting(
         None, "folder (with subfolders), glob, or .txt/.jsonl list of images (default: built-in scenes)"
@@ -65,7 +65,9 @@ class Settings:
     temperature: float = setting(1.0, "sampling temperature; divides the logits in training too")
     top_p: float = setting(0.99, "nucleus sampling: the smallest set of tokens with this probability")
     max_new_tokens: int = setting(1024, "longest completion, in tokens")
-    max_pixels: int = setting(802_816, "larger images are scaled down to this; 28 x 28 pixels make one token")
+    max_pixels: int = setting(
+        802_816, "larger images are scaled down to this; 28 x 28 pixels make one token (Qwen3-VL: 32 x 32)"
+    )
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, more time"
     )

@@ -8,7 +8,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 import questioner
 import reasoner
@@ -45,15 +51,19 @@ TEMPLATE = (  # does what Qwen's does: a default system turn, then the turns wit
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+TEMPLATE_3 = TEMPLATE[: TEMPLATE.index("{% if loop.first")] + TEMPLATE[TEMPLATE.index("<|im_start|>{{") :]
+
 
 def publish(folder: Path, style: str) -> Path:
-    """Writes a checkpoint like Qwen2.5-VL ("qwen": tied, two shards) or MiMo-VL ("mimo": untied, <think>)."""
-    tokenizer = _tokenizer(["<think>", "</think>"] if style == "mimo" else [])
-    config = _config(tokenizer, style)
+    """Writes a checkpoint like Qwen2.5-VL ("qwen": tied, two shards), MiMo-VL ("mimo": untied, <think>),
+    Qwen3-VL of 2B and 4B ("qwen3": tied, two shards) or of 8B ("qwen3-untied")."""
+    tokenizer = _tokenizer(["<think>", "</think>"] if style in ("mimo", "qwen3-untied") else [])
+    third = style.startswith("qwen3")
+    config = _config_3(tokenizer, style) if third else _config(tokenizer, style)
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    _write_weights(folder, model, shards=2 if style == "qwen" else 1)
-    _write_flat_config(folder, config, style)
+    model = (Qwen3VLForConditionalGeneration if third else Qwen2_5_VLForConditionalGeneration)(config)
+    _write_weights(folder, model, shards=2 if config.tie_word_embeddings else 1)
+    _write_nested_config(folder, config) if third else _write_flat_config(folder, config, style)
     _write_tokenizer(folder, tokenizer, style)
     end_ids = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")]
     generation = dict(bos_token_id=end_ids[1], pad_token_id=end_ids[1], eos_token_id=end_ids, do_sample=True)
@@ -65,6 +75,10 @@ def publish(folder: Path, style: str) -> Path:
     )
     images |= dict(image_mean=[0.48, 0.46, 0.41], image_std=[0.27, 0.26, 0.28])
     images |= dict(image_processor_type="Qwen2VLImageProcessor", processor_class="Qwen2_5_VLProcessor")
+    if third:  # published: 65,536 to 16,777,216 pixels
+        images = dict(size=dict(shortest_edge=4096, longest_edge=32 * 32 * 24), patch_size=16)
+        images |= dict(temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        images |= dict(image_processor_type="Qwen2VLImageProcessorFast", processor_class="Qwen3VLProcessor")
     (folder / "preprocessor_config.json").write_text(json.dumps(images))
     return folder
 
@@ -151,14 +165,60 @@ def _config(tokenizer, style: str) -> Qwen2_5_VLConfig:
     )
 
 
+def _config_3(tokenizer, style: str) -> Qwen3VLConfig:
+    """Heads wider together than the states; as many deepstack features as fit three layers, and one less."""
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in CONTROL}
+    tied = style == "qwen3"
+    text = dict(vocab_size=len(tokenizer) + 37, hidden_size=64, intermediate_size=96, num_hidden_layers=3)
+    text |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=4096)
+    text |= dict(rope_theta=5e6, rms_norm_eps=1e-6, attention_bias=False, tie_word_embeddings=tied)
+    text |= dict(
+        rope_scaling={"mrope_interleaved": True, "mrope_section": [6, 5, 5], "rope_type": "default"},
+        bos_token_id=ids["<|endoftext|>"],
+        eos_token_id=ids["<|im_end|>"],
+    )
+    vision = dict(depth=4, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64)
+    vision |= dict(num_position_embeddings=36, deepstack_visual_indexes=[0, 2] if tied else [0, 1, 2])
+    return Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=tied,
+    )
+
+
+def _write_nested_config(folder: Path, config: Qwen3VLConfig) -> None:
+    """config.json as Qwen3-VL's was published, by transformers 4.57."""
+    text, vision = config.text_config.to_dict(), config.vision_config.to_dict()
+    keep = "attention_bias attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size"
+    keep += " initializer_range intermediate_size max_position_embeddings model_type num_attention_heads"
+    keep += " num_hidden_layers num_key_value_heads rms_norm_eps use_cache vocab_size"
+    rope = dict(text["rope_parameters"])
+    text = {name: text[name] for name in keep.split()} | dict(rope_theta=rope.pop("rope_theta"))
+    text |= dict(rope_scaling=rope, dtype="float32", tie_word_embeddings=config.tie_word_embeddings)
+    keep = "deepstack_visual_indexes depth hidden_act hidden_size in_channels initializer_range"
+    keep += " intermediate_size num_heads num_position_embeddings out_hidden_size patch_size"
+    keep += " spatial_merge_size temporal_patch_size"
+    vision = {name: vision[name] for name in keep.split()} | dict(model_type="qwen3_vl")
+    keep = "image_token_id video_token_id vision_start_token_id vision_end_token_id tie_word_embeddings"
+    fields = {name: getattr(config, name) for name in keep.split()}
+    fields |= dict(model_type="qwen3_vl", architectures=["Qwen3VLForConditionalGeneration"])
+    fields |= dict(text_config=text, vision_config=vision, transformers_version="4.57.0.dev0")
+    (folder / "config.json").write_text(json.dumps(fields, indent=2))
+
+
 def _write_weights(folder: Path, model, shards: int) -> None:
-    """The names published checkpoints have: `visual.*` and `model.layers.*`."""
+    """The names published checkpoints have: Qwen2.5-VL's `visual.*` and `model.layers.*`, Qwen3-VL's the
+    module's own."""
     weights = {}
     for name, value in model.state_dict().items():
         if name != "lm_head.weight" or not model.config.tie_word_embeddings:
-            weights[name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")] = (
-                value.clone()
-            )
+            if model.config.model_type == "qwen2_5_vl":
+                name = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+            weights[name] = value.clone()
     if shards == 1:
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
         return
@@ -233,6 +293,8 @@ def _write_tokenizer(folder: Path, tokenizer, style: str) -> None:
     )
     if style == "mimo":
         config["chat_template"] = TEMPLATE
+    elif style.startswith("qwen3"):
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE_3}))
     else:
         (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -260,9 +322,10 @@ def plain_inputs(prompt: Prompt, completion: list[int] = ()) -> dict:
     """What transformers' own forward and generate take: a batch of one."""
     ids = torch.cat([prompt.ids, torch.tensor(completion, dtype=torch.long)])[None]
     types = torch.zeros_like(ids, dtype=torch.int)
-    types[0, prompt.image_start : prompt.image_start + prompt.image_tokens] = 1
+    types[0, prompt.places] = 1
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types)
-    return inputs | dict(pixel_values=prompt.patches.pixels, image_grid_thw=prompt.patches.grid)
+    pixels, grids = (torch.cat([getattr(i, name) for i in prompt.images]) for name in ("pixels", "grid"))
+    return inputs | dict(pixel_values=pixels, image_grid_thw=grids)
 
 
 def plain_logprobs(vlm: VLM, prompt: Prompt, completion: list[int], temperature: float) -> torch.Tensor:
@@ -301,4 +364,4 @@ def teach(folder: Path, style: str) -> None:
         torch.nn.utils.clip_grad_norm_(vlm.model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    _write_weights(folder, vlm.model, shards=2 if style == "qwen" else 1)
+    _write_weights(folder, vlm.model, shards=2 if vlm.model.config.tie_word_embeddings else 1)

@@ -45,13 +45,13 @@ def toy() -> VLM:
     return VLM.load(ROOT / "toy", "cpu", torch.float32)
 
 
-@pytest.fixture(scope="session", params=["qwen", "mimo"])
+@pytest.fixture(scope="session", params=["qwen", "mimo", "qwen3", "qwen3-untied"])
 def published(request, tmp_path_factory) -> Path:
     """A tiny random checkpoint laid out like a published one."""
     return checkpoints.publish(tmp_path_factory.mktemp("published"), request.param)
 
 
-@pytest.fixture(scope="session")
-def random_vlm(tmp_path_factory) -> VLM:
-    """A tiny random model whose greedy choices are varied and far apart, of the Qwen layout."""
-    return checkpoints.load_lively(checkpoints.publish(tmp_path_factory.mktemp("random"), "qwen"))
+@pytest.fixture(scope="session", params=["qwen", "qwen3"])
+def random_vlm(request, tmp_path_factory) -> VLM:
+    """A tiny random model of either family whose greedy choices are varied and far apart."""
+    return checkpoints.load_lively(checkpoints.publish(tmp_path_factory.mktemp("random"), request.param))

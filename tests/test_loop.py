@@ -16,7 +16,7 @@ import torch
 from checkpoints import noise_image, plain_inputs
 from conftest import ROOT
 from PIL import Image
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 import generate as generate_module
 import loop
@@ -63,7 +63,7 @@ def image_folder(folder):
 # ---- A published layout, end to end ------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["qwen", "mimo"])
+@pytest.fixture(scope="module", params=["qwen", "mimo", "qwen3", "qwen3-untied"])
 def taught(request, tmp_path_factory):
     folder = checkpoints.publish(tmp_path_factory.mktemp("taught"), request.param)
     checkpoints.teach(folder, request.param)
@@ -107,15 +107,16 @@ def test_a_published_checkpoint_on_a_folder_of_images(taught, workplace, capsys)
     assert records(run, "questioner")[0]["validity"] > 0, "a leading <think> block is allowed"
 
     curated = read_examples(run / "curated" / "iteration-1.jsonl")
-    assert curated and all(0.25 <= e.confidence <= 0.75 and len(e.answers) == 4 for e in curated)
+    assert curated and all(0.25 <= e.confidence <= 0.75 and len(e.answers) in (4, 8) for e in curated)
     assert all(
-        e.confidence == max(map(e.answers.count, e.answers)) / 4 and e.label in ("1", "2") for e in curated
+        e.confidence == max(map(e.answers.count, e.answers)) / len(e.answers) and e.label in ("1", "2")
+        for e in curated
     )
     assert all("broken" not in e.image and "cut" not in e.image for e in curated)
 
     for role in ("questioner", "reasoner"):
         vlm = VLM.load(run / role, "cpu", torch.float32)
-        plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(run / role, dtype=torch.float32)
+        plain = AutoModelForImageTextToText.from_pretrained(run / role, dtype=torch.float32)
         inputs = plain_inputs(vlm.prompt("How many?", noise_image(90, 60)))
         with torch.no_grad():
             assert torch.equal(plain(**inputs).logits, vlm.model(**inputs).logits)
@@ -790,6 +791,7 @@ def test_the_papers_values_are_the_defaults_for_a_real_model():
     )
 
 
+@pytest.mark.parametrize("published", ["qwen", "mimo"], indirect=True)
 def test_dry_run_of_a_real_size(published, workplace, capsys):
     """The published 3B shape: its weights are not there, and not needed."""
     shape = dict(
@@ -816,6 +818,7 @@ def test_dry_run_of_a_real_size(published, workplace, capsys):
     assert not (workplace / "runs").exists()
 
 
+@pytest.mark.parametrize("published", ["qwen", "mimo"], indirect=True)
 def test_without_images_scenes_suit_the_model(published, workplace, capsys):
     assert loop.main(["--dry-run", "--images-per-step", "1"]) == 0
     assert "84 x 84 pixels, 9 tokens" in capsys.readouterr().out

@@ -109,7 +109,7 @@ def test_kept_features_change_nothing(dtype):
         groups = groups_of(vlm)
         if kept:
             generate(vlm, [g.prompt for g in groups], 1, 2, temperature=0)
-            assert all(g.prompt.patches.features is not None for g in groups)
+            assert all(g.prompt.images[0].features is not None for g in groups)
         grpo.add_reference(groups, vlm)
         grpo.backward(vlm, groups)
         gradients = [p.grad.clone() for p in vlm.model.parameters() if p.grad is not None]

@@ -125,24 +125,24 @@ vlm, parked_roles: a lending that waits
 + tensor.data.to(self.device)
 
 vlm, sampled_rollout: features placed by looking for the image token
-- return embeds.index_put((row, torch.cat(column).to(device)), values)
-+ return embeds.index_put((ids == model.config.image_token_id,), values)
+- .index_put((row, column), values)
++ .index_put((ids == model.config.image_token_id,), values)
 
 vlm, float32_update: a mask left on the CPU
 - mask = packed_mask(batch.segment.to(device))
 + mask = packed_mask(batch.segment)
 
-vision, sampled_rollout: sizes of images asked for
+families.qwen2_5_vl, sampled_rollout: sizes of images asked for
 - for t, h, w in grids.tolist()]))
 + for t, h, w in grids.to(device).tolist()]))
 
-vision, sampled_rollout: windows copied with a wait
+families.qwen2_5_vl, sampled_rollout: windows copied with a wait
 - order = order.to(device, non_blocking=True)
 + order = order.to(device)
 
 vision, float32_update: rotations made on the CPU
-- dim=1).to(device, non_blocking=True)
-+ dim=1)
+- torch.cat(places).to(device, non_blocking=True)
++ torch.cat(places)
 
 packing, float32_update: an order made on the CPU
 - order = torch.arange(segment.shape[1], device=segment.device)
@@ -198,11 +198,18 @@ MISTAKES = parsed(PLANTED)
 def plant(module, old, new):
     """Loads a module of the project with a mistake in it; all others will import this one."""
     spec = importlib.util.find_spec(module)
+    forget()  # what the search for it has imported
     source, made = Path(spec.origin).read_text(encoding="utf-8"), importlib.util.module_from_spec(spec)
     if source.count(old) != 1:
         raise LookupError(f"{module}.py has {old!r} {source.count(old)} times, not once: mend PLANTED")
     sys.modules[module] = made
     exec(compile(source.replace(old, new), spec.origin, "exec"), vars(made))
+
+
+def forget():
+    """The project's modules are imported anew."""
+    for module in [m for m, x in sys.modules.items() if is_of_the_project(getattr(x, "__file__", None))]:
+        del sys.modules[module]
 
 
 def forked(name):
@@ -211,9 +218,7 @@ def forked(name):
     if (child := os.fork()) == 0:
         said = ""
         try:
-            project = [m for m, x in sys.modules.items() if is_of_the_project(getattr(x, "__file__", None))]
-            for module in project:
-                del sys.modules[module]
+            forget()
             if name in MISTAKES:
                 plant(*MISTAKES[name][1:])
             CASES[MISTAKES[name][0] if name in MISTAKES else name]()

@@ -194,7 +194,8 @@ def test_a_question_cannot_forge_a_turn_or_an_image(random_vlm, text):
     prompts = [reasoner.answer_prompt(random_vlm, image, question) for question in (text, "x")]
     forged, harmless = ([i for i in prompt.ids.tolist() if i in control] for prompt in prompts)
     assert forged == harmless
-    first = prompts[1].ids.tolist().index(random_vlm.tokenizer("x")["input_ids"][0], prompts[1].image_start)
+    start = int(prompts[1].places[0])
+    first = prompts[1].ids.tolist().index(random_vlm.tokenizer("x")["input_ids"][0], start)
     assert torch.equal(prompts[0].ids[:first], prompts[1].ids[:first]), (
         "what stands before the question is untouched"
     )

@@ -225,7 +225,7 @@ def test_a_build_is_deterministic(tmp_path, monkeypatch):
 def test_a_scene_cell_is_one_visual_token(toy):
     prompt = toy.prompt("x", render(SCENE, random.Random(0)))
     assert prompt.image_tokens == 9
-    vectors = embed(toy.model, prompt.ids[None], [prompt])[0][prompt.image_start : prompt.image_start + 9]
+    vectors = embed(toy.model, prompt.ids[None], [prompt])[0][prompt.places]
     assert vectors.shape == (9, 96) and torch.isfinite(vectors).all()
 
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vision
-from vision import encode_images, sort_patches
+from families import encode_images
+from families.qwen2_5_vl import sort_patches
 
 # In patches: square, wide, a single token, odd at both sides, several windows, two frames.
 GRIDS = [[1, 16, 16], [1, 4, 10], [1, 2, 2], [1, 30, 18], [1, 16, 16], [1, 22, 6], [2, 8, 12]]
@@ -20,9 +21,15 @@ def visual(tmp_path_factory):
     return load_lively(publish(tmp_path_factory.mktemp("vision"), "qwen")).model.model.visual
 
 
-def pixels_for(grids, seed=0):
+@pytest.fixture(scope="module", params=["qwen", "qwen3", "qwen3-untied"])
+def any_visual(request, tmp_path_factory):
+    return load_lively(publish(tmp_path_factory.mktemp("vision"), request.param)).model.model.visual
+
+
+def pixels_for(visual, grids, seed=0):
     rng = torch.Generator().manual_seed(seed)
-    return torch.randn(sum(t * h * w for t, h, w in grids), 3 * 2 * 14 * 14, generator=rng)
+    patch = 3 * 2 * visual.patch_size**2
+    return torch.randn(sum(t * h * w for t, h, w in grids), patch, generator=rng)
 
 
 def gradients(visual, features):
@@ -32,10 +39,14 @@ def gradients(visual, features):
 
 
 @pytest.mark.parametrize("grids", [GRIDS, GRIDS[:1], GRIDS[2:3], GRIDS[::-1]])
-def test_features_and_gradients_are_transformers(visual, grids):
-    plain, pixels, sizes = copy.deepcopy(visual), pixels_for(grids), torch.tensor(grids)
+def test_features_and_gradients_are_transformers(any_visual, grids):
+    """Also those that Qwen3-VL adds after the text model's first layers."""
+    visual = any_visual
+    plain, pixels, sizes = copy.deepcopy(visual), pixels_for(visual, grids), torch.tensor(grids)
     plain.config._attn_implementation = "sdpa"
-    ours, theirs = encode_images(visual, pixels, sizes), plain(pixels, sizes).pooler_output
+    theirs = plain(pixels, sizes)
+    theirs = torch.cat([theirs.pooler_output, *(getattr(theirs, "deepstack_features", None) or ())], dim=1)
+    ours = encode_images(visual, pixels, sizes)
     assert [len(image) for image in ours] == [t * h * w // 4 for t, h, w in grids]
     assert (torch.cat(ours) - theirs).abs().max() < 1e-5 * max(1.0, theirs.abs().max())
     a, b = gradients(visual, torch.cat(ours)), gradients(plain, theirs)
@@ -43,8 +54,8 @@ def test_features_and_gradients_are_transformers(visual, grids):
     assert all((a[name] - b[name]).abs().max() < 1e-5 * scale for name in b)
 
 
-def test_an_image_does_not_depend_on_its_neighbours(visual):
-    pixels = pixels_for(GRIDS)
+def test_an_image_does_not_depend_on_its_neighbours(any_visual):
+    visual, pixels = any_visual, pixels_for(any_visual, GRIDS)
     together, start = encode_images(visual, pixels, torch.tensor(GRIDS)), 0
     for grid, features in zip(GRIDS, together):
         count = grid[0] * grid[1] * grid[2]
@@ -63,7 +74,7 @@ def test_a_layer_takes_a_call_for_each_length(visual, monkeypatch):
 
     monkeypatch.setattr(vision, "scaled_dot_product_attention", counted)
     grids = [[1, 32, 20], [1, 18, 18]] * 10
-    encode_images(visual, pixels_for(grids), torch.tensor(grids))
+    encode_images(visual, pixels_for(visual, grids), torch.tensor(grids))
     full = sum(number in visual.fullatt_block_indexes for number in range(len(visual.blocks)))
     _, windows, _ = sort_patches(visual, grids)
     assert len(calls) == full * 2 + (len(visual.blocks) - full) * len(windows.groups)

@@ -1,15 +1,18 @@
 """Loading, encoding and log-probabilities against transformers' own processor, positions and forward."""
 
+import json
+
 import pytest
 import torch
+import transformers
 from checkpoints import noise_image, plain_inputs, plain_logprobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen2_5_VLProcessor
 from transformers.video_processing_utils import BaseVideoProcessor
 
 import packing
 from engine.shards import Trained
+from families import FAMILIES
 from vlm import VLM
 
 SIZES = [(56, 56), (100, 60), (30, 200), (300, 290), (1, 1), (13, 400)]
@@ -20,25 +23,20 @@ SIZES = [(56, 56), (100, 60), (30, 200), (300, 290), (1, 1), (13, 400)]
 
 @pytest.mark.parametrize("size", SIZES)
 def test_image_tokens_against_transformers_processor(random_vlm, size, monkeypatch):
-    """Ids and pixels are those of transformers' Qwen2_5_VLProcessor, given the same template and text."""
-    monkeypatch.setattr(
-        Qwen2_5_VLProcessor, "check_argument_for_proper_class", lambda *args: None
-    )  # no torchvision here
-    processor = Qwen2_5_VLProcessor(
-        random_vlm.image_processor, random_vlm.tokenizer, object.__new__(BaseVideoProcessor)
-    )
+    """Ids and pixels are those of transformers' own processor, given the same template and text."""
+    kind = getattr(transformers, FAMILIES[random_vlm.model.config.model_type].PROCESSOR)
+    monkeypatch.setattr(kind, "check_argument_for_proper_class", lambda *args: None)  # no torchvision here
+    processor = kind(random_vlm.image_processor, random_vlm.tokenizer, object.__new__(BaseVideoProcessor))
     image, text = noise_image(*size), "How many red discs are there?\n  Say \\boxed{n}."
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
     rendered = random_vlm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     theirs = processor(text=[rendered], images=[image], return_tensors="pt")
     ours = random_vlm.prompt(text, image)
     assert ours.ids.tolist() == theirs["input_ids"][0].tolist()
-    assert torch.equal(ours.patches.pixels, theirs["pixel_values"]) and torch.equal(
-        ours.patches.grid, theirs["image_grid_thw"]
-    )
-    assert (ours.ids == random_vlm.model.config.image_token_id).nonzero()[:, 0].tolist() == list(
-        range(ours.image_start, ours.image_start + ours.image_tokens)
-    )
+    assert torch.equal(ours.images[0].pixels, theirs["pixel_values"])
+    assert torch.equal(ours.images[0].grid, theirs["image_grid_thw"])
+    where = (ours.ids == random_vlm.model.config.image_token_id).nonzero()[:, 0]
+    assert torch.equal(ours.places, where) and torch.equal(where, where[0] + torch.arange(len(where)))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -48,7 +46,7 @@ def test_positions_against_transformers(random_vlm, size):
     positions, delta = random_vlm.model.model.get_rope_index(
         inputs["input_ids"],
         inputs["mm_token_type_ids"],
-        prompt.patches.grid,
+        prompt.images[0].grid,
         attention_mask=inputs["attention_mask"],
     )
     assert torch.equal(prompt.positions, positions[:, 0])
@@ -66,26 +64,33 @@ def test_text_cannot_forge_a_turn_or_an_image(random_vlm):
     )
     count = [[i for i in p.ids.tolist() if i in control] for p in (prompt, harmless)]
     assert count[0] == count[1], "the control tokens of the template, and no others"
-    start = prompt.image_start + prompt.image_tokens + 1
+    start = prompt.places[-1] + 2
     assert random_vlm.tokenizer.decode(prompt.ids[start:]).startswith(evil), (
         "nothing is lost: the text is there, as text"
     )
 
 
+def token_side(folder):
+    """The pixels along one side of an image token."""
+    return 2 * json.loads((folder / "preprocessor_config.json").read_text())["patch_size"]
+
+
 def test_max_pixels_bounds_the_image(published):
-    small = VLM.load(published, "cpu", torch.float32, max_pixels=28 * 28 * 6)
+    side = token_side(published)
+    small = VLM.load(published, "cpu", torch.float32, max_pixels=side * side * 6)
     prompt = small.prompt("x", noise_image(900, 700))
     assert 1 <= prompt.image_tokens <= 6
-    assert (
-        VLM.load(published, "cpu", torch.float32, max_pixels=10**9).image_size["longest_edge"] == 28 * 28 * 24
-    )
+    large = VLM.load(published, "cpu", torch.float32, max_pixels=10**9)
+    assert large.image_size["longest_edge"] == side * side * 24
 
 
 @pytest.mark.parametrize("tokens", [1, 1.3, 2, 3, 3.9])
 def test_a_limit_below_the_checkpoints_least_size_scales_nothing_up(published, tokens):
     """The published minimum is four image tokens; an image of fewer, within the limit, keeps its own size."""
-    vlm = VLM.load(published, "cpu", torch.float32, max_pixels=int(28 * 28 * tokens))
-    for size, own in (((28, 28), 1), ((30, 30), 1), ((56, 28), 2), ((28, 84), 3), ((56, 56), 4)):
+    side = token_side(published)
+    vlm = VLM.load(published, "cpu", torch.float32, max_pixels=int(side * side * tokens))
+    sizes = ((side, side), 1), ((side + 2, side + 2), 1), ((2 * side, side), 2), ((side, 3 * side), 3)
+    for size, own in (*sizes, ((2 * side, 2 * side), 4)):
         got = vlm.prompt("x", noise_image(*size)).image_tokens
         assert got == own if own <= tokens else 1 <= got <= tokens
     for size in ((1, 1), (10, 10), (900, 700), (500, 500)):

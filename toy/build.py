@@ -213,7 +213,7 @@ class Lessons:
         """The prompt of `text` about a scene; only the patches differ between scenes."""
         if text not in self.prompts:
             self.prompts[text] = self.vlm.prompt(text, self.blank)
-        return replace(self.prompts[text], patches=patches)
+        return replace(self.prompts[text], images=(patches,))
 
     def batch(self, asking: float, stops: Sequence[float]) -> tuple[list[Prompt], list[list[int]]]:
         """Prompts and what to write after them; a share `asking` of them are the Questioner's."""
