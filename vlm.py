@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine import checkpoint
-from engine.checkpoint import USER_TEXT, CheckpointError, end_ids, first_line, load_config, load_processors
+from engine.checkpoint import CheckpointError, end_ids, first_line, load_config, load_processors
 from families import FAMILIES, encode_images
 from packing import PackedBatch, lay_out, pack, packed_mask, token_logprobs
 from prompts import Patches, Prompt, arrange, make_prompt
@@ -44,14 +44,8 @@ class VLM:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.source = source  # the folder that it was loaded from, whose files a saved one keeps
-        self.image_size = dict(image_processor.size)  # least and most pixels of an image
-        if max_pixels is not None:
-            self.image_size["longest_edge"] = min(max_pixels, self.image_size["longest_edge"])
-            if (
-                max_pixels < self.image_size["shortest_edge"]
-            ):  # a small image is scaled up to a token, no more
-                side = image_processor.patch_size * image_processor.merge_size
-                self.image_size["shortest_edge"] = side**2
+        self.image_size = checkpoint.pixel_limits(image_processor, max_pixels)
+        self.token_side = checkpoint.token_side(model.config)  # pixels along one side of an image token
         self.device = model.device  # where it computes
         self.parked = False
         self.limits = Limits()
@@ -196,17 +190,11 @@ class VLM:
         numbers = [part for part in parts if isinstance(part, int)]
         texts = [part for part in parts if isinstance(part, str)]
         rendered = checkpoint.render(self.tokenizer, system, [isinstance(part, int) for part in parts])
-        first, *others = (self._encode(piece) for piece in rendered.split(USER_TEXT))
-        ids = first
-        for words, after in zip(texts, others, strict=True):
-            ids += self._encode(words, plain=True) + after
+        ids = checkpoint.encode_turn(self.tokenizer, rendered, texts)
         patches = [image if isinstance(image, Patches) else self.patches(image) for image in images]
         config = self.model.config
         merge = config.vision_config.spatial_merge_size
         return make_prompt(ids, config.image_token_id, [patches[n] for n in numbers], merge)
-
-    def _encode(self, text: str, plain: bool = False) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
 
     def decode(self, ids: list[int]) -> str:
         """The text of a completion, without control tokens."""

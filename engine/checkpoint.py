@@ -6,6 +6,8 @@ were: what has loaded that model so far, transformers 4 or 5, vLLM, loads the tr
 """
 
 import json
+import math
+import re
 import shutil
 import sys
 import tempfile
@@ -178,7 +180,10 @@ def first_line(error: Exception) -> str:
 
 
 def load_processors(name_or_path: str | Path) -> tuple:
-    """(tokenizer, image processor, the folder they come from); needs no torchvision, unlike AutoProcessor."""
+    """Returns (tokenizer, image processor, the folder they come from).
+
+    Needs no torchvision, unlike AutoProcessor. Raises CheckpointError.
+    """
     name, config, folder = str(name_or_path), load_config(name_or_path), resolve(name_or_path)
     if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
         raise CheckpointError(f"{name} has no tokenizer (tokenizer.json)")  # transformers makes an empty one
@@ -192,6 +197,11 @@ def load_processors(name_or_path: str | Path) -> tuple:
         raise CheckpointError(
             f"{name} has no usable tokenizer or image processor: {first_line(error)}"
         ) from error
+    if image_processor.patch_size * image_processor.merge_size != token_side(config):
+        raise CheckpointError(
+            f"the image processor of {name} cuts patches of {image_processor.patch_size} pixels,"
+            f" the model reads patches of {config.vision_config.patch_size}"
+        )
     for file in ("chat_template.json", "processor_config.json"):
         if tokenizer.chat_template is None:
             tokenizer.chat_template = (read_json(folder, file) or {}).get("chat_template")
@@ -202,12 +212,78 @@ def load_processors(name_or_path: str | Path) -> tuple:
     return tokenizer, image_processor, folder
 
 
+def token_side(config: PreTrainedConfig) -> int:
+    """Returns the pixels along one side of an image token: 28 for Qwen2.5-VL, 32 for Qwen3-VL."""
+    return config.vision_config.patch_size * config.vision_config.spatial_merge_size
+
+
+def pixel_limits(image_processor, max_pixels: int | None = None) -> dict[str, int]:
+    """Returns the least and most pixels of an image, as shortest_edge and longest_edge.
+
+    max_pixels lowers the most. Below the checkpoint's least, a small image is scaled up to one token only.
+    """
+    limits = dict(image_processor.size)
+    if max_pixels is None:
+        return limits
+    if max_pixels < limits["shortest_edge"]:
+        limits["shortest_edge"] = (image_processor.patch_size * image_processor.merge_size) ** 2
+    limits["longest_edge"] = min(max_pixels, limits["longest_edge"])
+    return limits
+
+
+def check_max_pixels(max_pixels: int, token_side: int) -> None:
+    """Raises ValueError if an image of so many pixels has not one token."""
+    if max_pixels < token_side**2:
+        token = f"one token of {token_side} x {token_side} pixels"
+        raise ValueError(f"--max-pixels must be at least {token_side**2}, {token}, not {max_pixels}")
+
+
+def scene_side(limits: dict[str, int], token_side: int) -> int:
+    """Returns the width of a built-in scene in pixels: 3 x 3 cells, each of whole image tokens.
+
+    A cell is one token for the toy (84 pixels a scene), and up to 4 x 4 tokens for a real model. A scene is
+    made so large that the image processor does not scale it; where only another size does, cells are cut.
+    """
+    cells = 3 * token_side
+    largest = min(4 * cells, math.isqrt(limits["longest_edge"]))
+    side = max(cells, largest // cells * cells)
+    if side**2 < limits["shortest_edge"]:
+        tokens = math.isqrt(limits["shortest_edge"] - 1) // token_side + 1
+        side = tokens * token_side
+    return side
+
+
 def render(tokenizer, system: str | None = None, images: Sequence[bool] = (True, False)) -> str:
-    """The chat template's text for images and USER_TEXT in this order, up to where the assistant starts."""
+    """Renders the chat template, up to where the assistant starts to write.
+
+    images: the user's turn in order, True for an image and False for a text, which stands as USER_TEXT.
+    """
     messages = [{"role": "system", "content": system}] if system is not None else []
     content = [{"type": "image"} if image else {"type": "text", "text": USER_TEXT} for image in images]
     messages.append({"role": "user", "content": content})
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def encode_turn(tokenizer, rendered: str, texts: Sequence[str]) -> list[int]:
+    """Returns the token ids of a rendered template, its USER_TEXTs replaced by `texts` in order.
+
+    The ids are those of the whole text, as transformers' processor gives them: a text is encoded together
+    with the template's words beside it ("user\\n" + "\\nWhat?" has one token for both newlines).
+    Control tokens (<|im_end|>, <|image_pad|>) come from the template alone: spelled out in a text they are
+    encoded as plain characters, and cannot forge a turn or an image.
+    """
+    control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    pattern = "|".join(re.escape(token) for token in sorted(control, key=len, reverse=True))
+    ids: list[int] = []
+    waiting = iter(texts)
+    for piece in re.split(f"({pattern})", rendered):
+        if piece in control:
+            ids.append(control[piece])
+            continue
+        between = piece.split(USER_TEXT)
+        plain = between[0] + "".join(next(waiting) + after for after in between[1:])
+        ids += tokenizer(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return ids
 
 
 def _check_template(name: str, tokenizer, image_token: int) -> None:

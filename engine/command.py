@@ -7,7 +7,6 @@ Exit codes: 0 done, 2 a wrong argument or input, 1 anything else.
 import dataclasses
 import json
 import logging
-import math
 import os
 import shlex
 import signal
@@ -170,15 +169,18 @@ def prepare(s: Settings, ranks: Ranks) -> Run:
         s.model = os.path.abspath(os.path.expanduser(s.model))
     dtype = checkpoint.check_dtype(s.dtype, device_of(s))
     s.dtype = str(dtype).removeprefix("torch.")  # a resumed run has the same, on whatever device
-    width = load_config(model_of(s)).text_config.hidden_size
+    config = load_config(model_of(s))
+    width = config.text_config.hidden_size
     if s.lora_rank > width:
         raise ValueError(f"--lora-rank must be at most {width}, the model's width, not {s.lora_rank}")
     _, image_processor, _ = load_processors(model_of(s))
+    token_side = checkpoint.token_side(config)
+    checkpoint.check_max_pixels(s.max_pixels, token_side)
     name = s.name or f"{Path(model_of(s)).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path("runs") / ranks.gather([name])[0]  # the first rank's clock counts
-    # A scene has 3 x 3 cells: 84 pixels suit the toy, 336 (144 image tokens) a real model.
-    s.max_pixels = min(s.max_pixels, image_processor.size["longest_edge"])
-    scene_size = max(84, min(336, math.isqrt(s.max_pixels)) // 84 * 84)
+    limits = checkpoint.pixel_limits(image_processor, s.max_pixels)
+    s.max_pixels = limits["longest_edge"]
+    scene_size = checkpoint.scene_side(limits, token_side)
     exists = ranks.any((folder / "config.json").exists())  # asked before any rank makes it
     if exists and not s.dry_run:
         return reopened(s, folder, check_same_settings(s, folder), ranks)
@@ -186,7 +188,7 @@ def prepare(s: Settings, ranks: Ranks) -> Run:
     if folder.exists() and not s.dry_run:
         if any(p.name not in begun and p.suffix != ".new" for p in folder.iterdir()):
             raise ValueError(f"{folder} exists already and is not the folder of a run; choose another --name")
-    return Run(folder, find(s), scene_size, s, ranks)
+    return Run(folder, find(s), scene_size, token_side, s, ranks)
 
 
 def check_device(name: str | None, ranks: Ranks) -> None:
@@ -371,6 +373,7 @@ def reopened(s: Settings, folder: Path, more: dict, ranks: Ranks) -> Run:
         images = Found(found["paths"], [(path, why) for path, why in found["skipped"]])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}/images.json, the list of the run's images, cannot be read") from error
-    run = Run(folder, images, more["scene_size"], s, ranks)
+    token_side = checkpoint.token_side(load_config(model_of(s)))
+    run = Run(folder, images, more["scene_size"], token_side, s, ranks)
     run.reopen(dataclasses.asdict(s) | more)
     return run

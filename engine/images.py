@@ -211,33 +211,34 @@ def _without_metadata(data: bytes) -> bytes:
     return b"".join(kept) + data[at:]
 
 
-def load_image(path: str, max_pixels: int | None = None) -> Image.Image:
+def load_image(path: str, max_pixels: int | None = None, token_side: int = 28) -> Image.Image:
     """Reads an image as RGB: the right way up, the first frame of an animation, what is transparent in white.
 
     max_pixels: how many pixels a model takes. An image of more than HEADROOM times as many is scaled down to
     that, so that many photographs fit into memory; a smaller one is left as it is, for the model to scale.
+    token_side: pixels along one side of the model's image token, below which the shorter side is not scaled.
     Raises ImageError for a file that cannot be read to its end.
     """
     most = None if max_pixels is None else HEADROOM * max_pixels
     try:  # a file can be cut off anywhere behind its header
         with _open(path) as image:
             try:
-                return _rgb(image, most)
+                return _rgb(image, most, token_side)
             except ImageError:
                 raise
             except Exception:  # without its metadata the image may be whole
                 if (bare := _bare(path)) is None:
                     raise
-                return _rgb(bare, most)
+                return _rgb(bare, most, token_side)
     except ImageError:
         raise
     except Exception as error:
         raise ImageError(f"cannot be read to its end: {_reason(error)}") from error
 
 
-def _rgb(image: Image.Image, most: int | None = None) -> Image.Image:
+def _rgb(image: Image.Image, most: int | None, token_side: int) -> Image.Image:
     """The pixels of an opened image, `most` at most, upright, on white."""
-    size = _scaled_down(image.size, most)
+    size = _scaled_down(image.size, most, token_side)
     if size != image.size:  # a JPEG is read at a half, a quarter or an eighth, if that is still twice as wide
         image.draft(None, (2 * size[0], 2 * size[1]))
     raw = str(image.tile[0].args) if image.tile else ""  # how the file packs them, known until they are read
@@ -254,12 +255,12 @@ def _rgb(image: Image.Image, most: int | None = None) -> Image.Image:
     return turned.convert("RGB")
 
 
-def _scaled_down(size: tuple[int, int], most: int | None) -> tuple[int, int]:
+def _scaled_down(size: tuple[int, int], most: int | None, token_side: int = 28) -> tuple[int, int]:
     """The same shape with about `most` pixels, or the size itself if it has not more."""
     if most is None or size[0] * size[1] <= most:
         return size
     shorter = min(size)  # it stays as long as one image token, and the shape becomes no longer: MAX_RATIO
-    scale = min(1.0, max(math.sqrt(most / (size[0] * size[1])), 28 / shorter))
+    scale = min(1.0, max(math.sqrt(most / (size[0] * size[1])), token_side / shorter))
     width, height = (math.ceil(side * scale) if side == shorter else int(side * scale) for side in size)
     return width, height
 
@@ -319,13 +320,14 @@ class Pictures:
 
     Each pass over the paths is a permutation that depends on `seed` and the number of the pass alone, so
     `position`, how many places have been passed, is all that an interrupted run has to remember.
-    `max_pixels`: what the model takes of an image (see `load_image`).
+    `max_pixels` and `token_side`: what the model takes of an image (see `load_image`).
     """
 
     found: Found
     seed: str
     position: int = 0
     max_pixels: int | None = None
+    token_side: int = 28
 
     def take(self, count: int, ranks: Ranks) -> list[Picture]:
         """The next `count` pictures, of several ranks this one's share of them.
@@ -338,7 +340,7 @@ class Pictures:
             good, bad = [], []
             for path in ranks.share(self._next_paths(missing)):
                 try:
-                    good.append(Picture(path, load_image(path, self.max_pixels)))
+                    good.append(Picture(path, load_image(path, self.max_pixels, self.token_side)))
                 except ImageError as error:
                     bad.append((path, str(error)))
             bad = [tuple(b) for b in ranks.gather(bad)]

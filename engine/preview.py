@@ -37,7 +37,7 @@ def budget(s: Settings, run: Run, config: PreTrainedConfig, device: torch.device
 def of_plan(s: Settings, run: Run, config: PreTrainedConfig) -> tuple:
     """What the plan wants to know first: the model, what it computes in, and the work of a step."""
     questions = s.images_per_step * s.group_size
-    tokens = image_tokens(s, run, config)
+    tokens = image_tokens(s, run)
     work = plan.Work(tokens, TEXT_TOKENS, s.max_new_tokens, s.group_size, questions, s.answers)
     return config, getattr(torch, s.dtype), work
 
@@ -53,15 +53,16 @@ def memory_flags(s: Settings, run: Run) -> dict:
     )
 
 
-def image_tokens(s: Settings, run: Run, config: PreTrainedConfig) -> int:
+def image_tokens(s: Settings, run: Run) -> int:
     """Tokens of the largest image."""
-    side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
-    return (run.scene_size // side) ** 2 if s.images is None else s.max_pixels // side**2
+    if s.images is None:
+        return (run.scene_size // run.token_side) ** 2
+    return s.max_pixels // run.token_side**2
 
 
 def show(s: Settings, run: Run, config: PreTrainedConfig, device: torch.device, budget: float) -> None:
     """Prints it all. budget: the share of the token budgets that is used."""
-    tokens = image_tokens(s, run, config)
+    tokens = image_tokens(s, run)
     if s.images is None:
         size = run.scene_size
         print(f"images   {SCENES} built-in scenes of {size} x {size} pixels, {tokens} tokens each")

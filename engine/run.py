@@ -74,8 +74,12 @@ class Run:
     the role as it was when the phase began.
     """
 
-    def __init__(self, folder: Path, images: Found, scene_size: int, settings: Settings, ranks: Ranks):
-        self.folder, self.images, self.scene_size, self.ranks = folder, images, scene_size, ranks
+    def __init__(
+        self, folder: Path, images: Found, scene_size: int, token_side: int, settings: Settings, ranks: Ranks
+    ):
+        self.folder, self.images, self.ranks = folder, images, ranks
+        self.scene_size = scene_size  # pixels along one side of a built-in scene
+        self.token_side = token_side  # pixels along one side of the model's image token
         self.settings, self.seed, self.save_every = settings, settings.seed, settings.save_every
         self.state, self.number = State(), 0  # the state, and how many were written
         self.pictures = self.in_order("")
@@ -208,7 +212,8 @@ class Run:
 
     def in_order(self, what: int | str, position: int = 0) -> Pictures:
         """The images in the order of an iteration, scaled down on loading to what a model sees of them."""
-        return Pictures(self.images, f"{self.seed} {what}", position, self.settings.max_pixels)
+        seed, most = f"{self.seed} {what}", self.settings.max_pixels
+        return Pictures(self.images, seed, position, most, self.token_side)
 
     def next_images(self, count: int) -> list[Picture]:
         """The next images; of several processes this one's share of them."""
@@ -318,9 +323,9 @@ class Run:
         found, bad = [], []
         for example in examples:
             try:
-                found.append(
-                    (example, load_image(str(self.folder / example.image), self.settings.max_pixels))
-                )
+                path = str(self.folder / example.image)
+                image = load_image(path, self.settings.max_pixels, self.token_side)
+                found.append((example, image))
             except ImageError as error:
                 bad.append((example.image, str(error)))
         new = dict.fromkeys(tuple(b) for b in self.ranks.gather(bad))

@@ -66,7 +66,9 @@ class Settings:
     top_p: float = setting(0.99, "nucleus sampling: the smallest set of tokens with this probability")
     max_new_tokens: int = setting(1024, "longest completion, in tokens")
     max_pixels: int = setting(
-        802_816, "larger images are scaled down to this; 28 x 28 pixels make one token (Qwen3-VL: 32 x 32)"
+        802_816,
+        "larger images are scaled down to this: 1024 tokens of 28 x 28 pixels (Qwen2.5-VL, MiMo-VL), 784 of "
+        "32 x 32 (Qwen3-VL)",
     )
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, more time"
@@ -94,7 +96,7 @@ class Settings:
         least = dict(
             iterations=1, questioner_steps=1, reasoner_steps=1, images_per_step=1, group_size=2, answers=1
         )
-        least |= dict(candidates=1, max_new_tokens=1, max_pixels=28 * 28, seed=0, lr=0.0, weight_decay=0.0)
+        least |= dict(candidates=1, max_new_tokens=1, max_pixels=1, seed=0, lr=0.0, weight_decay=0.0)
         least |= dict(beta=0.0, diversity_weight=0.0, tau_low=0.0, save_every=1, lora_rank=0)
         for name, value in least.items():
             if not getattr(self, name) >= value or math.isinf(getattr(self, name)):
