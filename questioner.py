@@ -54,7 +54,7 @@ def ask(vlm: VLM, pictures: list[Picture], n: int, **sampling) -> list[Asked]:
     patches = [vlm.patches(picture.image) for picture in pictures]
     prompts = [vlm.prompt(INSTRUCTION, p) for p in patches]
     groups = generate(vlm, prompts, n, **sampling)
-    questions = [[parse_question(vlm.decode(ids)) for ids in group] for group in groups]
+    questions = [[parse_question(vlm.output_text(ids)) for ids in group] for group in groups]
     paths = [picture.path for picture in pictures]
     return [Asked(*fields) for fields in zip(paths, patches, prompts, groups, questions)]
 

@@ -42,7 +42,7 @@ def answer(vlm: VLM, prompts: list[Prompt], n: int, **sampling) -> list[Answered
     """Samples n answers a prompt; `sampling` goes to `generate.generate`."""
     groups = generate(vlm, prompts, n, **sampling)
     return [
-        Answered(prompt, group, [extract_answer(vlm.decode(ids)) for ids in group])
+        Answered(prompt, group, [extract_answer(vlm.output_text(ids)) for ids in group])
         for prompt, group in zip(prompts, groups)
     ]
 

@@ -50,6 +50,7 @@ class VLM:
         self.parked = False
         self.limits = Limits()
         self.end_ids = end_ids(source, tokenizer)
+        self.opened_thought = checkpoint.opened_thought(tokenizer)
         self.vision_ids = checkpoint.vision_ids(model.config, tokenizer)
 
     @classmethod
@@ -197,8 +198,15 @@ class VLM:
         return make_prompt(ids, config.image_token_id, [patches[n] for n in numbers], merge)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of a completion, without control tokens."""
+        """Returns the text of token ids, without control tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def output_text(self, ids: list[int]) -> str:
+        """Returns the text of a completion, behind the <think> that the chat template may have begun it with.
+
+        So a thought that was cut off is seen to be one, and a box in it is no answer.
+        """
+        return self.opened_thought + self.decode(ids)
 
     # ---- Log-probabilities ---------------------------------------------------------------------------------
 

@@ -264,6 +264,15 @@ def render(tokenizer, system: str | None = None, images: Sequence[bool] = (True,
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
+def opened_thought(tokenizer) -> str:
+    """Returns "<think>\\n" if the template writes it for the assistant and leaves it open, else "".
+
+    Thinking models' templates do: their outputs then hold </think> alone, or nothing when they are cut off.
+    """
+    ending = render(tokenizer).rpartition(USER_TEXT)[2]
+    return "<think>\n" if ending.rstrip().endswith("<think>") else ""
+
+
 def encode_turn(tokenizer, rendered: str, texts: Sequence[str]) -> list[int]:
     """Returns the token ids of a rendered template, its USER_TEXTs replaced by `texts` in order.
 

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -15,9 +16,11 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.video_processing_utils import BaseVideoProcessor
 
 import questioner
 import reasoner
+from families import FAMILIES
 from vlm import VLM, Prompt
 
 # The control tokens of Qwen2.5, in the order of its vocabulary.
@@ -51,12 +54,14 @@ TEMPLATE = (  # does what Qwen's does: a default system turn, then the turns wit
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+# Qwen3-VL's has no default system turn, and that of a Thinking model opens the thought.
 TEMPLATE_3 = TEMPLATE[: TEMPLATE.index("{% if loop.first")] + TEMPLATE[TEMPLATE.index("<|im_start|>{{") :]
+THINKING_3 = TEMPLATE_3.replace("assistant\n", "assistant\n<think>\n")
 
 
 def publish(folder: Path, style: str) -> Path:
     """Writes a checkpoint like Qwen2.5-VL ("qwen": tied, two shards), MiMo-VL ("mimo": untied, <think>),
-    Qwen3-VL of 2B and 4B ("qwen3": tied, two shards) or of 8B ("qwen3-untied")."""
+    Qwen3-VL-Instruct of 2B and 4B ("qwen3": tied, two shards) or 8B-Thinking ("qwen3-untied")."""
     tokenizer = _tokenizer(["<think>", "</think>"] if style in ("mimo", "qwen3-untied") else [])
     third = style.startswith("qwen3")
     config = _config_3(tokenizer, style) if third else _config(tokenizer, style)
@@ -294,7 +299,8 @@ def _write_tokenizer(folder: Path, tokenizer, style: str) -> None:
     if style == "mimo":
         config["chat_template"] = TEMPLATE
     elif style.startswith("qwen3"):
-        (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE_3}))
+        template = THINKING_3 if style == "qwen3-untied" else TEMPLATE_3
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     else:
         (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -316,6 +322,13 @@ def load_lively(folder: Path) -> VLM:
 
 def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.frombytes("RGB", (width, height), random.Random(seed).randbytes(width * height * 3))
+
+
+def processor_of(vlm: VLM, monkeypatch):
+    """Transformers' own processor with our tokenizer and image processor; without torchvision."""
+    kind = getattr(transformers, FAMILIES[vlm.model.config.model_type].PROCESSOR)
+    monkeypatch.setattr(kind, "check_argument_for_proper_class", lambda *args: None)
+    return kind(vlm.image_processor, vlm.tokenizer, object.__new__(BaseVideoProcessor))
 
 
 def plain_inputs(prompt: Prompt, completion: list[int] = ()) -> dict:

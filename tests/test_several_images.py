@@ -3,14 +3,11 @@ generate."""
 
 import pytest
 import torch
-import transformers
-from checkpoints import noise_image, plain_inputs, plain_logprobs
+from checkpoints import noise_image, plain_inputs, plain_logprobs, processor_of
 from test_generate import reference
 from test_vlm import completions_for
-from transformers.video_processing_utils import BaseVideoProcessor
 
 import vlm as vlm_file
-from families import FAMILIES
 from generate import generate
 from prompts import arrange
 
@@ -42,9 +39,7 @@ def test_where_images_stand(case):
 
 def test_against_transformers_processor_and_positions(random_vlm, case, monkeypatch):
     text, count, parts = case
-    kind = getattr(transformers, FAMILIES[random_vlm.model.config.model_type].PROCESSOR)
-    monkeypatch.setattr(kind, "check_argument_for_proper_class", lambda *args: None)  # no torchvision here
-    processor = kind(random_vlm.image_processor, random_vlm.tokenizer, object.__new__(BaseVideoProcessor))
+    processor = processor_of(random_vlm, monkeypatch)
     images = images_for(count)
     content = [{"type": "image"} if isinstance(p, int) else {"type": "text", "text": p} for p in parts]
     rendered = random_vlm.tokenizer.apply_chat_template(

@@ -4,15 +4,12 @@ import json
 
 import pytest
 import torch
-import transformers
-from checkpoints import noise_image, plain_inputs, plain_logprobs
+from checkpoints import noise_image, plain_inputs, plain_logprobs, processor_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.video_processing_utils import BaseVideoProcessor
 
 import packing
 from engine.shards import Trained
-from families import FAMILIES
 from vlm import VLM
 
 SIZES = [(56, 56), (100, 60), (30, 200), (300, 290), (1, 1), (13, 400)]
@@ -24,9 +21,7 @@ SIZES = [(56, 56), (100, 60), (30, 200), (300, 290), (1, 1), (13, 400)]
 @pytest.mark.parametrize("size", SIZES)
 def test_image_tokens_against_transformers_processor(random_vlm, size, monkeypatch):
     """Ids and pixels are those of transformers' own processor, given the same template and text."""
-    kind = getattr(transformers, FAMILIES[random_vlm.model.config.model_type].PROCESSOR)
-    monkeypatch.setattr(kind, "check_argument_for_proper_class", lambda *args: None)  # no torchvision here
-    processor = kind(random_vlm.image_processor, random_vlm.tokenizer, object.__new__(BaseVideoProcessor))
+    processor = processor_of(random_vlm, monkeypatch)
     image, text = noise_image(*size), "How many red discs are there?\n  Say \\boxed{n}."
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
     rendered = random_vlm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

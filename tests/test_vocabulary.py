@@ -7,7 +7,6 @@ photographs are scikit-image's. Of both only the wheel is fetched, as dashscope 
 import base64
 import json
 import math
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,9 +15,9 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
-from checkpoints import plain_inputs, plain_logprobs
+from checkpoints import plain_inputs, plain_logprobs, processor_of
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 import evaluate
 import generate as generation
@@ -31,14 +30,16 @@ from answers import extract_answer
 from engine.images import load_image
 from engine.records import read_examples
 from generate import generate
+from prompts import arrange
 from vlm import VLM
 
 RANKS, VOCABULARY = 151_643, 151_936  # tokens in the list; rows of the published matrices
 LATER = "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|>"
 LATER = [*LATER.split(), "<|file_sep|>"]  # published behind the 14 control tokens, and no control tokens
-PHOTOGRAPHS = {  # by name, their image tokens at the published limits: of 28 x 28 pixels each
-    "astronaut.png": 18 * 18, "chelsea.png": 16 * 11, "coffee.png": 21 * 14, "rocket.jpg": 23 * 15,
-    "camera.png": 18 * 18,
+LATER_3 = [*LATER, "<tool_response>", "</tool_response>", "<think>", "</think>"]  # Qwen3's
+PHOTOGRAPHS = {  # by name, their image tokens at the published limits: of 28 x 28 pixels each, of 32 x 32
+    "astronaut.png": (18 * 18, 16 * 16), "chelsea.png": (16 * 11, 14 * 9), "coffee.png": (21 * 14, 19 * 12),
+    "rocket.jpg": (23 * 15, 20 * 13), "camera.png": (18 * 18, 16 * 16),
 }  # fmt: skip
 TEXTS = [
     "How many red discs are there?",
@@ -102,8 +103,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return {base64.b64decode(token): int(rank) for token, rank in lines}
 
 
-def qwen_tokenizer(ranks: dict[bytes, int]) -> PreTrainedTokenizerFast:
-    """The published tokenizer: Qwen2.5's, with its control tokens under their own numbers."""
+def qwen_tokenizer(ranks: dict[bytes, int], later: list[str]) -> PreTrainedTokenizerFast:
+    """The published tokenizer: Qwen2.5's or Qwen3's, with its control tokens under their own numbers."""
     letters = byte_letters()
     spell = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = [parts_of(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
@@ -116,7 +117,7 @@ def qwen_tokenizer(ranks: dict[bytes, int]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_of])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(checkpoints.CONTROL)
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in LATER])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in later])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
@@ -125,7 +126,7 @@ def teach(folder: Path, photographs: Path) -> None:
 
     Only tokens that occur are trained, as if all others had a logit of 0: fast, and nearly true.
     """
-    vlm = VLM.load(folder, "cpu", torch.float32, 28 * 28 * 24)
+    vlm = VLM.load(folder, "cpu", torch.float32, 32 * 32 * 24)
     encode = vlm.tokenizer.encode
     block = "<type>numerical</type><question>{}</question><answer>\\boxed{{1}}</answer><|im_end|>"
     questions = ("How many are there?", "How many of three?", "What image?")
@@ -133,7 +134,7 @@ def teach(folder: Path, photographs: Path) -> None:
     answers = [encode(f"\\boxed{{{n}}}<|im_end|>") for n in (1, 2)]
     lessons = []
     for name in PHOTOGRAPHS:
-        patches = vlm.patches(load_image(str(photographs / name), 28 * 28 * 24))
+        patches = vlm.patches(load_image(str(photographs / name), 32 * 32 * 24))
         asked = [(reasoner.answer_prompt(vlm, patches, q), answers) for q in questions]
         lessons.append([(vlm.prompt(questioner.INSTRUCTION, patches), outputs), *asked])
     ids = [torch.tensor(completion) for completion in outputs + answers]
@@ -165,29 +166,47 @@ def teach(folder: Path, photographs: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def untaught(tmp_path_factory) -> Path:
-    """A narrow random model under the real vocabulary, in the published layout."""
+def ranks(tmp_path_factory) -> dict[bytes, int]:
+    """The published tokens and their ranks."""
     wheel = fetched("dashscope", tmp_path_factory.mktemp("dashscope"), "dashscope/resources/")
-    tokenizer, config_of = qwen_tokenizer(read_ranks(wheel / "qwen.tiktoken")), checkpoints._config
+    return read_ranks(wheel / "qwen.tiktoken")
 
-    def config(tokenizer, style):
-        made = config_of(tokenizer, style)
-        made.text_config.vocab_size = VOCABULARY
-        return made
+
+def publish_real(folder: Path, style: str, ranks: dict[bytes, int]) -> Path:
+    """Writes a narrow random model under the real vocabulary and pixels, in the published layout."""
+    tokenizer = qwen_tokenizer(ranks, LATER_3 if style.startswith("qwen3") else LATER)
+
+    def with_real_vocabulary(config_of):
+        def config(tokenizer, style):
+            made = config_of(tokenizer, style)
+            made.text_config.vocab_size = VOCABULARY
+            return made
+
+        return config
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "_tokenizer", lambda extra: tokenizer)
-        patch.setattr(checkpoints, "_config", config)
-        folder = checkpoints.publish(tmp_path_factory.mktemp("untaught"), "qwen")
-    checkpoints.edit(folder, "preprocessor_config.json", max_pixels=12_845_056)
+        for name in ("_config", "_config_3"):
+            patch.setattr(checkpoints, name, with_real_vocabulary(getattr(checkpoints, name)))
+        checkpoints.publish(folder, style)
+    if style.startswith("qwen3"):
+        limits = dict(shortest_edge=65_536, longest_edge=16_777_216)
+        checkpoints.edit(folder, "preprocessor_config.json", size=limits)
+    else:
+        checkpoints.edit(folder, "preprocessor_config.json", max_pixels=12_845_056)
     return folder
 
 
+@pytest.fixture(scope="module", params=["qwen", "qwen3", "qwen3-untied"])
+def untaught(request, ranks, tmp_path_factory) -> Path:
+    """A narrow random model of each family under its real vocabulary."""
+    return publish_real(tmp_path_factory.mktemp("untaught"), request.param, ranks)
+
+
 @pytest.fixture(scope="module")
-def real(untaught, photographs, tmp_path_factory) -> Path:
-    """The same, taught both roles by heart."""
-    folder = tmp_path_factory.mktemp("real")
-    shutil.copytree(untaught, folder, dirs_exist_ok=True)
+def real(ranks, photographs, tmp_path_factory) -> Path:
+    """A narrow model of Qwen3-VL's layout, taught both roles by heart."""
+    folder = publish_real(tmp_path_factory.mktemp("real"), "qwen3", ranks)
     teach(folder, photographs)
     return folder
 
@@ -212,7 +231,11 @@ def test_tokens_have_their_published_numbers(vlm):
     published |= {"<|vision_pad|><|video_pad|>": [151_654, 151_656], "<tool_call>": [151_657]}
     published |= {"You are a helpful assistant.": [2610, 525, 264, 10950, 17847, 13]}
     assert {text: ids_of(vlm, text) for text in published} == published
-    assert len(vlm.tokenizer) == 151_665 and ids_of(vlm, "<|file_sep|>") == [151_664]
+    assert ids_of(vlm, "<|file_sep|>") == [151_664]
+    if vlm.model.config.model_type == "qwen3_vl":
+        assert ids_of(vlm, "<think></think>") == [151_667, 151_668] and len(vlm.tokenizer) == 151_669
+    else:
+        assert len(vlm.tokenizer) == 151_665
     assert sorted(vlm.end_ids) == [151_643, 151_645] and vlm.vision_ids == list(range(151_652, 151_657))
 
 
@@ -222,7 +245,8 @@ def test_texts_come_back(vlm, text):
     composed = vlm.tokenizer.backend_tokenizer.normalizer.normalize_str(text)
     assert vlm.decode(ids_of(vlm, text)) == composed
     prompt = vlm.prompt(text, checkpoints.noise_image(56, 56))
-    assert vlm.tokenizer.decode(prompt.ids).endswith(f"{composed}<|im_end|>\n<|im_start|>assistant\n")
+    ending = "<|im_end|>\n<|im_start|>assistant\n" + vlm.opened_thought
+    assert vlm.tokenizer.decode(prompt.ids).endswith(composed + ending)
     if "\\boxed" not in text and text.isprintable():
         said = (
             f"<type>numerical</type><question>{text}</question>\n<answer>\\boxed{{{text}}}</answer><|im_end|>"
@@ -244,17 +268,65 @@ def test_a_completion_cut_inside_of_a_character_is_read(vlm):
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 def test_prompts_about_photographs_have_their_published_length(vlm, photographs, name):
     """Template, image and question: counted token by token."""
-    prompt = vlm.prompt("How many?", load_image(str(photographs / name), 802_816))
-    before = [151_644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151_645, 198, 151_644, 872, 198, 151_652]
+    prompt = vlm.prompt("How many?", load_image(str(photographs / name), 802_816, vlm.token_side))
+    system = [151_644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151_645, 198]
+    before = [151_644, 872, 198, 151_652]
     after = [151_653, *ids_of(vlm, "How many?"), 151_645, 198, 151_644, 77_091, 198]
-    assert prompt.ids.tolist() == before + [151_655] * PHOTOGRAPHS[name] + after
+    after += [151_667, 198] if vlm.opened_thought else []
+    third = vlm.model.config.model_type == "qwen3_vl"
+    before = before if third else system + before
+    assert prompt.ids.tolist() == before + [151_655] * PHOTOGRAPHS[name][third] + after
+
+
+NEAR_IMAGES = {  # texts whose tokens change with the newline that the template writes before them
+    "a newline first": "\n<image 1> and <image 2>",
+    "blanks first": "  \t<image 1>",
+    "a newline between": "<image 2>\n\n<image 1>\n",
+    "a letter with a mark": "\u0301a<image 1>",
+    "a number": "1<image 1>2<image 2>3",
+}
+
+
+@pytest.mark.parametrize("text", NEAR_IMAGES.values(), ids=NEAR_IMAGES)
+def test_texts_around_images_are_tokenised_as_transformers_does(vlm, text, monkeypatch):
+    """Ids of transformers' own processor, which reads the rendered template as one text."""
+    images = [checkpoints.noise_image(300, 280, seed=seed) for seed in range(2)]
+    prompt = vlm.prompt(text, images)
+    processor = processor_of(vlm, monkeypatch)
+    parts = arrange(text, 2)
+    content = [{"type": "image"} if isinstance(p, int) else {"type": "text", "text": p} for p in parts]
+    messages = [{"role": "user", "content": content}]
+    rendered = vlm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    shown = [images[part] for part in parts if isinstance(part, int)]
+    theirs = processor(text=[rendered], images=[shown], return_tensors="pt")
+    assert prompt.ids.tolist() == theirs["input_ids"][0].tolist()
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "\n\nWhy?", " x", "\u0301"])
+def test_one_image_and_a_text_are_tokenised_as_transformers_does(vlm, text, monkeypatch):
+    image = checkpoints.noise_image(300, 280)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    rendered = vlm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    theirs = processor_of(vlm, monkeypatch)(text=[rendered], images=[image], return_tensors="pt")
+    assert vlm.prompt(text, image).ids.tolist() == theirs["input_ids"][0].tolist()
+
+
+def test_what_a_thinking_model_was_cut_off_in_is_no_answer(vlm):
+    """Its template opens the thought, so that a cut output holds neither <think> nor </think>."""
+    cut = vlm.output_text(ids_of(vlm, "It could be \\boxed{3}, or"))
+    whole = vlm.output_text(ids_of(vlm, "It could be \\boxed{3}.</think>\n\n\\boxed{4}<|im_end|>"))
+    assert extract_answer(cut) == (None if vlm.opened_thought else "3")
+    assert extract_answer(whole) == "4"
+    block = "<type>numerical</type><question>Why?</question><answer>\\boxed{1}</answer>"
+    thought = "So: </think>\n\n" if vlm.opened_thought else "<think>So: </think>"
+    assert questioner.parse_question(vlm.output_text(ids_of(vlm, thought + block))).text == "Why?"
 
 
 # ---- The model under them ----------------------------------------------------------------------------------
 
 
 def asked(vlm: VLM, photographs: Path) -> list:
-    images = [load_image(str(photographs / name), 28 * 28 * 12) for name in PHOTOGRAPHS]
+    images = [load_image(str(photographs / name), 32 * 32 * 12) for name in PHOTOGRAPHS]
     return [vlm.prompt(text, image) for text, image in zip(TEXTS, images)]
 
 
@@ -317,7 +389,7 @@ def test_an_iteration_export_and_evaluation(real, photographs, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     flags = "--iterations 1 --questioner-steps 1 --reasoner-steps 1 --images-per-step 2 --group-size 4"
     flags += " --answers 4 --candidates 8 --temperature 0.5 --tau-high 1 --max-new-tokens 40 --lr 1e-4"
-    flags += f" --max-pixels {28 * 28 * 24} --device cpu --name x"
+    flags += f" --max-pixels {32 * 32 * 24} --device cpu --name x"
     assert loop.main(["--model", str(real), "--images", str(photographs), *flags.split()]) == 0
     run, err = tmp_path / "runs" / "x", capsys.readouterr().err
     assert "Traceback" not in err and not (run / "skipped.txt").exists()
@@ -328,8 +400,8 @@ def test_an_iteration_export_and_evaluation(real, photographs, tmp_path, monkeyp
     curated = read_examples(run / "curated" / "iteration-1.jsonl")
     assert curated and {e.label for e in curated} <= {"1", "2"}
 
-    trained = VLM.load(run / "reasoner", "cpu", torch.float32, 28 * 28 * 24)
-    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(run / "reasoner", dtype=torch.float32)
+    trained = VLM.load(run / "reasoner", "cpu", torch.float32, 32 * 32 * 24)
+    plain = AutoModelForImageTextToText.from_pretrained(run / "reasoner", dtype=torch.float32)
     inputs = plain_inputs(asked(trained, photographs)[0])
     with torch.no_grad():
         logits = plain(**inputs).logits
@@ -346,7 +418,7 @@ def test_an_iteration_export_and_evaluation(real, photographs, tmp_path, monkeyp
         "--max-new-tokens",
         "8",
         "--max-pixels",
-        str(28 * 28 * 24),
+        str(32 * 32 * 24),
         "--json",
         "out.json",
     ]
