@@ -31,6 +31,11 @@ def pytest_addoption(parser):
         action="store_true",
         help="load saved folders in new environments with transformers 4 and 5: needs pip, 7 GB and minutes",
     )
+    parser.addoption(
+        "--all-widths",
+        action="store_true",
+        help="Qwen3-VL at 4B's and 8B's widths, too: 20 GiB, minutes",
+    )
     parser.addoption("--device", default="cpu", help="where tests/test_device.py runs: cpu or cuda")
 
 
