@@ -1,5 +1,6 @@
 """Questions about several images, from the line to the scores, on tiny checkpoints of both families."""
 
+import io
 import json
 
 import pytest
@@ -7,10 +8,14 @@ import torch
 from checkpoints import noise_image, publish
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from test_benchmarks_data import IMAGE, MMMU, OFFICIAL, OTHER, THREE, file_of
 
+import benchmarks
 import evaluate
 from engine.item_prompts import JUDGE, batches, item_prompt, judge_prompt
 from engine.items import item_of
+from engine.published import write_questions
 from evaluate import Item, Outcome
 from vlm import VLM
 
@@ -202,6 +207,29 @@ def test_from_the_line_to_the_records(checkpoint, folder, monkeypatch, capsys):
     paths = [[str(folder / name) for name in names] for names in (["a.png"], [*SIZES], ["b.png"])]
     assert [item["images"] for item in items] == paths
     assert [item["image"] for item in items] == [names[0] for names in paths]
+
+
+def test_from_the_published_record_to_the_prompt(checkpoint, vlm, tmp_path, monkeypatch):
+    """Records of one and of three images go through both commands; the prompts are those of `VLM.prompt`."""
+    records = [MMMU, THREE, OFFICIAL | dict(problem="Is <image> like <image>?", images=[OTHER, IMAGE])]
+    readers = [benchmarks.mmmu, benchmarks.mmmu, benchmarks.official]
+    lines = [benchmarks.line_of(read, record) for read, record in zip(readers, records)]
+    write_questions(lines, tmp_path, 9)
+    prompts, generate = [], evaluate.generate
+    monkeypatch.setattr(evaluate, "generate", lambda *a, **k: prompts.append(a[1]) or generate(*a, **k))
+    args = ["--model", str(checkpoint), "--data", str(tmp_path / "questions.jsonl"), "--answers", "2"]
+    assert evaluate.main([*args, "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    red, blue, green = (
+        Image.open(io.BytesIO(data)) for data in (IMAGE["bytes"], OTHER["bytes"], file_of("green"))
+    )
+    letter, box = f"\n{benchmarks.LETTER}", evaluate.reasoner.INSTRUCTION
+    one = f"Who made what the image shows?\n(A) Ann\n(B) Bob's son\n(C) C{letter}"
+    three = "What links <image 1> to <image 2>, and what is <image 1>?"
+    three += f"\n(A) <image 3>\n(B) none\n(C) the image or <image 2>{letter}"
+    two = f"Is <image 1> like <image 2>?{box}"
+    expected = [vlm.prompt(one, red), vlm.prompt(three, [red, blue, green]), vlm.prompt(two, [blue, red])]
+    assert len(prompts) == 2 and all(map(same, prompts[0], expected))
+    assert [len(prompt.images) for prompt in prompts[0]] == [1, 3, 2]
 
 
 def test_an_item_of_many_images_does_not_fill_the_memory(vlm, folder, monkeypatch):
