@@ -20,7 +20,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from answers import extract_answer, read_choice
@@ -61,6 +61,9 @@ def optional(record: dict, name: str) -> str:
         return ""
 
 
+_IMAGE = re.compile(r"<image ?(\d{0,3})>")
+
+
 def without_marks(question: str) -> str:
     """A question without the places of its image: nothing at the ends of lines, "the image" elsewhere."""
     question = re.sub(r"[ \t]{0,3}<image ?\d?>[ \t]{0,3}(?=\n|$)", "", question.strip())
@@ -85,12 +88,39 @@ def list_of(record: dict, name: str) -> list[str]:
     return [str(value).strip() for value in values]
 
 
-def image_of(record: dict, *names: str) -> object:
-    """The only image in these fields. Raises LeftOut if there are several, or none."""
-    images = [image for name in names for image in images_of(record.get(name))]
-    if len(images) != 1:
-        raise LeftOut("several images" if images else "no image")
-    return images[0]
+def image_of(record: dict, name: str) -> object:
+    """Returns the image in a field that should hold one. Raises LeftOut if there are several, or none."""
+    images = images_of(record.get(name))
+    if len(images) > 1:
+        raise LeftOut("several images")
+    return illustrated(images)["image"]
+
+
+def illustrated(images: list) -> dict:
+    """Returns the field `image` of a line, or `images` for several. Raises LeftOut if there is none."""
+    if not images:
+        raise LeftOut("no image")
+    return dict(images=images) if len(images) > 1 else dict(image=images[0])
+
+
+def with_marks(question: str, choices: list[str], numbers: Sequence[int]) -> tuple[str, list[str]]:
+    """Renames the images in a question and its choices as a prompt does: <image 1>, <image 2>, ...
+
+    numbers: those that the record gives its images. The n-th mark without a number is of the n-th image. A
+    mark of no image becomes "the image". A single image needs no mark, as it stands first.
+    """
+    if len(numbers) == 1:
+        return without_marks(question), choices
+    if not re.sub(_IMAGE, "", question).strip():
+        raise LeftOut("no question")
+    names = {str(number): f"<image {place}>" for place, number in enumerate(numbers, start=1)}
+    unnumbered = iter(names.values())
+
+    def name(mark: re.Match) -> str:
+        return names.get(mark[1], "the image") if mark[1] else next(unnumbered, "the image")
+
+    question, *choices = (re.sub(_IMAGE, name, text) for text in (question, *choices))
+    return question.strip(), choices
 
 
 # ---- Choices that stand in a text ----
@@ -133,18 +163,25 @@ def asked(question: str, answer: str) -> dict:
 
 
 def mmmu(record: dict) -> dict:
-    """MMMU, and MMMU-Pro with 4 or 10 choices. Open questions have the text of a list of right answers."""
-    image = image_of(record, *(f"image_{i}" for i in range(1, 8)))
-    question, answer = without_marks(text_of(record, "question")), text_of(record, "answer")
+    """MMMU, and MMMU-Pro with 4 or 10 choices: one to seven images, which question and options name.
+
+    Open questions have the text of a list of right answers.
+    """
+    found = [(n, image) for n in range(1, 8) for image in images_of(record.get(f"image_{n}"))]
+    line = illustrated([image for _, image in found])
+    question, answer = text_of(record, "question"), text_of(record, "answer")
     if answer == "?":
         raise LeftOut("its answer is not published")
+    is_open = optional(record, "question_type") == "open"
+    options = [] if is_open else list_of(record, "options")
+    question, choices = with_marks(question, options, [n for n, _ in found])
     subject = re.fullmatch(r"[a-z]+_(\w+)_\d+", optional(record, "id"))
     kind = subject[1] if subject else optional(record, "subject") or optional(record, "subfield")
-    line = dict(image=image, question=question, answer=answer, kind=kind)
-    if optional(record, "question_type") == "open":
+    line |= dict(question=question, answer=answer, kind=kind)
+    if is_open:
         answers = list_of(record, "answer") if answer.startswith("[") else [answer]
         return line | dict(answer=answers, ending=WORD)
-    return line | dict(choices=list_of(record, "options"), ending=LETTER)
+    return line | dict(choices=choices, ending=LETTER)
 
 
 def mmmu_pro_vision(record: dict) -> dict:
@@ -248,11 +285,13 @@ def visnumbench(record: dict) -> dict:
 
 
 def official(record: dict) -> dict:
-    """The records of the official evaluation: problem, answer, images."""
+    """The records of the official evaluation: problem, answer, images; the n-th <image> is the n-th one."""
     answer = text_of(record, "answer")
-    question, answer = without_marks(text_of(record, "problem")), extract_answer(answer) or answer
-    image, kind = image_of(record, "images"), optional(record, "file_name")
-    return dict(image=image, question=question, answer=answer, kind=kind)
+    images = images_of(record.get("images"))
+    line = illustrated(images)
+    question, _ = with_marks(text_of(record, "problem"), [], range(1, len(images) + 1))
+    kind = optional(record, "file_name")
+    return line | dict(question=question, answer=extract_answer(answer) or answer, kind=kind)
 
 
 BENCHMARKS = {  # hub id, config, split, what reads a record
@@ -274,7 +313,7 @@ BENCHMARKS = {  # hub id, config, split, what reads a record
 
 
 def line_of(read: Callable[[dict], dict], record: object, boxed: bool = False) -> dict | str:
-    """The line that a record becomes, its image still in it, or the reason why it becomes none.
+    """The line that a record becomes, its images still in it, or the reason why it becomes none.
 
     boxed: without the benchmark's own ending, so that evaluate.py asks for steps and a box.
     """
@@ -291,7 +330,8 @@ def line_of(read: Callable[[dict], dict], record: object, boxed: bool = False) -
         truths = line["answer"] if isinstance(line.get("answer"), list) else [line.get("answer", "")]
         if "choices" in line and not any(read_choice(truth, line["choices"]) for truth in truths):
             return "the answer is none of the choices"
-        item_of(line | dict(image="image"), Path())
+        paths = dict(images=["image"]) if "images" in line else dict(image="image")
+        item_of(line | paths, Path())
     except ValueError as error:  # what follows "but" is the value, and each has its own
         return str(error).partition(" but ")[0]
     return line

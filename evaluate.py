@@ -7,16 +7,17 @@ Each question is answered once greedily and m times at random. Of N questions, c
     confidence          mean share of the majority, the paper's c
     ece                 sum_b n_b / N |right_b - confidence_b|, over ten bins b of confidence
 
-Every mean has a 95% interval by the bootstrap over images, as questions about one image are right or wrong
-together; of several models each is compared with the first on the same questions (a paired bootstrap, and
-McNemar's exact test, which takes questions as independent).
+Every mean has a 95% interval by the bootstrap over images, as questions about one image (or about the same
+set of images) are right or wrong together. Of several models each is compared with the first on the same
+questions (a paired bootstrap, and McNemar's exact test, which takes questions as independent).
 
     python evaluate.py --model toy --model runs/x/reasoner --data runs/x/held-out/questions.jsonl
 
 A line of the data is {"image": path, "question": text, "answer": text or list of texts that all count as
 right}, and may have "choices" (a list; the answer is then a letter or the text of one), "kind" (scored
-apart), and "question_id" and "figure_id" (see `pair_scores`). How the paper's benchmarks become such lines is
-in docs/evaluation.md.
+apart), and "question_id" and "figure_id" (see `pair_scores`). In place of "image" it may have "images", a
+list of paths: the k-th stands where the question or its choices first say <image k>, else before the text.
+How the paper's benchmarks become such lines is in docs/evaluation.md.
 """
 
 import signal
@@ -45,6 +46,7 @@ from answers import read_choice, read_yes_no
 from engine.checkpoint import check_weights, load_config, load_processors, resolve
 from engine.images import ImageError, load_image
 from engine.intervals import bootstrap, mcnemar
+from engine.item_prompts import batches, item_prompt, judge_prompt
 from engine.items import Item, choices_of, read_answer, read_lines, right
 from engine.records import printable
 from engine.settings import OneLineParser
@@ -56,10 +58,6 @@ from vlm import VLM
 chosen = read_choice  # its name in earlier versions
 BINS = 10
 MEANS = ("greedy_accuracy", "sampled_accuracy", "majority_accuracy", "pass_at_m", "confidence")
-JUDGE = (
-    "Question: {question}\nCorrect answer: {truth}\nGiven answer: {answer}\n"
-    "Does the given answer say the same as the correct one? Answer with \\boxed{{yes}} or \\boxed{{no}}."
-)
 
 
 @dataclass
@@ -104,12 +102,14 @@ def question_text(item: Item) -> str:
 
 
 def answer_all(vlm: VLM, items: Sequence[Item], samples: int, batch: int = 64, **sampling) -> list[Outcome]:
-    """Asks every item once greedily and `samples` times at random; `sampling` goes to `generate.generate`."""
-    outcomes, most = [], vlm.image_size["longest_edge"]
-    starts = range(0, len(items), batch)
-    for start in tqdm(starts, desc="answering", leave=False, disable=None if len(items) > batch else True):
-        some = items[start : start + batch]
-        prompts = [vlm.prompt(question_text(item), load_image(item.image, most)) for item in some]
+    """Asks every item once greedily and `samples` times at random; `sampling` goes to `generate.generate`.
+
+    batch: the most images that are in memory at a time.
+    """
+    outcomes, parts = [], list(batches(items, batch))
+    for part in tqdm(parts, desc="answering", leave=False, disable=None if len(parts) > 1 else True):
+        some = items[part]
+        prompts = [item_prompt(vlm, item, question_text(item)) for item in some]
         greedy = generate(vlm, prompts, 1, **sampling | {"temperature": 0.0})
         drawn = generate(vlm, prompts, samples, **sampling)
         for item, first, others in zip(some, greedy, drawn):
@@ -121,13 +121,9 @@ def answer_all(vlm: VLM, items: Sequence[Item], samples: int, batch: int = 64, *
 def judge_all(judge: VLM, outcomes: Sequence[Outcome], max_new_tokens: int, batch: int = 64) -> None:
     """Asks a model whether the greedy answers to free-form questions are right, and sets `judged`."""
     free = [o for o in outcomes if not choices_of(o.item) and o.greedy is not None]
-    most = judge.image_size["longest_edge"]
-    for start in range(0, len(free), batch):
-        some = free[start : start + batch]
-        prompts = []
-        for o in some:
-            text = JUDGE.format(question=o.item.question, truth=" or ".join(o.item.answer), answer=o.greedy)
-            prompts.append(judge.prompt(text, load_image(o.item.image, most)))
+    for part in batches([o.item for o in free], batch):
+        some = free[part]
+        prompts = [judge_prompt(judge, o.item, o.greedy) for o in some]
         for outcome, (ids,) in zip(some, generate(judge, prompts, 1, max_new_tokens, temperature=0.0)):
             outcome.judged = read_yes_no(judge.decode(ids))
 
@@ -161,7 +157,7 @@ def reliability(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
 def compare(first: Sequence[Outcome], second: Sequence[Outcome]) -> dict[str, dict]:
     """How much better the second model is than the first on the same questions: the difference of each mean
     with its interval, and for right-or-wrong answers McNemar's p."""
-    result, images = {}, [outcome.item.image for outcome in first]
+    result, images = {}, [outcome.item.image_set for outcome in first]
     for name in MEANS:
         a, b = ([outcome.values[name] for outcome in outcomes] for outcomes in (first, second))
         difference = [y - x for x, y in zip(a, b)]
@@ -244,7 +240,7 @@ def full_report(outcomes: Sequence[Outcome]) -> dict:
     report = {}
     for kind in ["all", *sorted({o.item.kind for o in outcomes} - {""})]:
         some = [o for o in outcomes if kind in ("all", o.item.kind)]
-        images = [o.item.image for o in some]
+        images = [o.item.image_set for o in some]
         intervals = {name: bootstrap([o.values[name] for o in some], images) for name in MEANS}
         report[kind] = dict(questions=len(some), **scores(some), intervals=intervals)
     return dict(
@@ -255,18 +251,27 @@ def full_report(outcomes: Sequence[Outcome]) -> dict:
 # ---- The command line ----
 
 
+def unreadable(item: Item) -> list[tuple[str, str]]:
+    """Lists the first image of an item that cannot be read, with the reason; nothing if all can."""
+    for image in item.images:
+        try:
+            load_image(image)
+        except ImageError as error:
+            return [(image, str(error))]
+    return []
+
+
 def read_items(path: Path) -> tuple[list[Item], list[tuple[str, str]]]:
-    """The items of a JSONL file, and (image, reason) for each whose image cannot be read.
+    """Reads the items of a JSONL file, and (image, reason) for each with an image that cannot be read.
 
     Raises ValueError with a sentence, which names the line.
     """
     items, skipped = [], []
     for item in read_lines(path):
-        try:
-            load_image(item.image)
+        bad = unreadable(item)
+        skipped += bad
+        if not bad:
             items.append(item)
-        except ImageError as error:
-            skipped.append((item.image, str(error)))
     if not items:
         raise ValueError(f"--data {path} has no question whose image can be read")
     return items, skipped

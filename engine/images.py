@@ -70,8 +70,8 @@ class Found:
 def find_images(where: str) -> Found:
     """The images in a folder (with its subfolders), matching a glob, or listed in a .txt or .jsonl file.
 
-    A .jsonl line is a path in quotes or an object with an "image" or "path". Listed paths may be relative
-    to the list.
+    A .jsonl line is a path in quotes or an object with an "image" or "path", or with several "images". Listed
+    paths may be relative to the list.
     Raises ValueError, with a sentence for the user, if `where` does not exist or a list cannot be read.
     """
     place = Path(where).expanduser()
@@ -109,32 +109,39 @@ def _read_list(place: Path) -> list[str]:
         if b"\0" in data or data.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise ValueError("it is in UTF-16 or no text; save it as UTF-8")
         lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-        named = [_listed(number, line, place.suffix.lower()) for number, line in enumerate(lines, start=1)]
+        named = []
+        for number, line in enumerate(lines, start=1):
+            named += _listed(number, line, place.suffix.lower())
     except (OSError, ValueError) as error:
         raise ValueError(f"--images: {place} is not a list of image paths: {error}") from error
-    paths = [Path(os.path.expanduser(name)) for name in named if name]
+    paths = [Path(os.path.expanduser(name)) for name in named]
     beside = [place.absolute().parent / path for path in paths]  # the list's neighbours come first
     return [
         str(b if os.path.exists(b) or not os.path.exists(p) else p.absolute()) for p, b in zip(paths, beside)
     ]
 
 
-def _listed(number: int, line: bytes, suffix: str) -> str | None:
-    """The path on a line, None for an empty one. Raises ValueError with the line's number."""
+def _listed(number: int, line: bytes, suffix: str) -> list[str]:
+    """Reads the paths on a line, none on an empty one. Raises ValueError with the line's number."""
     try:
         text = line.decode("utf-8").strip(" \t\r")
         if not text or suffix == ".txt":
-            return text or None
+            return [text] if text else []
         entry = json.loads(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"line {number} is not UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"line {number} is not JSON") from error
+    paths = [entry]
     if isinstance(entry, dict):
-        entry = entry.get("image") or entry.get("path")
-    if not isinstance(entry, str) or not entry.strip():
-        raise ValueError(f'line {number} is no path and no object with the path as its "image" or "path"')
-    return entry
+        several = entry.get("images")
+        paths = [entry.get("image") or entry.get("path")]
+        if paths == [None] and isinstance(several, list) and several:
+            paths = several
+    for path in paths:
+        if not isinstance(path, str) or not path.strip():
+            raise ValueError(f'line {number} is no path and no object with the path as its "image" or "path"')
+    return paths
 
 
 def _open(path: str) -> Image.Image:

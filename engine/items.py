@@ -22,10 +22,11 @@ from answers import (
 
 @dataclass(frozen=True)
 class Item:
-    """A question about an image with its true answer: all of `answer` count as right.
+    """A question about one image or several, with its true answer: all of `answer` count as right.
 
-    ending: the prompt's last words, "" for the Reasoner's own, which ask for a box. precision: how many
-    decimals of a number count.
+    image: the path of the first. ending: the prompt's last words, "" for the Reasoner's own, which ask for a
+    box. precision: how many decimals of a number count. images: the paths of all; without them there is one.
+    placed: true if the texts place even a single image (see `marks`).
     """
 
     image: str
@@ -37,6 +38,32 @@ class Item:
     figure_id: str = ""
     ending: str = ""
     precision: int | None = None
+    images: tuple[str, ...] = ()
+    placed: bool = False
+
+    def __post_init__(self):
+        """Makes `image` and `images` agree."""
+        images = self.images or (self.image,)
+        object.__setattr__(self, "images", images)
+        object.__setattr__(self, "image", images[0])
+
+    @property
+    def marks(self) -> list[str]:
+        """Lists the marks that place the images in a prompt: <image 1>, <image 2>, ...
+
+        Empty for a single image that no text moves: it stands first.
+        """
+        if len(self.images) == 1 and not self.placed:
+            return []
+        return [f"<image {number}>" for number in range(1, len(self.images) + 1)]
+
+    @property
+    def image_set(self) -> tuple[str, ...]:
+        """Identifies the images, in whatever order. Questions about the same ones are not independent.
+
+        Questions that share some of their images, and not all, count as independent.
+        """
+        return tuple(sorted(set(self.images)))
 
 
 # ---- Lines ----
@@ -64,12 +91,10 @@ def item_of(fields: object, folder: Path) -> Item:
     """The item that a line stands for. Raises ValueError with a sentence."""
     if not isinstance(fields, dict):
         raise ValueError('it is not an object {"image": ..., "question": ..., "answer": ...}')
-    image, question, answer, choices = (
-        fields.get(name) for name in ("image", "question", "answer", "choices")
-    )
-    for name, value in (("image", image), ("question", question)):
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{name} is not text but {_short(value)}")
+    images = _images(fields)
+    question, answer, choices = (fields.get(name) for name in ("question", "answer", "choices"))
+    if not _is_text(question):
+        raise ValueError(f"question is not text but {_short(question)}")
     choices = None if choices == "" else choices
     if isinstance(choices, dict) and [*choices] == [*string.ascii_uppercase[: len(choices)]]:
         choices = [*choices.values()]
@@ -77,15 +102,42 @@ def item_of(fields: object, folder: Path) -> Item:
         raise ValueError(f"choices is not a list but {_short(choices)}")
     names = [n for n in ("kind", "question_id", "figure_id", "ending") if fields.get(n) not in (None, "")]
     item = Item(
-        str(folder / image),
+        str(folder / images[0]),
         *_texts([question], "question"),
         _texts(answer if isinstance(answer, list) else [answer], "answer"),
         _texts(choices, "choices") if choices else (),
         **{name: _texts([fields[name]], name)[0] for name in names},
         precision=fields.get("precision"),
+        images=tuple(str(folder / image) for image in images),
+        placed=fields.get("images") is not None,
     )
     _check(item)
     return item
+
+
+def _images(fields: dict) -> list[str]:
+    """Reads the paths in "image" or "images". Raises ValueError with a sentence."""
+    image, images = fields.get("image"), fields.get("images")
+    if image is not None and images is not None:
+        raise ValueError("there are both image and images")
+    if image is None and images is None:
+        raise ValueError("there is neither image nor images")
+    if images is None:
+        if not _is_text(image):
+            raise ValueError(f"image is not text but {_short(image)}")
+        return [image]
+    if not isinstance(images, list):
+        raise ValueError(f"images is not a list but {_short(images)}")
+    if not images:
+        raise ValueError("images is empty")
+    for path in images:
+        if not _is_text(path):
+            raise ValueError(f"images holds what is not text but {_short(path)}")
+    return images
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _check(item: Item) -> None:

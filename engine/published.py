@@ -66,8 +66,8 @@ _STARTS = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"GIF8": ".gif", b"BM": ".bm
 _STARTS |= {b"II*\0": ".tif", b"MM\0*": ".tif"}
 
 
-def save_image(image: object, folder: Path) -> str:
-    """Writes an image under the hash of its bytes, so that each is written once; gives the file's name."""
+def encode_image(image: object) -> tuple[str, bytes]:
+    """Returns the name of an image's file, which is the hash of its bytes, and the bytes. Raises LeftOut."""
     if not isinstance(image, bytes):
         buffer = io.BytesIO()
         try:
@@ -78,13 +78,21 @@ def save_image(image: object, folder: Path) -> str:
     suffix = next((suffix for start, suffix in _STARTS.items() if image.startswith(start)), None)
     if suffix is None:
         raise LeftOut("its image is of no known kind")
-    path = folder / (hashlib.sha256(image).hexdigest()[:20] + suffix)
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_bytes(image)
-        os.replace(part, path)
-    return path.name
+    return hashlib.sha256(image).hexdigest()[:20] + suffix, image
+
+
+def save_images(images: list, folder: Path) -> list[str]:
+    """Writes images, each once, and returns the names of their files. Raises LeftOut before the first is
+    written."""
+    files = [encode_image(image) for image in images]
+    for name, data in files:
+        path = folder / name
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part")
+            part.write_bytes(data)
+            os.replace(part, path)
+    return [name for name, _ in files]
 
 
 def write_questions(lines: Iterable[dict | str], out: Path, limit: float) -> Counter:
@@ -99,8 +107,7 @@ def write_questions(lines: Iterable[dict | str], out: Path, limit: float) -> Cou
                 try:
                     if isinstance(line, str):
                         raise LeftOut(line)
-                    image = f"images/{save_image(line['image'], out / 'images')}"
-                    file.write(json.dumps(line | dict(image=image)) + "\n")
+                    file.write(json.dumps(_with_paths(line, out / "images")) + "\n")
                     counts[""] += 1
                 except LeftOut as error:
                     counts[str(error)] += 1
@@ -113,6 +120,15 @@ def write_questions(lines: Iterable[dict | str], out: Path, limit: float) -> Cou
     return counts
 
 
+def _with_paths(line: dict, folder: Path) -> dict:
+    """Saves the images of a line and puts their paths in their places."""
+    if "images" in line:
+        names = save_images(line["images"], folder)
+        return line | dict(images=[f"{folder.name}/{name}" for name in names])
+    (name,) = save_images([line["image"]], folder)
+    return line | dict(image=f"{folder.name}/{name}")
+
+
 def write_images(records: Iterable[dict], out: Path, limit: float) -> Counter:
     """Writes every image of the records and nothing else of them. Counts as `write_questions`."""
     counts = Counter()
@@ -121,7 +137,7 @@ def write_images(records: Iterable[dict], out: Path, limit: float) -> Counter:
             if not (images := images_of(record.get("images"))):
                 raise LeftOut("no image")
             for image in images:
-                save_image(image, out / "images")
+                save_images([image], out / "images")
             counts[""] += 1
         except LeftOut as error:
             counts[str(error)] += 1

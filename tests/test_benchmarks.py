@@ -44,14 +44,27 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys):
     assert benchmarks.main(["mmmu", str(tmp_path / "out")]) == 0
     assert module.asked == [("lmms-lab-encoder/MMMU", None, "validation")]
     said = capsys.readouterr().out.splitlines()
-    assert said[0].endswith("questions.jsonl: 4") and said[1] == "left out 4 of 8 records:"
+    assert said[0].endswith("questions.jsonl: 6") and said[1] == "left out 2 of 8 records:"
     assert [line.split(maxsplit=1) for line in said[2:]] == [
-        ["2", "several images"], ["1", "its answer is not published"], ["1", "its image is of no known kind"],
+        ["1", "its answer is not published"], ["1", "its image is of no known kind"],
     ]  # fmt: skip
     items, skipped = evaluate.read_items(tmp_path / "out" / "questions.jsonl")
-    assert len(items) == 4 and not skipped and items[0].image == items[2].image
-    assert len([*(tmp_path / "out" / "images").iterdir()]) == 3
-    assert items[1].image.endswith(".jpg") and evaluate.right("A", items[1])
+    assert len(items) == 6 and not skipped and items[0].images == items[4].images
+    assert len([*(tmp_path / "out" / "images").iterdir()]) == 3, "each image is written once"
+    assert items[2].image.endswith(".jpg") and evaluate.right("A", items[2])
+    assert items[1].images == (items[0].image, items[2].image) == items[3].images
+    fields = [json.loads(text) for text in (tmp_path / "out" / "questions.jsonl").read_text().splitlines()]
+    assert [isinstance(f.get("images"), list) for f in fields] == [False, True, False, True, False, False]
+    assert all(("image" in f) != ("images" in f) for f in fields)
+
+
+def test_of_a_record_that_is_left_out_no_image_is_written(tmp_path, monkeypatch, capsys):
+    broken = MMMU | dict(image_2=OTHER, image_3={"bytes": b"not an image", "path": None})
+    monkeypatch.setitem(sys.modules, "datasets", datasets_with(validation=[broken, MMMU]))
+    assert benchmarks.main(["mmmu", str(tmp_path / "out")]) == 0
+    assert "1  its image is of no known kind" in capsys.readouterr().out
+    (path,) = (tmp_path / "out" / "images").iterdir()
+    assert path.read_bytes() == IMAGE["bytes"]
 
 
 def test_a_limit_boxes_and_other_sources(tmp_path, monkeypatch, capsys):

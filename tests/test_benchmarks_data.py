@@ -13,7 +13,7 @@ from PIL import Image
 
 import benchmarks
 import evaluate
-from benchmarks import BENCHMARKS, line_of, split_choices, without_marks
+from benchmarks import BENCHMARKS, line_of, split_choices, with_marks, without_marks
 from engine.items import Item, item_of, read_answer, right
 from evaluate import Outcome, we_math, we_math_scores
 
@@ -178,15 +178,82 @@ def test_the_official_records():
     made = line_of(benchmarks.official, OFFICIAL | boxed)
     assert made["answer"] == "B" and made["kind"] == "mathverse" and made["question"] == "Which?\nA. x\nB. y"
     assert is_right(r"\boxed{y}", item_of(made | dict(image="x"), ROOT))
-    assert line_of(benchmarks.official, OFFICIAL | dict(images=[IMAGE, OTHER])) == "several images"
+    boxed |= dict(problem="Which? <image>\nA. <image>\nB. y", images=[IMAGE, OTHER])
+    made = line_of(benchmarks.official, OFFICIAL | boxed)
+    assert made["images"] == [IMAGE["bytes"], OTHER["bytes"]] and "image" not in made
+    assert made["question"] == "Which? <image 1>\nA. <image 2>\nB. y"
+    assert is_right(r"\boxed{y}", item_of(made | dict(images=["x", "y"]), ROOT))
+
+
+@pytest.mark.parametrize(
+    "problem, question",
+    [
+        ("<image><image>Which is red?", "<image 1><image 2>Which is red?"),
+        ("Is <image> like <image>?", "Is <image 1> like <image 2>?"),
+        ("Is <image 2> like <image1>?", "Is <image 2> like <image 1>?"),
+        ("Which is red?", "Which is red?"),
+        ("<image>, <image> and <image>?", "<image 1>, <image 2> and the image?"),
+        ("<image 1>: what is <image 1>, what <image 3>?", "<image 1>: what is <image 1>, what the image?"),
+        ("a < b in <image>\n", "a < b in <image 1>"),
+    ],
+)
+def test_the_official_marks_are_numbered(problem, question):
+    made = line_of(benchmarks.official, OFFICIAL | dict(problem=problem, images=[IMAGE, OTHER]))
+    assert made["question"] == question
+
+
+def test_an_official_record_without_text_or_with_a_picture_that_has_no_bytes():
+    for changes, reason in (
+        (dict(problem="<image><image>"), "no question"),
+        (dict(images=[IMAGE, "x.png"]), "its image has no bytes"),
+        (dict(images=[]), "no image"),
+    ):
+        assert line_of(benchmarks.official, OFFICIAL | dict(images=[IMAGE, OTHER]) | changes) == reason
+
+
+THREE = MMMU | dict(
+    question="What links <image 1> to <image 2>, and what is <image 1>?", image_2=OTHER,
+    options="['<image 3>', 'none', '<image 7> or <image2>']", answer="A", image_3={"bytes": file_of("green")},
+)  # fmt: skip
+
+
+def test_mmmu_with_several_images():
+    """Marks stay, in one form, in question and options; that of an image that is not there is words."""
+    made = line_of(benchmarks.mmmu, THREE)
+    assert made.pop("images") == [IMAGE["bytes"], OTHER["bytes"], file_of("green")]
+    assert made == dict(
+        question="What links <image 1> to <image 2>, and what is <image 1>?",
+        choices=["<image 3>", "none", "the image or <image 2>"],
+        answer="A", kind="Art_Theory", ending=LETTER,
+    )  # fmt: skip
+    three = item_of(made | dict(images=["x", "y", "z"]), ROOT)
+    assert three.marks == ["<image 1>", "<image 2>", "<image 3>"]
+    assert evaluate.question_text(three).split("\n")[1] == "(A) <image 3>"
+    assert is_right("(A)", three) and is_right("<image 3>", three) and not is_right("B", three)
+
+
+def test_mmmu_with_a_gap_in_its_columns():
+    """The second of two images may stand in the third column: a prompt calls it <image 2>."""
+    gap = THREE | dict(image_2=None, options="['<image 3>', '<image 2>']")
+    made = line_of(benchmarks.mmmu, gap)
+    assert made["images"] == [IMAGE["bytes"], file_of("green")]
+    assert made["question"] == "What links <image 1> to the image, and what is <image 1>?"
+    assert made["choices"] == ["<image 2>", "the image"]
+
+
+def test_an_open_question_of_mmmu_with_several_images():
+    made = line_of(benchmarks.mmmu, THREE | dict(question_type="open", options="[]", answer="['x', 'y']"))
+    assert made["answer"] == ["x", "y"] and len(made["images"]) == 3 and "choices" not in made
+    assert line_of(benchmarks.mmmu, THREE | dict(question="<image 1> <image 2>")) == "no question"
 
 
 @pytest.mark.parametrize(
     "name, changes, reason",
     [
-        ("mmmu", dict(image_2=OTHER), "several images"),
         ("mmmu", dict(image_1=None), "no image"),
         ("mmmu", dict(image_1={"bytes": None, "path": "/etc/passwd"}), "its image has no bytes"),
+        ("mmmu", dict(image_2={"bytes": None, "path": "/etc/passwd"}), "its image has no bytes"),
+        ("mmstar", dict(image=[IMAGE, OTHER]), "several images"),
         ("mmmu", dict(answer="?"), "its answer is not published"),
         ("mmmu", dict(answer="D"), "the answer is none of the choices"),
         ("mmmu", dict(options="['a', "), "options is no list"),
@@ -235,7 +302,9 @@ def test_no_field_is_a_traceback(name, data):
     fields = data.draw(st.lists(st.sampled_from([*RECORDS[name]]), min_size=1, max_size=3))
     record = RECORDS[name] | {field: data.draw(anything) for field in fields}
     made = line_of(BENCHMARKS[name][3], record)
-    assert isinstance(made, str) or item_of(made | dict(image="x"), ROOT)
+    if isinstance(made, dict):
+        images = dict(images=["x"] * len(made["images"])) if "images" in made else dict(image="x")
+        assert item_of(made | images, ROOT)
     assert isinstance(line_of(BENCHMARKS[name][3], data.draw(anything)), str)
 
 
@@ -260,6 +329,7 @@ def test_long_texts_take_no_time():
     for part in ("(a) ", "A. x ", "options: ", "<image 1>", " ", "\t<image>", "A:"):
         split_choices(part * 20_000)
         without_marks(part * 20_000 + "?")
+        with_marks(part * 20_000 + "?", [part * 20_000], range(1, 3))
 
 
 def test_marks_of_images():

@@ -40,6 +40,7 @@ def test_lists_as_editors_write_them(tmp_path, suffix):
         '{"image": {"bytes": ""}}',
         '""',
     ]
+    + ['{"images": []}', '{"images": "a.png"}', '{"images": ["a.png", 3]}', '{"images": ["a.png", " "]}']
     + ['{"image": null}', '{"image": 5}', "a.png", '{"path": ""}', "true", "NaN", "[" * 100_000, '"a'],
 )
 def test_a_line_that_is_no_path_is_named(tmp_path, line):
@@ -47,6 +48,15 @@ def test_a_line_that_is_no_path_is_named(tmp_path, line):
     with pytest.raises(ValueError, match="is not a list of image paths: line 3 ") as error:
         find_images(str(tmp_path / "list.jsonl"))
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_line_of_a_question_about_several_images_lists_them_all(tmp_path):
+    for name in "abc":
+        noise_image(30, 30).save(tmp_path / name, "PNG")
+    lines = [dict(images=["a", "b"], question="?"), dict(image="c"), dict(images=["a"], path="b")]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = find_images(str(tmp_path / "questions.jsonl"))
+    assert found.paths == [str(tmp_path / name) for name in "abcb"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"])
