@@ -43,7 +43,14 @@ from transformers.utils import logging as transformers_logging
 
 import reasoner
 from answers import read_choice, read_yes_no
-from engine.checkpoint import check_weights, load_config, load_processors, resolve
+from engine.checkpoint import (
+    check_max_pixels,
+    check_weights,
+    load_config,
+    load_processors,
+    resolve,
+    token_side,
+)
 from engine.images import ImageError, load_image
 from engine.intervals import bootstrap, mcnemar
 from engine.item_prompts import batches, item_prompt, judge_prompt
@@ -57,6 +64,7 @@ from vlm import VLM
 
 chosen = read_choice  # its name in earlier versions
 BINS = 10
+LEAST_PIXELS = 28 * 28  # the smallest image token of any family; a checkpoint may want more
 MEANS = ("greedy_accuracy", "sampled_accuracy", "majority_accuracy", "pass_at_m", "confidence")
 
 
@@ -113,7 +121,7 @@ def answer_all(vlm: VLM, items: Sequence[Item], samples: int, batch: int = 64, *
         greedy = generate(vlm, prompts, 1, **sampling | {"temperature": 0.0})
         drawn = generate(vlm, prompts, samples, **sampling)
         for item, first, others in zip(some, greedy, drawn):
-            answers = [read_answer(vlm.decode(ids), item) for ids in first + others]
+            answers = [read_answer(vlm.output_text(ids), item) for ids in first + others]
             outcomes.append(Outcome(item, answers[0], answers[1:]))
     return outcomes
 
@@ -125,7 +133,7 @@ def judge_all(judge: VLM, outcomes: Sequence[Outcome], max_new_tokens: int, batc
         some = free[part]
         prompts = [judge_prompt(judge, o.item, o.greedy) for o in some]
         for outcome, (ids,) in zip(some, generate(judge, prompts, 1, max_new_tokens, temperature=0.0)):
-            outcome.judged = read_yes_no(judge.decode(ids))
+            outcome.judged = read_yes_no(judge.output_text(ids))
 
 
 # ---- Scores ----
@@ -316,8 +324,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--judge", help="checkpoint that judges, beside the rules, greedy answers to free-form questions")
     add("--json", type=Path, help="write everything here, each answer too")
     args = parser.parse_args(argv)
-    if args.answers < 1 or args.max_new_tokens < 1 or args.max_pixels < 784:
-        parser.error("--answers and --max-new-tokens must be at least 1, --max-pixels 784")
+    if args.answers < 1 or args.max_new_tokens < 1 or args.max_pixels < LEAST_PIXELS:
+        parser.error(f"--answers and --max-new-tokens must be at least 1, --max-pixels {LEAST_PIXELS}")
     if not 1e-6 <= args.temperature < math.inf or not 0 < args.top_p <= 1:  # written so that NaN is wrong
         parser.error("--temperature must be at least 0.000001, --top-p in (0, 1]")
     if not 0 <= args.seed < 2**63:
@@ -342,6 +350,7 @@ def answer_items(args: argparse.Namespace) -> dict[str, list[Outcome]]:
     models = dict.fromkeys(args.model)
     for name in filter(None, [*models, args.judge]):  # before the first one answers for hours
         config, _ = load_config(name), load_processors(name)
+        check_max_pixels(args.max_pixels, token_side(config))
         check_weights(resolve(name, weights=True), config.tie_word_embeddings)
     outcomes = {}
     for name in models:

@@ -15,7 +15,7 @@ JUDGE = (
 def item_prompt(vlm: VLM, item: Item, text: str) -> Prompt:
     """Encodes a text with the images of an item; its marks, if the item has any, say where they stand."""
     most = vlm.image_size["longest_edge"]
-    images = [load_image(path, most) for path in item.images]
+    images = [load_image(path, most, vlm.token_side) for path in item.images]
     return vlm.prompt(text, images if item.marks else images[0])
 
 
