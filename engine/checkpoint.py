@@ -33,6 +33,19 @@ READ = tuple(f"{name}.json" for name in READ.split())
 INDEX = "model.safetensors.index.json"
 
 
+# Neighbours of the supported families that people try, and why they do not run (docs/models.md).
+NOT_SUPPORTED = {
+    "qwen2_vl": "its image encoder differs from Qwen2.5-VL's",
+    "qwen3_vl_moe": "its layers choose among experts",
+    "qwen3_5": "three of four layers are recurrent, and a group cannot share its prompt by a mask",
+    "qwen3_5_moe": "three of four layers are recurrent, and it has experts",
+    "qwen2_5_omni": "it also hears and speaks",
+    "qwen3_omni_moe": "it also hears and speaks, and its layers choose among experts",
+    "qwen2": "it reads no images",
+    "qwen3": "it reads no images",
+}
+
+
 class CheckpointError(ValueError):
     """A model cannot be loaded; the message is one sentence for the user."""
 
@@ -134,8 +147,10 @@ def load_config(name_or_path: str | Path) -> PreTrainedConfig:
             f"{name} is the folder of a run: its models are {name}/questioner and /reasoner"
         )
     if kind not in [*FAMILIES]:
+        reason = NOT_SUPPORTED.get(str(kind), "its layers are not written here")
         raise CheckpointError(
-            f"{name} is a model of type {kind!r}; only {' and '.join(FAMILIES)} are supported"
+            f"{name} is a model of type {kind!r}, which is not supported: {reason};"
+            " Qwen2.5-VL, MiMo-VL and Qwen3-VL (2B, 4B, 8B) are"
         )
     for part in (fields, fields.get("text_config")):
         for key in ("quantization_config", "compression_config"):

@@ -196,7 +196,7 @@ def saved_with_logits(folder, style):
     """A trained model's saved folder and, beside it, an input and its logits as we compute them."""
     source = folder / f"{style}-source"
     source.mkdir()
-    publish(source, "mimo" if style == "mimo" else "qwen")
+    publish(source, "qwen" if style == "five" else style)
     vlm = stirred(as_transformers_5_saves(source) if style == "five" else source)
     vlm.save(folder / style)
     image = noise_image(120, 60)
@@ -208,7 +208,7 @@ def saved_with_logits(folder, style):
     return folder / style, vlm
 
 
-@pytest.mark.parametrize("style", ["qwen", "mimo", "five"])
+@pytest.mark.parametrize("style", ["qwen", "mimo", "qwen3", "qwen3-untied", "five"])
 def test_plain_transformers_4_and_5_compute_the_same(environments, tmp_path, style):
     """A source that transformers 5 saved is none that transformers 4 reads, and nor is what is made of it."""
     saved, vlm = saved_with_logits(tmp_path, style)
