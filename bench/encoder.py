@@ -8,7 +8,7 @@ Forward and backward of one batch of square images.
 import copy
 
 import torch
-from shapes import arguments, compare, peak_extra_bytes, random_vlm, show
+from shapes import arguments, compare, patch_pixels, peak_extra_bytes, random_vlm, show
 
 from families import encode_images
 
@@ -21,7 +21,8 @@ def main() -> None:
     side = 2 * max(1, round(args.image_tokens**0.5))
     grids = torch.tensor([[1, side, side]] * args.prompts)
     rng = torch.Generator().manual_seed(0)
-    pixels = torch.randn(int(grids.prod(1).sum()), 3 * 2 * 14 * 14, generator=rng).to(args.device)
+    width = patch_pixels(visual.config)
+    pixels = torch.randn(int(grids.prod(1).sum()), width, generator=rng).to(args.device)
 
     def ours() -> torch.Tensor:
         features = torch.cat(encode_images(visual, pixels, grids))

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedConfig
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import grpo
 from engine.checkpoint import load_processors
+from families import FAMILIES
 from prompts import rope_positions
 from vlm import VLM, Patches, Prompt
 
@@ -47,23 +48,56 @@ SHAPES = {
     "3b": (text_shape(2048, 11008, 36, 16, 2), PUBLISHED_VISION, 151_936, True),
     "7b": (text_shape(3584, 18944, 28, 28, 4), PUBLISHED_VISION, 152_064, False),
 }
+
+
+def text_shape_3(
+    hidden: int, mlp: int, layers: int, heads: int, key_heads: int = 8, head_dim: int = 128
+) -> dict:
+    """The shape of Qwen3-VL's text model: the width of a head does not follow from the others."""
+    return text_shape(hidden, mlp, layers, heads, key_heads) | dict(head_dim=head_dim)
+
+
+def vision_shape_3(hidden: int, mlp: int, depth: int, heads: int, deepstack: list[int]) -> dict:
+    """The shape of Qwen3-VL's image encoder; deepstack: the blocks whose features the text model gets."""
+    width = dict(hidden_size=hidden, intermediate_size=mlp, depth=depth, num_heads=heads)
+    return width | dict(deepstack_visual_indexes=deepstack)
+
+
+VISION_SMALL = vision_shape_3(256, 1024, 5, 4, [1, 2, 3])
+VISION_2B = vision_shape_3(1024, 4096, 24, 16, [5, 11, 17])
+VISION_8B = vision_shape_3(1152, 4304, 27, 16, [8, 16, 24])
+# The same for Qwen3-VL; "qwen3-small" has the proportions of 4B and 26 million parameters.
+SHAPES_3 = {
+    "qwen3-small": (text_shape_3(320, 1216, 8, 8, 2, 64), VISION_SMALL, 8192, True),
+    "qwen3-2b": (text_shape_3(2048, 6144, 28, 16), VISION_2B, 151_936, True),
+    "qwen3-4b": (text_shape_3(2560, 9728, 36, 32), VISION_2B, 151_936, True),
+    "qwen3-8b": (text_shape_3(4096, 12288, 36, 32), VISION_8B, 151_936, False),
+}
+SIZES = (*SHAPES, *SHAPES_3)
 SPECIAL = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
-def shape_config(size: str, vocab_size: int = 0) -> Qwen2_5_VLConfig:
+def shape_config(size: str, vocab_size: int = 0) -> PreTrainedConfig:
     """The configuration of a model of this shape; its last five words are the special tokens."""
-    text, vision, published, tied = SHAPES[size]
+    third = size in SHAPES_3
+    text, vision, published, tied = (SHAPES_3 if third else SHAPES)[size]
     vocab_size = vocab_size or published
     *special, end = [vocab_size - i for i in range(1, 6)]
-    head_dim = text["hidden_size"] // text["num_attention_heads"]
-    sections = [head_dim // 8, head_dim // 16 * 3, head_dim // 16 * 3]  # 16, 24, 24 of 64, as published
-    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=sections)
-    text = text | dict(vocab_size=vocab_size, rope_parameters=rope, max_position_embeddings=32768)
-    text |= dict(eos_token_id=end, bos_token_id=end, pad_token_id=end)
-    patches = dict(window_size=112, patch_size=14, spatial_merge_size=2)
-    vision = vision | patches | dict(out_hidden_size=text["hidden_size"])
+    head_dim = text.get("head_dim", text["hidden_size"] // text["num_attention_heads"])
+    if third:
+        sections = [head_dim // 16 * 3, head_dim // 32 * 5, head_dim // 32 * 5]  # 24, 20, 20 of 64
+        rope = dict(rope_theta=5e6, mrope_section=sections, mrope_interleaved=True)
+        patches = dict(patch_size=16, num_position_embeddings=2304)
+    else:
+        sections = [head_dim // 8, head_dim // 16 * 3, head_dim // 16 * 3]  # 16, 24, 24 of 64, as published
+        rope = dict(rope_theta=1e6, mrope_section=sections)
+        patches = dict(patch_size=14, window_size=112)
+    text = text | dict(vocab_size=vocab_size, rope_parameters=dict(rope_type="default") | rope)
+    text |= dict(eos_token_id=end, bos_token_id=end, pad_token_id=end, max_position_embeddings=32768)
+    vision = vision | patches | dict(spatial_merge_size=2, out_hidden_size=text["hidden_size"])
     ids = dict(zip(SPECIAL, special))
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
+    kind = FAMILIES["qwen3_vl" if third else "qwen2_5_vl"].MODEL.config_class
+    config = kind(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
     config._attn_implementation = "sdpa"
     return config
 
@@ -76,13 +110,18 @@ def random_vlm(size: str, device: str, dtype: str, vocab_size: int = 0) -> VLM:
     torch.set_default_dtype(getattr(torch, dtype))
     try:
         with torch.device(device):
-            model = Qwen2_5_VLForConditionalGeneration(config)
+            model = FAMILIES[config.model_type].MODEL(config)
     finally:
         torch.set_default_dtype(default)
     model.generation_config.eos_token_id = config.text_config.eos_token_id
     vlm = VLM(model.eval(), *load_processors(ROOT / "toy"))
     vlm.end_ids = [config.text_config.eos_token_id]  # as `model.generate` has it
     return vlm
+
+
+def patch_pixels(vision: PreTrainedConfig) -> int:
+    """How many numbers a patch has: colours, frames, and pixels of each."""
+    return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
 
 
 # ---- What they work on -------------------------------------------------------------------------------------
@@ -96,9 +135,10 @@ def random_prompt(vlm: VLM, tokens: int, seed: int) -> Prompt:
     ids = torch.randint(10, config.text_config.vocab_size - 10, (tokens,), generator=rng)
     ids[start - 1], ids[end] = config.vision_start_token_id, config.vision_end_token_id
     ids[start:end] = config.image_token_id
-    grid = torch.tensor([[1, 2 * side, 2 * side]])
-    positions = rope_positions([start], grid.tolist(), 2, tokens)
-    pixels = torch.randn(4 * side * side, 3 * 2 * 14 * 14, generator=rng)
+    merge = config.vision_config.spatial_merge_size
+    grid = torch.tensor([[1, merge * side, merge * side]])
+    positions = rope_positions([start], grid.tolist(), merge, tokens)
+    pixels = torch.randn(int(grid.prod()), patch_pixels(config.vision_config), generator=rng)
     return Prompt(ids, positions, (Patches(pixels, grid),), torch.arange(start, end))
 
 
@@ -169,7 +209,7 @@ def arguments(description: str, **extra) -> argparse.Namespace:
 def add_model_flags(parser: argparse.ArgumentParser, size: str, device: str) -> None:
     """Which model, where, in which dtype, with these defaults; and --json."""
     dtype = "bfloat16" if device == "cuda" else "float32"
-    parser.add_argument("--size", choices=SHAPES, default=size, help="shape of the random model")
+    parser.add_argument("--size", choices=SIZES, default=size, help="shape of the random model")
     parser.add_argument("--device", default=device, help="cpu or cuda")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=dtype, help="of the weights")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
