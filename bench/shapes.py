@@ -63,11 +63,13 @@ def vision_shape_3(hidden: int, mlp: int, depth: int, heads: int, deepstack: lis
     return width | dict(deepstack_visual_indexes=deepstack)
 
 
+VISION_TINY = vision_shape_3(32, 64, 3, 2, [0, 1])
 VISION_SMALL = vision_shape_3(256, 1024, 5, 4, [1, 2, 3])
 VISION_2B = vision_shape_3(1024, 4096, 24, 16, [5, 11, 17])
 VISION_8B = vision_shape_3(1152, 4304, 27, 16, [8, 16, 24])
 # The same for Qwen3-VL; "qwen3-small" has the proportions of 4B and 26 million parameters.
 SHAPES_3 = {
+    "qwen3-tiny": (text_shape_3(64, 128, 3, 4, 2, 32), VISION_TINY, 512, True),
     "qwen3-small": (text_shape_3(320, 1216, 8, 8, 2, 64), VISION_SMALL, 8192, True),
     "qwen3-2b": (text_shape_3(2048, 6144, 28, 16), VISION_2B, 151_936, True),
     "qwen3-4b": (text_shape_3(2560, 9728, 36, 32), VISION_2B, 151_936, True),

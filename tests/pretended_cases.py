@@ -18,6 +18,24 @@ from pretended_gpu import GPU, PROJECT, Refused, on_gpu, plain
 
 ROOT = Path(PROJECT)
 CASES = {}
+SIZES = ["tiny"]  # of the models that `tiny` makes; its last entry counts
+
+
+def of_qwen3(function):
+    """The same case with a tiny Qwen3-VL."""
+
+    @functools.wraps(function)
+    def case_of_qwen3():
+        SIZES.append("qwen3-tiny")
+        function()
+
+    return case_of_qwen3
+
+
+def both_families(function):
+    """A case that is tried with a model of each family."""
+    CASES[f"qwen3_{function.__name__}"] = of_qwen3(function)
+    return case(function)
 
 
 def case(function):
@@ -34,7 +52,7 @@ def tiny(dtype="float32", lively=False, rank=0):
 
     from lora import add_lora
 
-    vlm = random_vlm("tiny", "cpu", dtype)
+    vlm = random_vlm(SIZES[-1], "cpu", dtype)
     rng = torch.Generator().manual_seed(1)
     if rank:
         add_lora(vlm.model, rank)
@@ -94,7 +112,7 @@ def refused(work, error=Refused):
 # ---- Rollouts ----------------------------------------------------------------------------------------------
 
 
-@case
+@both_families
 def greedy_rollout():
     """Recorded and replayed, with refills: the CPU's tokens."""
     from cache import all_in_one
@@ -119,7 +137,7 @@ def greedy_rollout():
         assert len(made) == layers and (None in made) == (free == 1 << 16)
 
 
-@case
+@both_families
 def sampled_rollout():
     """bfloat16, top-p and top-k: the same recorded or not; who waits for the device is known."""
     from generate import generate
@@ -190,7 +208,7 @@ def nucleus():
         assert chisquare(counts[kept].tolist(), (counts.sum() * want / want.sum()).tolist()).pvalue > 1e-4
 
 
-@case
+@both_families
 def out_of_memory_in_a_rollout():
     """It begins again, smaller: before, during and after a recording."""
     from generate import generate
@@ -215,7 +233,7 @@ def out_of_memory_in_a_rollout():
 # ---- Roles and updates -------------------------------------------------------------------------------------
 
 
-@case
+@both_families
 def parked_roles():
     """Pinned, in one buffer, still tied; lent without a wait and given back as they were."""
     with GPU() as gpu:
@@ -274,12 +292,12 @@ def same_updates(vlm, near, apart):
         assert set(gpu.waits) <= {"grpo_loss", "update"}, set(gpu.waits)
 
 
-@case
+@both_families
 def float32_update():
     same_updates(tiny(), 1e-5, 0.01)
 
 
-@case
+@both_families
 def lora_update():
     """A and B in float32, the base in bfloat16."""
     same_updates(tiny("bfloat16", rank=4), 0.02, 0.2)
@@ -307,7 +325,7 @@ def moments_come_back():
         assert all(map(on_gpu, resumed.moments().values())) and all(torch.equal(a[n], b[n]) for n in a)
 
 
-@case
+@both_families
 def out_of_memory_in_an_update():
     """In the reference, in the forward and in the backward pass: half the budget, and the same step."""
     vlm, places = tiny(), set()

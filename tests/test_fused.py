@@ -113,10 +113,11 @@ def test_compiled_it_gives_the_same(function, dtype):
 
 
 @needs_compiler
-def test_a_compiled_step_writes_the_same_tokens(monkeypatch):
+@pytest.mark.parametrize("size", ["tiny", "qwen3-tiny"])
+def test_a_compiled_step_writes_the_same_tokens(monkeypatch, size):
     """Whole rollouts on the CPU, compiled and with projections in one, in which rows come and go."""
     torch._dynamo.reset()
-    vlm = random_vlm("tiny", "cpu", "float32")
+    vlm = random_vlm(size, "cpu", "float32")
     vlm.end_ids = [vlm.end_ids[0], *range(3, 500, 11)]
     rng, limits = torch.Generator().manual_seed(1), Limits()
     for p in vlm.model.parameters():

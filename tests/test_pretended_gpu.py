@@ -140,6 +140,14 @@ families.qwen2_5_vl, sampled_rollout: windows copied with a wait
 - order = order.to(device, non_blocking=True)
 + order = order.to(device)
 
+families.qwen3_vl, qwen3_sampled_rollout: an order of images made on the GPU
+- order = grids[:, 1:].prod(dim=1).argsort(stable=True)
++ order = grids.to(pixels.device)[:, 1:].prod(dim=1).argsort(stable=True)
+
+families.qwen3_vl, qwen3_float32_update: places in the table of positions made on the CPU
+- entries = torch.arange(side, device=table.device)
++ entries = torch.arange(side)
+
 vision, float32_update: rotations made on the CPU
 - torch.cat(places).to(device, non_blocking=True)
 + torch.cat(places)
