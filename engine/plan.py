@@ -170,12 +170,10 @@ def update_parts(
 
     sizes: of what is trained. ranks: how many share it; None: the plain copy is trained.
     """
-    activations = activation_moments(config, dtype, work, checkpointing, device, sizes, budget)
-    whole = whole_layers(config, dtype, sizes, ranks) if ranks else {}
-    most = max(
-        activations.keys() | whole.keys(), key=lambda name: activations.get(name, 0) + whole.get(name, 0)
-    )
-    return {"whole layers": whole.get(most, 0), "activations": activations.get(most, 0)}
+    activations = activation_moments(config, dtype, work, checkpointing, device, sizes, budget) | {"end": 0}
+    whole = whole_layers(config, dtype, sizes, ranks) if ranks else dict.fromkeys(activations, 0)
+    most = max(activations, key=lambda name: activations[name] + whole[name])
+    return {"whole layers": whole[most], "activations": activations[most]}
 
 
 def whole_layers(
@@ -355,17 +353,16 @@ def batch_moments(
         in_text += tokens * text_layer
         in_image += patches * image_layer
 
-    # A matrix that is input and output embedding has its gradients of both added at the input's, in a third.
+    # An output matrix that embeds tokens, too, waits for its second gradient, and is added to in place.
     matrix = text.vocab_size * text.hidden_size * size if any("embed_tokens" in name for name in sizes) else 0
     waiting = matrix if config.tie_word_embeddings else 0
-    embeddings = matrix + 2 * waiting
-    return {
+    moments = {
         "logits": read + logits_bytes(config, dtype, work, tokens, row, device, matrix, budget),
         "text layer": read + in_text + waiting,
         "end of a text layer": read - (0 if checkpointing else tokens * text_layer) + states + waiting,
-        "embeddings": seen + embeddings,
-        "image layer": seen + in_image,
+        "embeddings": seen + matrix + waiting + (1 + later) * states,
     }
+    return moments | ({"image layer": seen + in_image} if encoder else {})
 
 
 def kept_bytes(config: PreTrainedConfig, dtype: torch.dtype, sizes: dict[str, int]) -> list[int]:
