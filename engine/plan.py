@@ -1,15 +1,15 @@
 """The plan: how much memory each moment of an iteration takes, before anything is loaded.
 
 A role in training has, per parameter, a float32 master, a float32 gradient and AdamW's two float32 moments:
-16 bytes, shared by the processes, and in the computer's memory with --offload. Of the sharded model two
-layers at a time are there in whole, in the dtype it computes in, and all that is in no layer (embeddings, the
-output matrix); the gradient of the latter is reduced last, in float32, when the activations are gone. The
-plain copies (both roles, and the reference) are in the computer's memory, and on a GPU only while they work.
-One process in float32 trains its plain copy itself, which then stays.
+16 bytes, shared by the processes, and in the computer's memory with --offload. Of the sharded model a layer
+at a time is there in whole, in the dtype it computes in, and all that is in no layer (embeddings, the output
+matrix, what merges patches). The plain copies (both roles, and the reference) are in the computer's memory,
+and on a GPU only while they work. One process in float32 trains its plain copy itself, which then stays.
 
-Activations are counted from what autograd keeps of a token or patch in each layer (found with
-`saved_tensors_hooks` in transformers 5.23; `kept` in families/). A test compares the total with the peak of
-an update: 15% at most between them.
+An update has several moments that may take most: the logits, a layer's backward pass, that of the embeddings,
+and the end, when FSDP2 reduces the gradients of what is in no layer (`batch_moments`, `whole_layers`). What
+autograd keeps of a token or patch was found with `saved_tensors_hooks` in transformers 5.23 (`kept` in
+families/). A test compares the total with the peak of an update: 15% at most between them.
 """
 
 import json
@@ -109,7 +109,8 @@ def memory_plan(
     base, copies = {"frozen weights": frozen} if frozen else {}, {"questioner": copy, "reasoner": copy}
     in_training = {"float32 masters": 4 * own if sharded else 0, "AdamW's moments": 8 * own}
     device = "cpu" if device_bytes is None else "cuda"
-    update = update_parts(config, dtype, sizes, work, checkpointing, device, sharded, budget)
+    sharing = ranks if sharded else None
+    update = update_parts(config, dtype, sizes, work, checkpointing, device, sharing, budget)
     gone = device_bytes is not None and offload
     in_training, update["gradients"] = ({}, 0) if gone else (in_training, 4 * own)
     # What stays while nothing works: on a CPU all copies, on a GPU the one that is trained itself.
@@ -162,16 +163,43 @@ def update_parts(
     work: Work,
     checkpointing: bool,
     device: str,
-    sharded: bool,
+    ranks: int | None,
     budget: float = 1.0,
 ) -> dict[str, int]:
-    """What an update takes besides weights, gradients and moments. sizes: of what is trained."""
+    """Returns what an update takes besides weights, gradients and moments, where it takes most.
+
+    sizes: of what is trained. ranks: how many share it; None: the plain copy is trained.
+    """
+    activations = activation_moments(config, dtype, work, checkpointing, device, sizes, budget) | {"end": 0}
+    whole = whole_layers(config, dtype, sizes, ranks) if ranks else dict.fromkeys(activations, 0)
+    most = max(activations, key=lambda name: activations[name] + whole[name])
+    return {"whole layers": whole[most], "activations": activations[most]}
+
+
+def whole_layers(
+    config: PreTrainedConfig, dtype: torch.dtype, sizes: dict[str, int], ranks: int
+) -> dict[str, int]:
+    """Returns the weights and gradients that FSDP2 holds in whole, in bytes, by moment.
+
+    After a layer's backward pass its gradients are copied into a float32 buffer, which is summed over the
+    ranks into another. The first buffer stays until the next layer gets that far. With several ranks the next
+    layer's weights are fetched meanwhile. What is in no layer stays throughout, and is reduced last.
+    """
     rest, layer = layer_sizes(sizes)
-    activations = activation_bytes(config, dtype, work, checkpointing, device, sizes, budget)
-    if not sharded:
-        return {"whole layers": 0, "activations": activations}
-    last = rest * (dtype.itemsize + 4 + 4)
-    return {"whole layers": (rest + 2 * layer) * dtype.itemsize, "activations": max(activations, last)}
+    size, buffer, text = dtype.itemsize, 4 * layer, config.text_config
+    weights = rest + layer * (1 if ranks == 1 else 2)
+    matrix = text.vocab_size * text.hidden_size * size if any("embed_tokens" in name for name in sizes) else 0
+    # The plain copy adds the gradient of an output matrix of its own at once; here it waits for the end.
+    waiting = 0 if config.tie_word_embeddings else matrix
+    first_gradient = min(layer, text.hidden_size * text.intermediate_size) * size
+    return {
+        "logits": rest * size,
+        "text layer": weights * size + buffer + first_gradient + waiting,
+        "end of a text layer": weights * size + buffer + layer * size + waiting,
+        "embeddings": rest * size + buffer + waiting,
+        "image layer": weights * size + buffer + matrix + waiting,
+        "end": rest * max(size + 4, 4 + -(-4 // ranks)),
+    }
 
 
 def cache_bytes(
@@ -269,7 +297,7 @@ def largest_batch(work: Work, budget: float = 1.0) -> tuple[int, int]:
     return min(max(1, int(rows)), work.questions), row
 
 
-def activation_bytes(
+def activation_moments(
     config: PreTrainedConfig,
     dtype: torch.dtype,
     work: Work,
@@ -277,14 +305,17 @@ def activation_bytes(
     device: str,
     sizes: dict[str, int],
     budget: float = 1.0,
-) -> int:
-    """What the backward pass keeps at most (see the top); shorter completions put more images in a batch."""
-    lengths = sorted({max(1, work.new_tokens * i // 32) for i in range(1, 33)})
-    works = [replace(work, new_tokens=length) for length in lengths]
-    return max(batch_bytes(config, dtype, each, checkpointing, device, sizes, budget) for each in works)
+) -> dict[str, int]:
+    """Returns the most that each moment of a batch takes; shorter completions put more images in a batch."""
+    most: dict[str, int] = {}
+    for length in sorted({max(1, work.new_tokens * i // 32) for i in range(1, 33)}):
+        shorter = replace(work, new_tokens=length)
+        moments = batch_moments(config, dtype, shorter, checkpointing, device, sizes, budget)
+        most = {name: max(value, most.get(name, 0)) for name, value in moments.items()}
+    return most
 
 
-def batch_bytes(
+def batch_moments(
     config: PreTrainedConfig,
     dtype: torch.dtype,
     work: Work,
@@ -292,36 +323,74 @@ def batch_bytes(
     device: str,
     sizes: dict[str, int],
     budget: float = 1.0,
-) -> int:
-    """The same for the largest batch of completions that all have `work.new_tokens` tokens.
+) -> dict[str, int]:
+    """Returns the bytes of activations and their gradients at the moments of the largest batch.
 
-    sizes: of what is trained. A frozen image encoder is done with before, and a frozen output matrix has no
-    gradient.
+    All completions have `work.new_tokens` tokens. sizes: of what is trained. A frozen image encoder is done
+    with before, and a frozen embedding has no gradient.
     """
     rows, row = largest_batch(work, budget)
-    text, vision = config.text_config, config.vision_config
-    patches = vision.spatial_merge_size**2 * rows * work.image_tokens
-    of_token, of_patch = (a * dtype.itemsize + 4 * b for a, b in FAMILIES[config.model_type].kept(config))
-
-    text_layer = rows * row * of_token
-    depth = vision.depth if any("visual" in name for name in sizes) else 0
-    vision_layer = patches * of_patch if depth else 0
-    mask = rows * row * row * (1 + dtype.itemsize)  # of what sees what, and what is added to scores
-    # In no layer: the last norm, the states that predict and their gradient; pixels and the merger.
-    ends = rows * row * text.hidden_size * (3 * dtype.itemsize + 2 * 4)
+    text, vision, size = config.text_config, config.vision_config, dtype.itemsize
+    encoder = any("visual" in name for name in sizes)
+    tokens = rows * row
+    patches = vision.spatial_merge_size**2 * rows * work.image_tokens if encoder else 0
+    text_layer, image_layer, merged = kept_bytes(config, dtype, sizes)
+    states = tokens * text.hidden_size * size
     later = len(getattr(vision, "deepstack_visual_indexes", ()))  # features besides the last layer's
-    ends += 2 * later * rows * row * text.hidden_size * dtype.itemsize
     pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    ends += patches * (pixels + 6 * (1 + later) * vision.hidden_size) * dtype.itemsize if depth else 0
-    matrix = text.vocab_size * text.hidden_size * dtype.itemsize  # the gradient of the output matrix
-    matrix = matrix if any("embed_tokens" in name for name in sizes) else 0
-    predicted = rows * min(work.group_size * work.new_tokens, row)  # tokens of completions
-    made = min(max(int(LOGITS[device] * budget), text.vocab_size), predicted * text.vocab_size)
+
+    # Kept until the backward pass has come by: of the image encoder, and of the text model.
+    of_image = patches * vision.hidden_size * size if checkpointing else patches * image_layer
+    of_token = states if checkpointing else tokens * text_layer
+    seen = vision.depth * of_image + patches * (pixels * size + merged)
+    mask = tokens * row * (1 + size)  # of what sees what, and what is added to scores
+    read = seen + text.num_hidden_layers * of_token + later * states + mask
+
+    # A layer that is differentiated: made again if it was not kept, its MLP's gradients, and its states'.
+    in_text = states + 2 * tokens * text.intermediate_size * size
+    in_image = patches * (vision.hidden_size + 2 * vision.intermediate_size) * size
+    if checkpointing:
+        in_text += tokens * text_layer
+        in_image += patches * image_layer
+
+    # An output matrix that embeds tokens, too, waits for its second gradient, and is added to in place.
+    matrix = text.vocab_size * text.hidden_size * size if any("embed_tokens" in name for name in sizes) else 0
+    waiting = matrix if config.tie_word_embeddings else 0
+    moments = {
+        "logits": read + logits_bytes(config, dtype, work, tokens, row, device, matrix, budget),
+        "text layer": read + in_text + waiting,
+        "end of a text layer": read - (0 if checkpointing else tokens * text_layer) + states + waiting,
+        "embeddings": seen + matrix + waiting + (1 + later) * states,
+    }
+    return moments | ({"image layer": seen + in_image} if encoder else {})
+
+
+def kept_bytes(config: PreTrainedConfig, dtype: torch.dtype, sizes: dict[str, int]) -> list[int]:
+    """Returns the bytes that autograd keeps of a token in a text layer, of a patch in a layer and beyond."""
+    kept = FAMILIES[config.model_type].kept(config)
+    if not any("language_model" in name and "norm" in name for name in sizes):
+        # A frozen norm keeps its input, but not what it multiplies with its weight.
+        plain, norms = kept["text layer"]
+        kept["text layer"] = (plain - norms, norms)
+    return [plain * dtype.itemsize + 4 * norms for plain, norms in kept.values()]
+
+
+def logits_bytes(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    work: Work,
+    tokens: int,
+    row: int,
+    device: str,
+    matrix: int,
+    budget: float,
+) -> int:
+    """Returns what stands between the last layer and the loss (see `packing.TargetLogprobs`)."""
+    width, words = config.text_config.hidden_size, config.text_config.vocab_size
+    predicted = tokens // row * min(work.group_size * work.new_tokens, row)  # tokens of completions
+    made = min(max(int(LOGITS[device] * budget), words), predicted * words)
     forward = made * (4 + 4)  # logits in float32 and their exponentials
     backward = made * (4 + (0 if dtype == torch.float32 else dtype.itemsize)) + matrix  # and a cast of them
-    logits = max(forward, backward)
-    if not checkpointing:
-        return ends + mask + text.num_hidden_layers * text_layer + depth * vision_layer + logits
-    inputs = text.num_hidden_layers * rows * row * text.hidden_size + depth * patches * vision.hidden_size
-    one_layer = max(text_layer, vision_layer, matrix) + matrix
-    return ends + mask + inputs * dtype.itemsize + max(one_layer, logits)
+    # The last norm's input in float32, its result before and after its weight, and the states that predict.
+    states = tokens * width * (4 + 2 * dtype.itemsize) + 2 * predicted * width * dtype.itemsize
+    return states + max(forward, backward)

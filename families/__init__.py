@@ -5,8 +5,9 @@
     encode_images   (visual, pixels [patches, ..], grids [images, 3]) -> the features of each image,
                     [tokens, hidden * depths]: what goes where the text model embeds tokens, and what is added
                     to its states after the first layer, the second, ... (see `vlm.hidden_states`)
-    kept            (config) -> how many numbers autograd keeps of a token in a text layer, in the model's
-                    dtype and in float32, and of a patch in a vision layer (engine/plan.py)
+    kept            (config) -> how many numbers autograd keeps, in the model's dtype and in float32: of a
+                    token in a "text layer", of a patch in an "image layer", and of a patch behind the last
+                    layer and beside them, where patches are "merged" into tokens (engine/plan.py)
 
 All else is the same code for all of them. What sets a decode step apart is seen from its layers (cache.py).
 """

@@ -15,14 +15,18 @@ MODEL = Qwen2_5_VLForConditionalGeneration
 PROCESSOR = "Qwen2_5_VLProcessor"
 
 
-def kept(config) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Of its width and its MLP's: 8 and 4 vectors, and 2 in float32 from the norms; 12 in place of 8 in a
-    vision layer, which cuts its windows out and puts them together again."""
+def kept(config) -> dict[str, tuple[int, int]]:
+    """Counts the vectors that a layer keeps: 8 of its width and 4 of its MLP's, and 2 in float32 from norms.
+
+    An image layer keeps 11 in place of 8, as it cuts its windows out and puts them together again.
+    The merger keeps 4, and one in float32.
+    """
     text, vision = config.text_config, config.vision_config
-    return (
-        (8 * text.hidden_size + 4 * text.intermediate_size, 2 * text.hidden_size),
-        (12 * vision.hidden_size + 4 * vision.intermediate_size, 2 * vision.hidden_size),
-    )
+    return {
+        "text layer": (8 * text.hidden_size + 4 * text.intermediate_size, 2 * text.hidden_size),
+        "image layer": (11 * vision.hidden_size + 4 * vision.intermediate_size, 2 * vision.hidden_size),
+        "merged": (4 * vision.hidden_size, vision.hidden_size),
+    }
 
 
 def encode_images(visual, pixels: Tensor, grids: Tensor) -> list[Tensor]:

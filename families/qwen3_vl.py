@@ -15,16 +15,22 @@ MODEL = Qwen3VLForConditionalGeneration
 PROCESSOR = "Qwen3VLProcessor"
 
 
-def kept(config) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Of the width, the heads' width, the keys' and the MLP's: 4, 5, 1 and 4 vectors, and 2, 1, 1 in float32
-    from the norms. A vision layer keeps 11 and 2."""
+def kept(config) -> dict[str, tuple[int, int]]:
+    """Counts the vectors that a layer keeps.
+
+    A text layer keeps 4 of its width, 5 of the heads', 1 of the keys' and 4 of its MLP's, and in float32 what
+    goes into norms: 2 of its width, 1 of the heads' and 1 of the keys'. An image layer keeps 11 of its width
+    and 2 of its MLP's. Each merger keeps 3; the last one keeps its input besides.
+    """
     text, vision = config.text_config, config.vision_config
     width, heads, keys = text.hidden_size, text.num_attention_heads, text.num_key_value_heads
     heads, keys = heads * text.head_dim, keys * text.head_dim
-    return (
-        (4 * width + 5 * heads + keys + 4 * text.intermediate_size, 2 * width + heads + keys),
-        (11 * vision.hidden_size + 2 * vision.intermediate_size, 0),
-    )
+    mergers = 1 + len(vision.deepstack_visual_indexes)
+    return {
+        "text layer": (4 * width + 5 * heads + keys + 4 * text.intermediate_size, 2 * width + heads + keys),
+        "image layer": (11 * vision.hidden_size + 2 * vision.intermediate_size, 0),
+        "merged": ((3 * mergers + 1) * vision.hidden_size, 0),
+    }
 
 
 def encode_images(visual, pixels: Tensor, grids: Tensor) -> list[Tensor]:

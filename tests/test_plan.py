@@ -11,65 +11,73 @@ import cache
 import grpo
 import packing
 from engine import plan
-from engine.shards import Trained
 
 sys.path.append(str(ROOT / "bench"))  # at the end: it has a rewards.py of its own
 import memory  # noqa: E402
 from shapes import peak_extra_bytes, random_completions, random_prompt, random_vlm, shape_config  # noqa: E402
 
+SIZES = ("small", "qwen3-small")  # of both families
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+
+@pytest.fixture(scope="module")
 def small(request):
-    return random_vlm("small", "cpu", request.param)
+    size, dtype = request.param
+    return random_vlm(size, "cpu", dtype)
 
 
-PLAIN, SHARDED = ("float32", False), ("float32", True)
-SHAPES = {"short": (300, 8, 48), "long": (600, 4, 100)}  # prompt tokens, group size, new tokens
+def models(*dtypes):
+    """Has a test run with a small model of each family, in these dtypes."""
+    pairs = [(size, dtype) for size in SIZES for dtype in dtypes]
+    return pytest.mark.parametrize("small", pairs, indirect=True, ids="-".join, scope="module")
 
 
-@pytest.mark.parametrize(
-    "small, sharded, shape",
-    [(*PLAIN, "short"), (*PLAIN, "long"), (*SHARDED, "short"), ("bfloat16", True, "short")],
-    indirect=["small"],
-)
+SHORT = dict(prompt_tokens=300, group_size=8, new_tokens=48)
+LONG = dict(prompt_tokens=600, group_size=4, new_tokens=100)
+
+
+@models("float32")
+@pytest.mark.parametrize("sharded, shape", [(False, SHORT), (False, LONG), (True, SHORT)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_update_against_its_peak(small, sharded, shape, checkpointing):
-    """The most that tensors take during forward and backward, by torch's profiler; 15% at most between them.
-
-    The gradients are there already, as they are from the second batch of an update on; masters and moments,
-    too.
-    """
-    prompt_tokens, group_size, new_tokens = SHAPES[shape]
-    policy = Trained(small.copy(), 1e-6, 0.0, offload=sharded, checkpointing=checkpointing)
-    prompt = random_prompt(small, prompt_tokens, 0)
-    completions = random_completions(small, group_size, new_tokens, 0)
-    group = grpo.Group(prompt, completions, [float(i % 2) for i in range(group_size)])
-    grpo.add_reference([group], small)
-    grpo.backward(policy, [group])
-    measured = peak_extra_bytes(lambda: grpo.backward(policy, [group]), "cpu")
-    work = plan.Work(prompt.image_tokens, len(prompt) - prompt.image_tokens, new_tokens, group_size, 1, 1)
-    config, dtype = small.model.config, small.model.dtype
-    parts = plan.memory_plan(config, dtype, None, work, checkpointing, sharded)[2].parts
-    assert parts["whole layers"] + parts["activations"] == pytest.approx(measured, rel=0.15)
+    """The most that tensors take in forward and backward, by torch's profiler; 15% at most between them."""
+    case = memory.Case(sharded, checkpointing, **shape)
+    planned, measured = memory.planned_and_measured(small, case)
+    assert planned == pytest.approx(measured, rel=0.15)
 
 
-@pytest.mark.parametrize("small", ["float32"], indirect=True)
+@models("bfloat16")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_update_in_bfloat16_against_its_peak(small, checkpointing):
+    planned, measured = memory.planned_and_measured(small, memory.Case(True, checkpointing, **SHORT))
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_an_update_with_many_words_against_its_peak(size):
+    """With 40,000 words the gradients of the embeddings are what takes most."""
+    vlm = random_vlm(size, "cpu", "float32", 40_000)
+    planned, measured = memory.planned_and_measured(vlm, memory.Case(False, True, **SHORT))
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+@models("float32")
 def test_short_completions_take_no_more_than_was_planned_for_long_ones(small, monkeypatch):
-    """Six groups in batches of several: completions may all turn out short, and more images then share a
+    """Four groups in batches of several: completions may all turn out short, and more images then share a
     batch."""
     for name in ("ROW_TOKENS", "BATCH_TOKENS"):
-        monkeypatch.setattr(packing, name, 2048), monkeypatch.setattr(plan, name, 2048)
-    prompts = [random_prompt(small, 300, seed) for seed in range(6)]
-    work = plan.Work(prompts[0].image_tokens, 300 - prompts[0].image_tokens, 200, 8, 6, 1)
+        monkeypatch.setattr(packing, name, 1024), monkeypatch.setattr(plan, name, 1024)
+    prompts = [random_prompt(small, 150, seed) for seed in range(4)]
+    work = plan.Work(prompts[0].image_tokens, 150 - prompts[0].image_tokens, 100, 8, 4, 1)
     config = small.model.config
     sizes = plan.parameter_sizes(config)
-    planned = plan.activation_bytes(config, torch.float32, work, False, "cpu", sizes)
-    completions = [random_completions(small, 8, 20, seed) for seed in range(6)]
+    planned = max(plan.activation_moments(config, torch.float32, work, False, "cpu", sizes).values())
+    completions = [random_completions(small, 8, 10, seed) for seed in range(4)]
     groups = [grpo.Group(p, c, [float(i % 2) for i in range(8)]) for p, c in zip(prompts, completions)]
     grpo.add_reference(groups, small)
     grpo.backward(small, groups)
-    assert peak_extra_bytes(lambda: grpo.backward(small, groups), "cpu") < 1.05 * planned
+    measured = peak_extra_bytes(lambda: grpo.backward(small, groups), "cpu")
     small.model.zero_grad()
+    assert 0.7 * planned < measured < 1.05 * planned
 
 
 def test_the_peak_of_known_allocations():
@@ -82,6 +90,7 @@ def test_the_peak_of_known_allocations():
     assert peak_extra_bytes(work, "cpu") == pytest.approx(15_000_000, rel=0.01)
 
 
+@models("float32", "bfloat16")
 def test_rollouts_against_the_tensors_of_a_rollout(small):
     vlm, n, new_tokens = small, 4, 20
     rows = cache.Rows(vlm, 3, n, 300, new_tokens)
@@ -95,6 +104,7 @@ def test_rollouts_against_the_tensors_of_a_rollout(small):
     )
 
 
+@models("float32")
 def test_a_larger_group_than_a_row_is_planned_as_it_is_packed(small):
     """A batch never holds more tokens than the plan says, whatever the group."""
     for new_tokens in (10, 600, 3000):
@@ -106,16 +116,28 @@ def test_a_larger_group_than_a_row_is_planned_as_it_is_packed(small):
         assert max(len(batch) for batch in batches) * image <= packing.BATCH_IMAGE_TOKENS
 
 
-def test_published_shapes():
-    """Parameters as published (3.75 and 8.29 billion); what a GPU must have for full fine-tuning."""
-    work = plan.Work(1024, 100, 1024, 8, 1024, 10)
-    for size, billions, alone, offloaded in (("3b", 3.75, 80, 12), ("7b", 8.29, None, 24)):
-        config = shape_config(size)
-        assert sum(plan.parameter_sizes(config).values()) / 1e9 == pytest.approx(billions, rel=0.005)
-        for offload, gpu in ((False, alone), (True, offloaded)) if alone else ((True, offloaded),):
-            available = int(memory.GPUS[gpu] * 2**30)
-            for moment in plan.memory_plan(config, torch.bfloat16, available, work, True, offload):
-                assert moment.total < 0.95 * available, (size, offload, moment)
+@pytest.mark.parametrize(
+    "size, billions, alone, offloaded",
+    [
+        ("3b", 3.75, 80, 12),
+        ("7b", 8.29, None, 24),
+        ("qwen3-2b", 2.13, 40, 12),
+        ("qwen3-4b", 4.44, 80, 12),
+        ("qwen3-8b", 8.767, None, 24),
+    ],
+)
+def test_published_shapes(size, billions, alone, offloaded):
+    """Parameters as published; what a GPU must have for full fine-tuning."""
+    work, config = plan.Work(1024, 100, 1024, 8, 1024, 10), shape_config(size)
+    assert sum(plan.parameter_sizes(config).values()) / 1e9 == pytest.approx(billions, rel=0.005)
+    for offload, gpu in ((False, alone), (True, offloaded)) if alone else ((True, offloaded),):
+        available = int(memory.GPUS[gpu] * 2**30)
+        for moment in plan.memory_plan(config, torch.bfloat16, available, work, True, offload):
+            assert moment.total < 0.95 * available, (offload, moment)
+
+
+def test_parameters_of_the_8b_model():
+    assert sum(plan.parameter_sizes(shape_config("qwen3-8b")).values()) == 8_767_123_696
 
 
 def test_several_gpus_share_the_role_in_training():

@@ -51,13 +51,13 @@ def test_smaller_batches_take_what_is_planned_for_them(budget, monkeypatch):
     work = plan.Work(prompt.image_tokens, len(prompt) - prompt.image_tokens, 40, 4, 8, 1)
     config = vlm.model.config
     what = (work, False, "cpu", plan.parameter_sizes(config))
-    planned = plan.batch_bytes(config, torch.float32, *what, budget)
+    planned = max(plan.batch_moments(config, torch.float32, *what, budget).values())
     assert planned == pytest.approx(measured, rel=0.15)
-    assert planned <= plan.activation_bytes(config, torch.float32, *what, budget)
+    assert planned <= max(plan.activation_moments(config, torch.float32, *what, budget).values())
 
 
 def test_less_memory_means_smaller_batches():
-    """3B with LoRA and without checkpointing: by the plan 46.1 GiB, less with smaller batches."""
+    """3B with LoRA and without checkpointing: by the plan 43.8 GiB, less with smaller batches."""
     what, flags, shares = (shape_config("3b"), torch.bfloat16, WORK), PLAIN | dict(lora_rank=16), []
     for gib in (50, 40, 30, 20, 12):
         shares.append(plan.fitting_budget(gib * GIB, *what, **flags))
