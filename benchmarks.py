@@ -23,10 +23,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from answers import extract_answer, read_choice
-from engine.items import item_of
-from engine.published import LeftOut, images_of, records_of, write_images, write_questions
-from engine.settings import OneLineParser
+from answers import extract_answer
+from measure.choices import read_choice
+from measure.items import item_of
+from measure.published import LeftOut, images_of, records_of, write_images, write_questions
+from training.settings import OneLineParser
 
 # How the prompts of those end that do not leave room for steps.
 LETTER = "Answer with the option's letter from the given choices directly."

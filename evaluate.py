@@ -22,28 +22,26 @@ How the paper's benchmarks become such lines is in docs/evaluation.md.
 
 import signal
 
+from training.folder import printable
+
 if __name__ == "__main__":  # during the imports, which take seconds, Ctrl-C leaves no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import json
 import math
-import re
-import string
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-import reasoner
-from answers import read_choice, read_yes_no
-from engine.checkpoint import (
+from measure.choices import read_choice
+from measure.items import Item, read_answer, read_lines, right  # noqa: F401  other programs import them here
+from measure.outcomes import Outcome, answer_all, judge_all
+from measure.scores import compare, full_report, judge_scores
+from model.checkpoint import (
     check_max_pixels,
     check_weights,
     load_config,
@@ -51,209 +49,18 @@ from engine.checkpoint import (
     resolve,
     token_side,
 )
-from engine.images import ImageError, load_image
-from engine.intervals import bootstrap, mcnemar
-from engine.item_prompts import batches, item_prompt, judge_prompt
-from engine.items import Item, choices_of, read_answer, read_lines, right
-from engine.records import printable
-from engine.settings import OneLineParser
-from engine.table import table
-from generate import generate
-from rewards import confidence
-from vlm import VLM
+from model.vlm import VLM
+from training.images import ImageError, load_image
+from training.settings import OneLineParser
 
 chosen = read_choice  # its name in earlier versions
-BINS = 10
 LEAST_PIXELS = 28 * 28  # the smallest image token of any family; a checkpoint may want more
-MEANS = ("greedy_accuracy", "sampled_accuracy", "majority_accuracy", "pass_at_m", "confidence")
-
-
-@dataclass
-class Outcome:
-    """What a model answered to an item: once greedily, m times at random.
-
-    judged: what the judge says of the greedy answer, None if it was not asked or not clear.
-    """
-
-    item: Item
-    greedy: str | None
-    samples: list[str | None]
-    judged: bool | None = None
-
-    @property
-    def greedy_right(self) -> bool:
-        """Whether the greedy answer is right."""
-        return right(self.greedy, self.item)
-
-    @cached_property
-    def values(self) -> dict[str, float]:
-        """What each of MEANS is the mean of."""
-        label, share = confidence(self.samples)
-        samples_right = [right(answer, self.item) for answer in self.samples]
-        sampled = sum(samples_right) / len(samples_right)
-        values = (self.greedy_right, sampled, right(label, self.item), any(samples_right), share)
-        return dict(zip(MEANS, map(float, values)))
-
-    def record(self) -> dict:
-        """All of it, for --json."""
-        return asdict(self) | {"greedy_right": self.greedy_right}
 
 
 # ---- Asking ----
 
 
-def question_text(item: Item) -> str:
-    """The question, its choices as lettered lines, and its own ending or the Reasoner's instruction."""
-    lines = [f"({letter}) {choice}" for letter, choice in zip(string.ascii_uppercase, item.choices)]
-    ending = f"\n{item.ending}" if item.ending else reasoner.INSTRUCTION
-    return "\n".join([item.question, *lines]) + ending
-
-
-def answer_all(vlm: VLM, items: Sequence[Item], samples: int, batch: int = 64, **sampling) -> list[Outcome]:
-    """Asks every item once greedily and `samples` times at random; `sampling` goes to `generate.generate`.
-
-    batch: the most images that are in memory at a time.
-    """
-    outcomes, parts = [], list(batches(items, batch))
-    for part in tqdm(parts, desc="answering", leave=False, disable=None if len(parts) > 1 else True):
-        some = items[part]
-        prompts = [item_prompt(vlm, item, question_text(item)) for item in some]
-        greedy = generate(vlm, prompts, 1, **sampling | {"temperature": 0.0})
-        drawn = generate(vlm, prompts, samples, **sampling)
-        for item, first, others in zip(some, greedy, drawn):
-            answers = [read_answer(vlm.output_text(ids), item) for ids in first + others]
-            outcomes.append(Outcome(item, answers[0], answers[1:]))
-    return outcomes
-
-
-def judge_all(judge: VLM, outcomes: Sequence[Outcome], max_new_tokens: int, batch: int = 64) -> None:
-    """Asks a model whether the greedy answers to free-form questions are right, and sets `judged`."""
-    free = [o for o in outcomes if not choices_of(o.item) and o.greedy is not None]
-    for part in batches([o.item for o in free], batch):
-        some = free[part]
-        prompts = [judge_prompt(judge, o.item, o.greedy) for o in some]
-        for outcome, (ids,) in zip(some, generate(judge, prompts, 1, max_new_tokens, temperature=0.0)):
-            outcome.judged = read_yes_no(judge.output_text(ids))
-
-
 # ---- Scores ----
-
-
-def scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """The means of MEANS, and `ece`."""
-    means = {name: sum(o.values[name] for o in outcomes) / len(outcomes) for name in MEANS}
-    bins = reliability(outcomes)
-    return means | {"ece": sum(b["share"] * abs(b["right"] - b["confidence"]) for b in bins)}
-
-
-def reliability(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
-    """Per bin of confidence that is not empty: its bounds (the upper one belongs to it), the share of
-    questions in it, their mean confidence, and how many of their majorities are right."""
-    bins: dict[int, list[dict]] = {}
-    for values in (outcome.values for outcome in outcomes):
-        bins.setdefault(max(0, math.ceil(round(values["confidence"] * BINS, 9)) - 1), []).append(values)
-    table = []
-    for number, members in sorted(bins.items()):
-        sure, right = (
-            sum(v[name] for v in members) / len(members) for name in ("confidence", "majority_accuracy")
-        )
-        bounds = dict(above=number / BINS, upto=(number + 1) / BINS)
-        table.append(bounds | dict(share=len(members) / len(outcomes), confidence=sure, right=right))
-    return table
-
-
-def compare(first: Sequence[Outcome], second: Sequence[Outcome]) -> dict[str, dict]:
-    """How much better the second model is than the first on the same questions: the difference of each mean
-    with its interval, and for right-or-wrong answers McNemar's p."""
-    result, images = {}, [outcome.item.image_set for outcome in first]
-    for name in MEANS:
-        a, b = ([outcome.values[name] for outcome in outcomes] for outcomes in (first, second))
-        difference = [y - x for x, y in zip(a, b)]
-        mean, interval = sum(difference) / len(difference), bootstrap(difference, images)
-        result[name] = dict(difference=mean, interval=interval)
-        if name in ("greedy_accuracy", "majority_accuracy"):
-            result[name]["p"] = mcnemar([bool(x) for x in b], [bool(x) for x in a])
-    return result
-
-
-def pair_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """HallusionBench's scores of greedy answers (arXiv 2310.14566): aAcc of all questions; qAcc of questions
-    that are right for each of their figures; fAcc of figures all of whose questions are right. {} without all
-    ids."""
-    if not outcomes or not all(o.item.question_id and o.item.figure_id for o in outcomes):
-        return {}
-
-    def all_right(key: Callable[[Item], str]) -> float:
-        groups: dict[str, bool] = {}
-        for o in outcomes:
-            groups[key(o.item)] = groups.get(key(o.item), True) and o.greedy_right
-        return sum(groups.values()) / len(groups)
-
-    a_acc = sum(o.greedy_right for o in outcomes) / len(outcomes)
-    q_acc, f_acc = all_right(lambda item: item.question_id), all_right(lambda item: item.figure_id)
-    return dict(aAcc=a_acc, qAcc=q_acc, fAcc=f_acc)
-
-
-def we_math(groups: Sequence[tuple[Sequence[bool], bool]]) -> dict[str, float]:
-    """We-Math's metric (arXiv 2407.01284). A group: which of a problem's steps are right, and whether the
-    whole problem is.
-
-    Shares of the groups: IK (insufficient knowledge: a step and the whole are wrong), IG (inadequate
-    generalisation: every step is right, the whole wrong), CM (complete mastery: all right), RM (rote memory:
-    the whole is right without the steps). Strictly one wrong step makes it RM, loosely only all steps wrong.
-    RM_rate is RM / (CM + RM), score is 1 - IG / 2 - IK - RM. {} without a group.
-    """
-    result = {}
-    for how, known in (("strict", all), ("loose", any)) if groups else ():
-        ways = [
-            ("CM" if known(steps) else "RM") if whole else ("IG" if all(steps) else "IK")
-            for steps, whole in groups
-        ]
-        share = {way: ways.count(way) / len(groups) for way in ("IK", "IG", "CM", "RM")}
-        solved = share["CM"] + share["RM"]
-        share["RM_rate"] = share["RM"] / solved if solved else 0.0
-        share["score"] = 1 - share["IG"] / 2 - share["IK"] - share["RM"]
-        result |= {f"{way} {how}": value for way, value in share.items()}
-    return result
-
-
-def we_math_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """`we_math` of greedy answers, where each kind is We-Math's key ("2steps_1", "2steps_multi") and each
-    question_id names the problem. Problems without all their parts are left out. {} of other data."""
-    problems: dict[tuple[str, str], dict[str, bool]] = {}
-    for o in outcomes:
-        key = re.fullmatch(r"([23])steps_([123]|multi)", o.item.kind)
-        if not key or not o.item.question_id:
-            return {}
-        problems.setdefault((key[1], o.item.question_id), {})[key[2]] = o.greedy_right
-    whole = [p for (steps, _), p in problems.items() if "multi" in p and len(p) == int(steps) + 1]
-    return we_math([([right for part, right in p.items() if part != "multi"], p["multi"]) for p in whole])
-
-
-def judge_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Of the free-form questions with a clear verdict: their share of all, and how often it disagrees with
-    the rules. Of these and those without an answer, which are wrong: how many the judge calls right."""
-    judged = [o for o in outcomes if o.judged is not None]
-    unanswered = [o for o in outcomes if o.greedy is None and not choices_of(o.item)]
-    result = dict(judged=len(judged) / len(outcomes))
-    if judged or unanswered:
-        result["judged_right"] = sum(o.judged for o in judged) / len(judged + unanswered)
-    if judged:
-        result["judge_disagreement"] = sum(o.judged != o.greedy_right for o in judged) / len(judged)
-    return result
-
-
-def full_report(outcomes: Sequence[Outcome]) -> dict:
-    """All scores, overall and per kind, with intervals."""
-    report = {}
-    for kind in ["all", *sorted({o.item.kind for o in outcomes} - {""})]:
-        some = [o for o in outcomes if kind in ("all", o.item.kind)]
-        images = [o.item.image_set for o in some]
-        intervals = {name: bootstrap([o.values[name] for o in some], images) for name in MEANS}
-        report[kind] = dict(questions=len(some), **scores(some), intervals=intervals)
-    return dict(
-        scores=report, reliability=reliability(outcomes), **pair_scores(outcomes), **we_math_scores(outcomes)
-    )
 
 
 # ---- The command line ----
@@ -402,3 +209,33 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())
+
+
+def table(reports: dict[str, dict]) -> str:
+    """The comparisons with the first model, then the scores of all models side by side."""
+    first = next(iter(reports))
+    means = list(reports[first]["scores"]["all"]["intervals"])
+    heads = [f"{name.removesuffix('_accuracy'):>18}" for name in means]
+    comparisons, rows = [], [("model", "kind", f"{'n':>5}", *heads, f"{'ece':>6}")]
+    for model, report in reports.items():
+        for name, c in report.get("against_first", {}).items():
+            change = "{:>+8.3f} against {} [{:+.3f}, {:+.3f}]"
+            change = change.format(c["difference"], printable(first), *c["interval"])
+            comparisons.append((model, name, change + (_p_value(c["p"]) if "p" in c else "")))
+        for kind, s in report["scores"].items():
+            cells = ["{:.3f} [{:.2f}, {:.2f}]".format(s[name], *s["intervals"][name]) for name in means]
+            rows.append((model, kind, f"{s['questions']:>5}", *cells, f"{s['ece']:>6.3f}"))
+        for name, value in report.items():
+            if isinstance(value, float):  # of the pairs, of We-Math, of the judge
+                rows.append((model, name, f"{value:>14.3f}"))
+        for b in report["reliability"]:
+            bin_name = f"confidence ({b['above']:.1f}, {b['upto']:.1f}]"
+            found = f"mean {b['confidence']:.3f}, right {b['right']:.3f}"
+            rows.append((model, bin_name, f"{b['share']:>8.3f} of the questions, {found}"))
+    rows = [(printable(model), printable(name), *cells) for model, name, *cells in comparisons + rows]
+    models, names = (max(len(row[i]) for row in rows) for i in (0, 1))  # no two look the same cut off
+    return "\n".join(" ".join([f"{row[0]:<{models}} {row[1]:<{names}}", *row[2:]]) for row in rows)
+
+
+def _p_value(p: float) -> str:
+    return ", McNemar p < 0.0001" if p < 1e-4 else f", McNemar p = {p:.4f}"

@@ -23,7 +23,7 @@ when the phase began; `together`, `gather` and `once` do nothing where there is 
 if __name__ == "__main__":  # torch takes seconds to import: --help, a wrong flag and Ctrl-C come before it
     import signal
 
-    from engine.settings import parse_arguments
+    from training.settings import parse_arguments
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parse_arguments(__doc__)
@@ -38,11 +38,11 @@ import grpo
 import questioner
 import reasoner
 import rewards
-import watch
 from curate import Example
-from engine import command
-from engine.run import Run
-from engine.settings import Settings
+from measure import watch
+from training import command
+from training.run import Run
+from training.settings import Settings
 
 # ---- What a researcher may change (see docs/your-own-idea.md) ----------------------------------------------
 

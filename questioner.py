@@ -15,9 +15,9 @@ The prompt is our own and the same for every model; the paper's is longer and na
 from dataclasses import dataclass
 
 from answers import extract_answer
-from engine.images import Picture
-from generate import generate
-from vlm import VLM, Patches, Prompt
+from model.generate import generate
+from model.prompt import Patches, Picture, Prompt
+from model.vlm import VLM
 
 KINDS = ("multiple choice", "numerical", "regression")
 INSTRUCTION = (

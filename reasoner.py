@@ -16,10 +16,11 @@ from PIL import Image
 
 from answers import extract_answer
 from curate import Example
-from generate import generate
+from model.generate import generate
+from model.prompt import Patches, Prompt
+from model.vlm import VLM
 from questioner import Asked
 from rewards import confidence
-from vlm import VLM, Patches, Prompt
 
 INSTRUCTION = "\nThink step by step, then give the final answer in \\boxed{}."
 

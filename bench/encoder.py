@@ -10,7 +10,7 @@ import copy
 import torch
 from shapes import arguments, compare, patch_pixels, peak_extra_bytes, random_vlm, show
 
-from families import encode_images
+from model.families import encode_images
 
 
 def main() -> None:

@@ -18,11 +18,11 @@ import checkpoints  # noqa: E402
 from transformers import AutoModelForImageTextToText  # noqa: E402
 
 import grpo  # noqa: E402
-import lora  # noqa: E402
-from engine.shards import Trained  # noqa: E402
-from families import encode_images  # noqa: E402
-from generate import generate  # noqa: E402
-from vlm import VLM  # noqa: E402
+from model import lora  # noqa: E402
+from model.families import encode_images  # noqa: E402
+from model.generate import generate  # noqa: E402
+from model.vlm import VLM  # noqa: E402
+from training.policy import Trained  # noqa: E402
 
 STYLES = {"qwen": "Qwen2.5-VL, tied", "mimo": "MiMo-VL, untied", "qwen3": "Qwen3-VL, tied"}
 STYLES["qwen3-untied"] = "Qwen3-VL, untied"

@@ -42,10 +42,10 @@ from shapes import (
 )
 
 import grpo
-from cache import cache_token_bytes
-from engine import plan
-from engine.shards import Trained
-from generate import generate
+from model.decode import cache_token_bytes
+from model.generate import generate
+from training import memory_plan as plan
+from training.policy import Trained
 
 BENCH = ROOT / "bench"
 SECONDS = dict(  # that a part may take

@@ -15,11 +15,11 @@ from collections import Counter
 import torch
 from shapes import arguments, random_prompts, random_questions, random_vlm, show, synchronize
 
-import generate
 import grpo
 import rewards
-import vlm as vlm_module
-from engine.shards import Trained
+from model import generate
+from model import vlm as vlm_module
+from training.policy import Trained
 
 
 class Stopwatch:

@@ -21,9 +21,8 @@ import torch
 from shapes import random_vlm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cache
-import fused
-import generate
+from model import decode as cache
+from model import fused, generate
 
 # As counted by --schedule with torch 2.13 and Triton 3.9; matrix products included.
 KERNELS = dict(begin=4, add_norm=1, rotate_and_write=2, attend=8, swiglu=1, write_logits=1)

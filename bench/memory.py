@@ -14,9 +14,9 @@ import torch
 from shapes import peak_extra_bytes, random_completions, random_prompt, random_vlm, shape_config
 
 import grpo
-from engine import plan
-from engine.shards import Trained
-from vlm import VLM
+from model.vlm import VLM
+from training import memory_plan as plan
+from training.policy import Trained
 
 MODELS = {
     "3b": "Qwen2.5-VL 3B",

@@ -9,7 +9,7 @@ group is `num_return_sequences` there.
 import torch
 from shapes import arguments, compare, peak_extra_bytes, random_prompts, random_vlm, show
 
-from generate import generate
+from model.generate import generate
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import torch
 from shapes import arguments, random_groups, random_prompts, random_vlm, seconds, show
 
 import grpo
-from generate import generate
+from model.generate import generate
 
 
 def main() -> None:

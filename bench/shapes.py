@@ -19,10 +19,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import grpo
-from engine.checkpoint import load_processors
-from families import FAMILIES
-from prompts import rope_positions
-from vlm import VLM, Patches, Prompt
+from model.checkpoint import load_processors
+from model.families import FAMILIES
+from model.prompt import Patches, Prompt, rope_positions
+from model.vlm import VLM
 
 # ---- Models ------------------------------------------------------------------------------------------------
 

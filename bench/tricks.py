@@ -11,10 +11,9 @@ from contextlib import contextmanager
 import torch
 from shapes import arguments, compare, peak_extra_bytes, random_groups, random_prompts, random_vlm, show
 
-import cache
-import generate
 import grpo
-import packing
+from model import decode as cache
+from model import generate, packing
 
 
 def main() -> None:

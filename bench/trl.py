@@ -36,10 +36,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
 
 import grpo
-from engine.checkpoint import load_config, load_processors
-from engine.shards import Trained
-from generate import generate
-from vlm import VLM
+from model.checkpoint import load_config, load_processors
+from model.generate import generate
+from model.vlm import VLM
+from training.policy import Trained
 
 PARTS = ("rollout", "reference", "update", "rest")
 TOP_P, BETA, CLIP, MAX_NORM = 0.99, 0.01, 0.2, 1.0

@@ -35,13 +35,14 @@ import loop
 import reasoner
 import rewards
 import toy.build
-import watch
 from answers import canonical
-from engine import command, preview
-from engine.images import load_image
-from engine.settings import TOY, TOY_DEFAULTS, Settings
+from measure import watch
 from toy.answerer import understand
-from toy.scenes import read_truth
+from training import command
+from training import dry_run as preview
+from training.images import load_image
+from training.scenes import read_truth
+from training.settings import TOY, TOY_DEFAULTS, Settings
 
 EXPERIMENTS: dict[str, dict] = {  # the settings that differ from `python loop.py`
     "default": {},

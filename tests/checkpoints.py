@@ -20,8 +20,9 @@ from transformers.video_processing_utils import BaseVideoProcessor
 
 import questioner
 import reasoner
-from families import FAMILIES
-from vlm import VLM, Prompt
+from model.families import FAMILIES
+from model.prompt import Prompt
+from model.vlm import VLM
 
 # The control tokens of Qwen2.5, in the order of its vocabulary.
 CONTROL = [
@@ -90,7 +91,7 @@ def publish(folder: Path, style: str) -> Path:
 
 def as_transformers_5_saves(folder: Path) -> Path:
     """Rewrites a checkpoint as transformers 5 saves model and processor: no preprocessor_config.json."""
-    from vlm import VLM
+    from model.vlm import VLM
 
     vlm = VLM.load(folder, "cpu", torch.float32)
     for file in folder.iterdir():

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import checkpoints  # noqa: E402
 
-from vlm import VLM  # noqa: E402
+from model.vlm import VLM  # noqa: E402
 
 
 def pytest_addoption(parser):

@@ -50,7 +50,7 @@ def tiny(dtype="float32", lively=False, rank=0):
     """A tiny random model on the CPU. lively: many words end a completion, and it does not repeat itself."""
     from shapes import random_vlm
 
-    from lora import add_lora
+    from model.lora import add_lora
 
     vlm = random_vlm(SIZES[-1], "cpu", dtype)
     rng = torch.Generator().manual_seed(1)
@@ -82,8 +82,8 @@ def prompts_of(vlm, count):
 
 def small_buckets():
     """Several graphs, rows that leave and prompts that wait, although all is tiny."""
-    import cache
-    import generate
+    from model import decode as cache
+    from model import generate
 
     cache.BUCKETS["cuda"], generate.CHECK_EVERY["cuda"] = (4, 2, 16, 8), 4
     generate.slots_in_memory = lambda *_: 2
@@ -115,8 +115,8 @@ def refused(work, error=Refused):
 @both_families
 def greedy_rollout():
     """Recorded and replayed, with refills: the CPU's tokens."""
-    from cache import all_in_one
-    from generate import generate
+    from model.decode import all_in_one
+    from model.generate import generate
 
     vlm, prompts = tiny(lively=True), prompts_of(tiny(), 8)
     want = generate(vlm, prompts, 2, 24, temperature=0.0)
@@ -140,7 +140,7 @@ def greedy_rollout():
 @both_families
 def sampled_rollout():
     """bfloat16, top-p and top-k: the same recorded or not; who waits for the device is known."""
-    from generate import generate
+    from model.generate import generate
 
     vlm, prompts = tiny("bfloat16", lively=True), prompts_of(tiny(), 3)
     small_buckets()
@@ -162,7 +162,7 @@ def sampled_rollout():
 
 def goes_on_without(vlm, prompts, sentence, **broken):
     """Greedy rollouts of three roles on a GPU that lacks something: the CPU's tokens, and one sentence."""
-    from generate import generate
+    from model.generate import generate
 
     want, said = generate(vlm, prompts, 2, 12, temperature=0.0), StringIO()
     with GPU(**broken) as gpu, redirect_stderr(said):
@@ -195,7 +195,7 @@ def nucleus():
     """A fixed number of rows draws again, and what comes is the nucleus's distribution."""
     from scipy.stats import chisquare
 
-    from generate import _rows_outside, sample
+    from model.sampling import _rows_outside, sample
 
     probs = torch.tensor([0.4, 0.25, 0.0, 0.15, 0.1, 0.06, 0.04])
     for top_p, kept in ((0.85, [0, 1, 3, 4]), (0.7, [0, 1, 3]), (0.99, [0, 1, 3, 4, 5, 6])):
@@ -211,7 +211,7 @@ def nucleus():
 @both_families
 def out_of_memory_in_a_rollout():
     """It begins again, smaller: before, during and after a recording."""
-    from generate import generate
+    from model.generate import generate
 
     vlm, prompts = tiny(lively=True), prompts_of(tiny(), 4)
     want = generate(vlm, prompts, 2, 12, temperature=0.0)
@@ -261,7 +261,7 @@ def updated(vlm, checkpointing):
     from shapes import random_completions
 
     import grpo
-    from engine.shards import Trained
+    from training.policy import Trained
 
     vlm.park()
     reference = vlm.copy()
@@ -306,7 +306,7 @@ def lora_update():
 @case
 def moments_come_back():
     """What a state has on the disk is on the CPU; a resumed run goes on as if it had not stopped."""
-    from engine.shards import Trained
+    from training.policy import Trained
 
     with GPU():
         policy = Trained(lent(tiny("bfloat16", rank=2)), 1e-3, 1e-2)
@@ -348,9 +348,9 @@ def lora_export():
     from PIL import Image
     from safetensors.torch import load_file
 
-    import lora
-    from generate import generate
-    from vlm import VLM
+    from model import lora
+    from model.generate import generate
+    from model.vlm import VLM
 
     folder, image = Path(scratch()), Image.new("RGB", (56, 56))
 
@@ -394,8 +394,9 @@ FLAGS += " --group-size 2 --answers 2 --max-new-tokens 18 --save-every 1 --tau-l
 def whole_and_resumed(*flags):
     """Two runs in an empty folder, one stopped in the middle and resumed; gives both folders."""
     import loop
-    import watch
-    from engine import preview, run
+    from measure import watch
+    from training import dry_run as preview
+    from training import run
 
     watch.HELD_OUT_QUESTIONS, preview.SCENES, watch.PROBES = 1, 4, 1
     os.chdir(scratch())

@@ -6,16 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from answers import (
-    canonical,
-    extract_answer,
-    options_in,
-    read_choice,
-    read_yes_no,
-    same_answer,
-    says_something,
-    without_thinking,
-)
+from answers import canonical, extract_answer, same_answer, says_something, without_thinking
+from measure.choices import options_in, read_choice, read_yes_no
 from rewards import confidence
 
 SAME = {

@@ -13,7 +13,7 @@ from test_benchmarks_data import IMAGE, MMMU, OFFICIAL, OTHER, RECORDS, file_of
 
 import benchmarks
 import evaluate
-from engine.images import find_images
+from training.images import find_images
 
 
 def datasets_with(**splits):

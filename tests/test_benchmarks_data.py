@@ -13,9 +13,11 @@ from PIL import Image
 
 import benchmarks
 import evaluate
+import reasoner
 from benchmarks import BENCHMARKS, line_of, split_choices, with_marks, without_marks
-from engine.items import Item, item_of, read_answer, right
-from evaluate import Outcome, we_math, we_math_scores
+from measure.items import Item, item_of, read_answer, right
+from measure.outcomes import Outcome, question_text
+from measure.scores import full_report, we_math, we_math_scores
 
 
 def file_of(colour: str = "red", kind: str = "PNG") -> bytes:
@@ -228,7 +230,7 @@ def test_mmmu_with_several_images():
     )  # fmt: skip
     three = item_of(made | dict(images=["x", "y", "z"]), ROOT)
     assert three.marks == ["<image 1>", "<image 2>", "<image 3>"]
-    assert evaluate.question_text(three).split("\n")[1] == "(A) <image 3>"
+    assert question_text(three).split("\n")[1] == "(A) <image 3>"
     assert is_right("(A)", three) and is_right("<image 3>", three) and not is_right("B", three)
 
 
@@ -383,8 +385,8 @@ def test_an_ending_without_a_box_is_answered_without_one(text, said):
 
 def test_the_ending_stands_instead_of_the_instruction():
     direct = Item("x", "Which?", ("A",), ("red", "blue"), ending="Directly.")
-    assert evaluate.question_text(direct) == "Which?\n(A) red\n(B) blue\nDirectly."
-    assert evaluate.question_text(Item("x", "?", ("A",))) == "?" + evaluate.reasoner.INSTRUCTION
+    assert question_text(direct) == "Which?\n(A) red\n(B) blue\nDirectly."
+    assert question_text(Item("x", "?", ("A",))) == "?" + reasoner.INSTRUCTION
 
 
 @pytest.mark.parametrize("precision", [-1, 1.5, "1", True, 21])
@@ -419,5 +421,5 @@ def test_we_math_joins_steps_and_wholes():
     assert we_math_scores(two + three + lone) == we_math([([T, F], T), ([T, T, T], T)])
     assert we_math_scores(lone) == {} and we_math_scores([]) == {}
     assert we_math_scores([*two, outcome("other", "1", T)]) == {}
-    report = evaluate.full_report(two)
+    report = full_report(two)
     assert report["score strict"] == 0.0 and "RM strict" in evaluate.table({"m": report})

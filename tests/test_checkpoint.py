@@ -9,8 +9,8 @@ from checkpoints import edit, noise_image, plain_inputs, publish
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen2VLImageProcessorPil
 
-from engine.checkpoint import end_ids, load_processors
-from vlm import VLM, CheckpointError
+from model.checkpoint import CheckpointError, end_ids, load_processors
+from model.vlm import VLM
 
 
 def test_published_layout_loads_every_weight(published):

@@ -11,8 +11,8 @@ import torch
 from checkpoints import as_transformers_5_saves, edit, noise_image, plain_inputs, publish
 from safetensors.torch import load_file, save_file
 
-from engine.checkpoint import prove_export
-from vlm import VLM, CheckpointError
+from model.checkpoint import CheckpointError, prove_export
+from model.vlm import VLM
 
 SMALL = (".json", ".txt", ".jinja")
 

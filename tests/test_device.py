@@ -8,11 +8,11 @@ import pytest
 import torch
 from checkpoints import load_lively, noise_image, plain_inputs, publish
 
-import generate as generate_module
 import grpo
-from engine.shards import Trained
-from generate import generate
-from vlm import VLM
+from model import generate as generate_module
+from model.generate import generate
+from model.vlm import VLM
+from training.policy import Trained
 
 SIZES = [(60, 60), (120, 60), (40, 200), (90, 90)]
 

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 import evaluate
-from evaluate import Item, Outcome, chosen, right
+from evaluate import Item, chosen, right
+from measure.items import choices_of
+from measure.outcomes import Outcome
+from measure.scores import bootstrap, compare, mcnemar, mean_scores, pair_scores, reliability
 
 ABCD = ("a cat", "a dog", "two cats", "42")
 
@@ -102,8 +105,8 @@ def test_answers_are_read_as_benchmarks_give_them(item, text, is_right):
 
 def test_a_letter_without_options_is_an_ordinary_answer():
     vitamin = Item("x", "Which vitamin is it?", ("C",))
-    assert evaluate.choices_of(vitamin) == () and evaluate.read_answer(r"\boxed{C}", vitamin) == "C"
-    assert evaluate.choices_of(Item("x", "A: red, B: blue. How many are there?", ("5",))) == ()
+    assert choices_of(vitamin) == () and evaluate.read_answer(r"\boxed{C}", vitamin) == "C"
+    assert choices_of(Item("x", "A: red, B: blue. How many are there?", ("5",))) == ()
 
 
 def outcome(greedy, samples, answer="1", **fields):
@@ -120,7 +123,7 @@ FOUR = [
 
 
 def test_every_mean_by_hand():
-    result = evaluate.scores(FOUR)
+    result = mean_scores(FOUR)
     assert result["greedy_accuracy"] == 2 / 4
     assert result["sampled_accuracy"] == (2 + 1 + 4 + 0) / 16
     assert result["majority_accuracy"] == 2 / 4
@@ -130,32 +133,32 @@ def test_every_mean_by_hand():
 
 def test_calibration_by_hand():
     """Bins: 0 (none right of 1), 0.5 (1 of 2 right), 1.0 (1 of 1): the share right is the confidence."""
-    table = evaluate.reliability(FOUR)
+    table = reliability(FOUR)
     assert [(b["above"], b["upto"], b["share"], b["confidence"], b["right"]) for b in table] == [
         (0.0, 0.1, 0.25, 0.0, 0.0), (0.4, 0.5, 0.5, 0.5, 0.5), (0.9, 1.0, 0.25, 1.0, 1.0)
     ]  # fmt: skip
-    assert evaluate.scores(FOUR)["ece"] == 0
+    assert mean_scores(FOUR)["ece"] == 0
     wrong = [
         outcome("1", ["2", "2", "2", "1"]),
         outcome("1", ["1", "1", "1", "2"]),
     ]  # both 0.75, one of two right
-    assert evaluate.scores(wrong)["ece"] == pytest.approx(abs(0.5 - 0.75))
+    assert mean_scores(wrong)["ece"] == pytest.approx(abs(0.5 - 0.75))
 
 
 @pytest.mark.parametrize("share", [i / 10 for i in range(11)])
 def test_a_confidence_on_a_border_falls_into_the_bin_below(share):
     votes = ["1"] * round(10 * share) + [None] * (10 - round(10 * share))
-    (b,) = evaluate.reliability([outcome("1", votes)])
+    (b,) = reliability([outcome("1", votes)])
     assert b["upto"] == pytest.approx(max(0.1, share))
 
 
 def test_bootstrap_interval():
     """Of N values 0 or 1 with mean p it is about p +- 1.96 sqrt(p (1 - p) / N); of equal ones a point."""
-    low, high = evaluate.bootstrap([1.0] * 300 + [0.0] * 700)
+    low, high = bootstrap([1.0] * 300 + [0.0] * 700)
     assert low == pytest.approx(0.3 - 1.96 * math.sqrt(0.21 / 1000), abs=0.004) and high == pytest.approx(
         0.3 + 1.96 * math.sqrt(0.21 / 1000), abs=0.004
     )
-    assert evaluate.bootstrap([0.5] * 9) == (0.5, 0.5)
+    assert bootstrap([0.5] * 9) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("only_ours, only_theirs", [(0, 0), (1, 0), (5, 0), (3, 7), (6, 6), (20, 9)])
@@ -163,12 +166,12 @@ def test_mcnemar_against_scipy(only_ours, only_theirs):
     ours = [True] * only_ours + [False] * only_theirs + [True, False]
     theirs = [False] * only_ours + [True] * only_theirs + [True, False]
     expected = binomtest(only_ours, only_ours + only_theirs).pvalue if only_ours + only_theirs else 1.0
-    assert evaluate.mcnemar(ours, theirs) == pytest.approx(expected)
+    assert mcnemar(ours, theirs) == pytest.approx(expected)
 
 
 def test_two_models_by_hand():
     better = [outcome("1", ["1"] * 4) for _ in FOUR]
-    result = evaluate.compare(FOUR, better)
+    result = compare(FOUR, better)
     assert (
         result["greedy_accuracy"]["difference"] == 0.5 and result["greedy_accuracy"]["p"] == 2 * (1 / 2) ** 2
     )
@@ -181,8 +184,8 @@ def test_hallusionbench_pairs_by_hand():
     """q1 is right for one of two figures, q2 for both: 3 of 4; one of two questions; figure f2 alone."""
     items = [("q1", "f1", "no"), ("q1", "f2", "yes"), ("q2", "f1", "yes"), ("q2", "f2", "yes")]
     outcomes = [outcome(given, ["yes"], "yes", question_id=q, figure_id=f) for q, f, given in items]
-    assert evaluate.pair_scores(outcomes) == dict(aAcc=3 / 4, qAcc=1 / 2, fAcc=1 / 2)
-    assert evaluate.pair_scores(FOUR) == {} and evaluate.pair_scores([]) == {}
+    assert pair_scores(outcomes) == dict(aAcc=3 / 4, qAcc=1 / 2, fAcc=1 / 2)
+    assert pair_scores(FOUR) == {} and pair_scores([]) == {}
 
 
 @pytest.fixture
@@ -232,7 +235,7 @@ def test_a_whole_file_by_hand(data, monkeypatch, capsys):
         q: ([box(2), "(B)", box("Anna")][i], [[box(2), "B", box("Ann")][i]] * 4) for i, q in enumerate(weak)
     }
     verdicts = [[box("no"), box("no")], [box("yes"), box("perhaps")]]  # on 3 and Ann, on 2 and Anna
-    monkeypatch.setattr(evaluate, "generate", scripted([weak, strong], verdicts))
+    monkeypatch.setattr("measure.outcomes.generate", scripted([weak, strong], verdicts))
     toy, out = str(ROOT / "toy"), data.parent / "out.json"
     args = [
         "--model",

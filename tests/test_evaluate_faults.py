@@ -11,8 +11,9 @@ from conftest import ROOT
 import benchmarks
 import evaluate
 import report
-from engine.table import table
-from evaluate import Item, Outcome
+from evaluate import Item, table
+from measure.outcomes import Outcome
+from measure.scores import bootstrap, compare, full_report, judge_scores
 
 
 def outcomes_of(values, images):
@@ -28,31 +29,29 @@ def test_questions_about_one_image_are_drawn_together():
     """Of 40 images with 10 questions each, all right or all wrong, the interval is that of 40 questions."""
     per_image = [1.0] * 20 + [0.0] * 20
     images = [f"{i}.png" for i in range(40)]
-    alone = evaluate.bootstrap(per_image)
-    together = evaluate.bootstrap(np.repeat(per_image, 10).tolist(), np.repeat(images, 10).tolist())
+    alone = bootstrap(per_image)
+    together = bootstrap(np.repeat(per_image, 10).tolist(), np.repeat(images, 10).tolist())
     assert together == pytest.approx(alone) and together[1] - together[0] > 0.25
-    low, high = evaluate.bootstrap(np.repeat(per_image, 10).tolist())
+    low, high = bootstrap(np.repeat(per_image, 10).tolist())
     assert high - low < 0.12, "drawn one by one they would seem to be 400"
-    assert evaluate.bootstrap(per_image, images) == alone, "one question an image: nothing changes"
+    assert bootstrap(per_image, images) == alone, "one question an image: nothing changes"
     values = [0.0, 1.0, 1.0]
-    assert evaluate.bootstrap(values, ["x"] * 3) == evaluate.bootstrap(values), (
-        "of one image nothing is known"
-    )
+    assert bootstrap(values, ["x"] * 3) == bootstrap(values), "of one image nothing is known"
 
 
 def test_images_with_more_questions_weigh_more():
     """The interval is that of the mean over questions, so it lies around it."""
     values, images = [1.0] * 90 + [0.0] * 10, ["a"] * 45 + ["b"] * 45 + [f"c{i}" for i in range(10)]
-    low, high = evaluate.bootstrap(values, images)
+    low, high = bootstrap(values, images)
     assert low < 0.9 < high < 1
 
 
 def test_scores_and_comparisons_use_the_images():
     values, images = [1, 0] * 30, [f"{i // 6}.png" for i in range(60)]
     same_each = [value for i in range(10) for value in [i % 2] * 6]
-    report = evaluate.full_report(outcomes_of(same_each, images))["scores"]["all"]
-    assert report["intervals"]["greedy_accuracy"] == evaluate.bootstrap(map_float(same_each), images)
-    change = evaluate.compare(outcomes_of(values, images), outcomes_of([1] * 60, images))
+    report = full_report(outcomes_of(same_each, images))["scores"]["all"]
+    assert report["intervals"]["greedy_accuracy"] == bootstrap(map_float(same_each), images)
+    change = compare(outcomes_of(values, images), outcomes_of([1] * 60, images))
     assert change["greedy_accuracy"]["interval"] == (0.5, 0.5), "each image gains the same"
 
 
@@ -69,13 +68,13 @@ def judged(greedy, verdict, **fields):
 
 def test_what_was_not_answered_is_wrong_for_the_judge_too():
     one = [judged("1", True)] + [judged(None, None)] * 99
-    assert evaluate.judge_scores(one) == dict(judged=0.01, judged_right=0.01, judge_disagreement=0.0)
+    assert judge_scores(one) == dict(judged=0.01, judged_right=0.01, judge_disagreement=0.0)
     none = [judged(None, None)] * 4
-    assert evaluate.judge_scores(none) == dict(judged=0.0, judged_right=0.0)
+    assert judge_scores(none) == dict(judged=0.0, judged_right=0.0)
     choices = [judged(None, None, choices=("1", "2"))] * 3
-    assert evaluate.judge_scores(choices) == dict(judged=0.0), "the judge is not asked about choices"
+    assert judge_scores(choices) == dict(judged=0.0), "the judge is not asked about choices"
     mixed = [judged("1", True), judged("2", True), judged("3", None), judged(None, None), *choices[:1]]
-    scores = evaluate.judge_scores(mixed)
+    scores = judge_scores(mixed)
     assert scores == dict(judged=2 / 5, judged_right=2 / 3, judge_disagreement=1 / 2)
 
 
@@ -151,8 +150,8 @@ def is_clean(text):
 
 
 def test_names_and_kinds_are_printed_as_they_can_be_read():
-    report = evaluate.full_report([Outcome(Item("x", "?", ("1",), kind=NASTY), "1", ["1"])])
-    report["against_first"] = evaluate.compare(*[outcomes_of([1, 0], ["x", "y"])] * 2)
+    report = full_report([Outcome(Item("x", "?", ("1",), kind=NASTY), "1", ["1"])])
+    report["against_first"] = compare(*[outcomes_of([1, 0], ["x", "y"])] * 2)
     text = table({NASTY: report})
     assert is_clean(text) and r"\x1b[2J\udcff\n\x07b" in text
     assert len(text.splitlines()) == len(table({"x": report}).splitlines())

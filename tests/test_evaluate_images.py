@@ -13,11 +13,23 @@ from test_benchmarks_data import IMAGE, MMMU, OFFICIAL, OTHER, THREE, file_of
 
 import benchmarks
 import evaluate
-from engine.item_prompts import JUDGE, batches, item_prompt, judge_prompt
-from engine.items import item_of
-from engine.published import write_questions
-from evaluate import Item, Outcome
-from vlm import VLM
+import reasoner
+from evaluate import Item
+from measure import outcomes as outcomes_module
+from measure.items import item_of
+from measure.outcomes import (
+    JUDGE,
+    Outcome,
+    answer_all,
+    batches,
+    item_prompt,
+    judge_all,
+    judge_prompt,
+    question_text,
+)
+from measure.published import write_questions
+from measure.scores import bootstrap, compare, full_report
+from model.vlm import VLM
 
 SIZES = {"a.png": (56, 56), "b.png": (100, 60), "c.png": (30, 90)}
 
@@ -94,7 +106,7 @@ def test_a_prompt_is_what_the_model_makes_of_text_and_images(vlm, folder):
         question="Is <image 2> like <image 1>?", answer="B", choices=["no", "<image 3>", "<image 1>"]
     )
     item = item_of(line(*SIZES, **fields), folder)
-    text = evaluate.question_text(item)
+    text = question_text(item)
     assert "(B) <image 3>" in text
     prompt = item_prompt(vlm, item, text)
     assert same(prompt, vlm.prompt(text, [image(name) for name in SIZES]))
@@ -108,8 +120,8 @@ def test_a_single_image_is_placed_only_if_it_is_in_a_list(vlm, folder):
     question = "What does <image 1> show?"
     alone = item_of(dict(image="a.png", question=question, answer="1"), folder)
     listed = item_of(line("a.png", question=question), folder)
-    text = evaluate.question_text(alone)
-    assert text == evaluate.question_text(listed)
+    text = question_text(alone)
+    assert text == question_text(listed)
     first = item_prompt(vlm, alone, text)
     assert same(first, vlm.prompt(text, image("a.png")))
     placed = item_prompt(vlm, listed, text)
@@ -163,14 +175,14 @@ def test_intervals_draw_questions_about_the_same_images_together():
     sets = [(f"{i}", f"{i} too") for i in range(40) for _ in range(4)]
     turned = [s[::-1] if n % 2 else s for n, s in enumerate(sets)]
     keys = [str(i) for i in range(40) for _ in range(4)]
-    expected = evaluate.bootstrap([float(v) for v in values], keys)
-    report = evaluate.full_report(outcomes_of(values, turned))["scores"]["all"]
+    expected = bootstrap([float(v) for v in values], keys)
+    report = full_report(outcomes_of(values, turned))["scores"]["all"]
     assert report["intervals"]["greedy_accuracy"] == expected
     right = outcomes_of([1] * 160, turned)
-    change = evaluate.compare(outcomes_of(values, turned), right)["greedy_accuracy"]
+    change = compare(outcomes_of(values, turned), right)["greedy_accuracy"]
     assert change["interval"] == pytest.approx(tuple(1 - v for v in expected[::-1]))
     apart = outcomes_of(values, [("all", f"{n}") for n in range(160)])
-    low, high = evaluate.full_report(apart)["scores"]["all"]["intervals"]["greedy_accuracy"]
+    low, high = full_report(apart)["scores"]["all"]["intervals"]["greedy_accuracy"]
     assert high - low < 0.6 * (expected[1] - expected[0])
 
 
@@ -186,13 +198,13 @@ def test_from_the_line_to_the_records(checkpoint, folder, monkeypatch, capsys):
     ]
     data, out = folder / "questions.jsonl", folder / "out.json"
     data.write_text("".join(json.dumps(fields) + "\n" for fields in lines))
-    asked, generate = [], evaluate.generate
+    asked, generate = [], outcomes_module.generate
 
     def counted(vlm, prompts, *args, **more):
         asked.append([len(prompt.images) for prompt in prompts])
         return generate(vlm, prompts, *args, **more)
 
-    monkeypatch.setattr(evaluate, "generate", counted)
+    monkeypatch.setattr("measure.outcomes.generate", counted)
     monkeypatch.setattr(evaluate, "read_answer", lambda text, item: "A" if item.choices else "<image 3>")
     args = ["--model", str(checkpoint), "--model", f"{checkpoint}/.", "--judge", str(checkpoint)]
     args += ["--data", str(data), "--answers", "2", "--max-new-tokens", "4", "--device", "cpu"]
@@ -215,14 +227,16 @@ def test_from_the_published_record_to_the_prompt(checkpoint, vlm, tmp_path, monk
     readers = [benchmarks.mmmu, benchmarks.mmmu, benchmarks.official]
     lines = [benchmarks.line_of(read, record) for read, record in zip(readers, records)]
     write_questions(lines, tmp_path, 9)
-    prompts, generate = [], evaluate.generate
-    monkeypatch.setattr(evaluate, "generate", lambda *a, **k: prompts.append(a[1]) or generate(*a, **k))
+    prompts, generate = [], outcomes_module.generate
+    monkeypatch.setattr(
+        "measure.outcomes.generate", lambda *a, **k: prompts.append(a[1]) or generate(*a, **k)
+    )
     args = ["--model", str(checkpoint), "--data", str(tmp_path / "questions.jsonl"), "--answers", "2"]
     assert evaluate.main([*args, "--max-new-tokens", "3", "--device", "cpu"]) == 0
     red, blue, green = (
         Image.open(io.BytesIO(data)) for data in (IMAGE["bytes"], OTHER["bytes"], file_of("green"))
     )
-    letter, box = f"\n{benchmarks.LETTER}", evaluate.reasoner.INSTRUCTION
+    letter, box = f"\n{benchmarks.LETTER}", reasoner.INSTRUCTION
     one = f"Who made what the image shows?\n(A) Ann\n(B) Bob's son\n(C) C{letter}"
     three = "What links <image 1> to <image 2>, and what is <image 1>?"
     three += f"\n(A) <image 3>\n(B) none\n(C) the image or <image 2>{letter}"
@@ -241,11 +255,11 @@ def test_an_item_of_many_images_does_not_fill_the_memory(vlm, folder, monkeypatc
         sizes.append(sum(len(prompt.images) for prompt in prompts))
         return [[[vlm.end_ids[0]]] * n for _ in prompts]
 
-    monkeypatch.setattr(evaluate, "generate", answered)
-    outcomes = evaluate.answer_all(vlm, items, 1, batch=12, max_new_tokens=2)
+    monkeypatch.setattr("measure.outcomes.generate", answered)
+    outcomes = answer_all(vlm, items, 1, batch=12, max_new_tokens=2)
     assert [outcome.item for outcome in outcomes] == items and sizes == [12, 12, 12, 12, 6, 6]
     sizes.clear()
     for outcome in outcomes:
         outcome.greedy = "x"
-    evaluate.judge_all(vlm, outcomes, 2, batch=12)
+    judge_all(vlm, outcomes, 2, batch=12)
     assert sizes == [12, 12, 6]

@@ -15,10 +15,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-import cache
-import fused
-import generate
-from vlm import Limits
+from model import decode as cache
+from model import fused, generate
+from model.offload import Limits
 
 sys.path.append(str(ROOT / "bench"))  # at the end: it has a rewards.py of its own
 import launches  # noqa: E402

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cache
-import fused
-import generate as generate_module
-from generate import generate, sample
-from vlm import Limits, embed, hidden_states
+from model import decode as cache
+from model import fused
+from model import generate as generate_module
+from model.forward import embed, hidden_states
+from model.generate import generate
+from model.offload import Limits
+from model.sampling import sample
 
 SIZES = [(56, 56), (100, 60), (30, 200), (112, 112), (60, 60)]
 TEXTS = [

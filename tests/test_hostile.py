@@ -11,7 +11,7 @@ from checkpoints import noise_image
 from PIL import Image
 
 import loop
-from engine.images import ImageError, find_images, load_image
+from training.images import ImageError, find_images, load_image
 
 USABLE = {
     "rgba.png",

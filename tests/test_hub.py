@@ -8,7 +8,8 @@ import pytest
 from checkpoints import as_a_hub_cache, publish
 from conftest import ROOT
 
-from vlm import VLM, CheckpointError
+from model.checkpoint import CheckpointError
+from model.vlm import VLM
 
 # Any look at the network is an error that is printed, and no network is there.
 OFFLINE = """

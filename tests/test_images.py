@@ -11,8 +11,8 @@ import pytest
 from checkpoints import noise_image
 from PIL import Image, ImageOps
 
-from engine.images import Found, ImageError, Pictures, find_images, load_image, nothing_of
-from engine.ranks import Ranks
+from training.distributed import Ranks
+from training.images import Found, ImageError, Pictures, find_images, load_image, nothing_of
 
 
 def test_every_mode_becomes_rgb(tmp_path):

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from engine.images import Found, Pictures, _scaled_down, load_image
-from engine.shards import Ranks
+from training.images import Found, Pictures, _scaled_down, load_image
+from training.policy import Ranks
 
 
 def photograph(width, height):

@@ -13,8 +13,8 @@ import torch
 from conftest import ROOT
 
 import loop
-from engine import command
-from engine.settings import parse_arguments
+from training import command
+from training.settings import parse_arguments
 
 
 def measured(folder, phase="measure"):

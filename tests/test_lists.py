@@ -6,7 +6,7 @@ import os
 import pytest
 from checkpoints import noise_image
 
-from engine.images import find_images
+from training.images import find_images
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])

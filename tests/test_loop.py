@@ -18,17 +18,18 @@ from conftest import ROOT
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-import generate as generate_module
 import loop
 import questioner
-import vlm as vlm_module
-import watch
-from engine import command, console
-from engine import run as run_module
-from engine.records import read_examples
-from engine.settings import Settings, flag, parse_arguments
-from toy import measure
-from vlm import VLM
+from measure import truth as measure
+from measure import watch
+from model import generate as generate_module
+from model import vlm as vlm_module
+from model.vlm import VLM
+from training import command
+from training import log as console
+from training import run as run_module
+from training.folder import read_examples
+from training.settings import Settings, flag, parse_arguments
 
 SMALL = "--iterations 1 --questioner-steps 2 --reasoner-steps 2 --images-per-step 2 --group-size 4".split()
 SMALL += "--answers 4 --candidates 8 --device cpu".split()

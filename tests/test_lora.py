@@ -13,16 +13,16 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 import grpo
 import loop
-import lora
 import questioner
 import reasoner
-import vlm as vlm_file
-from engine import plan
-from engine.images import Picture
-from engine.ranks import Ranks
-from engine.shards import Trained
-from generate import generate
-from vlm import VLM
+from model import lora
+from model import vlm as vlm_file
+from model.generate import generate
+from model.prompt import Picture
+from model.vlm import VLM
+from training import memory_plan as plan
+from training.distributed import Ranks
+from training.policy import Trained
 
 sys.path.append(str(ROOT / "bench"))
 from shapes import peak_extra_bytes, random_completions, random_prompt, random_vlm, shape_config  # noqa: E402

@@ -12,7 +12,7 @@ from conftest import ROOT
 from nbclient import NotebookClient
 
 from curate import Example
-from engine.settings import Settings
+from training.settings import Settings
 
 LESSONS = ROOT / "notebooks"
 sys.path.insert(0, str(LESSONS))

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-import cache
 import grpo
-import packing
-from engine import plan
+from model import decode as cache
+from model import packing
+from training import memory_plan as plan
 
 sys.path.append(str(ROOT / "bench"))  # at the end: it has a rewards.py of its own
 import memory  # noqa: E402

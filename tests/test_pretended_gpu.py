@@ -28,135 +28,135 @@ from pretended_cases import CASES, tiny  # noqa: E402
 # Planted into the project's source one by one: a simulator that sees nothing would pass all cases.
 # MODULE, the case that must see it: WHAT, then what stands there and what is put in its place.
 PLANTED = """
-fused, greedy_rollout: an index made on the CPU
+model.fused, greedy_rollout: an index made on the CPU
 - everyone = torch.arange(len(index), device=index.device)
 + everyone = torch.arange(len(index))
 
-cache, greedy_rollout: a number asked for in the step
+model.decode, greedy_rollout: a number asked for in the step
 - x = model.embed_tokens(token)
 + x = model.embed_tokens(token + 0 * int(rows.prompt_length.max()))
 
-cache, greedy_rollout: a random number in the step
+model.decode, greedy_rollout: a random number in the step
 - x = model.embed_tokens(token)
 + x = model.embed_tokens(token) + 0 * torch.rand(1, device=token.device)
 
-cache, greedy_rollout: a list copied in the step
+model.decode, greedy_rollout: a list copied in the step
 - rows.banned, rows.logits[:R])
 + torch.tensor([False] * len(rows.banned), device=x.device), rows.logits[:R])
 
-cache, greedy_rollout: logits at a new address in each step
+model.decode, greedy_rollout: logits at a new address in each step
 - f.write_logits(
 + rows.logits = rows.logits.clone(); f.write_logits(
 
-cache, greedy_rollout: a Python number that changes from step to step
+model.decode, greedy_rollout: a Python number that changes from step to step
 - rows.written[:R], rows.first[:R]
 + rows.written[:R] * 0 + rows.time - rows.owners[0][2], rows.first[:R]
 
-cache, greedy_rollout: compiled for the first time in a recording
+model.decode, greedy_rollout: compiled for the first time in a recording
 - graph = torch.cuda.CUDAGraph()
 + graph = torch.cuda.CUDAGraph(); step.args[1].pieces = fused.compiled(vlm.limits)
 
-fused, a_compiler_that_fails: compiling is tried again in every call
+model.fused, a_compiler_that_fails: compiling is tried again in every call
 - limits.compile = False
 + pass
 
-fused, a_compiler_that_fails: a compiler that fails ends it all
+model.fused, a_compiler_that_fails: a compiler that fails ends it all
 - except Exception as error:
 + except SyntaxError as error:
 
-fused, greedy_rollout: a kernel that there is not
+model.fused, greedy_rollout: a kernel that there is not
 - if q.is_cuda and q.dtype != torch.float32:
 + if q.is_cuda:
 
-cache, a_recording_that_fails: the stream of a broken recording stays
+model.decode, a_recording_that_fails: the stream of a broken recording stays
 - torch.cuda.set_stream(stream)
 + pass
 
-cache, a_recording_that_fails: the allocator is not told of a broken recording
+model.decode, a_recording_that_fails: the allocator is not told of a broken recording
 - torch._C._cuda_endAllocateToPool(index, pool)
 + pass
 
-cache, a_recording_that_fails: a recording is tried again in every call
+model.decode, a_recording_that_fails: a recording is tried again in every call
 - vlm.limits.record = False
 + pass
 
-cache, out_of_memory_in_a_rollout: out of memory is taken for a recording that fails
+model.decode, out_of_memory_in_a_rollout: out of memory is taken for a recording that fails
 - if isinstance(error, torch.OutOfMemoryError):
 + if False:
 
-generate, sampled_rollout: a wait in sampling
+model.sampling, sampled_rollout: a wait in sampling
 - if probs.device.type == "cpu" and not outside.any():
 + if not outside.any():
 
-generate, sampled_rollout: asked which rows draw again
+model.sampling, sampled_rollout: asked which rows draw again
 - which = outside[:, 0].int().topk(
 + which = outside[:, 0].nonzero()[:, 0]; outside[:, 0].int().topk(
 
-generate, nucleus: too few rows draw again
+model.sampling, nucleus: too few rows draw again
 - _rows_outside(len(probs), top_p), sorted
 + 1, sorted
 
-generate, nucleus: rows that are inside draw again, too
+model.sampling, nucleus: rows that are inside draw again, too
 - pieces.draw_again(which, left, left.cumsum(dim=1), token, outside, next
 + pieces.draw_again(which, left, left.cumsum(dim=1), token, outside | True, next
 
-generate, sampled_rollout: uniform numbers left on the CPU
+model.sampling, sampled_rollout: uniform numbers left on the CPU
 - generator=generator).to(device)
 + generator=generator)
 
-generate, greedy_rollout: positions left on the CPU
+model.generate, greedy_rollout: positions left on the CPU
 - embeds, positions.to(vlm.device), None
 + embeds, positions, None
 
-vlm, parked_roles: buffers forgotten in parking
+model.vlm, parked_roles: buffers forgotten in parking
 - if p.requires_grad), *self.model.buffers()]
 + if p.requires_grad)]
 
-vlm, parked_roles: parked in memory that is not pinned
+model.vlm, parked_roles: parked in memory that is not pinned
 - self._tensors(), self.device.type == "cuda"
 + self._tensors(), False
 
-vlm, parked_roles: a buffer for each parked tensor
+model.vlm, parked_roles: a buffer for each parked tensor
 - tensor.data = place.copy_(tensor.data)
 + tensor.data = torch.empty_like(place, pin_memory=pinned).copy_(tensor.data)
 
-vlm, parked_roles: a lending that waits
+model.vlm, parked_roles: a lending that waits
 - tensor.data.to(self.device, non_blocking=True)
 + tensor.data.to(self.device)
 
-vlm, sampled_rollout: features placed by looking for the image token
+model.forward, sampled_rollout: features placed by looking for the image token
 - .index_put((row, column), values)
 + .index_put((ids == model.config.image_token_id,), values)
 
-vlm, float32_update: a mask left on the CPU
+model.logprobs, float32_update: a mask left on the CPU
 - mask = packed_mask(batch.segment.to(device))
 + mask = packed_mask(batch.segment)
 
-families.qwen2_5_vl, sampled_rollout: sizes of images asked for
+model.qwen2_5_vl, sampled_rollout: sizes of images asked for
 - for t, h, w in grids.tolist()]))
 + for t, h, w in grids.to(device).tolist()]))
 
-families.qwen2_5_vl, sampled_rollout: windows copied with a wait
+model.qwen2_5_vl, sampled_rollout: windows copied with a wait
 - order = order.to(device, non_blocking=True)
 + order = order.to(device)
 
-families.qwen3_vl, qwen3_sampled_rollout: an order of images made on the GPU
+model.qwen3_vl, qwen3_sampled_rollout: an order of images made on the GPU
 - order = grids[:, 1:].prod(dim=1).argsort(stable=True)
 + order = grids.to(pixels.device)[:, 1:].prod(dim=1).argsort(stable=True)
 
-families.qwen3_vl, qwen3_float32_update: places in the table of positions made on the CPU
+model.qwen3_vl, qwen3_float32_update: places in the table of positions made on the CPU
 - entries = torch.arange(side, device=table.device)
 + entries = torch.arange(side)
 
-vision, float32_update: rotations made on the CPU
+model.vision, float32_update: rotations made on the CPU
 - torch.cat(places).to(device, non_blocking=True)
 + torch.cat(places)
 
-packing, float32_update: an order made on the CPU
+model.packing, float32_update: an order made on the CPU
 - order = torch.arange(segment.shape[1], device=segment.device)
 + order = torch.arange(segment.shape[1])
 
-packing, float32_update: a gradient made on the CPU
+model.logprobs, float32_update: a gradient made on the CPU
 - grad_hidden = torch.empty_like(hidden)
 + grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype)
 
@@ -168,19 +168,19 @@ grpo, lora_update: a mask of tokens made on the CPU
 - torch.ones_like(row, dtype=torch.bool)
 + torch.ones(len(row), dtype=torch.bool)
 
-engine.shards, moments_come_back: moments left on the CPU
+training.policy, moments_come_back: moments left on the CPU
 - return whole.to(master.device)
 + return whole
 
-lora, lora_export: a change merged on the other device
+model.lora, lora_export: a change merged on the other device
 - self.lora_A).to(self.weight.device)
 + self.lora_A)
 
-lora, lora_export: all merged matrices on the GPU at once
+model.lora, lora_export: all merged matrices on the GPU at once
 - layer.merged().cpu()
 + layer.merged()
 
-lora, lora_update: a change that is skipped where it is 0
+model.lora, lora_update: a change that is skipped where it is 0
 - return super().forward(x) + ALPHA *
 + return super().forward(x) + (ALPHA if self.lora_B.any() else 0) *
 """

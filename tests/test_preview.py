@@ -13,14 +13,17 @@ from test_loop import SMALL, workplace  # noqa: F401 (a fixture)
 
 import grpo
 import loop
-import packing
-from engine import command, plan, preview, rehearsal, state
-from engine import run as run_module
-from engine.images import Picture
-from engine.ranks import Ranks
-from engine.rehearsal import Rehearsal, duration, rehearse, sentence
-from engine.settings import parse_arguments
-from engine.shards import Trained
+from model import packing
+from model.prompt import Picture
+from training import command, state
+from training import dry_run as preview
+from training import dry_run as rehearsal
+from training import memory_plan as plan
+from training import run as run_module
+from training.distributed import Ranks
+from training.dry_run import Rehearsal, duration, rehearse, sentence
+from training.policy import Trained
+from training.settings import parse_arguments
 
 sys.path.append(str(ROOT / "bench"))
 from shapes import peak_extra_bytes, random_completions, random_prompt, random_vlm, shape_config  # noqa: E402

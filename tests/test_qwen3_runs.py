@@ -13,10 +13,10 @@ from transformers import AutoModelForImageTextToText
 import evaluate
 import grpo
 import loop
-import lora
-from engine.ranks import Ranks
-from engine.shards import Trained
-from vlm import VLM
+from model import lora
+from model.vlm import VLM
+from training.distributed import Ranks
+from training.policy import Trained
 
 STYLES = ("qwen3", "qwen3-untied")
 

@@ -9,11 +9,10 @@ from checkpoints import load_lively, noise_image, plain_logprobs, publish
 from test_generate import reference
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-import generate as generation
-from engine.checkpoint import load_processors
-from families import qwen3_vl
-from generate import generate
-from vlm import VLM
+from model import fused, qwen3_vl
+from model.checkpoint import load_processors
+from model.generate import generate
+from model.vlm import VLM
 
 # The published text and vision widths; the vision model's DeepStack layers are here the first two of three.
 WIDTHS = {
@@ -52,7 +51,7 @@ def without_head_norms(vlm, patch):
     for layer in vlm.model.model.language_model.layers:
         for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
             patch.setattr(norm, "forward", lambda x: x)
-    patch.setattr(generation.fused, "rms_norm", lambda x, *rest: x)
+    patch.setattr(fused, "rms_norm", lambda x, *rest: x)
 
 
 @pytest.mark.parametrize("remove", [without_deepstack, without_learned_positions, without_head_norms])

@@ -16,13 +16,13 @@ from conftest import ROOT
 from torch.distributed.fsdp import FSDPModule
 
 import grpo
-import packing
-from engine import command
-from engine.ranks import Ranks
-from engine.settings import parse_arguments
-from engine.shards import Trained
-from engine.state import read_tensors, write_tensors
-from vlm import VLM
+from model import packing
+from model.vlm import VLM
+from training import command
+from training.distributed import Ranks
+from training.policy import Trained
+from training.settings import parse_arguments
+from training.state import read_tensors, write_tensors
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
 FORKS = multiprocessing.get_context("forkserver")  # imports once, then forks: an attempt starts in no time

@@ -15,8 +15,9 @@ from checkpoints import noise_image
 
 import report
 from curate import Example
-from engine.records import row, write_examples
-from toy.scenes import read_truth, write_scenes
+from training.folder import write_examples
+from training.log import row
+from training.scenes import read_truth, write_scenes
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = '<script>alert(1)</script> & "quotes" </div>'

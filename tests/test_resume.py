@@ -21,10 +21,10 @@ from conftest import ROOT, THOROUGH
 from test_ranks import FORKS
 
 import loop
-import vlm as vlm_module
-from engine import run as run_module
-from engine import state as state_module
-from vlm import VLM
+from model import vlm as vlm_module
+from model.vlm import VLM
+from training import run as run_module
+from training import state as state_module
 
 ARGS = "--images images --iterations 2 --questioner-steps 3 --reasoner-steps 3 --images-per-step 2".split()
 ARGS += "--group-size 4 --answers 4 --candidates 12 --tau-low 0 --tau-high 1 --save-every 2".split()

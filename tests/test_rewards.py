@@ -12,9 +12,10 @@ from sklearn.cluster import AgglomerativeClustering
 
 import rewards
 from curate import Example, curate, keep, pool
-from engine.records import all_equal, read_examples, write_examples
 from grpo import group_advantages
 from rewards import confidence
+from training.folder import read_examples, write_examples
+from training.log import all_equal
 
 EQUAL = [
     ("0.5", "1/2"), ("1/2", r"\frac{1}{2}"), (r"\dfrac{1}{2}", "50%"), (r"50\%", ".5"), ("(B)", "B."),

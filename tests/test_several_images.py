@@ -7,9 +7,9 @@ from checkpoints import noise_image, plain_inputs, plain_logprobs, processor_of
 from test_generate import reference
 from test_vlm import completions_for
 
-import vlm as vlm_file
-from generate import generate
-from prompts import arrange
+from model import forward
+from model.generate import generate
+from model.prompt import arrange
 
 SIZES = [(56, 56), (100, 60), (30, 200), (60, 60)]
 CASES = {  # text, images, and how the user's turn looks: numbers are images
@@ -98,8 +98,8 @@ def test_packed_logprobs_and_gradients_against_the_plain_forward(random_vlm):
 
 
 def test_an_image_in_several_prompts_is_encoded_once(random_vlm, monkeypatch):
-    seen, encode = [], vlm_file.encode_images
-    monkeypatch.setattr(vlm_file, "encode_images", lambda *a: seen.append(len(a[2])) or encode(*a))
+    seen, encode = [], forward.encode_images
+    monkeypatch.setattr(forward, "encode_images", lambda *a: seen.append(len(a[2])) or encode(*a))
     prompts = prompts_for(random_vlm)
     random_vlm.logprobs(prompts[0], [[1, 2]])
     generate(random_vlm, prompts, 1, 2, temperature=0)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import signatures
+from measure import signatures
 
 
 def test_distinct_n_by_hand():

@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-from engine import state as state_module
-from engine.state import State, entry, read_tensors, recover, write_state, write_tensors
+from training import state as state_module
+from training.state import State, entry, read_tensors, recover, write_state, write_tensors
 
 
 class Killed(BaseException):

@@ -14,10 +14,12 @@ import evaluate
 import questioner
 import reasoner
 from curate import Example
-from engine.images import Picture
-from toy import answerer, measure
-from toy.scenes import COLOURS, Thing, is_held_out, read_truth, render, sample_scene, write_scenes
-from vlm import embed
+from measure import truth as measure
+from measure.outcomes import Outcome, answer_all
+from model.forward import embed
+from model.prompt import Picture
+from toy import answerer
+from training.scenes import COLOURS, Thing, is_held_out, read_truth, render, sample_scene, write_scenes
 
 SCENE = (Thing(0, "red", "disc"), Thing(1, "red", "ring"), Thing(4, "blue", "disc"), Thing(8, "red", "disc"))
 SAMPLING = dict(max_new_tokens=32, temperature=1.0, top_p=0.99)
@@ -138,7 +140,7 @@ def test_results_by_rung(held_out):
     for item, line in zip(items, lines):
         right, wrong = item.answer[0], "none"
         samples = [right, right] if line["objects"] <= 4 else [right, wrong]
-        outcomes.append(evaluate.Outcome(item, samples[-1], samples))
+        outcomes.append(Outcome(item, samples[-1], samples))
     results = measure.measure(outcomes, [], folder, folder)
     assert results["sampled_by_objects"] == {"1-2": 1, "3-4": 1, "5-6": 0.5, "7-9": 0.5}
     assert results["greedy_by_objects"] == {"1-2": 1, "3-4": 1, "5-6": 0, "7-9": 0}
@@ -249,7 +251,7 @@ def test_lessons_teach_what_they_say():
 @pytest.fixture(scope="module")
 def outcomes(toy, held_out):
     generator = torch.Generator().manual_seed(0)
-    return evaluate.answer_all(toy, held_out[1], 4, 512, **SAMPLING, generator=generator)
+    return answer_all(toy, held_out[1], 4, 512, **SAMPLING, generator=generator)
 
 
 def test_the_base_is_a_ladder(outcomes, held_out):

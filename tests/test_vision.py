@@ -8,9 +8,9 @@ from checkpoints import load_lively, publish
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import vision
-from families import encode_images
-from families.qwen2_5_vl import sort_patches
+from model import vision
+from model.families import encode_images
+from model.qwen2_5_vl import sort_patches
 
 # In patches: square, wide, a single token, odd at both sides, several windows, two frames.
 GRIDS = [[1, 16, 16], [1, 4, 10], [1, 2, 2], [1, 30, 18], [1, 16, 16], [1, 22, 6], [2, 8, 12]]

@@ -8,9 +8,9 @@ from checkpoints import noise_image, plain_inputs, plain_logprobs, processor_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import packing
-from engine.shards import Trained
-from vlm import VLM
+from model import packing
+from model.vlm import VLM
+from training.policy import Trained
 
 SIZES = [(56, 56), (100, 60), (30, 200), (300, 290), (1, 1), (13, 400)]
 
@@ -278,7 +278,7 @@ def test_copies_are_independent(published):
 def test_bfloat16_end_to_end(random_vlm):
     """Generation, reference and an update in bfloat16; log-probabilities near float32's."""
     import grpo
-    from generate import generate
+    from model.generate import generate
 
     half = random_vlm.copy()
     half.model.to(torch.bfloat16)

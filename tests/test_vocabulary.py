@@ -20,18 +20,17 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 import evaluate
-import generate as generation
 import loop
-import packing
 import questioner
 import reasoner
-import vlm as vlm_module
 from answers import extract_answer
-from engine.images import load_image
-from engine.records import read_examples
-from generate import generate
-from prompts import arrange
-from vlm import VLM
+from model import logprobs as logprobs_module
+from model import sampling
+from model.generate import generate
+from model.prompt import arrange
+from model.vlm import VLM
+from training.folder import read_examples
+from training.images import load_image
 
 RANKS, VOCABULARY = 151_643, 151_936  # tokens in the list; rows of the published matrices
 LATER = "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|>"
@@ -151,7 +150,7 @@ def teach(folder: Path, photographs: Path) -> None:
 
     optimizer = torch.optim.AdamW([rows, *vlm.model.model.parameters()], lr=5e-3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vlm_module, "token_logprobs", logprobs)
+        patch.setattr(logprobs_module, "token_logprobs", logprobs)
         patch.setattr(embeddings, "forward", lambda ids: torch.nn.functional.embedding(place[ids], rows))
         for step in range(100):
             optimizer.zero_grad()
@@ -346,7 +345,7 @@ def test_greedy_tokens_are_those_of_transformers(vlm, photographs):
 def test_logprobs_with_chunked_logits(vlm, photographs, chunk, monkeypatch):
     """Within 1e-5 of transformers' forward, and gradients with them, however few tokens' logits are made."""
     if chunk:
-        monkeypatch.setitem(packing.LOGITS, "cpu", chunk * VOCABULARY)
+        monkeypatch.setitem(logprobs_module.LOGITS, "cpu", chunk * VOCABULARY)
     prompt = asked(vlm, photographs)[0]
     completions = [ids_of(vlm, text)[:12] for text in TEXTS[1:5]] + [[0, 151_642, 151_664, 151_935]]
     head = vlm.model.lm_head.weight
@@ -371,14 +370,14 @@ def test_sampling_draws_from_the_whole_vocabulary():
     logits[likely] = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).log()
     rng, counts = torch.Generator().manual_seed(0), torch.zeros(VOCABULARY)
     for _ in range(8):
-        drawn = generation.sample(logits.repeat(64, 1), 1.0, 1.0, 0, rng)
+        drawn = sampling.sample(logits.repeat(64, 1), 1.0, 1.0, 0, rng)
         counts += drawn.bincount(minlength=VOCABULARY)
     assert (counts[likely] / 512 - logits[likely].exp()).abs().max() < 0.08
     assert counts.sum() == counts[likely].sum() == 512
     noise = torch.randn(VOCABULARY, generator=rng) * 3
     share, order = noise.softmax(0).sort(descending=True)
     nucleus = set(order[share.cumsum(0) - share < 0.9].tolist())
-    drawn = generation.sample(noise.repeat(32, 1), 1.0, 0.9, 0, rng)
+    drawn = sampling.sample(noise.repeat(32, 1), 1.0, 0.9, 0, rng)
     assert len(nucleus) > 1000 and {*drawn.tolist()} <= nucleus and len(set(drawn.tolist())) > 20
 
 

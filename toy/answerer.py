@@ -8,7 +8,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from .scenes import COLOURS, PLURALS, SHAPES, Scene, Thing
+from training.scenes import COLOURS, PLURALS, SHAPES, Scene, Thing
 
 _colour, _shape, _shapes = (f"({'|'.join(words)})" for words in (COLOURS, SHAPES, PLURALS.values()))
 _SINGULAR = {plural: shape for shape, plural in PLURALS.items()}

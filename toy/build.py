@@ -35,9 +35,10 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 
 import questioner
 import reasoner
+from model.prompt import Patches, Prompt
+from model.vlm import VLM
 from toy.answerer import Fact, ask, understand
-from toy.scenes import BOARD, COLOURS, PLURALS, SHAPES, Scene, render, sample_scene
-from vlm import VLM, Patches, Prompt
+from training.scenes import BOARD, COLOURS, PLURALS, SHAPES, Scene, render, sample_scene
 
 FOLDER = Path(__file__).parent
 # The probability of stopping before object 1, 2, 3, ...

@@ -1,0 +1,189 @@
+"""Several processes, one run (`torchrun --nproc-per-node 8 loop.py ...`), and the role that is trained by
+them.
+
+Each process (rank) works on its share of the images with a plain copy of each role: rollouts, votes, rewards
+and advantages need nobody else. The role in training exists once more, as float32 masters: `Trained` shards
+them over the ranks, a layer at a time, with torch's FSDP2, which also reduces the gradients and, with
+`offload`, keeps the shards in CPU memory. After each step the plain copy is refreshed from the shards.
+
+At a learning rate of 1e-6 a bfloat16 weight never moves, as the step is far below the spacing of its values:
+hence the masters, which last from phase to phase. One process in float32 needs none of this and trains the
+plain copy itself.
+
+What ranks exchange besides is small (questions, votes, metrics) and JSON: torch's own `all_gather_object`
+would pickle.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from model.logprobs import PackedForward
+from model.offload import copy_model
+from model.packing import lay_out, pack
+from model.vlm import VLM
+from training.distributed import Ranks, backend
+
+
+class Trained:
+    """A role in training: a policy for `grpo.update`, its AdamW, and what an interrupted run needs of them.
+
+    vlm: the plain copy, which rollouts read. `optimizer.step` refreshes it.
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        lr: float,
+        weight_decay: float,
+        offload: bool = False,
+        checkpointing: bool = False,
+        ranks: Ranks | None = None,
+    ):
+        self.vlm, self.ranks = vlm, ranks or Ranks()
+        whole = all(p.dtype == torch.float32 for p in vlm.model.parameters() if p.requires_grad)
+        self.sharded = self.ranks.size > 1 or not whole or offload
+        if self.sharded:
+            self.forward = shard(vlm, offload, checkpointing, self.ranks.size)
+        else:
+            vlm.unpark()
+            self.forward = PackedForward(vlm.model, checkpointing, vlm.limits)
+        self.optimizer = torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        if self.sharded:
+            self.optimizer.register_step_post_hook(lambda *_: self.refresh())
+
+    def parameters(self) -> list[Tensor]:
+        """The masters: sharded ones hold this rank's part, as DTensors."""
+        return [p for _, p in self._named()]
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        return [(name, p) for name, p in self.forward.model.named_parameters() if p.requires_grad]
+
+    def batches(self, groups: list[tuple], temperature: float = 1.0) -> Iterator:
+        """See grpo.py. The shares are those of all completions of all ranks, times the number of ranks.
+
+        FSDP averages gradients over the ranks, hence the factor. Every forward and backward is a collective,
+        so a rank that has fewer batches than another makes batches that count for nothing until both have
+        equally many.
+        """
+        here = sum(len(completions) for _, completions in groups)
+        packed = pack(groups, self.vlm.limits.budget)
+        counts = self.ranks.gather([[here, len(packed)]])
+        total = sum(completions for completions, _ in counts) / self.ranks.size
+        for rows in packed:
+            batch = lay_out(groups, rows)
+            logps = self.forward(batch, temperature).split(batch.sizes)
+            yield batch.which, list(logps), len(batch.which) / total
+        for _ in range(max(batches for _, batches in counts) - len(packed)):
+            (0.0 * self.forward(self._filler(), temperature).sum()).backward()
+
+    def _filler(self):
+        prompt = self.vlm.prompt("", Image.new("RGB", (56, 56)))
+        groups = [(prompt, [self.vlm.end_ids[:1]])]
+        return lay_out(groups, pack(groups)[0])
+
+    def use_less_memory(self) -> None:
+        """See `VLM.use_less_memory`; what an update that broke off has left is cleared.
+
+        Of several ranks none can begin again alone: the others wait for it within a layer. FSDP2 of torch
+        2.11 cannot forget a backward pass that broke off.
+        """
+        if self.ranks.size > 1 or (self.sharded and not hasattr(self.forward, "reset_iter_state")):
+            raise torch.OutOfMemoryError("an update that ran out of memory cannot begin again here")
+        if self.sharded:
+            self.forward.zero_grad()  # gradients of whole layers that were not reduced yet
+            self.forward.reset_iter_state()
+        self.optimizer.zero_grad()
+        self.vlm.use_less_memory()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Rounds the masters into the plain copy, a tensor at a time."""
+        plain = dict(self.vlm.model.named_parameters())
+        for name, master in self._named():
+            plain[name].copy_(master.full_tensor())
+
+    # What an interrupted run needs. Parts of a sharded tensor are slices along dimension 0, in the order of
+    # the ranks.
+
+    def weights(self) -> dict[str, Tensor]:
+        """This rank's part of the masters, by name."""
+        return {name: _local(p).detach() for name, p in self._named()}
+
+    def moments(self) -> dict[str, Tensor]:
+        """This rank's part of AdamW's moments, and its step counts, named NAME:exp_avg and so on."""
+        named = {name: self.optimizer.state[p] for name, p in self._named()}
+        return {f"{name}:{kind}": _local(t) for name, state in named.items() for kind, t in state.items()}
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Puts whole tensors, by name, into the masters, and refreshes the plain copy."""
+        masters = dict(self._named())
+        for name, whole in weights:
+            _local(masters[name]).copy_(_local(_like(masters[name], whole)))
+        if self.sharded:
+            self.refresh()
+
+    def load_moments(self, moments: Iterator[tuple[str, Tensor]]) -> None:
+        """Goes on with these moments, whole tensors by name."""
+        masters = dict(self._named())
+        for key, whole in moments:
+            name, kind = key.rsplit(":", 1)
+            device = _local(masters[name]).device
+            moment = whole.to(device) if kind == "step" else _like(masters[name], whole)
+            self.optimizer.state[masters[name]][kind] = moment
+
+
+def shard(vlm: VLM, offload: bool, checkpointing: bool, size: int) -> PackedForward:
+    """The model once more, as float32 masters sharded over `size` ranks, computing in the plain copy's dtype.
+
+    Layers are sharded one after the other, so that a device never holds the whole model in float32.
+    """
+    device, dtype = vlm.device, vlm.model.dtype
+    if not dist.is_initialized():  # one process: a group of its own
+        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
+    # cast_forward_inputs: a layer gets what it would get in the plain model, float32 rotations among them.
+    precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    rules = dict(
+        mesh=init_device_mesh(device.type, (size,)),
+        mp_policy=precision,
+        offload_policy=CPUOffloadPolicy() if offload and device.type == "cuda" else OffloadPolicy(),
+    )
+    forward = PackedForward(copy_model(vlm.model), checkpointing, vlm.limits)
+    frozen = {
+        p for p in forward.parameters() if not p.requires_grad
+    }  # stays as it is, shared with the plain copy
+    for layer in (*forward.model.model.visual.blocks, *forward.model.model.language_model.layers):
+        if any(p.requires_grad for p in layer.parameters()):
+            fully_shard(_masters(layer, device), **rules, ignored_params=frozen)
+    return fully_shard(_masters(forward, device), **rules, ignored_params=frozen)
+
+
+def _masters(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Its trained weights in float32 on the device."""
+    for parameter in module.parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(device, torch.float32)
+    for buffer in module.buffers():
+        # A view would keep the plain copy's whole buffer alive.
+        buffer.data = buffer.data.to(device, copy=True)
+    return module
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(master: Tensor, whole: Tensor) -> Tensor:
+    """A whole tensor that every rank has, sharded as the master is."""
+    whole = whole.to(torch.float32)
+    if not isinstance(master, DTensor):
+        return whole.to(master.device)
+    made = distribute_tensor(whole, master.device_mesh, master.placements, src_data_rank=None)
+    return made.to(master.device)
