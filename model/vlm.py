@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from model import checkpoint
+from model import prompt as prompt_module
 from model.checkpoint import CheckpointError, end_ids, first_line, load_config, load_processors
 from model.families import FAMILIES
 from model.logprobs import PackedForward
@@ -40,7 +41,7 @@ class VLM:
         self.parked = False
         self.limits = Limits()
         self.end_ids = end_ids(source, tokenizer)
-        self.opened_thought = checkpoint.opened_thought(tokenizer)
+        self.opened_thought = prompt_module.opened_thought(tokenizer)
         self.vision_ids = checkpoint.vision_ids(model.config, tokenizer)
 
     @classmethod
@@ -181,7 +182,7 @@ class VLM:
         numbers = [part for part in parts if isinstance(part, int)]
         texts = [part for part in parts if isinstance(part, str)]
         rendered = checkpoint.render(self.tokenizer, system, [isinstance(part, int) for part in parts])
-        ids = checkpoint.encode_turn(self.tokenizer, rendered, texts)
+        ids = prompt_module.encode_turn(self.tokenizer, rendered, texts)
         patches = [image if isinstance(image, Patches) else self.patches(image) for image in images]
         config = self.model.config
         merge = config.vision_config.spatial_merge_size

@@ -256,7 +256,7 @@ def test_nothing_is_loaded_before_the_checks(published, tmp_path, change, word, 
 
 @pytest.mark.parametrize("device", ["cuda:7", "cuda:-1", "tpu", "gpu", "cpu:x", "0"])
 def test_a_device_that_is_not_there(published, device, monkeypatch):
-    monkeypatch.setattr("vlm.load_config", None)
+    monkeypatch.setattr("model.vlm.load_config", None)
     with pytest.raises(CheckpointError, match="no device"):
         VLM.load(published, device)
 

@@ -205,7 +205,9 @@ def test_from_the_line_to_the_records(checkpoint, folder, monkeypatch, capsys):
         return generate(vlm, prompts, *args, **more)
 
     monkeypatch.setattr("measure.outcomes.generate", counted)
-    monkeypatch.setattr(evaluate, "read_answer", lambda text, item: "A" if item.choices else "<image 3>")
+    monkeypatch.setattr(
+        "measure.outcomes.read_answer", lambda text, item: "A" if item.choices else "<image 3>"
+    )
     args = ["--model", str(checkpoint), "--model", f"{checkpoint}/.", "--judge", str(checkpoint)]
     args += ["--data", str(data), "--answers", "2", "--max-new-tokens", "4", "--device", "cpu"]
     assert evaluate.main([*args, "--json", str(out)]) == 0

@@ -17,6 +17,7 @@ from conftest import ROOT
 
 from model import decode as cache
 from model import fused, generate
+from model import sampling as sampling_module
 from model.offload import Limits
 
 sys.path.append(str(ROOT / "bench"))  # at the end: it has a rewards.py of its own
@@ -204,6 +205,6 @@ def test_enough_rows_draw_again(rows, top_p):
     """No more are outside after the first draw, but once in a billion; and not many more than that."""
     from scipy.stats import binom
 
-    most = generate._rows_outside(rows, top_p)
+    most = sampling_module._rows_outside(rows, top_p)
     assert binom.sf(most, rows, 1 - top_p) < 1.1e-9
     assert most == rows or rows * top_p < 1 or binom.sf(most - 2, rows, 1 - top_p) > 1e-10

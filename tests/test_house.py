@@ -12,6 +12,7 @@ FILES = [
     if not path.relative_to(ROOT).parts[0].startswith((".", *OTHERS)) and "venv" not in str(path.parent)
 ]
 MODULES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in FILES}
+COMMANDS = ("loop", "evaluate", "benchmarks", "report")
 PURE = ("rewards", "answers", "curate", "grpo")  # know nothing of models, files, processes or devices
 
 
@@ -25,17 +26,44 @@ def imports(path):
     return names
 
 
+def graph():
+    """Module -> the modules of the program that it imports."""
+    return {name: imports(path) & MODULES.keys() - {name} for name, path in MODULES.items()}
+
+
+def rooms():
+    """Room -> the rooms that it imports; a file of the top level is a room of its own."""
+    found: dict[str, set[str]] = {}
+    for name, used in graph().items():
+        room = name.partition(".")[0]
+        found.setdefault(room, set()).update(other.partition(".")[0] for other in used)
+    return {room: others - {room} for room, others in found.items()}
+
+
 def test_no_circle_of_imports():
-    graph = {name: imports(path) & MODULES.keys() - {name} for name, path in MODULES.items()}
-    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
-    assert order.index("loop") > order.index("grpo") and len(order) > 25
+    """Neither of files nor of rooms: what a room uses never uses the room."""
+    for arrows in (graph(), rooms()):
+        order = list(graphlib.TopologicalSorter(arrows).static_order())  # raises CycleError
+        assert order.index("loop") > order.index("grpo")
+    assert len(graph()) > 40 and {"model", "measure", "training", "toy"} <= rooms().keys()
+
+
+def test_what_rooms_may_not_see():
+    """The answers of the toy's questions, and the commands."""
+    arrows = graph()
+    for name, used in arrows.items():
+        others = {other.partition(".")[0] for other in used}
+        if name.startswith("training."):
+            assert not others & {"toy", "measure", *COMMANDS}, name
+        if name.startswith(("measure.", "model.", "toy.")):
+            assert not others & {*COMMANDS}, name
+        if name.startswith("model."):
+            assert others <= {"model"}, name
 
 
 def test_the_equations_know_nothing_of_the_machinery():
-    known = {*PURE, "engine.latex"}
     for name in PURE:
-        assert imports(MODULES[name]) & MODULES.keys() <= known, name
-    assert not any("engine.run" in imports(MODULES[name]) for name in ("vlm", "generate", "packing", "cache"))
+        assert graph()[name] <= {*PURE}, name
 
 
 def test_files_and_functions_are_short():

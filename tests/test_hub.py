@@ -18,7 +18,8 @@ def refuse(*args, **kwargs):
     print("NETWORK", flush=True)
     raise OSError("no network")
 socket.socket.connect = socket.getaddrinfo = refuse
-from vlm import VLM, CheckpointError
+from model.checkpoint import CheckpointError
+from model.vlm import VLM
 try:
     vlm = VLM.load(sys.argv[1], "cpu")
     vlm.save(sys.argv[2])

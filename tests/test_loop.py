@@ -22,8 +22,9 @@ import loop
 import questioner
 from measure import truth as measure
 from measure import watch
+from model import forward
 from model import generate as generate_module
-from model import vlm as vlm_module
+from model import logprobs as logprobs_module
 from model.vlm import VLM
 from training import command
 from training import log as console
@@ -190,7 +191,7 @@ def test_saving_memory_changes_no_number(workplace):
 def test_no_model_works_while_it_is_parked(workplace, monkeypatch, dtype):
     """On a GPU a model that does not work at the moment is on the CPU: each use must be while it is
     present."""
-    roles, used, embed, park = [], set(), vlm_module.embed, VLM.park
+    roles, used, embed, park = [], set(), forward.embed, VLM.park
 
     def parked(self):
         roles.append(self)
@@ -203,7 +204,7 @@ def test_no_model_works_while_it_is_parked(workplace, monkeypatch, dtype):
         return embed(model, *args)
 
     monkeypatch.setattr(VLM, "park", parked)
-    monkeypatch.setattr(vlm_module, "embed", watched)
+    monkeypatch.setattr(forward, "embed", watched)
     monkeypatch.setattr(generate_module, "embed", watched)
     assert loop.main([*SMALL, "--name", "x", "--iterations", "2", "--dtype", dtype]) == 0
     assert len(used) >= 4 and all(role.parked for role in roles), "two roles and their references"
@@ -364,8 +365,8 @@ def test_equal_rewards_and_a_gradient_that_is_not_finite(workplace, monkeypatch,
     steps = records(run.folder, "reasoner")
     assert steps and all(r["equal_groups"] == 1 and r["policy_loss"] == 0 for r in steps)
 
-    logprobs = vlm_module.token_logprobs
-    monkeypatch.setattr(vlm_module, "token_logprobs", lambda *a: logprobs(*a) * float("nan"))
+    logprobs = logprobs_module.token_logprobs
+    monkeypatch.setattr(logprobs_module, "token_logprobs", lambda *a: logprobs(*a) * float("nan"))
     # One step each: three in a row would stop the run.
     s = dataclasses.replace(s, name="y", questioner_steps=1, reasoner_steps=1)
     run = command.ready(s)

@@ -15,8 +15,7 @@ import grpo
 import loop
 import questioner
 import reasoner
-from model import lora
-from model import vlm as vlm_file
+from model import forward, lora
 from model.generate import generate
 from model.prompt import Picture
 from model.vlm import VLM
@@ -77,13 +76,13 @@ def test_merged_weights_compute_the_same():
 @pytest.mark.parametrize("how", ["lora", "frozen", "all weights"])
 def test_a_frozen_encoder_sees_an_image_once(how, monkeypatch):
     """In asking, the other role's votes, reference and update; one that is trained sees it each time."""
-    seen, encode = [], vlm_file.encode_images
+    seen, encode = [], forward.encode_images
 
     def counted(visual, pixels, grids):
         seen.append(len(grids))
         return encode(visual, pixels, grids)
 
-    monkeypatch.setattr(vlm_file, "encode_images", counted)
+    monkeypatch.setattr(forward, "encode_images", counted)
     asks = with_lora() if how == "lora" else VLM.load(ROOT / "toy", "cpu", "float32")
     if how == "frozen":
         asks.model.model.visual.requires_grad_(False)

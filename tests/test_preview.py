@@ -13,9 +13,10 @@ from test_loop import SMALL, workplace  # noqa: F401 (a fixture)
 
 import grpo
 import loop
-from model import packing
+from model import logprobs, packing
+from model import logprobs as logprobs_module
 from model.prompt import Picture
-from training import command, state
+from training import command, folder, state
 from training import dry_run as preview
 from training import dry_run as rehearsal
 from training import memory_plan as plan
@@ -77,12 +78,14 @@ def test_all_token_budgets_shrink_together(monkeypatch):
     prompt, completions = random_prompt(vlm, 150, 0), random_completions(vlm, 4, 40, 0)
     whole = vlm.logprobs(prompt, completions)
     vlm.limits.budget = 1 / 64
-    made = packing.TargetLogprobs.apply
-    monkeypatch.setattr(packing.TargetLogprobs, "apply", lambda *a: (sizes.append(a[-1]), made(*a))[1])
+    made = logprobs_module.TargetLogprobs.apply
+    monkeypatch.setattr(
+        logprobs_module.TargetLogprobs, "apply", lambda *a: (sizes.append(a[-1]), made(*a))[1]
+    )
     for a, b in zip(whole, vlm.logprobs(prompt, completions)):
         assert torch.allclose(a, b, atol=1e-5)
     assert len(sizes) == 4, "each completion in a row of its own"
-    assert max(sizes) <= packing.LOGITS["cpu"] / 64 / vlm.model.config.text_config.vocab_size
+    assert max(sizes) <= logprobs.LOGITS["cpu"] / 64 / vlm.model.config.text_config.vocab_size
 
 
 # ---- Flags that help ---------------------------------------------------------------------------------------
@@ -169,7 +172,7 @@ def test_the_disk_is_planned_as_it_is_used(every, more, workplace, monkeypatch):
 
     Where less than two states are saved within a phase, the plan has room for one that Ctrl-C saves.
     """
-    sizes, write, replace = [], state.write_state, state.replace_folder
+    sizes, write, replace = [], state.write_state, folder.replace_folder
 
     def size() -> None:
         files = [f for f in Path("runs/x").rglob("*.safetensors") if f.is_file()]

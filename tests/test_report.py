@@ -15,6 +15,7 @@ from checkpoints import noise_image
 
 import report
 from curate import Example
+from measure import charts
 from training.folder import write_examples
 from training.log import row
 from training.scenes import read_truth, write_scenes
@@ -241,7 +242,7 @@ def test_r_unc_is_the_mean_of_a_phase_s_first_and_last_third(tmp_path):
     ]
     write_records(folder, records)
     points = [(i, r["r_unc"]) for i, r in enumerate(records, start=1) if r["r_unc"] != "no"]
-    found = report.thirds(points, [7, 13])
+    found = charts.thirds(points, [7, 13])
     assert [place for place, _ in found] == [1, 6, 7, 12, 13]
     assert [value for _, value in found] == pytest.approx([0.3, 0.7, 0.2, 0.7, 0.4])
     title = "Difficulty r_unc, first and last third of a phase"

@@ -21,7 +21,7 @@ from conftest import ROOT, THOROUGH
 from test_ranks import FORKS
 
 import loop
-from model import vlm as vlm_module
+from model import logprobs as logprobs_module
 from model.vlm import VLM
 from training import run as run_module
 from training import state as state_module
@@ -196,8 +196,8 @@ def test_a_full_disk_stops_the_run_and_leaves_it_usable(workplace, whole, monkey
 
 
 def test_gradients_that_are_not_finite_stop_the_run(workplace, monkeypatch, capsys):
-    logprobs = vlm_module.token_logprobs
-    monkeypatch.setattr(vlm_module, "token_logprobs", lambda *a: logprobs(*a) * float("nan"))
+    logprobs = logprobs_module.token_logprobs
+    monkeypatch.setattr(logprobs_module, "token_logprobs", lambda *a: logprobs(*a) * float("nan"))
     assert loop.main([*ARGS, "nan", "--questioner-steps", "9"]) == 1
     err = capsys.readouterr().err
     assert err.count("not finite; skipped") == 3 and "--lr" in err and "Traceback" not in err

@@ -8,7 +8,7 @@ from checkpoints import noise_image, plain_inputs, plain_logprobs, processor_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import packing
+from model import logprobs, packing
 from model.vlm import VLM
 from training.policy import Trained
 
@@ -129,7 +129,7 @@ def test_packed_logprobs_and_gradients_against_the_plain_forward(
         policy = Trained(random_vlm, 0.0, 0.0, checkpointing=True)
     monkeypatch.setattr(packing, "ROW_TOKENS", row_tokens)
     monkeypatch.setattr(packing, "BATCH_TOKENS", batch_tokens)
-    monkeypatch.setitem(packing.LOGITS, "cpu", 7 * 1000)
+    monkeypatch.setitem(logprobs.LOGITS, "cpu", 7 * 1000)
     prompt = random_vlm.prompt("How many?", noise_image(120, 60))
     completions = completions_for(random_vlm, [5, 1, 12, 3, 9])
     model = random_vlm.model

@@ -31,6 +31,7 @@ from curate import Example
 from model import lora
 from model.prompt import Picture
 from model.vlm import VLM
+from training import folder as folder_module
 from training import log as records
 from training.distributed import Ranks
 from training.folder import cut_records, read_records, replace_folder, replace_text
@@ -275,8 +276,8 @@ class Run:
     def finish_curation(self, k: int, candidates: list[Example], curated: list[Example]) -> None:
         """Writes both, and goes on to the next phase."""
         if self.ranks.first:
-            records.write_examples(self.folder / "candidates" / f"iteration-{k}.jsonl", candidates)
-            records.write_examples(self.folder / "curated" / f"iteration-{k}.jsonl", curated)
+            folder_module.write_examples(self.folder / "candidates" / f"iteration-{k}.jsonl", candidates)
+            folder_module.write_examples(self.folder / "curated" / f"iteration-{k}.jsonl", curated)
         if not curated:
             why = "no question of middling confidence" if candidates else "not one question was valid"
             self.console.say(f"iteration {k}: {why}; the Reasoner is not trained")
@@ -284,17 +285,17 @@ class Run:
 
     def curated(self, k: int) -> list[Example]:
         """The Reasoner's training set of iteration k; [] in iteration 0."""
-        return records.read_examples(self.folder / "curated" / f"iteration-{k}.jsonl") if k else []
+        return folder_module.read_examples(self.folder / "curated" / f"iteration-{k}.jsonl") if k else []
 
     def probes(self, when: int | str) -> list[Example]:
         """The fixed questions that the base asked, with its own first votes ("base") or those of iteration
         k."""
-        return records.read_examples(self._probes_file(when))
+        return folder_module.read_examples(self._probes_file(when))
 
     def write_probes(self, when: int | str, probes: list[Example]) -> None:
         """Writes what `probes` reads."""
         if self.ranks.first:
-            records.write_examples(self._probes_file(when), probes)
+            folder_module.write_examples(self._probes_file(when), probes)
         self.ranks.any(False)  # nobody reads it before it is there
 
     def _probes_file(self, when: int | str) -> Path:
@@ -388,7 +389,7 @@ class Run:
         new = self.images.skipped[self.skips_told :]
         self.skips_told += len(new)
         for path, reason in new:
-            self.console.say(f"skipped {records.printable(path)}: {reason}")
+            self.console.say(f"skipped {folder_module.printable(path)}: {reason}")
         if new and self.ranks.first:
-            lines = [f"{records.printable(path)}\t{why}\n" for path, why in self.images.skipped]
+            lines = [f"{folder_module.printable(path)}\t{why}\n" for path, why in self.images.skipped]
             replace_text(self.folder / "skipped.txt", "".join(lines))
