@@ -30,7 +30,9 @@ def main() -> None:
         return features.detach()
 
     def theirs() -> torch.Tensor:
-        features = plain(pixels.to(plain.dtype), grids.to(args.device)).pooler_output
+        made = plain(pixels.to(plain.dtype), grids.to(args.device))
+        later = getattr(made, "deepstack_features", None) or []
+        features = torch.cat([made.pooler_output, *later], dim=1)
         features.sum().backward()
         return features.detach()
 

@@ -102,7 +102,7 @@ WAYS = {  # README's rows: what is tried, in this order, and what the table call
 def table_by_gpu() -> list[str]:
     """README's: with which flags a model fits on one GPU, and what it takes besides, in Markdown."""
     heads = [f"{gb} GB" for gb in GPUS] + ["GiB of the computer's memory", "GiB on the disk"]
-    lines = ["| one GPU of | | " + " | ".join(heads) + " |", "| --- | --- |" + " --- |" * len(heads)]
+    lines = ["| model | trained | " + " | ".join(heads) + " |", "| --- | --- |" + " --- |" * len(heads)]
     for size, model in MODELS.items():
         for name, ways in WAYS.items():
             cells = [first_fitting(size, gib, ways) for gib in GPUS.values()]
