@@ -17,8 +17,7 @@ from shapes import arguments, random_prompts, random_questions, random_vlm, show
 
 import grpo
 import rewards
-from model import generate
-from model import vlm as vlm_module
+from model import generate, logprobs
 from training.policy import Trained
 
 
@@ -78,9 +77,9 @@ def main() -> None:
 
 def watch_all(watch: Stopwatch, policy: Trained) -> None:
     """Names the parts."""
-    for module in (vlm_module, generate):  # both call it
+    for module in (logprobs, generate):  # both call it
         watch.watch(module, "embed", "encode images")
-    watch.watch(vlm_module.PackedForward, "__call__", "log-probabilities")
+    watch.watch(logprobs.PackedForward, "__call__", "log-probabilities")
     watch.watch(generate, "prefill", "prefill")
     watch.watch(generate, "sample", "sampling")
     watch.watch(torch.Tensor, "backward", "backward")

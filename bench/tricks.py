@@ -13,7 +13,7 @@ from shapes import arguments, compare, peak_extra_bytes, random_groups, random_p
 
 import grpo
 from model import decode as cache
-from model import generate, packing
+from model import generate, logprobs, packing
 
 
 def main() -> None:
@@ -81,7 +81,7 @@ def vocabulary_trick(args) -> dict[str, float]:
     """Peak memory of an update with logits of all tokens at once, against logits in chunks."""
     vlm = random_vlm(args.size, args.device, args.dtype, args.vocab_size)
     update = update_of(args, vlm)
-    unchunked = changed(update, packing, LOGITS={args.device: 1 << 60})
+    unchunked = changed(update, logprobs, LOGITS={args.device: 1 << 60})
     update()  # so that the gradients themselves are there before and after
     peaks = [peak_extra_bytes(work, args.device) / 1e6 for work in (update, unchunked)]
     return dict(zip(("logits in chunks: peak, MB", "logits at once: peak, MB"), peaks))

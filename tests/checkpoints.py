@@ -352,12 +352,13 @@ def plain_logprobs(vlm: VLM, prompt: Prompt, completion: list[int], temperature:
 def teach(folder: Path, style: str) -> None:
     """Teaches a published-layout checkpoint both roles by heart, so that a run on it has something to do.
 
-    It writes one of three valid questions, and answers 1 or 2 as a coin falls; MiMo's thinks before that.
+    It writes one of three valid questions, and answers 1 or 2 as a coin falls; MiMo and a Thinking
+    model think before that.
     """
     from toy.build import supervised_loss
 
     vlm, rng = VLM.load(folder, "cpu", torch.float32), random.Random(0)
-    think = "<think>look</think>" if style == "mimo" else ""
+    think = {"mimo": "<think>look</think>", "qwen3-untied": "look</think>"}.get(style, "")
     questions = ["How many are there?", "How many of three?", "What image?"]
     prompts = [vlm.prompt(questioner.INSTRUCTION, noise_image(60, 60, seed=i)) for i in range(4)]
     asked = [reasoner.answer_prompt(vlm, noise_image(60, 60, seed=i), q) for i in range(2) for q in questions]

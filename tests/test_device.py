@@ -7,6 +7,7 @@ takes its plain paths.
 import pytest
 import torch
 from checkpoints import load_lively, noise_image, plain_inputs, publish
+from conftest import ROOT
 
 import grpo
 from model import generate as generate_module
@@ -131,7 +132,7 @@ def test_an_update_in_bfloat16_moves_the_masters(on_device, prompts, device, off
 
 
 def test_the_toy_asks_and_answers(device):
-    toy = VLM.load(generate_module.__file__.rsplit("/", 1)[0] + "/toy", device, "float32")
+    toy = VLM.load(ROOT / "toy", device, "float32")
     prompt = toy.prompt("How many discs are there?", noise_image(84, 84))
     first, again = (
         generate(toy, [prompt], 8, 24, generator=torch.Generator(device).manual_seed(3)) for _ in range(2)

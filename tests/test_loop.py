@@ -204,7 +204,7 @@ def test_no_model_works_while_it_is_parked(workplace, monkeypatch, dtype):
         return embed(model, *args)
 
     monkeypatch.setattr(VLM, "park", parked)
-    monkeypatch.setattr(forward, "embed", watched)
+    monkeypatch.setattr(logprobs_module, "embed", watched)
     monkeypatch.setattr(generate_module, "embed", watched)
     assert loop.main([*SMALL, "--name", "x", "--iterations", "2", "--dtype", dtype]) == 0
     assert len(used) >= 4 and all(role.parked for role in roles), "two roles and their references"
@@ -227,7 +227,7 @@ def test_training_never_sees_the_truth(workplace, monkeypatch):
     truth, readers = measure.read_truth, []
     monkeypatch.setattr(measure, "read_truth", lambda folder: readers.append(folder) or truth(folder))
     assert loop.main([*SMALL, "--name", "false"]) == 0
-    assert readers, "the truth is read, by toy.measure alone"
+    assert readers, "the truth is read, by measure.truth alone"
     runs = workplace / "runs"
     assert (
         records(runs / "true", "measure")[-1]["sampled_accuracy"]
@@ -246,7 +246,7 @@ def test_training_never_sees_the_truth(workplace, monkeypatch):
 def test_training_never_imports_the_answerer(workplace):
     """In a fresh process where importing it fails, a whole run on unlabelled images goes through."""
     image_folder(workplace / "images")
-    code = "import sys; sys.modules['toy.answerer'] = sys.modules['toy.measure'] = None; import loop; "
+    code = "import sys; sys.modules['toy.answerer'] = sys.modules['measure.truth'] = None; import loop; "
     code += "sys.exit(loop.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "--images", "images", *SMALL]
     done = subprocess.run(
@@ -263,7 +263,7 @@ def test_training_never_imports_the_answerer(workplace):
         if ".venv" not in file.parts and "answerer" in _imports(file)
     }
     assert importers - {"test_loop.py", "test_toy.py"} == {
-        "measure.py",
+        "truth.py",
         "build.py",
         "experiments.py",
         "report.py",
