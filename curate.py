@@ -13,7 +13,7 @@ from rewards import confidence
 
 
 @dataclass(frozen=True)
-class Example:
+class VotedQuestion:
     """One question that the Reasoner has answered m times, in any phase; if it is kept it is a line of
     `curated/iteration-K.jsonl`."""
 
@@ -30,9 +30,9 @@ def keep(confidence: float, low: float = 0.25, high: float = 0.75) -> bool:
     return low <= confidence <= high
 
 
-def pool(candidates: Iterable[Example]) -> list[Example]:
+def pool(candidates: Iterable[VotedQuestion]) -> list[VotedQuestion]:
     """Each question about an image once: what was proposed several times has the votes of all times."""
-    pooled: dict[tuple[str, str], Example] = {}
+    pooled: dict[tuple[str, str], VotedQuestion] = {}
     for example in candidates:
         before = pooled.get(place := (example.image, example.question))
         answers = (before.answers if before else []) + example.answers
@@ -41,6 +41,8 @@ def pool(candidates: Iterable[Example]) -> list[Example]:
     return list(pooled.values())
 
 
-def curate(candidates: Iterable[Example], wanted: Callable[[Example], bool]) -> list[Example]:
+def curate(
+    candidates: Iterable[VotedQuestion], wanted: Callable[[VotedQuestion], bool]
+) -> list[VotedQuestion]:
     """The training set D: the questions that have a label and are wanted, each once."""
     return [example for example in pool(candidates) if example.label is not None and wanted(example)]

@@ -14,7 +14,7 @@ official code: see docs/differences.md.
 
 Read it downward from `visplay`. Prompts are in questioner.py and reasoner.py, equations in rewards.py,
 curate.py and grpo.py; what is measured is in watch.py. A *vote* is a question with its m answers
-(`curate.Example`), None for an output that is no valid question. `run` carries everything else
+(`curate.VotedQuestion`), None for an output that is no valid question. `run` carries everything else
 (engine/run.py): the two roles, the images, random numbers, files. `run.at` is False for what a run that was
 stopped has done already; `run.steps` sets `run.policy`, the role in training, and `run.reference`, as it was
 when the phase began; `together`, `gather` and `once` do nothing where there is one process.
@@ -38,7 +38,7 @@ import grpo
 import questioner
 import reasoner
 import rewards
-from curate import Example
+from curate import VotedQuestion
 from measure import watch
 from training import command
 from training.run import Run
@@ -47,19 +47,19 @@ from training.settings import Settings
 # ---- What a researcher may change (see docs/your-own-idea.md) ----------------------------------------------
 
 
-def question_reward(votes: list[Example | None], s: Settings) -> list[float]:
+def question_reward(votes: list[VotedQuestion | None], s: Settings) -> list[float]:
     """The Questioner's, of the G questions about one image: r = 1[valid] max(0, r_unc - r_div)."""
     texts = [vote and vote.question for vote in votes]
     confidences = [vote.confidence if vote else 0.0 for vote in votes]
     return rewards.questioner_rewards(texts, confidences, s.diversity_weight)
 
 
-def keep(example: Example, s: Settings) -> bool:
+def keep(example: VotedQuestion, s: Settings) -> bool:
     """Whether a question is curated: tau_low <= c <= tau_high."""
     return curate.keep(example.confidence, s.tau_low, s.tau_high)
 
 
-def answer_reward(answer: str | None, example: Example) -> float:
+def answer_reward(answer: str | None, example: VotedQuestion) -> float:
     """The Reasoner's: 1 if the answer equals the silver label, else 0."""
     return rewards.answer_reward(answer, example.label)
 

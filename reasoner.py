@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from answers import extract_answer
-from curate import Example
+from curate import VotedQuestion
 from model.generate import generate
 from model.prompt import Patches, Prompt
 from model.vlm import VLM
@@ -48,13 +48,13 @@ def answer(vlm: VLM, prompts: list[Prompt], n: int, **sampling) -> list[Answered
     ]
 
 
-def vote(vlm: VLM, asked: list[Asked], m: int, **sampling) -> list[list[Example | None]]:
+def vote(vlm: VLM, asked: list[Asked], m: int, **sampling) -> list[list[VotedQuestion | None]]:
     """Answers every valid question m times: each with its silver label and confidence (None: invalid)."""
     places = [(a, question) for a in asked for question in a.questions if question is not None]
     prompts = [answer_prompt(vlm, a.patches, question.text) for a, question in places]
     answers = [each.answers for each in answer(vlm, prompts, m, **sampling)]
     voted = iter(
-        Example(a.path, question.text, question.kind, *confidence(y), y)
+        VotedQuestion(a.path, question.text, question.kind, *confidence(y), y)
         for (a, question), y in zip(places, answers)
     )
     return [[question and next(voted) for question in a.questions] for a in asked]

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from curate import Example
+from curate import VotedQuestion
 from measure.charts import CHARTS, Proposed, chart, finite, histogram, ladder, number, shown
 from measure.page import LADDER, PAGE, STYLE
 from rewards import same_answer
@@ -66,7 +66,7 @@ def read_questions(folder: Path, iterations: int) -> dict[int, list[Proposed]]:
     runs have only what was kept.
     """
 
-    def read(kind: str, k: int) -> list[Example] | None:
+    def read(kind: str, k: int) -> list[VotedQuestion] | None:
         try:
             return [e for e in read_examples(folder / kind / f"iteration-{k}.jsonl") if well_formed(e)]
         except (OSError, ValueError, TypeError):
@@ -81,7 +81,7 @@ def read_questions(folder: Path, iterations: int) -> dict[int, list[Proposed]]:
     return questions
 
 
-def well_formed(example: Example) -> bool:
+def well_formed(example: VotedQuestion) -> bool:
     """Whether a question can be shown; its confidence may be unknown."""
     texts = [example.image, example.question, "" if example.label is None else example.label]
     votes = example.answers if isinstance(example.answers, list) and example.answers else [0]
@@ -139,7 +139,7 @@ def count_votes(answers: list[str | None]) -> list[tuple[str | None, int]]:
     return sorted(votes.items(), key=lambda vote: -vote[1])
 
 
-def question_card(example: Example, kept: bool, fact) -> str:
+def question_card(example: VotedQuestion, kept: bool, fact) -> str:
     """A question, its votes as bars, its label, and whether that is true (fact: a toy.answerer.Fact)."""
     bars, label = "", example.label
     for answer, count in count_votes(example.answers):

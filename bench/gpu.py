@@ -111,7 +111,7 @@ def peaks(args, size: str, offload: bool) -> dict[str, int]:
     """Bytes on the device at the peak of each; on a CPU only what they need beside the models."""
     vlm = random_vlm(size, args.device, args.dtype)
     vlm.end_ids = [-1]
-    vlm.park()
+    vlm.offload()
     reference = vlm.copy()
     policy = Trained(vlm, 1e-6, 1e-2, offload, checkpointing=True)
     groups, rng = random_groups(vlm, args), torch.Generator(args.device).manual_seed(0)

@@ -58,7 +58,7 @@ def main() -> None:
     args = arguments(__doc__, answers=10)
     role = random_vlm(args.size, args.device, args.dtype)
     role.end_ids = [-1]  # nothing ends early
-    role.park()
+    role.offload()
     reference = role.copy()
     policy = Trained(role, lr=1e-6, weight_decay=1e-2)
     watch = Stopwatch(args.device)

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import groupby
 
-from curate import Example
+from curate import VotedQuestion
 
-Proposed = tuple[Example, bool]  # a question with its votes, and whether it was kept
+Proposed = tuple[VotedQuestion, bool]  # a question with its votes, and whether it was kept
 
 
 Points = list[tuple[int, float]]  # (step or iteration, value)

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from curate import Example
+from curate import VotedQuestion
 from measure.items import Item
 from measure.outcomes import Outcome
 from rewards import answer_reward
@@ -54,7 +54,7 @@ def held_out_questions(folder: Path, count: int, seed: int, size: int) -> list[I
     return [Item(str(path), text, (fact.answer,), kind=fact.kind) for path, text, fact in facts]
 
 
-def measure(outcomes: list[Outcome], curated: list[Example], held_out: Path, images: Path) -> dict:
+def measure(outcomes: list[Outcome], curated: list[VotedQuestion], held_out: Path, images: Path) -> dict:
     """All that the truth tells of an iteration; `held_out` and `images` are the folders of the scenes."""
     return accuracy_by_objects(outcomes, held_out) | silver_label_accuracy(curated, images)
 
@@ -70,7 +70,7 @@ def accuracy_by_objects(outcomes: list[Outcome], folder: Path) -> dict:
     return {"sampled_by_objects": _by_rung(sampled), "greedy_by_objects": _by_rung(greedy)}
 
 
-def silver_label_accuracy(examples: list[Example], folder: Path) -> dict:
+def silver_label_accuracy(examples: list[VotedQuestion], folder: Path) -> dict:
     """How many silver labels are true, for curated questions about scenes in `folder`, and how hard they are.
 
     A label of a question that has no answer is not true; `understood` is the share of the others. Of these:
@@ -88,7 +88,7 @@ def silver_label_accuracy(examples: list[Example], folder: Path) -> dict:
     }
 
 
-def majority_right(examples: list[Example], folder: Path) -> list[float]:
+def majority_right(examples: list[VotedQuestion], folder: Path) -> list[float]:
     """Of each question 1 if its majority is the true answer, else 0."""
     facts = _facts(((e.image, e.question) for e in examples), folder)
     return [

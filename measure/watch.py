@@ -12,7 +12,7 @@ import time
 import questioner
 import reasoner
 import rewards
-from curate import Example
+from curate import VotedQuestion
 from measure import signatures
 from measure.outcomes import answer_all
 from measure.scores import mean_scores
@@ -24,7 +24,7 @@ PROBES = 64  # fixed questions that the base asks, one an image
 SAMPLES = 4  # answers to a held-out question
 
 
-def of_questions(s: Settings, votes: list[list[Example | None]]) -> dict:
+def of_questions(s: Settings, votes: list[list[VotedQuestion | None]]) -> dict:
     """What the Questioner's rewards are made of: means over its valid questions; `clusters` over images."""
     asked = [[v.question for v in group if v] for group in votes]
     valid = [v for group in votes for v in group if v]
@@ -44,7 +44,9 @@ def of_answers(answers: list[list[str | None]]) -> dict:
     return dict(validity=validity, confidence=mean([rewards.confidence(group)[1] for group in answers]))
 
 
-def of_candidates(s: Settings, candidates: list[Example], curated: list[Example], start: float) -> dict:
+def of_candidates(
+    s: Settings, candidates: list[VotedQuestion], curated: list[VotedQuestion], start: float
+) -> dict:
     """How many questions were proposed, valid and kept. start: when it began, by time.monotonic."""
     return dict(
         candidates=s.candidates,
@@ -58,7 +60,7 @@ def of_candidates(s: Settings, candidates: list[Example], curated: list[Example]
 # ---- Fixed questions ---------------------------------------------------------------------------------------
 
 
-def probe(s: Settings, run: Run, k: int) -> list[Example]:
+def probe(s: Settings, run: Run, k: int) -> list[VotedQuestion]:
     """The Reasoner's votes after iteration k on questions that the base asked.
 
     Before the first iteration the base votes on them twice: how often it agrees with itself is what agreement
@@ -73,13 +75,13 @@ def probe(s: Settings, run: Run, k: int) -> list[Example]:
     prompts = [reasoner.answer_prompt(run.reasoner, image, e.question) for e, image in mine]
     answered = reasoner.answer(run.reasoner, prompts, s.answers, **run.sampling)
     voted = [
-        Example(e.image, e.question, e.kind, *rewards.confidence(a.answers), a.answers)
+        VotedQuestion(e.image, e.question, e.kind, *rewards.confidence(a.answers), a.answers)
         for (e, _), a in zip(mine, answered)
     ]
     return [v for (v,) in run.together([[v] for v in voted])]
 
 
-def of_probes(run: Run, probes: list[Example]) -> dict:
+def of_probes(run: Run, probes: list[VotedQuestion]) -> dict:
     """How often the majority is the base's, and how large it is; None without any question."""
     if not probes:
         return dict(base_agreement=None, probe_confidence=None)
@@ -87,7 +89,7 @@ def of_probes(run: Run, probes: list[Example]) -> dict:
     return dict(base_agreement=mean(agree), probe_confidence=mean([v.confidence for v in probes]))
 
 
-def agreement(run: Run, probes: list[Example]) -> dict[tuple[str, str], float]:
+def agreement(run: Run, probes: list[VotedQuestion]) -> dict[tuple[str, str], float]:
     """For each (image, question) 1 if the majority is that of the base's first votes, else 0."""
     base = {(e.image, e.question): e.label for e in run.probes("base")}
     places = [(e, (e.image, e.question)) for e in probes]
@@ -97,7 +99,7 @@ def agreement(run: Run, probes: list[Example]) -> dict[tuple[str, str], float]:
 # ---- Where the truth is known ------------------------------------------------------------------------------
 
 
-def true_accuracy(s: Settings, run: Run, k: int, probes: list[Example]) -> dict:
+def true_accuracy(s: Settings, run: Run, k: int, probes: list[VotedQuestion]) -> dict:
     """Of held-out scenes, of the silver labels and of the fixed questions; {} for images of one's own.
 
     The true labels stay in here: what is returned is printed and written, and used for nothing else.
@@ -127,7 +129,7 @@ def warn_of_questions(run: Run, k: int) -> None:
     run.warn("question collapse", signatures.question_collapse(steps[0], steps[-1]))
 
 
-def warn_of_labels(s: Settings, run: Run, k: int, probes: list[Example]) -> None:
+def warn_of_labels(s: Settings, run: Run, k: int, probes: list[VotedQuestion]) -> None:
     """Warns of majorities that got worse on the fixed questions, while they are as large as before."""
     if k == 0:
         return

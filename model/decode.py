@@ -68,7 +68,7 @@ class Rows:
         self.n, self.heads, self.dtype, self.new_tokens = n, heads, dtype, new_tokens
         self.buckets = BUCKETS[device.type]
         self.in_one = all_in_one(vlm)
-        self.pieces = fused.compiled(vlm.limits) if device.type == "cuda" else fused
+        self.pieces = fused.compiled(vlm.fallbacks) if device.type == "cuda" else fused
         # What the host knows, so that it need not ask the GPU:
         self.owners: list[
             tuple[int, int, int]
@@ -125,7 +125,7 @@ def slots_in_memory(vlm: VLM, prompt_tokens: int, n: int, new_tokens: int) -> in
     row = new_tokens * cache_token_bytes(vlm.model.config, vlm.model.dtype)
     row += SAMPLING_BYTES * vlm.model.config.text_config.vocab_size
     slot = prompt_tokens * cache_token_bytes(vlm.model.config, vlm.model.dtype) + n * row
-    return max(1, int(cache_budget(vlm.device) * vlm.limits.rows) // slot)
+    return max(1, int(cache_budget(vlm.device) * vlm.fallbacks.row_scale) // slot)
 
 
 def cache_token_bytes(config, dtype: torch.dtype) -> int:
@@ -240,7 +240,7 @@ def recorded(step: Callable[[], None], vlm: VLM, pool) -> Callable[[], None]:
     which they may not do during a recording. Recording computes nothing. All graphs take their scratch memory
     from one pool: no two run at the same time, and nothing in it outlives a step.
     """
-    if vlm.device.type != "cuda" or not vlm.limits.record:
+    if vlm.device.type != "cuda" or not vlm.fallbacks.graphs:
         return step
     stream = None
     try:
@@ -256,7 +256,7 @@ def recorded(step: Callable[[], None], vlm: VLM, pool) -> Callable[[], None]:
             _leave_recording(stream, vlm.device, pool)
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        vlm.limits.record = False
+        vlm.fallbacks.graphs = False
         print(f"decoding without a CUDA graph: {error}", file=sys.stderr)
         return step
 

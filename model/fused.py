@@ -223,18 +223,18 @@ def mark(args: Sequence, changing: tuple) -> None:
         torch._dynamo.maybe_mark_dynamic(argument, dimensions)
 
 
-def compiled(limits) -> SimpleNamespace:
+def compiled(fallbacks) -> SimpleNamespace:
     """The functions above under their names, compiled when they are first called.
 
-    Where one cannot be compiled (no Triton, no compiler, an old torch) it is said once, `limits.compile` is
-    switched off, and the plain functions go on. All give the same when they are done twice.
+    Where one cannot be compiled (no Triton, no compiler, an old torch) it is said once, `fallbacks.compile`
+    is switched off, and the plain functions go on. All give the same when they are done twice.
     """
 
     def faster(function, changing):
         made = torch.compile(function, fullgraph=True)
 
         def call(*args):
-            if limits.compile:
+            if fallbacks.compile:
                 try:
                     mark(args, changing)
                     with torch._dynamo.config.patch(recompile_limit=VARIANTS):
@@ -242,7 +242,7 @@ def compiled(limits) -> SimpleNamespace:
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as error:  # torch's compilers fail in many ways
-                    limits.compile = False
+                    fallbacks.compile = False
                     print(f"decoding without compiled kernels: {error}"[:500], file=sys.stderr)
             return function(*args)
 

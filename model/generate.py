@@ -62,7 +62,7 @@ def generate(
     )
     while waiting := [i for i, samples in enumerate(results) if None in samples]:
         try:
-            with vlm.present():
+            with vlm.on_device():
                 write(vlm, prompts, waiting, n, max_new_tokens, draw_token, results)
             break
         except torch.OutOfMemoryError:
@@ -105,7 +105,7 @@ def write(
 def admit(vlm: VLM, rows: Rows, prompts: list[Prompt], chosen: list[int]) -> None:
     """Forwards prompts and opens n rows for each; chosen: which ones, the longest first."""
     while chosen:
-        batch = chosen[: max(1, int(PREFILL_TOKENS * vlm.limits.budget) // len(prompts[chosen[0]]))]
+        batch = chosen[: max(1, int(PREFILL_TOKENS * vlm.fallbacks.batch_scale) // len(prompts[chosen[0]]))]
         chosen = chosen[len(batch) :]
         logits, layers = prefill(vlm, [prompts[i] for i in batch])
         start, slot, n = len(rows.owners), len(rows.prompt_lengths), rows.n

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model.forward import embed, hidden_states
-from model.offload import Limits
+from model.offload import Fallbacks
 from model.packing import PackedBatch, packed_mask
 
 
@@ -16,12 +16,12 @@ class PackedForward(torch.nn.Module):
 
     A module, so that the whole of it can be sharded over processes (see engine/shards.py). With
     `checkpointing` the backward pass computes a layer's activations again instead of keeping them: one more
-    forward. limits: how many logits are made at a time (see `Limits`).
+    forward. fallbacks: how many logits are made at a time (see `Fallbacks`).
     """
 
-    def __init__(self, model, checkpointing: bool = False, limits: Limits | None = None):
+    def __init__(self, model, checkpointing: bool = False, fallbacks: Fallbacks | None = None):
         super().__init__()
-        self.model, self.checkpointing, self.limits = model, checkpointing, limits or Limits()
+        self.model, self.checkpointing, self.fallbacks = model, checkpointing, fallbacks or Fallbacks()
         if checkpointing:
             new_name = "activation_checkpointing_enable"  # since transformers 5.2x
             enable = getattr(model, new_name if hasattr(model, new_name) else "gradient_checkpointing_enable")
@@ -40,7 +40,7 @@ class PackedForward(torch.nn.Module):
             layer.training = False
         where, targets = batch.where.to(device), batch.targets.to(device)
         weight = self.model.lm_head.weight
-        return token_logprobs(hidden[where], weight, targets, temperature, self.limits.budget)
+        return token_logprobs(hidden[where], weight, targets, temperature, self.fallbacks.batch_scale)
 
 
 # So many logits are made at a time: 39 MB of float32 on a CPU; a GPU wants larger matrices.
@@ -48,13 +48,13 @@ LOGITS = {"cpu": 64 * 151_936, "cuda": 512 * 151_936}
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, budget: float = 1.0
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, batch_scale: float = 1.0
 ) -> Tensor:
     """[N] log-probabilities, float32, of targets [N]; hidden: [N, hidden], weight: [vocabulary, hidden].
 
     budget: the share of LOGITS that is made at a time.
     """
-    size = max(1, int(LOGITS[hidden.device.type] * budget) // len(weight))
+    size = max(1, int(LOGITS[hidden.device.type] * batch_scale) // len(weight))
     return TargetLogprobs.apply(hidden, weight, targets, temperature, size)
 
 

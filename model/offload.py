@@ -7,14 +7,13 @@ from torch import Tensor
 
 
 @dataclass
-class Limits:
-    """What is known of the GPU: which shares of the token budgets and of the rows of a rollout fit, if it can
-    record steps, and if torch can compile for it."""
+class Fallbacks:
+    """Fallbacks of a GPU, adjusted when something fails. Roles that are copies of one another share them."""
 
-    budget: float = 1.0
-    rows: float = 1.0
-    record: bool = True
-    compile: bool = True
+    batch_scale: float = 1.0  # the fraction of the usual batch size that fits in memory
+    row_scale: float = 1.0  # the fraction of the rows of a rollout that fits
+    graphs: bool = True  # whether CUDA graphs of decode steps work
+    compile: bool = True  # whether torch.compile works
 
 
 def copy_model(model):

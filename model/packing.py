@@ -56,7 +56,7 @@ class PackedBatch:
     targets: Tensor
 
 
-def pack(groups: list[tuple], budget: float = 1.0) -> list[list[PackedRow]]:
+def pack(groups: list[tuple], batch_scale: float = 1.0) -> list[list[PackedRow]]:
     """Cuts groups into rows, and gathers rows into batches that are forwarded together.
 
     groups: (prompt, completions as lists of token ids). A row has at most ROW_TOKENS tokens, a batch at most
@@ -68,14 +68,14 @@ def pack(groups: list[tuple], budget: float = 1.0) -> list[list[PackedRow]]:
     for g, (prompt, completions) in enumerate(groups):
         fresh = len(rows)
         for i, ids in enumerate(completions):
-            if len(rows) == fresh or rows[-1].length + len(ids) > ROW_TOKENS * budget:
+            if len(rows) == fresh or rows[-1].length + len(ids) > ROW_TOKENS * batch_scale:
                 rows.append(PackedRow(g, [], len(prompt)))
             rows[-1] = PackedRow(g, [*rows[-1].completions, i], rows[-1].length + max(0, len(ids) - 1))
     images = 0
     for row in sorted(rows, key=lambda row: -row.length):
         images += groups[row.group][0].image_tokens
-        full = batches and (len(batches[-1]) + 1) * batches[-1][0].length > BATCH_TOKENS * budget
-        if not batches or full or images > BATCH_IMAGE_TOKENS * budget:
+        full = batches and (len(batches[-1]) + 1) * batches[-1][0].length > BATCH_TOKENS * batch_scale
+        if not batches or full or images > BATCH_IMAGE_TOKENS * batch_scale:
             batches.append([])
             images = groups[row.group][0].image_tokens
         batches[-1].append(row)

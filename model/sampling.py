@@ -3,11 +3,22 @@
 import functools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from model import fused
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn: what `generate.generate` takes besides prompts and random numbers."""
+
+    max_new_tokens: int
+    temperature: float = 1.0  # 0 takes the likeliest token
+    top_p: float = 1.0  # the likeliest tokens up to so much probability
+    top_k: int = 0  # the k likeliest tokens; 0: all
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generator, pieces=fused) -> Tensor:

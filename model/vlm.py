@@ -22,7 +22,7 @@ from model import prompt as prompt_module
 from model.checkpoint import CheckpointError, end_ids, first_line, load_config, load_processors
 from model.families import FAMILIES
 from model.logprobs import PackedForward
-from model.offload import Limits, _padded_bytes, copy_model
+from model.offload import Fallbacks, _padded_bytes, copy_model
 from model.packing import lay_out, pack
 from model.prompt import Patches, Prompt, arrange, make_prompt
 
@@ -38,8 +38,8 @@ class VLM:
         self.image_size = checkpoint.pixel_limits(image_processor, max_pixels)
         self.token_side = checkpoint.token_side(model.config)  # pixels along one side of an image token
         self.device = model.device  # where it computes
-        self.parked = False
-        self.limits = Limits()
+        self.offloaded = False
+        self.fallbacks = Fallbacks()
         self.end_ids = end_ids(source, tokenizer)
         self.opened_thought = prompt_module.opened_thought(tokenizer)
         self.vision_ids = checkpoint.vision_ids(model.config, tokenizer)
@@ -86,20 +86,20 @@ class VLM:
     def copy(self) -> "VLM":
         """Independent weights; what is frozen is shared, as are tokenizer and image processor."""
         twin = copy.copy(self)
-        twin.model, twin.parked = copy_model(self.model), False
-        if self.parked:
-            twin.park()
+        twin.model, twin.offloaded = copy_model(self.model), False
+        if self.offloaded:
+            twin.offload()
         return twin
 
     # ---- Where the weights are -----------------------------------------------------------------------------
 
-    def park(self) -> None:
+    def offload(self) -> None:
         """From now on the weights are in CPU memory, and on the device only while they work (see `present`).
 
         They share one buffer, as pinned memory, which a GPU reads fastest, is rounded up to a power of two
         each time it is asked for.
         """
-        if self.parked:
+        if self.offloaded:
             return
         tensors, pinned = self._tensors(), self.device.type == "cuda"
         flat = torch.empty(sum(_padded_bytes(t) for t in tensors), dtype=torch.uint8, pin_memory=pinned)
@@ -108,25 +108,25 @@ class VLM:
             place = flat[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             start += _padded_bytes(tensor)
             tensor.data = place.copy_(tensor.data)
-        self.parked = True
+        self.offloaded = True
 
-    def unpark(self) -> None:
+    def load_to_device(self) -> None:
         """Brings the weights back to the device for good."""
-        if self.parked:
+        if self.offloaded:
             self.model.to(self.device)
-            self.parked = False
+            self.offloaded = False
 
     @contextmanager
-    def present(self):
+    def on_device(self):
         """Has the weights on the device for the length of a `with` block.
 
         Nothing is copied back: who changes weights that are parked changes them where they are parked.
         """
-        if not self.parked:
+        if not self.offloaded:
             yield self
             return
         tensors = self._tensors()
-        home, self.parked = [tensor.data for tensor in tensors], False
+        home, self.offloaded = [tensor.data for tensor in tensors], False
         try:
             for tensor in tensors:
                 tensor.data = tensor.data.to(self.device, non_blocking=True)
@@ -134,7 +134,7 @@ class VLM:
         finally:
             for tensor, data in zip(tensors, home):
                 tensor.data = data
-            self.parked = True
+            self.offloaded = True
 
     def _tensors(self) -> list[Tensor]:
         """What is parked: frozen weights are not, as several copies share them."""
@@ -150,9 +150,12 @@ class VLM:
 
         Roles that are copies of one another share this: they share the GPU, too.
         """
-        if max(self.limits.budget, self.limits.rows) <= 1 / 64:
+        if max(self.fallbacks.batch_scale, self.fallbacks.row_scale) <= 1 / 64:
             raise torch.OutOfMemoryError("the smallest batches are still too large")
-        self.limits.budget, self.limits.rows = self.limits.budget / 2, self.limits.rows / 2
+        self.fallbacks.batch_scale, self.fallbacks.row_scale = (
+            self.fallbacks.batch_scale / 2,
+            self.fallbacks.row_scale / 2,
+        )
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -221,10 +224,10 @@ class VLM:
         share: that of the batch in all completions. Differentiate a batch before asking for the next: then
         only one batch's activations are in memory at a time.
         """
-        forward = PackedForward(self.model, limits=self.limits)
+        forward = PackedForward(self.model, fallbacks=self.fallbacks)
         total = sum(len(completions) for _, completions in groups)
-        with self.present():
-            for rows in pack(groups, self.limits.budget):
+        with self.on_device():
+            for rows in pack(groups, self.fallbacks.batch_scale):
                 batch = lay_out(groups, rows)
                 logps = forward(batch, temperature).split(batch.sizes)
                 yield batch.which, list(logps), len(batch.which) / total

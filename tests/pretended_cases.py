@@ -70,7 +70,7 @@ def lent(vlm):
     """Its copy on the GPU."""
     twin = vlm.copy()
     twin.model.to("cuda")
-    twin.device, twin.limits = twin.model.device, type(vlm.limits)()
+    twin.device, twin.fallbacks = twin.model.device, type(vlm.fallbacks)()
     return twin
 
 
@@ -129,7 +129,7 @@ def greedy_rollout():
     assert got == want
     assert gpu.recordings > 2 and gpu.replays > 20 and gpu.stream == "main"
     pieces = "begin add_norm rotate_and_write attend swiglu write_logits"
-    assert gpu.compiled.keys() == set(pieces.split()) and twin.limits.compile
+    assert gpu.compiled.keys() == set(pieces.split()) and twin.fallbacks.compile
     layers = len(twin.model.model.language_model.layers)
     for free in (1 << 32, 1 << 16):  # projections are copied into one where there is room
         with GPU(free=free):
@@ -147,7 +147,7 @@ def sampled_rollout():
     for top_p, top_k in ((0.9, 0), (1.0, 5)):
         with GPU() as gpu:
             twin, results = lent(vlm), []
-            for twin.limits.record in (True, False):
+            for twin.fallbacks.graphs in (True, False):
                 settings = dict(top_p=top_p, top_k=top_k, generator=torch.Generator("cuda").manual_seed(0))
                 results.append(generate(twin, prompts, 2, 10, **settings))
             generate(twin, prompts, 2, 3, top_p=top_p, generator=torch.Generator().manual_seed(0))
@@ -221,12 +221,12 @@ def out_of_memory_in_a_rollout():
     with GPU(), mock.patch.object(torch.cuda, "graph", side_effect=full):
         twin = lent(vlm)
         assert refused(lambda: generate(twin, prompts, 2, 12), torch.OutOfMemoryError)
-        assert twin.limits.record and twin.limits.budget == 1 / 64, "each size was tried"
+        assert twin.fallbacks.graphs and twin.fallbacks.batch_scale == 1 / 64, "each size was tried"
     for moment in (0.1, 0.4, 0.6, 0.9):
         with GPU() as again:
             twin, again.fails_at = lent(vlm), int(moment * gpu.done)
             assert generate(twin, prompts, 2, 12, temperature=0.0) == want
-            assert twin.limits.budget == 0.5 and twin.limits.record and again.stream == "main"
+            assert twin.fallbacks.batch_scale == 0.5 and twin.fallbacks.graphs and again.stream == "main"
             torch.cuda.empty_cache()
 
 
@@ -240,18 +240,18 @@ def parked_roles():
         vlm = lent(tiny("bfloat16"))
         head, table = vlm.model.lm_head.weight, vlm.model.get_input_embeddings().weight
         assert head is table and all(map(on_gpu, tensors_of(vlm)))
-        vlm.park()
+        vlm.offload()
         (buffer,) = {plain(t).untyped_storage().data_ptr() for t in tensors_of(vlm)}
         assert buffer in gpu.pinned and not any(map(on_gpu, tensors_of(vlm)))
         gpu.copies.clear()
-        vlm.park()  # nothing to do
-        with vlm.present():
+        vlm.offload()  # nothing to do
+        with vlm.on_device():
             assert all(map(on_gpu, tensors_of(vlm)))
         assert {how for how, _ in gpu.copies} == {"to GPU pinned goes on"}
         assert {plain(t).untyped_storage().data_ptr() for t in tensors_of(vlm)} == {buffer}
         twin = vlm.copy()
-        assert twin.parked and twin.model.lm_head.weight is twin.model.get_input_embeddings().weight
-        twin.unpark()
+        assert twin.offloaded and twin.model.lm_head.weight is twin.model.get_input_embeddings().weight
+        twin.load_to_device()
         assert all(map(on_gpu, tensors_of(twin))) and vlm.model.lm_head.weight is head is table
         assert twin.model.lm_head.weight is twin.model.get_input_embeddings().weight
 
@@ -263,7 +263,7 @@ def updated(vlm, checkpointing):
     import grpo
     from training.policy import Trained
 
-    vlm.park()
+    vlm.offload()
     reference = vlm.copy()
     groups = [
         grpo.Group(prompt, random_completions(vlm, 3, 9, i), [0.0, 1.0, 1.0])
@@ -271,7 +271,7 @@ def updated(vlm, checkpointing):
     ]
     policy = Trained(vlm, 1e-3, 1e-2, checkpointing=checkpointing)
     grpo.add_reference(groups, reference)
-    assert reference.parked and not vlm.parked and not policy.sharded
+    assert reference.offloaded and not vlm.offloaded and not policy.sharded
     metrics = [grpo.update(policy, policy.optimizer, groups) for _ in range(2)]
     return metrics, {name: plain(w).detach().clone() for name, w in policy.weights().items()}
 
@@ -336,7 +336,7 @@ def out_of_memory_in_an_update():
         with GPU() as again:
             twin, again.fails_at = lent(vlm), int(moment * gpu.done)
             got, _ = updated(twin, False)
-            assert twin.limits.budget == 0.5
+            assert twin.fallbacks.batch_scale == 0.5
         places.add(again.failed)
         for a, b in zip(want, got):
             assert abs(a["loss"] - b["loss"]) < 1e-5 and abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-4
@@ -357,7 +357,7 @@ def lora_export():
     def trained(device):
         vlm = VLM.load(ROOT / "toy", device, "bfloat16")
         lora.add_lora(vlm.model, 2)
-        vlm.park()
+        vlm.offload()
         for name, p in vlm.model.named_parameters():
             if name.endswith("lora_B"):
                 p.data += 0.5

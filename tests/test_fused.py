@@ -18,7 +18,7 @@ from conftest import ROOT
 from model import decode as cache
 from model import fused, generate
 from model import sampling as sampling_module
-from model.offload import Limits
+from model.offload import Fallbacks
 
 sys.path.append(str(ROOT / "bench"))  # at the end: it has a rewards.py of its own
 import launches  # noqa: E402
@@ -97,15 +97,15 @@ def test_compiled_it_gives_the_same(function, dtype):
     """Float32: other orders of summing, a few times 1e-7 of numbers up to 10. bfloat16: what is plain rounds
     after every operation, what is compiled at the end, so a few of the 8 bits are the last that agree."""
     torch._dynamo.reset()
-    counters, limits = torch._dynamo.utils.counters["stats"], Limits()
-    fast, compiled = getattr(fused.compiled(limits), function.__name__), []
+    counters, fallbacks = torch._dynamo.utils.counters["stats"], Fallbacks()
+    fast, compiled = getattr(fused.compiled(fallbacks), function.__name__), []
     near = dict(atol=2e-6, rtol=2e-6) if dtype == torch.float32 else dict(atol=0.06, rtol=0.03)
     before = counters["unique_graphs"]
     for size in SIZES:
         args = arguments(dtype, *size)[function]
         ours, theirs = copied(args), copied(args)
         got, want = tensors(fast(*ours)), tensors(function(*theirs))
-        assert limits.compile, "it was compiled"
+        assert fallbacks.compile, "it was compiled"
         compiled.append(counters["unique_graphs"] - before)
         for a, b in zip(got + tensors(ours), want + tensors(theirs), strict=True):
             assert a.dtype == b.dtype and torch.allclose(a.float(), b.float(), **near), (a - b).abs().max()
@@ -119,7 +119,7 @@ def test_a_compiled_step_writes_the_same_tokens(monkeypatch, size):
     torch._dynamo.reset()
     vlm = random_vlm(size, "cpu", "float32")
     vlm.end_ids = [vlm.end_ids[0], *range(3, 500, 11)]
-    rng, limits = torch.Generator().manual_seed(1), Limits()
+    rng, fallbacks = torch.Generator().manual_seed(1), Fallbacks()
     for p in vlm.model.parameters():
         p.data += 0.12 * torch.randn(p.shape, generator=rng)
     prompts = [random_prompt(vlm, 50 + 7 * i, i) for i in range(5)]
@@ -134,13 +134,13 @@ def test_a_compiled_step_writes_the_same_tokens(monkeypatch, size):
     class Compiled(cache.Rows):
         def __init__(self, vlm, *sizes):
             super().__init__(vlm, *sizes)
-            self.pieces = fused.compiled(limits)
+            self.pieces = fused.compiled(fallbacks)
             self.in_one = [cache.in_one(layer.self_attn) for layer in vlm.model.model.language_model.layers]
             assert None not in self.in_one
 
     want = texts()
     monkeypatch.setattr(generate, "Rows", Compiled)
-    assert texts() == want and limits.compile
+    assert texts() == want and fallbacks.compile
     assert len({len(ids) for group in want[0] for ids in group}) > 2, "they end at different times"
 
 
@@ -155,16 +155,16 @@ def test_what_cannot_be_compiled_goes_on_plain(monkeypatch, capsys):
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    limits, tried, x = SimpleNamespace(compile=True), [], torch.ones(2, 3)
-    pieces = fused.compiled(limits)
+    fallbacks, tried, x = SimpleNamespace(compile=True), [], torch.ones(2, 3)
+    pieces = fused.compiled(fallbacks)
     error = torch.OutOfMemoryError("full")
     with pytest.raises(torch.OutOfMemoryError):
         pieces.swiglu(x, x)
-    assert limits.compile and not capsys.readouterr().err
+    assert fallbacks.compile and not capsys.readouterr().err
     error = RuntimeError("no Triton")
     for _ in range(3):
         assert torch.equal(pieces.swiglu(x, x), fused.swiglu(x, x))
-        assert torch.equal(fused.compiled(limits).likelier(x, x[:, :1]), fused.likelier(x, x[:, :1]))
+        assert torch.equal(fused.compiled(fallbacks).likelier(x, x[:, :1]), fused.likelier(x, x[:, :1]))
     said = capsys.readouterr().err
     assert tried == ["swiglu"] * 2 and said == "decoding without compiled kernels: no Triton\n"
 

@@ -18,7 +18,7 @@ from model import fused
 from model import generate as generate_module
 from model.forward import embed, hidden_states
 from model.generate import generate
-from model.offload import Limits
+from model.offload import Fallbacks
 from model.sampling import sample
 
 SIZES = [(56, 56), (100, 60), (30, 200), (112, 112), (60, 60)]
@@ -211,11 +211,11 @@ def test_what_cannot_be_recorded_is_done_eagerly(ending_vlm, monkeypatch, capsys
     if torch.cuda.is_available():
         pytest.skip("a GPU records")
     vlm, tries = ending_vlm.copy(), []
-    vlm.limits = Limits()
+    vlm.fallbacks = Fallbacks()
 
     def recorded(step, vlm, pool):
-        claims = SimpleNamespace(device=torch.device("cuda:0"), limits=vlm.limits)
-        tries.append(vlm.limits.record)
+        claims = SimpleNamespace(device=torch.device("cuda:0"), fallbacks=vlm.fallbacks)
+        tries.append(vlm.fallbacks.graphs)
         return cache.recorded(step, claims, pool)
 
     want = generate(ending_vlm, ragged_prompts(ending_vlm), 2, 6, temperature=0)
@@ -249,9 +249,9 @@ def test_a_recording_that_breaks_off_is_left(ending_vlm, monkeypatch):
         monkeypatch.setattr(torch.cuda, name, pretended)
     ended = lambda device, pool: left.append((device, pool))  # noqa: E731
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended, raising=False)
-    claims, step = SimpleNamespace(device=torch.device("cuda"), limits=Limits()), lambda: None
+    claims, step = SimpleNamespace(device=torch.device("cuda"), fallbacks=Fallbacks()), lambda: None
     assert cache.recorded(step, claims, "pool") is step
-    assert left == ["mine", (3, "pool")] and not claims.limits.record
+    assert left == ["mine", (3, "pool")] and not claims.fallbacks.graphs
 
 
 # ---- Out of memory -----------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def once(function, when):
 )
 def test_a_rollout_that_runs_out_of_memory_goes_on_with_half_the_rows(random_vlm, monkeypatch, name, when):
     vlm, prompts = random_vlm.copy(), ragged_prompts(random_vlm)
-    vlm.limits = Limits()
+    vlm.fallbacks = Fallbacks()
     want = generate(vlm, prompts, 3, 12, temperature=0)
     bytes_of_four = 4 * (max(map(len, prompts)) + 3 * 12) * 4 * 1024  # some slots, not all
     monkeypatch.setattr(cache, "CPU_CACHE_BYTES", bytes_of_four)
@@ -286,12 +286,12 @@ def test_a_rollout_that_runs_out_of_memory_goes_on_with_half_the_rows(random_vlm
         generate_module, "slots_in_memory", lambda *a: slots.append(slots_in_memory(*a)) or slots[-1]
     )
     assert generate(vlm, prompts, 3, 12, temperature=0) == want
-    assert vlm.limits.budget == 0.5 and len(slots) == 2 and slots[1] <= max(1, slots[0] // 2)
+    assert vlm.fallbacks.batch_scale == 0.5 and len(slots) == 2 and slots[1] <= max(1, slots[0] // 2)
 
 
 def test_a_rollout_that_never_fits_says_so(random_vlm, monkeypatch):
     vlm = random_vlm.copy()
-    vlm.limits = Limits()
+    vlm.fallbacks = Fallbacks()
 
     def never(*_):
         raise torch.OutOfMemoryError("out of memory")

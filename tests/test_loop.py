@@ -191,7 +191,7 @@ def test_saving_memory_changes_no_number(workplace):
 def test_no_model_works_while_it_is_parked(workplace, monkeypatch, dtype):
     """On a GPU a model that does not work at the moment is on the CPU: each use must be while it is
     present."""
-    roles, used, embed, park = [], set(), forward.embed, VLM.park
+    roles, used, embed, park = [], set(), forward.embed, VLM.offload
 
     def parked(self):
         roles.append(self)
@@ -199,15 +199,15 @@ def test_no_model_works_while_it_is_parked(workplace, monkeypatch, dtype):
 
     def watched(model, *args):
         owner = [role for role in roles if role.model is model]
-        assert not any(role.parked for role in owner)
+        assert not any(role.offloaded for role in owner)
         used.update(map(id, owner))
         return embed(model, *args)
 
-    monkeypatch.setattr(VLM, "park", parked)
+    monkeypatch.setattr(VLM, "offload", parked)
     monkeypatch.setattr(logprobs_module, "embed", watched)
     monkeypatch.setattr(generate_module, "embed", watched)
     assert loop.main([*SMALL, "--name", "x", "--iterations", "2", "--dtype", dtype]) == 0
-    assert len(used) >= 4 and all(role.parked for role in roles), "two roles and their references"
+    assert len(used) >= 4 and all(role.offloaded for role in roles), "two roles and their references"
 
 
 def test_training_never_sees_the_truth(workplace, monkeypatch):

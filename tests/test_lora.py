@@ -152,7 +152,7 @@ def test_gradients_are_those_of_the_formula():
 
 def test_copies_share_what_is_frozen_and_nothing_else():
     vlm = with_lora("bfloat16")
-    vlm.park()
+    vlm.offload()
     twin = vlm.copy()
     for (name, a), (_, b) in zip(vlm.model.named_parameters(), twin.model.named_parameters()):
         assert (a is b) == (not a.requires_grad), name

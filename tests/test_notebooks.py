@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 
-from curate import Example
+from curate import VotedQuestion
 from training.settings import Settings
 
 LESSONS = ROOT / "notebooks"
@@ -97,7 +97,7 @@ def test_a_run_of_other_settings_is_not_done():
 def test_what_is_kept_and_paid_in_place_of_the_default():
     s = Settings()
     votes = ["3"] * 5 + ["4"] * 3 + [None] * 2
-    clear = Example("a.png", "How many?", "numerical", "3", 0.5, votes)
+    clear = VotedQuestion("a.png", "How many?", "numerical", "3", 0.5, votes)
     assert clear_majority(clear, s)
     assert not clear_majority(replace(clear, answers=["3"] * 5 + ["4"] * 4 + [None]), s)
     assert not clear_majority(replace(clear, confidence=0.9), s)

@@ -54,10 +54,10 @@ model.decode, greedy_rollout: a Python number that changes from step to step
 
 model.decode, greedy_rollout: compiled for the first time in a recording
 - graph = torch.cuda.CUDAGraph()
-+ graph = torch.cuda.CUDAGraph(); step.args[1].pieces = fused.compiled(vlm.limits)
++ graph = torch.cuda.CUDAGraph(); step.args[1].pieces = fused.compiled(vlm.fallbacks)
 
 model.fused, a_compiler_that_fails: compiling is tried again in every call
-- limits.compile = False
+- fallbacks.compile = False
 + pass
 
 model.fused, a_compiler_that_fails: a compiler that fails ends it all
@@ -77,7 +77,7 @@ model.decode, a_recording_that_fails: the allocator is not told of a broken reco
 + pass
 
 model.decode, a_recording_that_fails: a recording is tried again in every call
-- vlm.limits.record = False
+- vlm.fallbacks.graphs = False
 + pass
 
 model.decode, out_of_memory_in_a_rollout: out of memory is taken for a recording that fails

@@ -37,13 +37,13 @@ PLAIN = dict(checkpointing=False, offload=False, ranks=1, lora_rank=0, freeze_vi
 # ---- Batches that fit --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("budget", [1.0, 0.5, 0.25])
-def test_smaller_batches_take_what_is_planned_for_them(budget, monkeypatch):
+@pytest.mark.parametrize("batch_scale", [1.0, 0.5, 0.25])
+def test_smaller_batches_take_what_is_planned_for_them(batch_scale, monkeypatch):
     """An update of eight groups at a share of the budgets, against the peak of its tensors; 15% at most."""
     for name in ("ROW_TOKENS", "BATCH_TOKENS", "BATCH_IMAGE_TOKENS"):
         monkeypatch.setattr(packing, name, 1600), monkeypatch.setattr(plan, name, 1600)
     vlm = random_vlm("small", "cpu", "float32")
-    vlm.limits.budget = budget
+    vlm.fallbacks.batch_scale = batch_scale
     groups = []
     for seed in range(8):
         prompt, completions = random_prompt(vlm, 150, seed), random_completions(vlm, 4, 40, seed)
@@ -55,9 +55,9 @@ def test_smaller_batches_take_what_is_planned_for_them(budget, monkeypatch):
     work = plan.Work(prompt.image_tokens, len(prompt) - prompt.image_tokens, 40, 4, 8, 1)
     config = vlm.model.config
     what = (work, False, "cpu", plan.parameter_sizes(config))
-    planned = max(plan.batch_moments(config, torch.float32, *what, budget).values())
+    planned = max(plan.batch_moments(config, torch.float32, *what, batch_scale).values())
     assert planned == pytest.approx(measured, rel=0.15)
-    assert planned <= max(plan.activation_moments(config, torch.float32, *what, budget).values())
+    assert planned <= max(plan.activation_moments(config, torch.float32, *what, batch_scale).values())
 
 
 def test_less_memory_means_smaller_batches():
@@ -65,7 +65,7 @@ def test_less_memory_means_smaller_batches():
     what, flags, shares = (shape_config("3b"), torch.bfloat16, WORK), PLAIN | dict(lora_rank=16), []
     for gib in (50, 40, 30, 20, 12):
         shares.append(plan.fitting_budget(gib * GIB, *what, **flags))
-        moments = plan.memory_plan(*what[:2], gib * GIB, WORK, **flags, budget=shares[-1])
+        moments = plan.memory_plan(*what[:2], gib * GIB, WORK, **flags, batch_scale=shares[-1])
         fits = max(moment.total for moment in moments) <= 0.95 * gib * GIB
         assert fits == (gib > 12), gib
     assert shares == [1, 0.5, 0.5, 0.25, 1 / 64]
@@ -77,7 +77,7 @@ def test_all_token_budgets_shrink_together(monkeypatch):
     vlm, sizes = random_vlm("small", "cpu", "float32"), []
     prompt, completions = random_prompt(vlm, 150, 0), random_completions(vlm, 4, 40, 0)
     whole = vlm.logprobs(prompt, completions)
-    vlm.limits.budget = 1 / 64
+    vlm.fallbacks.batch_scale = 1 / 64
     made = logprobs_module.TargetLogprobs.apply
     monkeypatch.setattr(
         logprobs_module.TargetLogprobs, "apply", lambda *a: (sizes.append(a[-1]), made(*a))[1]
@@ -105,8 +105,8 @@ def test_all_token_budgets_shrink_together(monkeypatch):
 )
 def test_advice(size, gib, flags, says, proposes):
     what, flags = (shape_config(size), torch.bfloat16, WORK), PLAIN | flags
-    budget = plan.fitting_budget(gib * GIB, *what, **flags)
-    sentence = preview.advice(gib * GIB, budget, what, flags)
+    batch_scale = plan.fitting_budget(gib * GIB, *what, **flags)
+    sentence = preview.advice(gib * GIB, batch_scale, what, flags)
     assert says in sentence and all(p in sentence for p in proposes), sentence
     assert ("use" in sentence.split(":")[1].replace("usual", "")) == bool(proposes), sentence
 

@@ -212,7 +212,7 @@ def test_out_of_memory_in_a_sharded_backward_leaves_nothing_behind(where, checkp
     policy.optimizer.zero_grad = zero_later(policy.optimizer)
     metrics = grpo.update(policy, policy.optimizer, groups, max_norm=1e9)
     hook.remove()
-    assert not fails and metrics["skipped"] == 0 and policy.vlm.limits.budget == 0.5
+    assert not fails and metrics["skipped"] == 0 and policy.vlm.fallbacks.batch_scale == 0.5
     got = torch.cat([whole_tensor(g).flatten() for g in policy.optimizer.zero_grad.last])
     plain = torch.tensor(gradients(Ranks(), 3)[0])
     assert (got - plain).norm() < 1e-5 * plain.norm()

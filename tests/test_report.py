@@ -14,7 +14,7 @@ import pytest
 from checkpoints import noise_image
 
 import report
-from curate import Example
+from curate import VotedQuestion
 from measure import charts
 from training.folder import write_examples
 from training.log import row
@@ -61,7 +61,7 @@ def make_run(folder, iterations=2, truth=True, ladder=False):
     for k in range(1, iterations + 1):
         records += [step("questioner", k, i) for i in range(1, 4)]
         votes = dict(kind="numerical", label="1", confidence=0.5, answers=["1", "1.0", None, EVIL])
-        asked = [Example(str(path), question, **votes) for path in paths for question in QUESTIONS]
+        asked = [VotedQuestion(str(path), question, **votes) for path in paths for question in QUESTIONS]
         write_examples(folder / "candidates" / f"iteration-{k}.jsonl", asked)
         kept = [e for e in asked if e.question != QUESTIONS[-1]]
         write_examples(folder / "curated" / f"iteration-{k}.jsonl", kept)
@@ -127,7 +127,7 @@ def test_votes_are_counted_as_the_reasoner_counts_them(tmp_path):
     scenes = read_truth(tmp_path).values()
     facts = {report.understand("How many discs are there?", scene) for scene in scenes}
     one, three = (next(fact for fact in facts if fact.answer == answer) for answer in "13")
-    example = Example("x", "?", "numerical", "1", 0.5, ["1", "1.0", None, "2"])
+    example = VotedQuestion("x", "?", "numerical", "1", 0.5, ["1", "1.0", None, "2"])
     card = report.question_card(example, True, one)
     pattern = (
         r'<span title="([^"]*)">.*?<div class="(bar[^"]*)" style="width: (\d+)%"></div><span>(\d)</span>'

@@ -9,7 +9,7 @@ import pytest
 from test_report import QUESTIONS, change, check_page, curves, make_run, write_records, written
 
 import report
-from curate import Example
+from curate import VotedQuestion
 
 
 def lines_of(path, *more):
@@ -122,6 +122,6 @@ def test_control_characters_and_halves_of_characters_are_spelled_out(tmp_path, c
 def test_an_answer_that_reads_no_answer_is_told_from_none():
     answers = ["no answer", None, "no answer", "No answer.", None]
     assert report.count_votes(answers) == [("no answer", 3), (None, 2)]
-    card = report.question_card(Example("x", "?", "numerical", "no answer", 0.6, answers), True, None)
+    card = report.question_card(VotedQuestion("x", "?", "numerical", "no answer", 0.6, answers), True, None)
     assert card.count('class="vote"') == 2 and card.count("<i>no answer</i>") == 1
     assert card.count("bar label") == 1 and "silver label no answer" in card

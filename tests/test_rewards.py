@@ -11,7 +11,7 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from sklearn.cluster import AgglomerativeClustering
 
 import rewards
-from curate import Example, curate, keep, pool
+from curate import VotedQuestion, curate, keep, pool
 from grpo import group_advantages
 from rewards import confidence
 from training.folder import read_examples, write_examples
@@ -225,7 +225,7 @@ def test_curation(tmp_path):
     assert [keep(c) for c in (0.24, 0.25, 0.5, 0.75, 0.76)] == [False, True, True, True, False]
     rng = random.Random(0)
     made = [
-        Example(
+        VotedQuestion(
             f"a/{i}\udcff.png",
             f"q{i}\u2028 ünï",
             "numerical",
@@ -247,9 +247,9 @@ def test_curation(tmp_path):
 def test_a_question_that_is_proposed_again_is_kept_once_with_all_votes():
     """Two labels for one question about one image would contradict each other; another image is another
     question."""
-    first = Example("a.png", "How many?", "numerical", "1", 2 / 3, ["1", "1", "2"])
-    again = Example("a.png", "How many?", "numerical", "2", 1.0, ["2", "2", "2"])
-    other = Example("b.png", "How many?", "numerical", "1", 1.0, ["1", "1", "1"])
+    first = VotedQuestion("a.png", "How many?", "numerical", "1", 2 / 3, ["1", "1", "2"])
+    again = VotedQuestion("a.png", "How many?", "numerical", "2", 1.0, ["2", "2", "2"])
+    other = VotedQuestion("b.png", "How many?", "numerical", "1", 1.0, ["1", "1", "1"])
     pooled = pool([first, other, again])
     assert [(e.image, e.label, e.confidence, len(e.answers)) for e in pooled] == [
         ("a.png", "2", 4 / 6, 6),
@@ -259,8 +259,8 @@ def test_a_question_that_is_proposed_again_is_kept_once_with_all_votes():
 
 
 def test_a_question_without_a_label_is_never_curated():
-    unanswered = Example("a.png", "how many?", "numerical", None, 0.0, [None, None])
-    answered = Example("a.png", "which?", "numerical", "red", 1.0, ["red", "red"])
+    unanswered = VotedQuestion("a.png", "how many?", "numerical", None, 0.0, [None, None])
+    answered = VotedQuestion("a.png", "which?", "numerical", "red", 1.0, ["red", "red"])
     assert curate([unanswered, answered], lambda example: True) == [answered]
 
 

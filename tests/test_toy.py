@@ -13,7 +13,7 @@ from conftest import ROOT
 import evaluate
 import questioner
 import reasoner
-from curate import Example
+from curate import VotedQuestion
 from measure import truth as measure
 from measure.outcomes import Outcome, answer_all
 from model.forward import embed
@@ -153,7 +153,7 @@ def test_curated_questions_are_measured(tmp_path):
     assert len(scene) == 9
 
     def example(question, label):
-        return Example(str(path), question, "numerical", label, 0.5, [label, None])
+        return VotedQuestion(str(path), question, "numerical", label, 0.5, [label, None])
 
     absent = next(
         f"How many {c} {p} are there?"

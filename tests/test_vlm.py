@@ -215,23 +215,25 @@ def test_weights_are_parked_and_present(random_vlm):
     too."""
     vlm = random_vlm.copy()
     before = [p.clone() for p in vlm.model.parameters()]
-    vlm.park()
+    vlm.offload()
     tensors = [*vlm.model.parameters(), *vlm.model.buffers()]
     assert len({t.untyped_storage().data_ptr() for t in tensors}) == 1, "one buffer"
     assert all(torch.equal(a, b) for a, b in zip(before, vlm.model.parameters(), strict=True))
     twin = vlm.copy()
-    assert twin.parked and next(twin.model.parameters()).data_ptr() != next(vlm.model.parameters()).data_ptr()
+    assert (
+        twin.offloaded and next(twin.model.parameters()).data_ptr() != next(vlm.model.parameters()).data_ptr()
+    )
     vlm.device = torch.device("meta")
-    with pytest.raises(RuntimeError), vlm.present():
-        assert {t.device.type for t in tensors} == {"meta"} and not vlm.parked
-        with vlm.present():
+    with pytest.raises(RuntimeError), vlm.on_device():
+        assert {t.device.type for t in tensors} == {"meta"} and not vlm.offloaded
+        with vlm.on_device():
             pass
         raise RuntimeError
-    assert vlm.parked and all(torch.equal(a, b) for a, b in zip(before, vlm.model.parameters()))
+    assert vlm.offloaded and all(torch.equal(a, b) for a, b in zip(before, vlm.model.parameters()))
     vlm.device = torch.device("cpu")
-    vlm.unpark()
-    with vlm.present():
-        assert not vlm.parked
+    vlm.load_to_device()
+    with vlm.on_device():
+        assert not vlm.offloaded
 
 
 def test_completions_do_not_see_each_other(random_vlm):

@@ -143,7 +143,7 @@ def teach(folder: Path, photographs: Path) -> None:
     rows = embeddings.weight.detach()[known].requires_grad_()
     place = torch.zeros(VOCABULARY, dtype=torch.long).scatter(0, known, torch.arange(len(known)))
 
-    def logprobs(hidden, weight, targets, temperature, budget):
+    def logprobs(hidden, weight, targets, temperature, batch_scale):
         logits = hidden @ rows.T
         total = torch.logaddexp(logits.logsumexp(dim=1), rest)
         return logits.gather(1, place[targets][:, None])[:, 0] - total

@@ -89,15 +89,15 @@ def start(loop: Loop, s: Settings, ranks: Ranks, console: Console) -> int:
             if ranks.first:
                 print(f"{run.folder} is complete: all of its {s.iterations} iterations are done")
             return 0
-        config, budget = load_config(model_of(s)), token_budget(s, run)
+        config, batch_scale = load_config(model_of(s)), token_budget(s, run)
         if ranks.first:
-            preview.show(s, run, config, device_of(s), budget)
+            preview.show(s, run, config, device_of(s), batch_scale)
         if s.dry_run:
-            show_time(s, run, budget)
+            show_time(s, run, batch_scale)
             return 0
         preview.check_disk(s, run, config)
         console.now("loading the model")
-        roles = load_roles(s, budget)
+        roles = load_roles(s, batch_scale)
         preview.check_disk(s, run, config)  # again, as weights may have been downloaded
         start_run(s, run, program_of(loop))
         if ranks.first:  # what a run needs at its end is proven at its start
@@ -223,32 +223,32 @@ def device_of(s: Settings) -> torch.device:
 
 def token_budget(s: Settings, run: Run) -> float:
     """The share of the token budgets that fits, the same for all ranks (see `plan.fitting_budget`)."""
-    budget = preview.budget(s, run, load_config(model_of(s)), device_of(s))
-    return min(run.ranks.gather([budget]))
+    batch_scale = preview.batch_scale(s, run, load_config(model_of(s)), device_of(s))
+    return min(run.ranks.gather([batch_scale]))
 
 
-def load_roles(s: Settings, budget: float) -> tuple[VLM, VLM]:
+def load_roles(s: Settings, batch_scale: float) -> tuple[VLM, VLM]:
     """Both roles, as copies of the base model. budget: see `token_budget`."""
     device = device_of(s)
     if device.index is not None:
         torch.cuda.set_device(device)
     base = VLM.load(model_of(s), device, s.dtype, s.max_pixels)
-    base.limits.budget = budget
+    base.fallbacks.batch_scale = batch_scale
     if s.lora_rank:
         lora.add_lora(base.model, s.lora_rank, s.seed)
     if s.freeze_vision:
         base.model.model.visual.requires_grad_(False)
-    base.park()
+    base.offload()
     return base, base.copy()
 
 
-def show_time(s: Settings, run: Run, budget: float) -> None:
+def show_time(s: Settings, run: Run, batch_scale: float) -> None:
     """Prints how long an iteration takes, measured with the weights and a few images, or why it does not."""
     say = print if run.ranks.first else lambda _: None
     if not checkpoint.has_weights(model_of(s)):
         say("time     not measured: the weights are not on this machine yet")
         return
-    fits, needed = preview.in_the_computer(s, run, load_config(model_of(s)), device_of(s), budget)
+    fits, needed = preview.in_the_computer(s, run, load_config(model_of(s)), device_of(s), batch_scale)
     if run.ranks.any(not fits):
         say(f"time     not measured: {needed}")
         return
@@ -256,7 +256,7 @@ def show_time(s: Settings, run: Run, budget: float) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # so that Ctrl-C takes the folder away
     try:
         with tempfile.TemporaryDirectory() as folder:
-            rehearsal = rehearse(s, load_roles(s, budget), few_pictures(s, run, Path(folder)), run.ranks)
+            rehearsal = rehearse(s, load_roles(s, batch_scale), few_pictures(s, run, Path(folder)), run.ranks)
         if run.ranks.first:  # another one may have no image
             print(f"time     {sentence(s, rehearsal, run.ranks.size)}")
     except KeyboardInterrupt:

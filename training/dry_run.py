@@ -39,7 +39,7 @@ HELP = {  # flags that need less memory, those that change nothing else first
 }
 
 
-def budget(s: Settings, run: Run, config: PreTrainedConfig, device: torch.device) -> float:
+def batch_scale(s: Settings, run: Run, config: PreTrainedConfig, device: torch.device) -> float:
     """The share of the token budgets that fits into the memory that is free (see `plan.fitting_budget`)."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     return plan.fitting_budget(free, *of_plan(s, run, config), **memory_flags(s, run))
@@ -71,7 +71,7 @@ def image_tokens(s: Settings, run: Run) -> int:
     return s.max_pixels // run.token_side**2
 
 
-def show(s: Settings, run: Run, config: PreTrainedConfig, device: torch.device, budget: float) -> None:
+def show(s: Settings, run: Run, config: PreTrainedConfig, device: torch.device, batch_scale: float) -> None:
     """Prints it all. budget: the share of the token budgets that is used."""
     tokens = image_tokens(s, run)
     if s.images is None:
@@ -93,7 +93,7 @@ def show(s: Settings, run: Run, config: PreTrainedConfig, device: torch.device, 
     print(f"         and a Reasoner step up to {questions} answers")
     if s.lora_rank and s.lr < 1e-5:
         print(f"         --lr {s.lr:g} hardly moves the few weights of --lora-rank; 2e-5 is common")
-    show_memory(s, run, config, device, budget)
+    show_memory(s, run, config, device, batch_scale)
     there, needed = room(run.folder), disk_plan(s, config)
     free = "" if there is None else f"; {there / 2**30:.2f} are free"
     verdict = ", too LITTLE" if there is not None and there < needed.total else ""
@@ -135,27 +135,31 @@ def room(folder: Path) -> int | None:
     return usage.free if usage.total else None
 
 
-def show_memory(s: Settings, run: Run, config: PreTrainedConfig, device: torch.device, budget: float) -> None:
+def show_memory(
+    s: Settings, run: Run, config: PreTrainedConfig, device: torch.device, batch_scale: float
+) -> None:
     """Prints the memory of each moment, and on a GPU what to do about it."""
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     flags = memory_flags(s, run)
     first, dtype, work = of_plan(s, run, config)
     checkpointing, offload = flags.pop("checkpointing"), flags.pop("offload")
-    moments = plan.memory_plan(first, dtype, total, work, checkpointing, offload, budget=budget, **flags)
+    moments = plan.memory_plan(
+        first, dtype, total, work, checkpointing, offload, batch_scale=batch_scale, **flags
+    )
     for moment in moments if s.dry_run else [max(moments, key=lambda moment: moment.total)]:
         parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in moment.parts.items() if size)
         too_much = total is not None and moment.total >= total
         verdict = f"; MORE than the {total / 2**30:.0f} GiB of {device}" if too_much else ""
         print(f"memory   {moment.name}: {moment.total / 2**30:.2f} GiB ({parts}){verdict}")
-    print(f"memory   {in_the_computer(s, run, config, device, budget)[1]}")
+    print(f"memory   {in_the_computer(s, run, config, device, batch_scale)[1]}")
     if total is None:
         return
     free = torch.cuda.mem_get_info(device)[0]
-    print(f"memory   {advice(free, budget, of_plan(s, run, config), memory_flags(s, run))}")
+    print(f"memory   {advice(free, batch_scale, of_plan(s, run, config), memory_flags(s, run))}")
 
 
 def in_the_computer(
-    s: Settings, run: Run, config: PreTrainedConfig, device: torch.device, budget: float
+    s: Settings, run: Run, config: PreTrainedConfig, device: torch.device, batch_scale: float
 ) -> tuple[bool, str]:
     """Whether the computer has the memory that its processes of this run take, and a sentence about it."""
     (first, dtype, work), flags = of_plan(s, run, config), memory_flags(s, run)
@@ -164,7 +168,9 @@ def in_the_computer(
             first, dtype, **{k: v for k, v in flags.items() if k != "checkpointing"}
         ).total
     else:
-        needed = max(m.total for m in plan.memory_plan(first, dtype, None, work, **flags, budget=budget))
+        needed = max(
+            m.total for m in plan.memory_plan(first, dtype, None, work, **flags, batch_scale=batch_scale)
+        )
     needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that torchrun started here
     there = available_memory()
     sentence = f"in the computer: {needed / 2**30:.2f} GiB"
@@ -183,24 +189,26 @@ def available_memory() -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def advice(free: int, budget: float, what: tuple, flags: dict) -> str:
+def advice(free: int, batch_scale: float, what: tuple, flags: dict) -> str:
     """Whether these flags suit a GPU with `free` bytes, and which suit it better.
 
     budget: the share of the token budgets that is used; what, flags: see `of_plan` and `memory_flags`.
     """
 
-    def fits(flags: dict, budget: float) -> bool:
-        moments = plan.memory_plan(*what[:2], free, what[2], **flags, budget=budget)
+    def fits(flags: dict, batch_scale: float) -> bool:
+        moments = plan.memory_plan(*what[:2], free, what[2], **flags, batch_scale=batch_scale)
         return max(moment.total for moment in moments) <= plan.USABLE * free
 
-    fitting = fits(flags, budget)
-    if fitting and budget == 1:
+    fitting = fits(flags, batch_scale)
+    if fitting and batch_scale == 1:
         return f"{free / 2**30:.1f} GiB are free on the GPU: this fits"
     smaller = (
-        f"with batches of {budget:g} of the usual size" if fitting else "not even with the smallest batches"
+        f"with batches of {batch_scale:g} of the usual size"
+        if fitting
+        else "not even with the smallest batches"
     )
     sentence = f"{free / 2**30:.1f} GiB are free on the GPU: this fits {smaller}"
-    if fitting and budget >= SLOW:
+    if fitting and batch_scale >= SLOW:
         return sentence
     better = [text for text, more in HELP.items() if fits(flags | more, SLOW)]
     return sentence + (f"; use {' or '.join(better)}" if better else "")

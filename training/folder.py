@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from curate import Example
+from curate import VotedQuestion
 
 
 def printable(path: str) -> str:
@@ -17,17 +17,17 @@ def printable(path: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in path)
 
 
-def write_examples(path: Path, examples: Iterable[Example]) -> None:
+def write_examples(path: Path, examples: Iterable[VotedQuestion]) -> None:
     """Writes examples as JSON lines; the bytes of a path that are not UTF-8 are kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in examples]
     path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
 
 
-def read_examples(path: Path) -> list[Example]:
+def read_examples(path: Path) -> list[VotedQuestion]:
     """Reads what `write_examples` wrote."""
     text = path.read_text(encoding="utf-8", errors="surrogateescape")
-    return [Example(**json.loads(line)) for line in text.split("\n") if line]
+    return [VotedQuestion(**json.loads(line)) for line in text.split("\n") if line]
 
 
 def replace_text(path: Path, text: str) -> None:

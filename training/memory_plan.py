@@ -94,7 +94,7 @@ def memory_plan(
     ranks: int = 1,
     lora_rank: int = 0,
     freeze_vision: bool = False,
-    budget: float = 1.0,
+    batch_scale: float = 1.0,
 ) -> list[Moment]:
     """The memory of the moments of one iteration that take most, on one GPU of `ranks`.
 
@@ -111,7 +111,7 @@ def memory_plan(
     in_training = {"float32 masters": 4 * own if sharded else 0, "AdamW's moments": 8 * own}
     device = "cpu" if device_bytes is None else "cuda"
     sharing = ranks if sharded else None
-    update = update_parts(config, dtype, sizes, work, checkpointing, device, sharing, budget)
+    update = update_parts(config, dtype, sizes, work, checkpointing, device, sharing, batch_scale)
     gone = device_bytes is not None and offload
     in_training, update["gradients"] = ({}, 0) if gone else (in_training, 4 * own)
     # What stays while nothing works: on a CPU all copies, on a GPU the one that is trained itself.
@@ -123,7 +123,7 @@ def memory_plan(
         parts = stays | in_training if training else base | (copies if device_bytes is None else {})
         if not ("trained role" in parts and name.startswith(role.title())):
             parts = parts | {role: copy}
-        cache = cache_bytes(config, dtype, work, rows, n, device_bytes, sum(parts.values()), budget)
+        cache = cache_bytes(config, dtype, work, rows, n, device_bytes, sum(parts.values()), batch_scale)
         return Moment(name, parts | {"cache": cache})
 
     answers, G = work.questions * work.answers, work.group_size
@@ -150,8 +150,8 @@ def fitting_budget(device_bytes: int | None, *what, **flags) -> float:
         return 1.0
     config, dtype, work = what
 
-    def fits(budget: float) -> bool:
-        moments = memory_plan(config, dtype, device_bytes, work, **flags, budget=budget)
+    def fits(batch_scale: float) -> bool:
+        moments = memory_plan(config, dtype, device_bytes, work, **flags, batch_scale=batch_scale)
         return max(moment.total for moment in moments) <= USABLE * device_bytes
 
     return next((0.5**halvings for halvings in range(7) if fits(0.5**halvings)), 1 / 64)
@@ -165,13 +165,15 @@ def update_parts(
     checkpointing: bool,
     device: str,
     ranks: int | None,
-    budget: float = 1.0,
+    batch_scale: float = 1.0,
 ) -> dict[str, int]:
     """Returns what an update takes besides weights, gradients and moments, where it takes most.
 
     sizes: of what is trained. ranks: how many share it; None: the plain copy is trained.
     """
-    activations = activation_moments(config, dtype, work, checkpointing, device, sizes, budget) | {"end": 0}
+    activations = activation_moments(config, dtype, work, checkpointing, device, sizes, batch_scale) | {
+        "end": 0
+    }
     whole = whole_layers(config, dtype, sizes, ranks) if ranks else dict.fromkeys(activations, 0)
     most = max(activations, key=lambda name: activations[name] + whole[name])
     return {"whole layers": whole[most], "activations": activations[most]}
@@ -211,11 +213,11 @@ def cache_bytes(
     n: int,
     device_bytes: int | None,
     taken: int,
-    budget: float = 1.0,
+    batch_scale: float = 1.0,
 ) -> int:
     """What rollouts take beside weights: half of what is free, at least what a prompt with n rows needs."""
     free = CPU_CACHE_BYTES if device_bytes is None else max(0, device_bytes - taken) // 2
-    least, most = (rollout_bytes(config, dtype, work, count, n, budget) for count in (n, rows))
+    least, most = (rollout_bytes(config, dtype, work, count, n, batch_scale) for count in (n, rows))
     return max(least, min(most, free))
 
 
@@ -279,22 +281,22 @@ def layer_sizes(sizes: dict[str, int]) -> tuple[int, int]:
 
 
 def rollout_bytes(
-    config: PreTrainedConfig, dtype: torch.dtype, work: Work, rows: int, n: int, budget: float = 1.0
+    config: PreTrainedConfig, dtype: torch.dtype, work: Work, rows: int, n: int, batch_scale: float = 1.0
 ) -> int:
     """Keys and values of all rows and prompts, what sampling needs, and one layer of a prefill."""
     text, tokens = config.text_config, rows * work.new_tokens + rows // n * work.prompt_tokens
     cache, sampling = tokens * cache_token_bytes(config, dtype), rows * text.vocab_size * SAMPLING_BYTES
     layer = 6 * text.hidden_size + 3 * text.intermediate_size
-    prefill = min(max(int(PREFILL_TOKENS * budget), work.prompt_tokens), rows // n * work.prompt_tokens)
+    prefill = min(max(int(PREFILL_TOKENS * batch_scale), work.prompt_tokens), rows // n * work.prompt_tokens)
     return cache + sampling + prefill * layer * dtype.itemsize
 
 
-def largest_batch(work: Work, budget: float = 1.0) -> tuple[int, int]:
+def largest_batch(work: Work, batch_scale: float = 1.0) -> tuple[int, int]:
     """How many rows of how many tokens are forwarded and differentiated together at most (see
     `packing.pack`)."""
     group = work.prompt_tokens + work.group_size * (work.new_tokens - 1)
-    row = min(group, max(int(ROW_TOKENS * budget), work.prompt_tokens + work.new_tokens - 1))
-    rows = min(BATCH_TOKENS * budget // row, BATCH_IMAGE_TOKENS * budget // work.image_tokens)
+    row = min(group, max(int(ROW_TOKENS * batch_scale), work.prompt_tokens + work.new_tokens - 1))
+    rows = min(BATCH_TOKENS * batch_scale // row, BATCH_IMAGE_TOKENS * batch_scale // work.image_tokens)
     return min(max(1, int(rows)), work.questions), row
 
 
@@ -305,13 +307,13 @@ def activation_moments(
     checkpointing: bool,
     device: str,
     sizes: dict[str, int],
-    budget: float = 1.0,
+    batch_scale: float = 1.0,
 ) -> dict[str, int]:
     """Returns the most that each moment of a batch takes; shorter completions put more images in a batch."""
     most: dict[str, int] = {}
     for length in sorted({max(1, work.new_tokens * i // 32) for i in range(1, 33)}):
         shorter = replace(work, new_tokens=length)
-        moments = batch_moments(config, dtype, shorter, checkpointing, device, sizes, budget)
+        moments = batch_moments(config, dtype, shorter, checkpointing, device, sizes, batch_scale)
         most = {name: max(value, most.get(name, 0)) for name, value in moments.items()}
     return most
 
@@ -323,14 +325,14 @@ def batch_moments(
     checkpointing: bool,
     device: str,
     sizes: dict[str, int],
-    budget: float = 1.0,
+    batch_scale: float = 1.0,
 ) -> dict[str, int]:
     """Returns the bytes of activations and their gradients at the moments of the largest batch.
 
     All completions have `work.new_tokens` tokens. sizes: of what is trained. A frozen image encoder is done
     with before, and a frozen embedding has no gradient.
     """
-    rows, row = largest_batch(work, budget)
+    rows, row = largest_batch(work, batch_scale)
     text, vision, size = config.text_config, config.vision_config, dtype.itemsize
     encoder = any("visual" in name for name in sizes)
     tokens = rows * row
@@ -358,7 +360,7 @@ def batch_moments(
     matrix = text.vocab_size * text.hidden_size * size if any("embed_tokens" in name for name in sizes) else 0
     waiting = matrix if config.tie_word_embeddings else 0
     moments = {
-        "logits": read + logits_bytes(config, dtype, work, tokens, row, device, matrix, budget),
+        "logits": read + logits_bytes(config, dtype, work, tokens, row, device, matrix, batch_scale),
         "text layer": read + in_text + waiting,
         "end of a text layer": read - (0 if checkpointing else tokens * text_layer) + states + waiting,
         "embeddings": seen + matrix + waiting + (1 + later) * states,
@@ -384,12 +386,12 @@ def logits_bytes(
     row: int,
     device: str,
     matrix: int,
-    budget: float,
+    batch_scale: float,
 ) -> int:
     """Returns what stands between the last layer and the loss (see `packing.TargetLogprobs`)."""
     width, words = config.text_config.hidden_size, config.text_config.vocab_size
     predicted = tokens // row * min(work.group_size * work.new_tokens, row)  # tokens of completions
-    made = min(max(int(LOGITS[device] * budget), words), predicted * words)
+    made = min(max(int(LOGITS[device] * batch_scale), words), predicted * words)
     forward = made * (4 + 4)  # logits in float32 and their exponentials
     backward = made * (4 + (0 if dtype == torch.float32 else dtype.itemsize)) + matrix  # and a cast of them
     # The last norm's input in float32, its result before and after its weight, and the states that predict.

@@ -52,8 +52,8 @@ class Trained:
         if self.sharded:
             self.forward = shard(vlm, offload, checkpointing, self.ranks.size)
         else:
-            vlm.unpark()
-            self.forward = PackedForward(vlm.model, checkpointing, vlm.limits)
+            vlm.load_to_device()
+            self.forward = PackedForward(vlm.model, checkpointing, vlm.fallbacks)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
         if self.sharded:
             self.optimizer.register_step_post_hook(lambda *_: self.refresh())
@@ -73,7 +73,7 @@ class Trained:
         equally many.
         """
         here = sum(len(completions) for _, completions in groups)
-        packed = pack(groups, self.vlm.limits.budget)
+        packed = pack(groups, self.vlm.fallbacks.batch_scale)
         counts = self.ranks.gather([[here, len(packed)]])
         total = sum(completions for completions, _ in counts) / self.ranks.size
         for rows in packed:
@@ -155,7 +155,7 @@ def shard(vlm: VLM, offload: bool, checkpointing: bool, size: int) -> PackedForw
         mp_policy=precision,
         offload_policy=CPUOffloadPolicy() if offload and device.type == "cuda" else OffloadPolicy(),
     )
-    forward = PackedForward(copy_model(vlm.model), checkpointing, vlm.limits)
+    forward = PackedForward(copy_model(vlm.model), checkpointing, vlm.fallbacks)
     frozen = {
         p for p in forward.parameters() if not p.requires_grad
     }  # stays as it is, shared with the plain copy

@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from curate import Example
+from curate import VotedQuestion
 from model import lora
 from model.prompt import Picture
 from model.vlm import VLM
@@ -131,7 +131,7 @@ class Run:
             for role, vlm in self.roles.items():
                 copy_tensors(vlm.model.named_parameters(), read_tensors(self.folder, self.state.files[role]))
         for vlm in self.roles.values():
-            vlm.park()
+            vlm.offload()
 
     @property
     def roles(self) -> dict[str, VLM]:
@@ -168,7 +168,7 @@ class Run:
         self.advance({role: self.policy.weights()} if count else {})
         self.policy = self.reference = None
         gc.collect()  # the masters go, whose modules refer to one another; the state has them
-        self.roles[role].park()
+        self.roles[role].offload()
 
     def begin_training(self, role: str) -> None:
         """Sets `policy` and `reference`; if the phase was cut short, as they were then."""
@@ -216,7 +216,7 @@ class Run:
             yield self.next_images(min(size, count - done))
             self.stop_if_asked()
 
-    def next_examples(self, examples: list[Example], count: int, step: int) -> list:
+    def next_examples(self, examples: list[VotedQuestion], count: int, step: int) -> list:
         """What the step takes of the curated questions, round and round (see `readable`)."""
         places = range((step - 1) * count, step * count)
         return self.readable(self.share([examples[i % len(examples)] for i in places]))
@@ -225,10 +225,10 @@ class Run:
         """Of several processes, this one's share of a list that all have."""
         return self.ranks.share(items)
 
-    def together(self, votes: list[list[Example | None]]) -> list[list[Example | None]]:
+    def together(self, votes: list[list[VotedQuestion | None]]) -> list[list[VotedQuestion | None]]:
         """The votes of all processes."""
         everywhere = self.ranks.gather([[v and asdict(v) for v in group] for group in votes])
-        return [[v and Example(**v) for v in group] for group in everywhere]
+        return [[v and VotedQuestion(**v) for v in group] for group in everywhere]
 
     def gather(self, items: list) -> list:
         """The inverse of `share`: what all processes have of a list."""
@@ -273,7 +273,7 @@ class Run:
             write_state(self.folder, self.number, self.state)
         self.ranks.any(False)  # nobody goes on before it is there
 
-    def finish_curation(self, k: int, candidates: list[Example], curated: list[Example]) -> None:
+    def finish_curation(self, k: int, candidates: list[VotedQuestion], curated: list[VotedQuestion]) -> None:
         """Writes both, and goes on to the next phase."""
         if self.ranks.first:
             folder_module.write_examples(self.folder / "candidates" / f"iteration-{k}.jsonl", candidates)
@@ -283,16 +283,16 @@ class Run:
             self.console.say(f"iteration {k}: {why}; the Reasoner is not trained")
         self.advance(files={"curated": self.folder / "curated" / f"iteration-{k}.jsonl"})
 
-    def curated(self, k: int) -> list[Example]:
+    def curated(self, k: int) -> list[VotedQuestion]:
         """The Reasoner's training set of iteration k; [] in iteration 0."""
         return folder_module.read_examples(self.folder / "curated" / f"iteration-{k}.jsonl") if k else []
 
-    def probes(self, when: int | str) -> list[Example]:
+    def probes(self, when: int | str) -> list[VotedQuestion]:
         """The fixed questions that the base asked, with its own first votes ("base") or those of iteration
         k."""
         return folder_module.read_examples(self._probes_file(when))
 
-    def write_probes(self, when: int | str, probes: list[Example]) -> None:
+    def write_probes(self, when: int | str, probes: list[VotedQuestion]) -> None:
         """Writes what `probes` reads."""
         if self.ranks.first:
             folder_module.write_examples(self._probes_file(when), probes)
@@ -307,7 +307,7 @@ class Run:
         order = self.in_order("probes")
         return images_in(self.folder, order.take(min(count, len(self.images.paths)), self.ranks))
 
-    def readable(self, examples: list[Example]) -> list[tuple[Example, Image.Image]]:
+    def readable(self, examples: list[VotedQuestion]) -> list[tuple[VotedQuestion, Image.Image]]:
         """Questions with their images. What can no longer be read is listed with the skipped, and left
         out."""
         found, bad = [], []
@@ -323,7 +323,7 @@ class Run:
         self.tell_skips()
         return found
 
-    def finish_iteration(self, k: int, probes: list[Example]) -> None:
+    def finish_iteration(self, k: int, probes: list[VotedQuestion]) -> None:
         """Writes the votes on the probes and both roles as checkpoints; then comes the next iteration."""
         self.write_probes(k, probes)
         for role, vlm in self.roles.items() if self.ranks.first and k else ():
