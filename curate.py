@@ -14,8 +14,10 @@ from rewards import confidence
 
 @dataclass(frozen=True)
 class VotedQuestion:
-    """One question that the Reasoner has answered m times, in any phase; if it is kept it is a line of
-    `curated/iteration-K.jsonl`."""
+    """A question that the Reasoner has answered m times, in any phase.
+
+    If it is kept it becomes a line of `curated/iteration-K.jsonl`.
+    """
 
     image: str  # path of the image file
     question: str
@@ -26,23 +28,27 @@ class VotedQuestion:
 
 
 def keep(confidence: float, low: float = 0.25, high: float = 0.75) -> bool:
-    """Whether a question of this confidence is kept; low, high: tau_low and tau_high, inclusive."""
+    """Tells if a question of this confidence is kept; low, high: tau_low and tau_high, inclusive."""
     return low <= confidence <= high
 
 
 def pool(candidates: Iterable[VotedQuestion]) -> list[VotedQuestion]:
-    """Each question about an image once: what was proposed several times has the votes of all times."""
+    """Merges what was proposed several times: each question about an image once, with all its votes."""
     pooled: dict[tuple[str, str], VotedQuestion] = {}
-    for example in candidates:
-        before = pooled.get(place := (example.image, example.question))
-        answers = (before.answers if before else []) + example.answers
-        label, share = confidence(answers)
-        pooled[place] = replace(before or example, label=label, confidence=share, answers=answers)
+    for candidate in candidates:
+        place = (candidate.image, candidate.question)
+        before = pooled.get(place)
+        if before is None:
+            answers = candidate.answers
+        else:
+            answers = before.answers + candidate.answers
+        label, c = confidence(answers)
+        pooled[place] = replace(before or candidate, label=label, confidence=c, answers=answers)
     return list(pooled.values())
 
 
 def curate(
-    candidates: Iterable[VotedQuestion], wanted: Callable[[VotedQuestion], bool]
+    candidates: Iterable[VotedQuestion], is_kept: Callable[[VotedQuestion], bool]
 ) -> list[VotedQuestion]:
-    """The training set D: the questions that have a label and are wanted, each once."""
-    return [example for example in pool(candidates) if example.label is not None and wanted(example)]
+    """Returns the training set D: each question once, if it has a label and is kept."""
+    return [question for question in pool(candidates) if question.label is not None and is_kept(question)]

@@ -8,36 +8,64 @@ own baseline,
     KL_i,t  = exp(log pi_ref - log pi) - (log pi_ref - log pi) - 1                           -> kl_estimate
     L       = 1/N sum_i 1/|y_i| sum_t [ -min(rho A, clip(rho, 1 - eps, 1 + eps) A) + beta KL ]   -> grpo_loss
 
-`update` makes one optimizer step out of it; as each rollout is used once, rho = 1 and the clip is idle. What
-the official code does otherwise is in docs/differences.md.
+A `Completion` travels from the rollout to the loss. `update` makes one optimizer step of many groups. As each
+rollout is used once, rho = 1 and the clip is idle. docs/differences.md lists what the official code does
+otherwise.
 
-This file knows nothing of models or files. A policy, or a reference, is anything that has `batches(groups,
-temperature)`, which yields (which, logps, share) of completions that are forwarded together: which [(g, i),
-..], completion i of group g; logps, the log-probabilities [T_i] of each; share, their part of all. And
-`use_less_memory()`, for smaller batches. A policy has `parameters()` besides (see vlm.py, engine/shards.py).
+This file knows nothing of models or files. It asks two things of a model: see `Policy`.
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 
-@dataclass
-class Group:
-    """The G completions of one prompt, with their rewards.
+@dataclass(eq=False)
+class Completion:
+    """One sampled completion y of a prompt. Its fields are filled in as they become known."""
 
-    old_logp, ref_logp: of completion i the log-probabilities [T_i] under the policy that sampled it (filled
-    in by the first `update`) and under the reference (by `add_reference`).
-    """
+    prompt: Any  # what the policy was given; completions of one group share one object
+    tokens: list[int]  # y_1 .. y_T
+    reward: float = 0.0  # r
+    advantage: float = 0.0  # A, set by `update`
+    old_logp: Tensor | None = None  # [T] log pi_old, set by the first `update`
+    ref_logp: Tensor | None = None  # [T] log pi_ref, set by `add_reference`
 
-    prompt: Any
-    completions: list[list[int]]
-    rewards: list[float]
-    ref_logp: dict[int, Tensor] = field(default_factory=dict)
-    old_logp: dict[int, Tensor] = field(default_factory=dict)
+
+Group = list[Completion]  # the G completions of one prompt
+Batch = tuple[Group, list[Tensor], float]
+
+
+class Policy(Protocol):
+    """A model, as GRPO sees it: the policy in training, or the reference."""
+
+    def batches(self, completions: Group, temperature: float) -> Iterator[Batch]:
+        """Yields completions a batch at a time, with their log-probabilities and the weight of the batch.
+
+        The log-probabilities are one tensor [T] a completion. The weight is the batch's part of all
+        completions, so that the weighted losses of all batches add up to the loss.
+        """
+
+    def retry(self, attempt: Callable[[], Any]) -> Any:
+        """Returns attempt(). Tries again with smaller batches whenever memory runs out."""
+
+
+def make_group(prompt: Any, completions: Iterable[list[int]], rewards: Iterable[float] = ()) -> Group:
+    """Returns the completions (token ids) of one prompt as a group, with their rewards if they are known."""
+    group = [Completion(prompt, tokens) for tokens in completions]
+    set_rewards([group], [rewards])
+    return group
+
+
+def set_rewards(groups: Iterable[Group], rewards: Iterable[Iterable[float]]) -> None:
+    """Writes the rewards of each group into its completions."""
+    for group, group_rewards in zip(groups, rewards):
+        for completion, reward in zip(group, group_rewards):
+            completion.reward = reward
 
 
 # ---- The equations -------------------------------------------------------------------------------------
@@ -48,16 +76,24 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
 
     std divides by G. A group whose rewards are all equal has advantage 0, exactly.
     """
-    rewards = rewards if rewards.is_floating_point() else rewards.float()
+    if not rewards.is_floating_point():
+        rewards = rewards.float()
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # 0.1 + 0.1 + 0.1 has a mean that is not 0.1
-    return torch.where(equal, 0.0, centred / (rewards.std(dim=1, correction=0, keepdim=True) + eps))
+    std = rewards.std(dim=1, correction=0, keepdim=True)
+    # Equal rewards may differ from their mean: that of 0.1, 0.1, 0.1 is not 0.1.
+    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+    return torch.where(equal, 0.0, centred / (std + eps))
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """KL(pi || pi_ref) per token at a sample of pi: unbiased and never negative (Schulman's k3)."""
     difference = ref_logp - logp
     return difference.exp() - difference - 1.0
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Returns the mean of each row over the tokens of its mask: [B, T] -> [B]; 0 for a row without tokens."""
+    return (values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
 def grpo_loss(
@@ -69,45 +105,48 @@ def grpo_loss(
     clip: float = 0.2,
     beta: float = 0.01,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The GRPO loss of B completions of at most T tokens, a mean over tokens, then over completions.
+    """The GRPO loss of B completions of at most T tokens: a mean over tokens, then over completions.
 
-    logp, old_logp, ref_logp: [B, T] log-probabilities; mask: [B, T], nonzero where there is a token (what
-    stands elsewhere does not matter, NaN included); advantages: [B]. Returns the loss and its parts as
-    numbers: policy_loss, kl, clip_share (tokens whose ratio is clipped), ratio.
+    logp, old_logp, ref_logp: [B, T] log-probabilities. mask: [B, T], nonzero where there is a token; other
+    places do not matter, NaN included. advantages: [B]. Returns the loss and its parts as numbers:
+    policy_loss, kl, clip_share (tokens whose ratio is clipped), ratio.
     """
-    real = mask.bool()
-    logp, old_logp, ref_logp = (torch.where(real, x, 0.0) for x in (logp, old_logp, ref_logp))
+    # Padding becomes 0 before it can spread a NaN.
+    logp, old_logp, ref_logp = (torch.where(mask.bool(), x, 0.0) for x in (logp, old_logp, ref_logp))
+    mask = mask.bool().to(logp.dtype)
     advantage = advantages[:, None].to(logp.dtype)
+
     rho = (logp - old_logp).exp()
-    unclipped, clipped = rho * advantage, rho.clamp(1 - clip, 1 + clip) * advantage
-    policy, kl = -torch.minimum(unclipped, clipped), kl_estimate(logp, ref_logp)
-    tokens = real.sum(dim=1, keepdim=True).clamp(min=1)
-    weight = real.to(logp.dtype) / (tokens * max(1, len(logp)))
-    loss = ((policy + beta * kl) * weight).sum()
-    parts = {"policy_loss": policy, "kl": kl, "clip_share": (clipped < unclipped).float(), "ratio": rho}
-    metrics = {name: (part.detach() * weight).sum().item() for name, part in parts.items()}
+    unclipped = rho * advantage
+    clipped = rho.clamp(1 - clip, 1 + clip) * advantage
+    policy_loss = -torch.minimum(unclipped, clipped)
+    kl = kl_estimate(logp, ref_logp)
+    per_token_loss = policy_loss + beta * kl
+    loss = masked_mean(per_token_loss, mask).mean()
+
+    is_clipped = (clipped < unclipped).to(logp.dtype)
+    parts = {"policy_loss": policy_loss, "kl": kl, "clip_share": is_clipped, "ratio": rho}
+    metrics = {name: masked_mean(part.detach(), mask).mean().item() for name, part in parts.items()}
     return loss, {"loss": loss.item()} | metrics
 
 
 # ---- The update ----------------------------------------------------------------------------------------
 
 
-def add_reference(groups: list[Group], reference, temperature: float = 1.0) -> None:
-    """Fills in the reference's log-probabilities of every group."""
-    while True:
-        try:
-            with torch.no_grad():
-                for which, logps, _ in reference.batches(pairs(groups), temperature):
-                    for (g, i), logp in zip(which, logps):
-                        groups[g].ref_logp[i] = logp
-            return
-        except torch.OutOfMemoryError:
-            pass  # out of this block first: the exception holds the batch
-        reference.use_less_memory()
+def add_reference(groups: list[Group], reference: Policy, temperature: float = 1.0) -> None:
+    """Sets the log-probabilities under the reference, of every completion of every group."""
+
+    @torch.no_grad()
+    def attempt() -> None:
+        for batch, logps, _ in reference.batches(flatten(groups), temperature):
+            for completion, logp in zip(batch, logps):
+                completion.ref_logp = logp
+
+    reference.retry(attempt)
 
 
 def update(
-    policy,
+    policy: Policy,
     optimizer: torch.optim.Optimizer,
     groups: list[Group],
     clip: float = 0.2,
@@ -115,56 +154,68 @@ def update(
     temperature: float = 1.0,
     max_norm: float = 1.0,
 ) -> dict[str, float]:
-    """One optimizer step on all groups; begins again with smaller batches where memory runs out.
+    """Makes one optimizer step on all groups.
 
     Returns the means of `grpo_loss`'s metrics, `grad_norm` before clipping, and `skipped`: 1 if the gradient
     was not finite, which changes nothing.
     """
-    while True:
-        try:
-            metrics = backward(policy, groups, clip, beta, temperature)
-            break
-        except torch.OutOfMemoryError:
-            pass  # as above
-        optimizer.zero_grad()
-        policy.use_less_memory()
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # over all shards
-    if math.isfinite(norm):
+
+    def attempt() -> dict[str, float]:
+        optimizer.zero_grad()  # of an attempt that ran out of memory
+        return backward(policy, groups, clip, beta, temperature)
+
+    metrics = policy.retry(attempt)
+
+    # Clip, step, and forget the gradient.
+    parameters = [p for param_group in optimizer.param_groups for p in param_group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    if hasattr(norm, "full_tensor"):  # over the shards of all processes
+        norm = norm.full_tensor()
+    is_finite = math.isfinite(float(norm))
+    if is_finite:
         optimizer.step()
     optimizer.zero_grad()
-    return metrics | {"grad_norm": norm, "skipped": float(not math.isfinite(norm))}
+    return metrics | {"grad_norm": float(norm), "skipped": float(not is_finite)}
 
 
 def backward(
-    policy, groups: list[Group], clip: float = 0.2, beta: float = 0.01, temperature: float = 1.0
+    policy: Policy, groups: list[Group], clip: float = 0.2, beta: float = 0.01, temperature: float = 1.0
 ) -> dict[str, float]:
-    """Adds the gradient of the loss of all groups, each batch by its share; returns the loss's metrics.
+    """Adds the gradient of the loss of all groups, a batch at a time; returns the loss's metrics.
 
     The first call keeps log pi as log pi_old, as the policy is the one that sampled; later calls read it.
     """
-    advantages = [group_advantages(torch.tensor([g.rewards]))[0].tolist() for g in groups]
+    for group in groups:
+        rewards = torch.tensor([[completion.reward for completion in group]])
+        for completion, advantage in zip(group, group_advantages(rewards)[0].tolist()):
+            completion.advantage = advantage
+
     totals: dict[str, float] = {}
-    for which, logps, share in policy.batches(pairs(groups), temperature):
-        for (g, i), logp in zip(which, logps):
-            groups[g].old_logp.setdefault(i, logp.detach())
-        logp, mask = _pad(logps)
-        old = _pad([groups[g].old_logp[i] for g, i in which])[0]
-        ref = _pad([groups[g].ref_logp[i] for g, i in which])[0]
-        advantage = torch.tensor([advantages[g][i] for g, i in which], device=logp.device)
-        loss, metrics = grpo_loss(logp, old, ref, advantage, mask, clip, beta)
-        (loss * share).backward()
+    for batch, logps, weight in policy.batches(flatten(groups), temperature):
+        for completion, logp in zip(batch, logps):
+            if completion.old_logp is None:
+                completion.old_logp = logp.detach()
+
+        # Tensors [T_i] -> [B, T], padded on the right.
+        logp, mask = pad(logps)
+        old_logp, _ = pad([completion.old_logp for completion in batch])
+        ref_logp, _ = pad([completion.ref_logp for completion in batch])
+        advantages = torch.tensor([completion.advantage for completion in batch], device=logp.device)
+
+        loss, metrics = grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip, beta)
+        (loss * weight).backward()
         for name, value in metrics.items():
-            totals[name] = totals.get(name, 0.0) + share * value
+            totals[name] = totals.get(name, 0.0) + weight * value
     return totals
 
 
-def pairs(groups: list[Group]) -> list[tuple[Any, list[list[int]]]]:
-    """What `batches` takes."""
-    return [(group.prompt, group.completions) for group in groups]
+def flatten(groups: list[Group]) -> Group:
+    """Returns all completions of all groups, group after group."""
+    return [completion for group in groups for completion in group]
 
 
-def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Tensors [T_i] -> ([B, T], mask [B, T])."""
-    mask = [torch.ones_like(row, dtype=torch.bool) for row in rows]
-    return tuple(torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (rows, mask))
+def pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Pads tensors [T_i] on the right: returns [B, T], and the mask [B, T] that is True at the tokens."""
+    masks = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return padded, torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)

@@ -13,11 +13,9 @@ Differs from the paper: both roles live in one process, with no server between t
 official code: see docs/differences.md.
 
 Read it downward from `visplay`. Prompts are in questioner.py and reasoner.py, equations in rewards.py,
-curate.py and grpo.py; what is measured is in watch.py. A *vote* is a question with its m answers
-(`curate.VotedQuestion`), None for an output that is no valid question. `run` carries everything else
-(engine/run.py): the two roles, the images, random numbers, files. `run.at` is False for what a run that was
-stopped has done already; `run.steps` sets `run.policy`, the role in training, and `run.reference`, as it was
-when the phase began; `together`, `gather` and `once` do nothing where there is one process.
+curate.py and grpo.py, what is measured in measure/watch.py. `run` (training/run.py) holds the two roles, the
+images, the random numbers and the files. Several processes may share a run: each works on its part of the
+images, and `all_gather` gives every process the results of all.
 """
 
 if __name__ == "__main__":  # torch takes seconds to import: --help, a wrong flag and Ctrl-C come before it
@@ -32,6 +30,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import curate
 import grpo
@@ -47,102 +46,136 @@ from training.settings import Settings
 # ---- What a researcher may change (see docs/your-own-idea.md) ----------------------------------------------
 
 
-def question_reward(votes: list[VotedQuestion | None], s: Settings) -> list[float]:
-    """The Questioner's, of the G questions about one image: r = 1[valid] max(0, r_unc - r_div)."""
-    texts = [vote and vote.question for vote in votes]
+def reward_questions(votes: list[VotedQuestion | None], s: Settings) -> list[float]:
+    """Returns the Questioner's rewards for the G questions about one image (None: invalid).
+
+    r = 1[valid] max(0, r_unc - r_div)
+    """
+    texts = [vote.question if vote else None for vote in votes]
     confidences = [vote.confidence if vote else 0.0 for vote in votes]
     return rewards.questioner_rewards(texts, confidences, s.diversity_weight)
 
 
-def keep(example: VotedQuestion, s: Settings) -> bool:
-    """Whether a question is curated: tau_low <= c <= tau_high."""
-    return curate.keep(example.confidence, s.tau_low, s.tau_high)
+def is_middling(question: VotedQuestion, s: Settings) -> bool:
+    """Tells if a question is curated: tau_low <= c <= tau_high."""
+    return curate.keep(question.confidence, s.tau_low, s.tau_high)
 
 
-def answer_reward(answer: str | None, example: VotedQuestion) -> float:
-    """The Reasoner's: 1 if the answer equals the silver label, else 0."""
-    return rewards.answer_reward(answer, example.label)
+def reward_answer(answer: str | None, question: VotedQuestion) -> float:
+    """Returns the Reasoner's reward: 1 if the answer equals the silver label, else 0."""
+    return rewards.answer_reward(answer, question.label)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The three functions that a researcher may replace; the paper's by default."""
+
+    question_reward: Callable[[list[VotedQuestion | None], Settings], list[float]] = reward_questions
+    keep: Callable[[VotedQuestion, Settings], bool] = is_middling
+    answer_reward: Callable[[str | None, VotedQuestion], float] = reward_answer
 
 
 # ---- The algorithm -----------------------------------------------------------------------------------------
 
 
-def visplay(
-    s: Settings,
-    run: Run,
-    question_reward: Callable = question_reward,
-    keep: Callable = keep,
-    answer_reward: Callable = answer_reward,
-) -> None:
-    """All iterations, from where the run stands."""
-    run.warn_of_new(questioner.INSTRUCTION, reasoner.INSTRUCTION)
+def visplay(s: Settings, run: Run, rules: Rules = Rules()) -> None:  # noqa: B008 (it is frozen)
+    """Runs all iterations; a run that was stopped goes on where it was."""
+    run.warn_of_unknown_instructions(questioner.INSTRUCTION, reasoner.INSTRUCTION)
     measure(s, run, 0)
     for k in range(1, s.iterations + 1):
-        train_questioner(s, run, k, question_reward)
-        curate_questions(s, run, k, keep)
-        train_reasoner(s, run, k, answer_reward)
+        train_questioner(s, run, k, rules)
+        curate_questions(s, run, k, rules)
+        train_reasoner(s, run, k, rules)
         measure(s, run, k)
 
 
-def train_questioner(s: Settings, run: Run, k: int, question_reward: Callable) -> None:
-    """Phase 1: GRPO on the Questioner. Good questions are those on which the frozen Reasoner is torn."""
-    for _ in run.steps(k, "questioner", s.questioner_steps):
-        images = run.next_images(s.images_per_step)
-        asked = questioner.ask(run.questioner, images, s.group_size, **run.sampling)
-        votes = reasoner.vote(run.reasoner, asked, s.answers, **run.sampling)
-        reward = [question_reward(group, s) for group in votes]
-        update(s, run, asked, reward, watch.of_questions(s, run.together(votes)))
-
-
-def curate_questions(s: Settings, run: Run, k: int, keep: Callable) -> None:
-    """Phase 2: the updated Questioner asks, the Reasoner votes, and middling confidence is kept."""
-    if not run.at(k, "curation"):
+def train_questioner(s: Settings, run: Run, k: int, rules: Rules) -> None:
+    """Phase 1: GRPO on the Questioner. Good questions are those that split the frozen Reasoner's votes."""
+    if run.is_done(k, "questioner"):
         return
-    candidates, start = [], time.monotonic()
+    with run.training("questioner"):
+        for step in run.steps("questioner", s.questioner_steps):
+            # Take images, and ask G questions about each.
+            images = run.next_images(s.images_per_step)
+            asked = questioner.ask(run.questioner, images, s.group_size, run.sampling, run.generator)
+            # Vote: the Reasoner answers each valid question m times.
+            votes = reasoner.vote(run.reasoner, asked, s.answers, run.sampling, run.generator)
+            # Reward the questions, and measure what the rewards are made of.
+            question_rewards = [rules.question_reward(group, s) for group in votes]
+            metrics = watch.question_metrics(s, run.all_gather_votes(votes))
+            # Make one GRPO step, and log it.
+            groups = [each.completions for each in asked]
+            update = grpo_step(s, run, groups, question_rewards)
+            run.log(step, groups, update | metrics)
+
+
+def curate_questions(s: Settings, run: Run, k: int, rules: Rules) -> None:
+    """Phase 2: the updated Questioner asks, the Reasoner votes, and middling confidence is kept."""
+    if run.is_done(k, "curation"):
+        return
+    start = time.monotonic()
+    candidates = []
     for images in run.image_batches(k, "curation", s.candidates, s.images_per_step):
-        asked = questioner.ask(run.questioner, images, 1, **run.sampling)
-        votes = reasoner.vote(run.reasoner, asked, s.answers, **run.sampling)
-        candidates += [vote for (vote,) in run.together(votes) if vote]  # of one question an image
-    curated = curate.curate(candidates, lambda example: keep(example, s))
-    run.write(dict(iteration=k, phase="curation") | watch.of_candidates(s, candidates, curated, start))
+        # Ask one question about each image, and vote on it.
+        asked = questioner.ask(run.questioner, images, 1, run.sampling, run.generator)
+        votes = reasoner.vote(run.reasoner, asked, s.answers, run.sampling, run.generator)
+        candidates += [vote for (vote,) in run.all_gather_votes(votes) if vote is not None]
+    # Keep those of middling confidence: the majority is the silver label.
+    curated = curate.curate(candidates, lambda question: rules.keep(question, s))
+    run.write_record(watch.curation_metrics(s, k, candidates, curated, time.monotonic() - start))
     watch.warn_of_questions(run, k)
     run.finish_curation(k, candidates, curated)
 
 
-def train_reasoner(s: Settings, run: Run, k: int, answer_reward: Callable) -> None:
+def train_reasoner(s: Settings, run: Run, k: int, rules: Rules) -> None:
     """Phase 3: GRPO on the Reasoner with the silver labels; a step takes the next curated questions."""
-    if not run.at(k, "reasoner"):
+    if run.is_done(k, "reasoner"):
         return
-    curated = run.curated(k)
+    curated = run.read_curated(k)
+    if not curated:
+        run.finish_phase()
+        return
     order = random.Random(f"{s.seed} {k} curated").sample(curated, len(curated))
-    for step in run.steps(k, "reasoner", s.reasoner_steps if curated else 0):
-        examples = run.next_examples(order, min(s.images_per_step, len(order)), step)
-        prompts = [reasoner.answer_prompt(run.reasoner, image, e.question) for e, image in examples]
-        answered = reasoner.answer(run.reasoner, prompts, s.group_size, **run.sampling)
-        reward = [[answer_reward(y, e) for y in a.answers] for a, (e, _) in zip(answered, examples)]
-        update(s, run, answered, reward, watch.of_answers(run.gather([a.answers for a in answered])))
+    with run.training("reasoner"):
+        for step in run.steps("reasoner", s.reasoner_steps):
+            # Take curated questions with their images, and answer each G times.
+            questions = run.next_questions(order, step)
+            prompts = [reasoner.answer_prompt(run.reasoner, image, q.question) for q, image in questions]
+            answered = reasoner.answer(run.reasoner, prompts, s.group_size, run.sampling, run.generator)
+            # Reward the answers by the silver labels, and measure.
+            answer_rewards = []
+            for each, (question, _) in zip(answered, questions):
+                answer_rewards.append([rules.answer_reward(answer, question) for answer in each.answers])
+            metrics = watch.answer_metrics(run.all_gather([each.answers for each in answered]))
+            # Make one GRPO step, and log it.
+            groups = [each.completions for each in answered]
+            update = grpo_step(s, run, groups, answer_rewards)
+            run.log(step, groups, update | metrics)
 
 
-def update(s: Settings, run: Run, sampled: list, reward: list[list[float]], measured: dict) -> None:
-    """One GRPO step on the role in training: what it sampled, and the reward of each."""
-    groups = [grpo.Group(group.prompt, group.completions, r) for group, r in zip(sampled, reward)]
+def grpo_step(
+    s: Settings, run: Run, groups: list[grpo.Group], group_rewards: list[list[float]]
+) -> dict[str, float]:
+    """Makes one GRPO step of the role in training on its completions; returns the step's metrics."""
+    grpo.set_rewards(groups, group_rewards)
     grpo.add_reference(groups, run.reference, s.temperature)
     metrics = grpo.update(run.policy, run.policy.optimizer, groups, s.clip, s.beta, s.temperature)
-    run.log(metrics, groups, measured)
+    return run.all_mean(metrics)
 
 
 def measure(s: Settings, run: Run, k: int) -> None:
-    """The end of an iteration (0: before the first): measured, watched for failures, both roles exported."""
-    if not run.at(k, "measure"):
+    """Ends an iteration (0: before the first): measures, watches for failures, exports both roles."""
+    if run.is_done(k, "measure"):
         return
-    probes = watch.probe(s, run, k)
-    run.report(k, run.once(watch.true_accuracy, s, run, k, probes) | watch.of_probes(run, probes))
-    watch.warn_of_labels(s, run, k, probes)
+    probes = watch.vote_on_probes(s, run, k)
+    results = run.on_main(watch.true_accuracy, s, run, k, probes) | watch.probe_metrics(run, probes)
+    run.report(k, results)
+    watch.warn_of_label_drift(s, run, k, probes)
     run.finish_iteration(k, probes)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code (see engine/command.py)."""
+    """Runs the command line; returns the exit code (see training/command.py)."""
     return command.main(visplay, __doc__, argv)
 
 

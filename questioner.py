@@ -14,9 +14,13 @@ The prompt is our own and the same for every model; the paper's is longer and na
 
 from dataclasses import dataclass
 
+import torch
+
 from answers import extract_answer
+from grpo import Group, make_group
 from model.generate import generate
-from model.prompt import Patches, Picture, Prompt
+from model.prompt import Patches, Picture
+from model.sampling import Sampling
 from model.vlm import VLM
 
 KINDS = ("multiple choice", "numerical", "regression")
@@ -40,44 +44,57 @@ class Question:
 
 @dataclass(frozen=True)
 class Asked:
-    """The G outputs of the Questioner for one image: token ids, and the question in each (None: invalid)."""
+    """The G outputs of the Questioner about one image, and the question in each (None: invalid)."""
 
     path: str
     patches: Patches
-    prompt: Prompt
-    completions: list[list[int]]
+    completions: Group
     questions: list[Question | None]
 
 
-def ask(vlm: VLM, pictures: list[Picture], n: int, **sampling) -> list[Asked]:
-    """Samples n questions about each picture; `sampling` goes to `generate.generate`."""
+def ask(
+    vlm: VLM, pictures: list[Picture], n: int, sampling: Sampling, generator: torch.Generator | None = None
+) -> list[Asked]:
+    """Samples n questions about each picture."""
     patches = [vlm.patches(picture.image) for picture in pictures]
     prompts = [vlm.prompt(INSTRUCTION, p) for p in patches]
-    groups = generate(vlm, prompts, n, **sampling)
-    questions = [[parse_question(vlm.output_text(ids)) for ids in group] for group in groups]
-    paths = [picture.path for picture in pictures]
-    return [Asked(*fields) for fields in zip(paths, patches, prompts, groups, questions)]
+    outputs = generate(vlm, prompts, n, **vars(sampling), generator=generator)
+    asked = []
+    for picture, p, prompt, group in zip(pictures, patches, prompts, outputs):
+        questions = [parse_question(vlm.output_text(ids)) for ids in group]
+        asked.append(Asked(picture.path, p, make_group(prompt, group), questions))
+    return asked
 
 
 def parse_question(text: str) -> Question | None:
-    """The question in an output of the Questioner, or None if it is not valid.
+    """Reads the question in an output of the Questioner; None if it is not valid.
 
     One thought at most may stand before it, none in it or behind it. Takes time linear in the text, raises
     nothing and evaluates nothing, whatever the model wrote.
     """
+    # At most one thought, closed by </think>.
     thought, _, rest = text.rpartition("</think>")
     if "</think>" in thought or thought.count("<think>") > 1 or "<think>" in rest:
         return None
-    rest, blocks = rest.strip(), {}
+
+    # Exactly the three blocks, in this order.
+    rest = rest.strip()
+    blocks = {}
     for name in ("type", "question", "answer"):
-        opening, closing = f"<{name}>", f"</{name}>"
+        opening = f"<{name}>"
+        closing = f"</{name}>"
         if not rest.startswith(opening) or rest.count(opening) != 1 or rest.count(closing) != 1:
             return None
         blocks[name], _, rest = rest.removeprefix(opening).partition(closing)
         rest = rest.lstrip()
-    kind, question = " ".join(blocks["type"].lower().replace("-", " ").split()), blocks["question"].strip()
+    if rest:
+        return None
+
+    # A known kind, a question, and an answer of the Questioner's own.
+    kind = " ".join(blocks["type"].lower().replace("-", " ").split())
+    question = blocks["question"].strip()
     answer = extract_answer(blocks["answer"]) or blocks["answer"].replace("\\boxed{}", "").strip()
-    if rest or kind not in KINDS or not question or not answer:
+    if kind not in KINDS or not question or not answer:
         return None
     if "<answer>" in question or "</answer>" in question:
         return None

@@ -12,12 +12,15 @@ the same way.
 
 from dataclasses import dataclass
 
+import torch
 from PIL import Image
 
 from answers import extract_answer
 from curate import VotedQuestion
+from grpo import Group, make_group
 from model.generate import generate
 from model.prompt import Patches, Prompt
+from model.sampling import Sampling
 from model.vlm import VLM
 from questioner import Asked
 from rewards import confidence
@@ -27,34 +30,53 @@ INSTRUCTION = "\nThink step by step, then give the final answer in \\boxed{}."
 
 @dataclass(frozen=True)
 class Answered:
-    """The n outputs of the Reasoner for one prompt: token ids, and the answer in each (None: none)."""
+    """The n outputs of the Reasoner for one prompt, and the answer in each (None: none)."""
 
-    prompt: Prompt
-    completions: list[list[int]]
+    completions: Group
     answers: list[str | None]
 
 
 def answer_prompt(vlm: VLM, image: Image.Image | Patches, question: str) -> Prompt:
-    """The Reasoner's prompt for a question about an image."""
+    """Returns the Reasoner's prompt for a question about an image."""
     return vlm.prompt(question + INSTRUCTION, image)
 
 
-def answer(vlm: VLM, prompts: list[Prompt], n: int, **sampling) -> list[Answered]:
-    """Samples n answers a prompt; `sampling` goes to `generate.generate`."""
-    groups = generate(vlm, prompts, n, **sampling)
-    return [
-        Answered(prompt, group, [extract_answer(vlm.output_text(ids)) for ids in group])
-        for prompt, group in zip(prompts, groups)
-    ]
+def answer(
+    vlm: VLM, prompts: list[Prompt], n: int, sampling: Sampling, generator: torch.Generator | None = None
+) -> list[Answered]:
+    """Samples n answers to each prompt."""
+    outputs = generate(vlm, prompts, n, **vars(sampling), generator=generator)
+    answered = []
+    for prompt, group in zip(prompts, outputs):
+        answers = [extract_answer(vlm.output_text(ids)) for ids in group]
+        answered.append(Answered(make_group(prompt, group), answers))
+    return answered
 
 
-def vote(vlm: VLM, asked: list[Asked], m: int, **sampling) -> list[list[VotedQuestion | None]]:
-    """Answers every valid question m times: each with its silver label and confidence (None: invalid)."""
-    places = [(a, question) for a in asked for question in a.questions if question is not None]
-    prompts = [answer_prompt(vlm, a.patches, question.text) for a, question in places]
-    answers = [each.answers for each in answer(vlm, prompts, m, **sampling)]
-    voted = iter(
-        VotedQuestion(a.path, question.text, question.kind, *confidence(y), y)
-        for (a, question), y in zip(places, answers)
-    )
-    return [[question and next(voted) for question in a.questions] for a in asked]
+def vote(
+    vlm: VLM, asked: list[Asked], m: int, sampling: Sampling, generator: torch.Generator | None = None
+) -> list[list[VotedQuestion | None]]:
+    """Answers every valid question m times; returns each with its silver label and confidence.
+
+
+    The result has a list for each image, with an entry for each output (None: invalid).
+    """
+    # Answer the valid questions of all images together.
+    prompts = []
+    for a in asked:
+        valid = [question for question in a.questions if question is not None]
+        prompts += [answer_prompt(vlm, a.patches, question.text) for question in valid]
+    answered = iter(answer(vlm, prompts, m, sampling, generator))
+
+    # Count the votes of each.
+    votes: list[list[VotedQuestion | None]] = []
+    for a in asked:
+        votes.append([])
+        for question in a.questions:
+            if question is None:
+                votes[-1].append(None)
+                continue
+            answers = next(answered).answers
+            label, c = confidence(answers)
+            votes[-1].append(VotedQuestion(a.path, question.text, question.kind, label, c, answers))
+    return votes

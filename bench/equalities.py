@@ -95,7 +95,7 @@ def update_gradient(vlm: VLM, **how) -> torch.Tensor:
     policy = Trained(vlm.copy(), 1e-4, 0.0, **how)
     prompts = prompts_for(vlm)
     rewards = [0.0, 1.0, 0.3, 0.9]
-    groups = [grpo.Group(prompt, completions_of(4, n), rewards) for n, prompt in enumerate(prompts)]
+    groups = [grpo.make_group(prompt, completions_of(4, n), rewards) for n, prompt in enumerate(prompts)]
     grpo.add_reference(groups, vlm)
     grpo.backward(policy, groups)
     whole = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in policy.parameters()]

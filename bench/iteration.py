@@ -108,7 +108,7 @@ def iteration(args, policy: Trained, reference) -> None:
             generate.generate(reference, asked, args.answers, **sampling)
         texts = [random_questions(args.group_size, seed) for seed in range(args.prompts)]
         reward = [rewards.questioner_rewards(t, [i / len(t) for i in range(len(t))]) for t in texts]
-        groups = [grpo.Group(p, c, r) for p, c, r in zip(prompts, completions, reward)]
+        groups = [grpo.make_group(p, c, r) for p, c, r in zip(prompts, completions, reward)]
         grpo.add_reference(groups, reference)
         grpo.update(policy, policy.optimizer, groups)
 

@@ -166,7 +166,7 @@ def random_groups(vlm: VLM, args: argparse.Namespace) -> list[grpo.Group]:
     completions = [
         random_completions(vlm, args.group_size, args.new_tokens, seed) for seed in range(args.prompts)
     ]
-    return [grpo.Group(p, c, rewards) for p, c in zip(random_prompts(vlm, args), completions)]
+    return [grpo.make_group(p, c, rewards) for p, c in zip(random_prompts(vlm, args), completions)]
 
 
 TEMPLATES = (

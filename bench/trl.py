@@ -158,7 +158,8 @@ class Ours:
     def groups(self, prompts: list, completions: list[list[list[int]]]) -> list[grpo.Group]:
         """With the rewards."""
         return [
-            grpo.Group(p, group, [reward(ids) for ids in group]) for p, group in zip(prompts, completions)
+            grpo.make_group(p, group, [reward(ids) for ids in group])
+            for p, group in zip(prompts, completions)
         ]
 
     def update(self, groups: list[grpo.Group]) -> float:

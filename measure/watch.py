@@ -1,13 +1,11 @@
 """What is measured in a run, and when it warns. Nothing of it is used for training.
 
-of_questions, of_answers            of a GRPO step: what its rewards are made of
-of_candidates                       of a curation
-probe, of_probes                    votes on fixed questions, the same at the end of each iteration
-true_accuracy                       where the truth is known: of held-out questions, silver labels, fixed ones
-warn_of_questions, warn_of_labels   the paper's failure signatures (see signatures.py)
+question_metrics, answer_metrics         of a GRPO step: what its rewards are made of
+curation_metrics                         of a curation
+vote_on_probes, probe_metrics            votes on fixed questions, the same at the end of each iteration
+true_accuracy                            where the truth is known: held-out questions, silver labels, probes
+warn_of_questions, warn_of_label_drift   the paper's failure signatures (see signatures.py)
 """
-
-import time
 
 import questioner
 import reasoner
@@ -24,97 +22,122 @@ PROBES = 64  # fixed questions that the base asks, one an image
 SAMPLES = 4  # answers to a held-out question
 
 
-def of_questions(s: Settings, votes: list[list[VotedQuestion | None]]) -> dict:
-    """What the Questioner's rewards are made of: means over its valid questions; `clusters` over images."""
-    asked = [[v.question for v in group if v] for group in votes]
-    valid = [v for group in votes for v in group if v]
-    penalties = [rewards.diversity_penalty(q, s.diversity_weight, s.group_size) for q in asked]
-    return {
+def question_metrics(s: Settings, votes: list[list[VotedQuestion | None]]) -> dict:
+    """Returns the parts of the Questioner's rewards: means over valid questions; `clusters` over images."""
+    # One list of valid questions for each image.
+    groups = [[vote for vote in group if vote is not None] for group in votes]
+    penalties: list[float] = []
+    clusters: list[int] = []
+    for group in groups:
+        questions = [vote.question for vote in group]
+        penalties += rewards.diversity_penalty(questions, s.diversity_weight, s.group_size)
+        if questions:
+            clusters.append(len(set(rewards.cluster_questions(questions))))
+
+    # All valid questions.
+    valid = [vote for group in groups for vote in group]
+    metrics = {
         "validity": len(valid) / (len(votes) * s.group_size),
-        "r_unc": mean([rewards.uncertainty_reward(v.confidence) for v in valid]),
-        "r_div": mean([penalty for group in penalties for penalty in group]),
-        "confidence": mean([v.confidence for v in valid]),
-        "clusters": mean([len(set(rewards.cluster_questions(q))) for q in asked if q]),
-    } | signatures.variety([v.question for v in valid], [v.kind for v in valid])
+        "r_unc": mean([rewards.uncertainty_reward(vote.confidence) for vote in valid]),
+        "r_div": mean(penalties),
+        "confidence": mean([vote.confidence for vote in valid]),
+        "clusters": mean(clusters),
+    }
+    return metrics | signatures.variety([vote.question for vote in valid], [vote.kind for vote in valid])
 
 
-def of_answers(answers: list[list[str | None]]) -> dict:
-    """How many of the Reasoner's outputs have an answer, and how large the majorities are."""
-    validity = mean([answer is not None for group in answers for answer in group])
+def answer_metrics(answers: list[list[str | None]]) -> dict:
+    """Returns how many of the Reasoner's outputs have an answer, and the mean share of the majorities."""
+    outputs = [answer for group in answers for answer in group]
+    validity = mean([answer is not None for answer in outputs])
     return dict(validity=validity, confidence=mean([rewards.confidence(group)[1] for group in answers]))
 
 
-def of_candidates(
-    s: Settings, candidates: list[VotedQuestion], curated: list[VotedQuestion], start: float
+def curation_metrics(
+    s: Settings, k: int, candidates: list[VotedQuestion], curated: list[VotedQuestion], seconds: float
 ) -> dict:
-    """How many questions were proposed, valid and kept. start: when it began, by time.monotonic."""
+    """Returns the record of a curation: how many questions were proposed, valid and kept."""
     return dict(
+        iteration=k,
+        phase="curation",
         candidates=s.candidates,
         validity=len(candidates) / s.candidates,
         curated=len(curated),
-        confidence=mean([e.confidence for e in candidates]),
-        seconds=time.monotonic() - start,
+        confidence=mean([candidate.confidence for candidate in candidates]),
+        seconds=seconds,
     )
 
 
 # ---- Fixed questions ---------------------------------------------------------------------------------------
 
 
-def probe(s: Settings, run: Run, k: int) -> list[VotedQuestion]:
-    """The Reasoner's votes after iteration k on questions that the base asked.
+def vote_on_probes(s: Settings, run: Run, k: int) -> list[VotedQuestion]:
+    """Returns the Reasoner's votes after iteration k on fixed questions that the base asked.
 
-    Before the first iteration the base votes on them twice: how often it agrees with itself is what agreement
-    with it can be at most.
+    Before the first iteration the base votes on them twice: agreement with it can be no higher than its
+    agreement with itself.
     """
     run.generator = run.seeded(k, "probe")
     if k == 0:
-        asked = questioner.ask(run.questioner, run.probe_images(PROBES), 1, **run.sampling)
-        votes = reasoner.vote(run.reasoner, asked, s.answers, **run.sampling)
-        run.write_probes("base", [v for (v,) in run.together(votes) if v and v.label is not None])
-    mine = run.readable(run.share(run.probes("base")))
-    prompts = [reasoner.answer_prompt(run.reasoner, image, e.question) for e, image in mine]
-    answered = reasoner.answer(run.reasoner, prompts, s.answers, **run.sampling)
-    voted = [
-        VotedQuestion(e.image, e.question, e.kind, *rewards.confidence(a.answers), a.answers)
-        for (e, _), a in zip(mine, answered)
-    ]
-    return [v for (v,) in run.together([[v] for v in voted])]
+        images = run.probe_images(PROBES)
+        asked = questioner.ask(run.questioner, images, 1, run.sampling, run.generator)
+        votes = reasoner.vote(run.reasoner, asked, s.answers, run.sampling, run.generator)
+        first = [vote for (vote,) in run.all_gather_votes(votes) if vote is not None]
+        run.write_probes("base", [vote for vote in first if vote.label is not None])
+
+    # Each process votes on its part of the questions.
+    mine = run.load_images(run.shard(run.read_probes("base")))
+    prompts = [reasoner.answer_prompt(run.reasoner, image, probe.question) for probe, image in mine]
+    answered = reasoner.answer(run.reasoner, prompts, s.answers, run.sampling, run.generator)
+    voted = []
+    for (probe, _), each in zip(mine, answered):
+        label, c = rewards.confidence(each.answers)
+        voted.append([VotedQuestion(probe.image, probe.question, probe.kind, label, c, each.answers)])
+    return [vote for (vote,) in run.all_gather_votes(voted)]
 
 
-def of_probes(run: Run, probes: list[VotedQuestion]) -> dict:
-    """How often the majority is the base's, and how large it is; None without any question."""
+def probe_metrics(run: Run, probes: list[VotedQuestion]) -> dict:
+    """Returns how often the majority is the base's, and its mean share; None without any question."""
     if not probes:
         return dict(base_agreement=None, probe_confidence=None)
     agree = list(agreement(run, probes).values())
-    return dict(base_agreement=mean(agree), probe_confidence=mean([v.confidence for v in probes]))
+    confidence = mean([probe.confidence for probe in probes])
+    return dict(base_agreement=mean(agree), probe_confidence=confidence)
 
 
 def agreement(run: Run, probes: list[VotedQuestion]) -> dict[tuple[str, str], float]:
-    """For each (image, question) 1 if the majority is that of the base's first votes, else 0."""
-    base = {(e.image, e.question): e.label for e in run.probes("base")}
-    places = [(e, (e.image, e.question)) for e in probes]
-    return {place: rewards.answer_reward(e.label, base[place]) for e, place in places}
+    """Returns for each (image, question) 1 if the majority is that of the base's first votes, else 0."""
+    base = {(probe.image, probe.question): probe.label for probe in run.read_probes("base")}
+    agree = {}
+    for probe in probes:
+        place = (probe.image, probe.question)
+        agree[place] = rewards.answer_reward(probe.label, base[place])
+    return agree
 
 
 # ---- Where the truth is known ------------------------------------------------------------------------------
 
 
 def true_accuracy(s: Settings, run: Run, k: int, probes: list[VotedQuestion]) -> dict:
-    """Of held-out scenes, of the silver labels and of the fixed questions; {} for images of one's own.
+    """Measures held-out scenes, silver labels and fixed questions; {} for images of one's own.
 
-    The true labels stay in here: what is returned is printed and written, and used for nothing else.
+    The true labels stay in here. What is returned is printed and written, and used for nothing else.
     """
     if s.images is not None:
         return {}
     from measure import truth  # imports the exact answerer, which self-play must not
 
-    held_out, scenes = run.folder / "held-out", run.folder / "images"
+    # Answer held-out questions.
+    held_out = run.folder / "held-out"
     items = truth.held_out_questions(held_out, HELD_OUT_QUESTIONS, HELD_OUT_SEED, run.scene_size)
-    sampling = run.sampling | dict(generator=run.seeded("held-out"))
+    sampling = vars(run.sampling) | dict(generator=run.seeded("held-out"))
     outcomes = answer_all(run.reasoner, items, SAMPLES, len(items), **sampling)
     scores = mean_scores(outcomes)
+
+    # Compare silver labels and fixed questions with the truth.
+    scenes = run.folder / "images"
     accuracy = {name: scores[name] for name in ("greedy_accuracy", "sampled_accuracy")}
-    accuracy |= truth.measure(outcomes, run.curated(k), held_out, scenes)
+    accuracy |= truth.measure(outcomes, run.read_curated(k), held_out, scenes)
     return accuracy | {"probes_right": truth.majority_right(probes, scenes)}
 
 
@@ -123,27 +146,35 @@ def true_accuracy(s: Settings, run: Run, k: int, probes: list[VotedQuestion]) ->
 
 def warn_of_questions(run: Run, k: int) -> None:
     """Warns of what has gone wrong in the Questioner's phase."""
-    steps = run.of("questioner")
+    steps = run.phase_records("questioner")
     r_unc = [record["r_unc"] for record in steps if record["iteration"] == k]
     run.warn("stagnant difficulty", signatures.stagnant_difficulty(r_unc))
     run.warn("question collapse", signatures.question_collapse(steps[0], steps[-1]))
 
 
-def warn_of_labels(s: Settings, run: Run, k: int, probes: list[VotedQuestion]) -> None:
-    """Warns of majorities that got worse on the fixed questions, while they are as large as before."""
+def warn_of_label_drift(s: Settings, run: Run, k: int, probes: list[VotedQuestion]) -> None:
+    """Warns of pseudo-label drift: on the fixed questions majorities get worse, but not less confident.
+
+    Where the truth is known, "worse" means fewer right majorities than after the iteration before. Elsewhere
+    it means fewer of the base's majorities than the base itself had when it was asked a second time.
+    """
     if k == 0:
         return
-    records = {record["iteration"]: record for record in run.of("measure")}
+    records = {record["iteration"]: record for record in run.phase_records("measure")}
     now = records[k]
     if "probes_right" in now:
-        before, what = records[k - 1], "majorities are right in"
-        pair = before["probes_right"], now["probes_right"]
-        if len(pair[0]) != len(pair[1]):
+        earlier = records[k - 1]
+        before, after = earlier["probes_right"], now["probes_right"]
+        if len(before) != len(after):
             return  # an image was lost meanwhile
+        what = "majorities are right in"
     else:
-        before, what = records[0], "majorities are the base's in"
-        was, is_now = agreement(run, run.probes(0)), agreement(run, probes)
+        earlier = records[0]
+        was = agreement(run, run.read_probes(0))
+        is_now = agreement(run, probes)
         both = [place for place in is_now if place in was]
-        pair = [was[place] for place in both], [is_now[place] for place in both]
-    surer = (now["probe_confidence"] or 0.0) >= (before["probe_confidence"] or 0.0)
-    run.warn("pseudo-label drift", signatures.label_drift(*pair, surer, what))
+        before = [was[place] for place in both]
+        after = [is_now[place] for place in both]
+        what = "majorities are the base's in"
+    is_as_sure = (now["probe_confidence"] or 0.0) >= (earlier["probe_confidence"] or 0.0)
+    run.warn("pseudo-label drift", signatures.label_drift(before, after, is_as_sure, what))

@@ -1,8 +1,11 @@
 """Where the weights are: on the device, or in CPU memory and on the device only while they work."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -23,3 +26,16 @@ def copy_model(model):
 
 def _padded_bytes(tensor: Tensor) -> int:
     return -(-tensor.nbytes // 256) * 256  # so that each tensor in a shared buffer starts where its dtype may
+
+
+def retry_with_less_memory(attempt: Callable[[], Any], use_less_memory: Callable[[], None]) -> Any:
+    """Returns attempt(). Calls use_less_memory() and tries again whenever memory runs out.
+
+    Raises what use_less_memory raises when nothing smaller is left.
+    """
+    while True:
+        try:
+            return attempt()
+        except torch.OutOfMemoryError:
+            pass  # leave this block first: the exception keeps the batch's tensors alive
+        use_less_memory()

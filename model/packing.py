@@ -11,112 +11,151 @@ exactly as G rows of their own would, in values and gradients, but the image is 
 forwarded once (the idea of Prefix Grouper, arXiv 2506.05433; the official code forwards both once per
 completion).
 
-This file lays rows out; the model that reads them is in vlm.py. Of a prompt it needs `ids`, `positions`,
-`next_position` and `image_tokens` (see `vlm.Prompt`).
+This file lays rows out; model/logprobs.py forwards them. It reads `prompt` and `tokens` of a completion
+(`grpo.Completion`), and `ids`, `positions`, `next_position` and `image_tokens` of a prompt (`prompt.Prompt`).
 """
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 ROW_TOKENS = 8192  # a longer group is split into several rows: a row's mask takes its length squared
 BATCH_TOKENS = 8192  # rows are forwarded and differentiated together up to so many tokens,
-BATCH_IMAGE_TOKENS = (
-    2048  # and so many image tokens: each is four patches in the image encoder, and costs more than text
-)
+# and so many image tokens: each is four patches in the image encoder, and costs more than text.
+BATCH_IMAGE_TOKENS = 2048
 
 
-@dataclass(frozen=True)
+class Continuation(NamedTuple):
+    """A prompt and the tokens behind it: all that packing reads of a completion."""
+
+    prompt: Any
+    tokens: list[int]
+
+
+@dataclass
 class PackedRow:
-    """Which completions of which group share a row, and how many tokens it has."""
+    """Completions of one prompt that share a row, and how many tokens the row has."""
 
-    group: int
-    completions: list[int]
+    prompt: Any
+    completions: list
     length: int
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """B rows of at most T tokens that are forwarded together, holding N tokens of completions.
+    """B rows of at most T tokens that are forwarded together, holding N tokens of completions."""
 
-    which: of each completion, in order, its group and its number in it; sizes: how many of the N tokens are
-    its own. prompts: one a row. ids, segment: [B, T]; positions: [3, B, T]. segment: 0 is the prompt, 1, 2,
-    ... its completions, -1 padding. where: [N] the place in B * T whose hidden state predicts a token;
-    targets: [N] that token.
+    completions: list  # in the order of their tokens
+    sizes: list[int]  # how many of the N tokens belong to each completion
+    prompts: list  # one a row
+    ids: Tensor  # [B, T] int64
+    positions: Tensor  # [3, B, T] int64, temporal, vertical and horizontal
+    segment: Tensor  # [B, T] int64: 0 the prompt; 1, 2, ... its completions; -1 padding
+    where: Tensor  # [N] int64: the place in B * T whose hidden state predicts a token
+    targets: Tensor  # [N] int64: that token
+
+
+def pack(completions: list, batch_scale: float = 1.0) -> list[list[PackedRow]]:
+    """Cuts completions into rows, and gathers rows into batches that are forwarded together.
+
+    Completions that follow one another and have the same prompt object share a row. A row has at most
+    ROW_TOKENS tokens, a batch at most BATCH_TOKENS and BATCH_IMAGE_TOKENS; batch_scale: the fraction of these
+    that is used. A row has at least one completion and a batch at least one row, however long. Rows of
+    similar length go together, as the shorter ones are padded to the longest.
     """
+    # Completions into rows. The last token of a completion is predicted, never an input.
+    rows: list[PackedRow] = []
+    for completion in completions:
+        prompt, count = completion.prompt, len(completion.tokens)
+        same_prompt = bool(rows) and rows[-1].prompt is prompt
+        if not same_prompt or rows[-1].length + count > ROW_TOKENS * batch_scale:
+            rows.append(PackedRow(prompt, [], len(prompt)))
+        rows[-1].completions.append(completion)
+        rows[-1].length += max(0, count - 1)
 
-    which: list[tuple[int, int]]
-    sizes: list[int]
-    prompts: list
-    ids: Tensor
-    positions: Tensor
-    segment: Tensor
-    where: Tensor
-    targets: Tensor
-
-
-def pack(groups: list[tuple], batch_scale: float = 1.0) -> list[list[PackedRow]]:
-    """Cuts groups into rows, and gathers rows into batches that are forwarded together.
-
-    groups: (prompt, completions as lists of token ids). A row has at most ROW_TOKENS tokens, a batch at most
-    BATCH_TOKENS and BATCH_IMAGE_TOKENS; budget: the share of these that is used. A row has at least one
-    completion and a batch at least one row, however long. Rows of similar length go together, as the shorter
-    ones are padded to the longest.
-    """
-    rows, batches = [], []
-    for g, (prompt, completions) in enumerate(groups):
-        fresh = len(rows)
-        for i, ids in enumerate(completions):
-            if len(rows) == fresh or rows[-1].length + len(ids) > ROW_TOKENS * batch_scale:
-                rows.append(PackedRow(g, [], len(prompt)))
-            rows[-1] = PackedRow(g, [*rows[-1].completions, i], rows[-1].length + max(0, len(ids) - 1))
-    images = 0
+    # Rows into batches, the longest first: the first row of a batch is as long as the batch.
+    batches: list[list[PackedRow]] = []
+    image_tokens = 0
     for row in sorted(rows, key=lambda row: -row.length):
-        images += groups[row.group][0].image_tokens
-        full = batches and (len(batches[-1]) + 1) * batches[-1][0].length > BATCH_TOKENS * batch_scale
-        if not batches or full or images > BATCH_IMAGE_TOKENS * batch_scale:
+        image_tokens += row.prompt.image_tokens
+        is_full = not batches or image_tokens > BATCH_IMAGE_TOKENS * batch_scale
+        if not is_full:
+            is_full = (len(batches[-1]) + 1) * batches[-1][0].length > BATCH_TOKENS * batch_scale
+        if is_full:
             batches.append([])
-            images = groups[row.group][0].image_tokens
+            image_tokens = row.prompt.image_tokens
         batches[-1].append(row)
     return batches
 
 
-def lay_out(groups: list[tuple], rows: list[PackedRow]) -> PackedBatch:
-    """The tensors of a batch of rows, on the CPU, padded on the right.
+def lay_out(rows: list[PackedRow]) -> PackedBatch:
+    """Returns the tensors of a batch of rows, on the CPU, padded on the right.
 
-    The last token of a completion is predicted, never an input; its first is predicted by the prompt's last.
+    A prompt p q r with the completions a b c and d e (positions of text: one number for all three axes):
+
+        ids         p  q  r  a  b  d  .  .        c and e are predicted, never an input
+        segment     0  0  0  1  1  2 -1 -1
+        positions   0  1  2  3  4  3  .  .
+        where             2  3  4  2  5           the places that predict a b c, then d e
+        targets           a  b  c  d  e
     """
-    length = -(-max(row.length for row in rows) // 8) * 8  # kernels want masks whose rows are multiples of 8
+    length = max(row.length for row in rows)
+    length = -(-length // 8) * 8  # kernels want masks whose rows are multiples of 8
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     positions = torch.zeros(3, len(rows), length, dtype=torch.long)
-    segment, where, targets, sizes = torch.full((len(rows), length), -1), [], [], []
+    segment = torch.full((len(rows), length), -1)
+    where: list[int] = []
+    targets: list[int] = []
     for r, row in enumerate(rows):
-        prompt, completions = groups[row.group]
-        end = len(prompt)
-        ids[r, :end], positions[:, r, :end], segment[r, :end] = prompt.ids, prompt.positions, 0
-        for number, i in enumerate(row.completions, start=1):
-            completion, start = completions[i], end
-            end = start + max(0, len(completion) - 1)
-            ids[r, start:end] = torch.tensor(completion[:-1], dtype=torch.long)
+        # The prompt, once.
+        prompt_end = len(row.prompt)
+        ids[r, :prompt_end] = row.prompt.ids
+        positions[:, r, :prompt_end] = row.prompt.positions
+        segment[r, :prompt_end] = 0
+        # Its completions, one behind the other.
+        start = prompt_end
+        for number, completion in enumerate(row.completions, start=1):
+            inputs = completion.tokens[:-1]
+            end = start + len(inputs)
+            ids[r, start:end] = torch.tensor(inputs, dtype=torch.long)
+            positions[:, r, start:end] = row.prompt.next_position + torch.arange(len(inputs))
             segment[r, start:end] = number
-            positions[:, r, start:end] = prompt.next_position + torch.arange(end - start)
-            where += [r * length + t for t in [len(prompt) - 1, *range(start, end)]][: len(completion)]
-            targets += completion
-            sizes.append(len(completion))
-    which = [(row.group, i) for row in rows for i in row.completions]
-    prompts = [groups[row.group][0] for row in rows]
-    where, targets = torch.tensor(where, dtype=torch.long), torch.tensor(targets, dtype=torch.long)
-    return PackedBatch(which, sizes, prompts, ids, positions, segment, where, targets)
+            # The prompt's last token predicts the first token, and each token the next one.
+            predicting = [prompt_end - 1, *range(start, end)]
+            where += [r * length + place for place in predicting][: len(completion.tokens)]
+            targets += completion.tokens
+            start = end
+    completions = [completion for row in rows for completion in row.completions]
+    return PackedBatch(
+        completions=completions,
+        sizes=[len(completion.tokens) for completion in completions],
+        prompts=[row.prompt for row in rows],
+        ids=ids,
+        positions=positions,
+        segment=segment,
+        where=torch.tensor(where, dtype=torch.long),
+        targets=torch.tensor(targets, dtype=torch.long),
+    )
 
 
 def packed_mask(segment: Tensor) -> Tensor:
-    """[B, 1, T, T] bool for segment [B, T] (see `PackedBatch`): True where a query (row) may see
-    a key (column).
+    """Returns who may see whom: [B, 1, T, T] bool for segment [B, T], True where a row may see a column.
 
-    A token sees what stands before it in the prompt and in its own completion. Padding sees at least itself:
-    a softmax over nothing would be NaN.
+    A token sees what stands before it in the prompt and in its own completion. Padding sees at least itself,
+    as a softmax over nothing would be NaN. For the segment 0 0 1 1 2:
+
+                 0  0  1  1  2
+        prompt   x
+        prompt   x  x
+        y_1      x  x  x
+        y_1      x  x  x  x
+        y_2      x  x        x
     """
-    order = torch.arange(segment.shape[1], device=segment.device)
-    shared_or_own = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
-    return (shared_or_own & (order[None, :] <= order[:, None]))[:, None]
+    length = segment.shape[1]
+    order = torch.arange(length, device=segment.device)
+    is_prompt = segment[:, None, :] == 0
+    same_segment = segment[:, None, :] == segment[:, :, None]
+    not_later = order[None, :] <= order[:, None]
+    return ((is_prompt | same_segment) & not_later)[:, None]

@@ -9,9 +9,10 @@ has, and (in packing.py) which token may see which.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,8 +23,8 @@ from model import prompt as prompt_module
 from model.checkpoint import CheckpointError, end_ids, first_line, load_config, load_processors
 from model.families import FAMILIES
 from model.logprobs import PackedForward
-from model.offload import Fallbacks, _padded_bytes, copy_model
-from model.packing import lay_out, pack
+from model.offload import Fallbacks, _padded_bytes, copy_model, retry_with_less_memory
+from model.packing import Continuation, lay_out, pack
 from model.prompt import Patches, Prompt, arrange, make_prompt
 
 
@@ -207,30 +208,30 @@ class VLM:
     def logprobs(
         self, prompt: Prompt, completions: list[list[int]], temperature: float = 1.0
     ) -> list[Tensor]:
-        """log pi(y_t | prompt, y_<t) of every token of every completion: one float32 tensor [T_i] each.
+        """Returns log pi(y_t | prompt, y_<t) of every token: one float32 tensor [T_i] a completion.
 
         `temperature` divides the logits, as it did in sampling. Differentiable unless under `torch.no_grad`.
         """
-        results: list = [None] * len(completions)
-        for which, logps, _ in self.batches([(prompt, completions)], temperature):
-            for (_, i), logp in zip(which, logps):
-                results[i] = logp
-        return results
+        group = [Continuation(prompt, tokens) for tokens in completions]
+        found: dict[int, Tensor] = {}
+        for batch, logps, _ in self.batches(group, temperature):
+            found |= {id(completion): logp for completion, logp in zip(batch, logps)}
+        return [found[id(completion)] for completion in group]
 
-    def batches(self, groups: list[tuple[Prompt, list[list[int]]]], temperature: float = 1.0) -> Iterator:
-        """The same for many groups, a batch at a time: yields ([(group, completion), ...], [logp [T_i], ...],
-        share).
+    def batches(self, completions: list, temperature: float = 1.0) -> Iterator:
+        """Yields completions a batch at a time, with their log-probabilities [T_i] and the batch's weight.
 
-        share: that of the batch in all completions. Differentiate a batch before asking for the next: then
-        only one batch's activations are in memory at a time.
+        completions: `grpo.Completion`, those of one prompt one after the other. The weight is the batch's
+        part of all completions. Differentiate a batch before you ask for the next: then only one batch's
+        activations are in memory at a time.
         """
         forward = PackedForward(self.model, fallbacks=self.fallbacks)
-        total = sum(len(completions) for _, completions in groups)
         with self.on_device():
-            for rows in pack(groups, self.fallbacks.batch_scale):
-                batch = lay_out(groups, rows)
+            for rows in pack(completions, self.fallbacks.batch_scale):
+                batch = lay_out(rows)
                 logps = forward(batch, temperature).split(batch.sizes)
-                yield batch.which, list(logps), len(batch.which) / total
+                yield batch.completions, list(logps), len(batch.completions) / len(completions)
 
-
-# ---- Forward -----------------------------------------------------------------------------------------------
+    def retry(self, attempt: Callable[[], Any]) -> Any:
+        """Returns attempt(). Tries again with smaller batches whenever the GPU runs out of memory."""
+        return retry_with_less_memory(attempt, self.use_less_memory)

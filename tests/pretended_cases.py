@@ -266,7 +266,7 @@ def updated(vlm, checkpointing):
     vlm.offload()
     reference = vlm.copy()
     groups = [
-        grpo.Group(prompt, random_completions(vlm, 3, 9, i), [0.0, 1.0, 1.0])
+        grpo.make_group(prompt, random_completions(vlm, 3, 9, i), [0.0, 1.0, 1.0])
         for i, prompt in enumerate(prompts_of(vlm, 3))
     ]
     policy = Trained(vlm, 1e-3, 1e-2, checkpointing=checkpointing)

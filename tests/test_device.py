@@ -117,7 +117,7 @@ def test_an_update_in_bfloat16_moves_the_masters(on_device, prompts, device, off
     reference = vlm.copy()
     before = [p.clone() for p in reference.model.parameters()]
     assert reference.offloaded and all(p.device.type == "cpu" for p in reference.model.parameters())
-    groups = [grpo.Group(p, [[300, 301], [302, 303, 304]], [0.0, 1.0]) for p in prompts]
+    groups = [grpo.make_group(p, [[300, 301], [302, 303, 304]], [0.0, 1.0]) for p in prompts]
     policy = Trained(vlm, 1e-6, 0.0, offload, checkpointing)
     start = [p.full_tensor().clone().cpu() for p in policy.parameters()]
     grpo.add_reference(groups, reference)

@@ -115,7 +115,7 @@ def random_groups(sizes=(4, 2, 3)):
     for prompt, size in enumerate(sizes):
         lengths = torch.randint(1, 6, (size,), generator=g).tolist()
         completions = [torch.randint(0, 4, (n,), generator=g).tolist() for n in lengths]
-        groups.append(grpo.Group(prompt, completions, torch.rand(size, generator=g).tolist()))
+        groups.append(grpo.make_group(prompt, completions, torch.rand(size, generator=g).tolist()))
     return groups
 
 
@@ -248,7 +248,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 
 def test_equal_rewards_and_empty_completions_leave_the_weights_finite():
     policy = Table()
-    groups = [grpo.Group(0, [[1, 2], [3], []], [1.0, 1.0, 1.0]), grpo.Group(1, [[], []], [0.0, 1.0])]
+    groups = [
+        grpo.make_group(0, [[1, 2], [3], []], [1.0, 1.0, 1.0]),
+        grpo.make_group(1, [[], []], [0.0, 1.0]),
+    ]
     grpo.add_reference(groups, Table())
     before = policy.logits.detach().clone()
     metrics = grpo.update(policy, adamw(policy), groups)
@@ -266,7 +269,7 @@ def test_a_bandit_is_solved():
             probabilities = policy.logits[prompt, 0].softmax(-1)
             draws = torch.multinomial(probabilities, 8, True, generator=sampler).tolist()
             reward = [float(draw == right[prompt]) for draw in draws]
-            groups.append(grpo.Group(prompt, [[draw] for draw in draws], reward))
+            groups.append(grpo.make_group(prompt, [[draw] for draw in draws], reward))
         grpo.add_reference(groups, reference)
         grpo.update(policy, optimizer, groups)
     chosen = policy.logits[:, 0].softmax(-1)[torch.arange(3), torch.tensor(right)]

@@ -45,7 +45,7 @@ def groups_of(vlm, count=3, seed=0):
     for g in range(count):
         prompt = vlm.prompt("How many?", noise_image(60 + 30 * g, 60, g))
         completions = [torch.randint(4, 40, (2 + i,), generator=rng).tolist() for i in range(4)]
-        groups.append(grpo.Group(prompt, completions, torch.rand(4, generator=rng).tolist()))
+        groups.append(grpo.make_group(prompt, completions, torch.rand(4, generator=rng).tolist()))
     return groups
 
 
@@ -91,7 +91,7 @@ def test_a_frozen_encoder_sees_an_image_once(how, monkeypatch):
     sampling = dict(max_new_tokens=32, generator=torch.Generator().manual_seed(0))
     asked = questioner.ask(asks, pictures, 4, **sampling)
     assert any(votes for group in reasoner.vote(answers, asked, 2, **sampling) for votes in group)
-    groups = [grpo.Group(a.prompt, a.completions, [0.0, 1.0, 0.5, 0.2]) for a in asked]
+    groups = [grpo.make_group(a.prompt, a.completions, [0.0, 1.0, 0.5, 0.2]) for a in asked]
     grpo.add_reference(groups, reference)
     grpo.backward(Trained(asks, 1e-4, 0.0), groups)
     if how == "all weights":
@@ -243,7 +243,7 @@ def test_the_plan_of_an_update(new_tokens, vocab_size, checkpointing, dtype):
     vlm = random_vlm("small", "cpu", dtype, vocab_size)
     lora.add_lora(vlm.model, 8)
     prompt, completions = random_prompt(vlm, 300, 0), random_completions(vlm, 8, new_tokens, 0)
-    group = grpo.Group(prompt, completions, [float(i % 2) for i in range(8)])
+    group = grpo.make_group(prompt, completions, [float(i % 2) for i in range(8)])
     policy = Trained(vlm, 1e-6, 0.0, checkpointing=checkpointing)
     grpo.add_reference([group], vlm)
     grpo.backward(policy, [group])

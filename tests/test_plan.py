@@ -72,7 +72,7 @@ def test_short_completions_take_no_more_than_was_planned_for_long_ones(small, mo
     sizes = plan.parameter_sizes(config)
     planned = max(plan.activation_moments(config, torch.float32, work, False, "cpu", sizes).values())
     completions = [random_completions(small, 8, 10, seed) for seed in range(4)]
-    groups = [grpo.Group(p, c, [float(i % 2) for i in range(8)]) for p, c in zip(prompts, completions)]
+    groups = [grpo.make_group(p, c, [float(i % 2) for i in range(8)]) for p, c in zip(prompts, completions)]
     grpo.add_reference(groups, small)
     grpo.backward(small, groups)
     measured = peak_extra_bytes(lambda: grpo.backward(small, groups), "cpu")

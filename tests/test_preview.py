@@ -47,7 +47,7 @@ def test_smaller_batches_take_what_is_planned_for_them(batch_scale, monkeypatch)
     groups = []
     for seed in range(8):
         prompt, completions = random_prompt(vlm, 150, seed), random_completions(vlm, 4, 40, seed)
-        groups.append(grpo.Group(prompt, completions, [0.0, 1.0, 0.0, 1.0]))
+        groups.append(grpo.make_group(prompt, completions, [0.0, 1.0, 0.0, 1.0]))
     policy = Trained(vlm, 1e-6, 0.0)
     grpo.add_reference(groups, vlm)
     grpo.backward(policy, groups)

@@ -76,7 +76,7 @@ def random_groups(vlm, count, seed=0):
         prompt = vlm.prompt("How many?", noise_image(60 + 30 * g, 60, g))
         lengths = [1 + (g + i) % 7 for i in range(6)]
         completions = [torch.randint(4, 40, (length,), generator=rng).tolist() for length in lengths]
-        groups.append(grpo.Group(prompt, completions, torch.rand(6, generator=rng).tolist()))
+        groups.append(grpo.make_group(prompt, completions, torch.rand(6, generator=rng).tolist()))
     return groups
 
 
@@ -171,9 +171,9 @@ def test_bfloat16_weights_move_through_float32_masters():
     groups = random_groups(policy.vlm, 2)
     start = [p.detach().clone() for p in policy.vlm.model.parameters()]
     grpo.add_reference(groups, policy.vlm)
-    ours = [logp for _, logps, _ in policy.batches(grpo.pairs(groups)) for logp in logps]
+    ours = [logp for _, logps, _ in policy.batches(grpo.flatten(groups)) for logp in logps]
     with torch.no_grad():
-        plain = [logp for _, logps, _ in policy.vlm.batches(grpo.pairs(groups)) for logp in logps]
+        plain = [logp for _, logps, _ in policy.vlm.batches(grpo.flatten(groups)) for logp in logps]
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
     for _ in range(3):
         grpo.update(policy, policy.optimizer, random_groups_with(groups))
@@ -188,7 +188,7 @@ def test_bfloat16_weights_move_through_float32_masters():
 
 def random_groups_with(groups):
     """The same groups, as a new rollout would give them."""
-    return [grpo.Group(g.prompt, g.completions, g.rewards, g.ref_logp) for g in groups]
+    return [grpo.make_group(g.prompt, g.completions, g.rewards, g.ref_logp) for g in groups]
 
 
 @pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="FSDP2 of torch 2.11 cannot forget")

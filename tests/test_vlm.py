@@ -292,7 +292,7 @@ def test_bfloat16_end_to_end(random_vlm):
         rounded.dtype == torch.float32 and (exact - rounded).abs().mean() < 0.1
     )  # 8 bits of mantissa, logits of size 10
     before = half.model.lm_head.weight.detach().clone()
-    group = grpo.Group(prompt, completions, [1.0, 0.0, 0.0, 1.0])
+    group = grpo.make_group(prompt, completions, [1.0, 0.0, 0.0, 1.0])
     grpo.add_reference([group], half.copy())
     policy = Trained(half, lr=1e-3, weight_decay=0.01)
     metrics = grpo.update(policy, policy.optimizer, [group])

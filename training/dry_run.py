@@ -15,6 +15,7 @@ import grpo
 import questioner
 import reasoner
 from model.prompt import Picture
+from model.sampling import Sampling
 from model.vlm import VLM
 from training import memory_plan as plan
 from training.distributed import Ranks
@@ -261,16 +262,17 @@ def rehearse(s: Settings, roles: tuple[VLM, VLM], pictures: list[Picture], ranks
 def step_on(s: Settings, roles: tuple[VLM, VLM], pictures: list[Picture], ranks: Ranks) -> Rehearsal:
     """A Questioner step, timed; both roles are as before."""
     device = roles[0].device
-    sampling = dict(max_new_tokens=s.max_new_tokens, temperature=s.temperature, top_p=s.top_p)
-    sampling["generator"] = torch.Generator(device).manual_seed(s.seed)
+    sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p)
+    generator = torch.Generator(device).manual_seed(s.seed)
     times = [now(device)]
-    asked = questioner.ask(roles[0], pictures, s.group_size, **sampling)
+    asked = questioner.ask(roles[0], pictures, s.group_size, sampling, generator)
     times.append(now(device))
-    votes = reasoner.vote(roles[1], asked, s.answers, **sampling)
+    votes = reasoner.vote(roles[1], asked, s.answers, sampling, generator)
     times.append(now(device))
     # Rewards that differ, so that there is a gradient.
     rewards = [float(i % 2) for i in range(s.group_size)]
-    groups = [grpo.Group(a.prompt, a.completions, rewards) for a in asked]
+    groups = [each.completions for each in asked]
+    grpo.set_rewards(groups, [rewards] * len(groups))
     memory = (s.offload, s.gradient_checkpointing, ranks)
     trained = Trained(roles[0].copy(), s.lr, s.weight_decay, *memory)
     start = now(device)  # a phase begins once, not in each step

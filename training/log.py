@@ -11,7 +11,7 @@ from itertools import takewhile
 import torch
 from tqdm import tqdm
 
-from grpo import group_advantages
+from grpo import Group, group_advantages
 from training.distributed import Ranks
 
 SILENCE = 25  # seconds after which it says what it is doing
@@ -116,16 +116,21 @@ def skipped_in_a_row(records: list[dict]) -> int:
     return len(list(takewhile(bool, reversed(skipped))))
 
 
-def of_groups(groups: list, end_ids: list[int], seconds: float, ranks: Ranks) -> dict:
-    """What a GRPO step wrote, over the groups of all processes."""
-    mine = [[g.rewards, [[len(c), not c or c[-1] not in end_ids] for c in g.completions]] for g in groups]
-    rewards, completions = zip(*(ranks.gather(mine) or [([], [])]))
-    lengths = [length for group in completions for length, _ in group]
+def rollout_metrics(groups: list[Group], end_ids: list[int], seconds: float, ranks: Ranks) -> dict:
+    """Returns what the completions of a GRPO step look like, over the groups of all processes."""
+    mine = []
+    for group in groups:
+        rewards = [completion.reward for completion in group]
+        lengths = [len(completion.tokens) for completion in group]
+        truncated = [not c.tokens or c.tokens[-1] not in end_ids for c in group]
+        mine.append([rewards, lengths, truncated])
+    rewards, lengths, truncated = zip(*(ranks.gather(mine) or [([], [], [])]))
+    lengths = [length for group in lengths for length in group]
     return dict(
-        reward=mean([r for group in rewards for r in group]),
+        reward=mean([reward for group in rewards for reward in group]),
         equal_groups=mean([all_equal(group) for group in rewards]),
         length=mean(lengths),
-        truncated=mean([cut for group in completions for _, cut in group]),
+        truncated=mean([cut for group in truncated for cut in group]),
         tokens_per_second=sum(lengths) / max(seconds, 1e-9),
     )
 

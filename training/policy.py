@@ -14,7 +14,8 @@ What ranks exchange besides is small (questions, votes, metrics) and JSON: torch
 would pickle.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.logprobs import PackedForward
-from model.offload import copy_model
-from model.packing import lay_out, pack
+from model.offload import copy_model, retry_with_less_memory
+from model.packing import Continuation, PackedBatch, lay_out, pack
 from model.vlm import VLM
 from training.distributed import Ranks, backend
 
@@ -65,34 +66,37 @@ class Trained:
     def _named(self) -> list[tuple[str, Tensor]]:
         return [(name, p) for name, p in self.forward.model.named_parameters() if p.requires_grad]
 
-    def batches(self, groups: list[tuple], temperature: float = 1.0) -> Iterator:
-        """See grpo.py. The shares are those of all completions of all ranks, times the number of ranks.
+    def batches(self, completions: list, temperature: float = 1.0) -> Iterator:
+        """See `grpo.Policy`. Weights are parts of the completions of all ranks, times the number of ranks.
 
-        FSDP averages gradients over the ranks, hence the factor. Every forward and backward is a collective,
-        so a rank that has fewer batches than another makes batches that count for nothing until both have
-        equally many.
+        FSDP averages gradients over the ranks, hence the factor. Every forward and backward pass is a
+        collective. So a rank with fewer batches than another makes filler batches, which count for nothing.
         """
-        here = sum(len(completions) for _, completions in groups)
-        packed = pack(groups, self.vlm.fallbacks.batch_scale)
-        counts = self.ranks.gather([[here, len(packed)]])
-        total = sum(completions for completions, _ in counts) / self.ranks.size
+        packed = pack(completions, self.vlm.fallbacks.batch_scale)
+        counts = self.ranks.gather([[len(completions), len(packed)]])
+        total = sum(count for count, _ in counts) / self.ranks.size
         for rows in packed:
-            batch = lay_out(groups, rows)
+            batch = lay_out(rows)
             logps = self.forward(batch, temperature).split(batch.sizes)
-            yield batch.which, list(logps), len(batch.which) / total
-        for _ in range(max(batches for _, batches in counts) - len(packed)):
+            yield batch.completions, list(logps), len(batch.completions) / total
+        most = max(batches for _, batches in counts)
+        for _ in range(most - len(packed)):
             (0.0 * self.forward(self._filler(), temperature).sum()).backward()
 
-    def _filler(self):
+    def _filler(self) -> PackedBatch:
         prompt = self.vlm.prompt("", Image.new("RGB", (56, 56)))
-        groups = [(prompt, [self.vlm.end_ids[:1]])]
-        return lay_out(groups, pack(groups)[0])
+        (rows,) = pack([Continuation(prompt, self.vlm.end_ids[:1])])
+        return lay_out(rows)
+
+    def retry(self, attempt: Callable[[], Any]) -> Any:
+        """See `grpo.Policy`. What an attempt that broke off has left is cleared before the next."""
+        return retry_with_less_memory(attempt, self.use_less_memory)
 
     def use_less_memory(self) -> None:
-        """See `VLM.use_less_memory`; what an update that broke off has left is cleared.
+        """Halves the batches, see `VLM.use_less_memory`.
 
-        Of several ranks none can begin again alone: the others wait for it within a layer. FSDP2 of torch
-        2.11 cannot forget a backward pass that broke off.
+        Several ranks cannot try again: the others wait for this one within a layer. FSDP2 of torch 2.11
+        cannot forget a backward pass that broke off. Raises OutOfMemoryError in both cases.
         """
         if self.ranks.size > 1 or (self.sharded and not hasattr(self.forward, "reset_iter_state")):
             raise torch.OutOfMemoryError("an update that ran out of memory cannot begin again here")

@@ -18,7 +18,8 @@ steps, and when the user stops the run. Of several processes the first writes, a
 import gc
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,16 +28,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import grpo
 from curate import VotedQuestion
 from model import lora
 from model.prompt import Picture
+from model.sampling import Sampling
 from model.vlm import VLM
-from training import folder as folder_module
-from training import log as records
 from training.distributed import Ranks
-from training.folder import cut_records, read_records, replace_folder, replace_text
+from training.folder import (
+    cut_records,
+    printable,
+    read_examples,
+    read_records,
+    replace_folder,
+    replace_text,
+    write_examples,
+)
 from training.images import Found, ImageError, Pictures, images_in, load_image
-from training.log import Console
+from training.log import HEADER, Console, plain, rollout_metrics, row, skipped_in_a_row
 from training.policy import Trained
 from training.settings import UNKNOWN_INSTRUCTIONS, Settings, knows
 from training.state import State, copy_tensors, entry, lock, read_tensors, recover, write_state, write_tensors
@@ -58,27 +67,37 @@ class Stopped(Exception):
 
 
 class Run:
-    """What carries the algorithm: roles, images, random numbers, records and files.
-
-    questioner, reasoner: the two roles. In a training phase `policy` is the role in training, and `reference`
-    the role as it was when the phase began.
-    """
+    """Holds what carries the algorithm: roles, images, random numbers, records and files."""
 
     def __init__(
         self, folder: Path, images: Found, scene_size: int, token_side: int, settings: Settings, ranks: Ranks
     ):
-        self.folder, self.images, self.ranks = folder, images, ranks
+        self.folder = folder
+        self.settings = settings
+        self.seed = settings.seed
+        self.save_every = settings.save_every  # steps between two saved states
+        self.ranks = ranks
+        self.console = Console(ranks.first)
+
+        self.images = images
         self.scene_size = scene_size  # pixels along one side of a built-in scene
         self.token_side = token_side  # pixels along one side of the model's image token
-        self.settings, self.seed, self.save_every = settings, settings.seed, settings.save_every
-        self.state, self.number = State(), 0  # the state, and how many were written
+        self.skips_told = 0  # skipped images that were named already
+
+        self.state = State()
+        self.number = 0  # states that were written
         self.pictures = self.in_order("")
-        self.records: list[dict] = []
-        self.skips_told = 0
-        self.header_printed = self.stopping = False
-        self.console = Console(ranks.first)
-        self.locked = self.questioner = self.reasoner = self.policy = self.reference = self.generator = None
-        self.started = time.monotonic()
+        self.records: list[dict] = []  # the lines of metrics.jsonl
+        self.started = time.monotonic()  # of the phase or step at hand
+        self.header_printed = False
+        self.stopping = False  # the user has asked for it
+        self.locked = None
+
+        self.questioner: VLM | None = None
+        self.reasoner: VLM | None = None
+        self.policy: Trained | None = None  # in a training phase: the role in training
+        self.reference: VLM | None = None  # in a training phase: the role as it was when the phase began
+        self.generator: torch.Generator | None = None  # the random numbers of this step
 
     # ---- Beginning, and going on ---------------------------------------------------------------------
 
@@ -120,16 +139,18 @@ class Run:
         self.tell_skips()
 
     @torch.no_grad()
-    def cast(self, questioner: VLM, reasoner: VLM) -> None:
-        """Takes both roles, with the weights of the state; a new run's are the base's, and saved as such."""
-        self.questioner, self.reasoner = questioner, reasoner
-        if "questioner" not in self.state.files:
+    def load_roles(self, questioner: VLM, reasoner: VLM) -> None:
+        """Takes both roles. A resumed run restores their weights; a new run saves the base model's."""
+        self.questioner = questioner
+        self.reasoner = reasoner
+        if "questioner" in self.state.files:
+            for role, vlm in self.roles.items():
+                saved = read_tensors(self.folder, self.state.files[role])
+                copy_tensors(vlm.model.named_parameters(), saved)
+        else:
             self.save({"base": questioner.trained_weights() if self.ranks.first else {}})
             base = self.state.files.pop("base")
             self.state.files |= {"questioner": base, "reasoner": base}
-        else:
-            for role, vlm in self.roles.items():
-                copy_tensors(vlm.model.named_parameters(), read_tensors(self.folder, self.state.files[role]))
         for vlm in self.roles.values():
             vlm.offload()
 
@@ -140,49 +161,60 @@ class Run:
 
     # ---- Phases and steps ------------------------------------------------------------------------------
 
-    def at(self, k: int, phase: str) -> bool:
-        """Whether this phase of iteration k is what comes next."""
+    def is_done(self, k: int, phase: str) -> bool:
+        """Tells if this phase of iteration k is done already. If it is not, it begins now."""
         self.started = time.monotonic()
         self.console.now(f"iteration {k}: {phase}")
-        return (self.state.iteration, self.state.phase) == (k, phase)
+        return (self.state.iteration, self.state.phase) != (k, phase)
 
-    def steps(self, k: int, role: str, count: int) -> Iterator[int]:
-        """The steps of a training phase that are still to do, to `count`; saves on the way and at the end.
+    @contextmanager
+    def training(self, role: str) -> Iterator[None]:
+        """Trains a role in a `with` block: sets `policy` and `reference`, and saves the role at the end.
 
-        Raises Stopped, after the step, if the user asks for it, and RunError after too many skipped steps.
+        A phase that was cut short goes on with the weights and the optimizer state of then.
         """
-        if not self.at(k, role):
-            return
-        if count:
-            self.begin_training(role)
-        for step in self.console.progress(self.state.step, count, f"iteration {k}: {role}"):
-            self.generator, self.started = self.seeded(k, role, step), time.monotonic()
-            yield step
-            self.state.step, stop = step, self.ranks.any(self.stopping)
-            if records.skipped_in_a_row(self.records) >= BAD_STEPS:
-                raise RunError(NOT_FINITE)
-            if (step % self.save_every == 0 and step < count) or stop:
-                self.save({role: self.policy.weights(), "moments": self.policy.moments()})
-            if stop:
-                raise Stopped
-        self.advance({role: self.policy.weights()} if count else {})
-        self.policy = self.reference = None
-        gc.collect()  # the masters go, whose modules refer to one another; the state has them
-        self.roles[role].offload()
-
-    def begin_training(self, role: str) -> None:
-        """Sets `policy` and `reference`; if the phase was cut short, as they were then."""
-        s, vlm, files = self.settings, self.roles[role], self.state.files
+        s = self.settings
+        vlm = self.roles[role]
+        files = self.state.files
         self.reference = vlm.copy()
-        if self.state.step == 0:
+        is_new = self.state.step == 0
+        if is_new:
             files["reference"] = files[role]
         else:
             began = read_tensors(self.folder, files["reference"])
             copy_tensors(self.reference.model.named_parameters(), began)
         self.policy = Trained(vlm, s.lr, s.weight_decay, s.offload, s.gradient_checkpointing, self.ranks)
         self.policy.load_weights(read_tensors(self.folder, files[role]))
-        if self.state.step:
+        if not is_new:
             self.policy.load_moments(read_tensors(self.folder, files["moments"]))
+
+        yield
+
+        self.finish_phase({role: self.policy.weights()})
+        self.policy = None
+        self.reference = None
+        gc.collect()  # the masters go, whose modules refer to one another; the state has them
+        vlm.offload()
+
+    def steps(self, role: str, count: int) -> Iterator[int]:
+        """Yields the steps of a phase that are still to do, up to `count`. Seeds each, and saves on the way.
+
+        Raises Stopped, after the step, if the user asks for it, and RunError after too many skipped steps.
+        """
+        k = self.state.iteration
+        for step in self.console.progress(self.state.step, count, f"iteration {k}: {role}"):
+            self.generator = self.seeded(k, role, step)
+            self.started = time.monotonic()
+            yield step
+            self.state.step = step
+            if skipped_in_a_row(self.records) >= BAD_STEPS:
+                raise RunError(NOT_FINITE)
+            is_stopped = self.ranks.any(self.stopping)
+            is_due = step % self.save_every == 0 and step < count
+            if is_due or is_stopped:
+                self.save({role: self.policy.weights(), "moments": self.policy.moments()})
+            if is_stopped:
+                raise Stopped
 
     def seeded(self, *place) -> torch.Generator:
         """Random numbers that depend on nothing but a place in the run (and the process)."""
@@ -190,58 +222,45 @@ class Run:
         return generator.manual_seed(self.ranks.seed(self.seed, *place))
 
     @property
-    def sampling(self) -> dict:
-        """The settings of `generate.generate`, and the random numbers of this step."""
+    def sampling(self) -> Sampling:
+        """How the models' outputs are drawn."""
         s = self.settings
-        return dict(
-            max_new_tokens=s.max_new_tokens,
-            temperature=s.temperature,
-            top_p=s.top_p,
-            generator=self.generator,
-        )
+        return Sampling(s.max_new_tokens, s.temperature, s.top_p)
 
     def in_order(self, what: int | str, position: int = 0) -> Pictures:
-        """The images in the order of an iteration, scaled down on loading to what a model sees of them."""
-        seed, most = f"{self.seed} {what}", self.settings.max_pixels
-        return Pictures(self.images, seed, position, most, self.token_side)
+        """Returns the images in the random order of an iteration, scaled down to what a model sees."""
+        seed = f"{self.seed} {what}"
+        return Pictures(self.images, seed, position, self.settings.max_pixels, self.token_side)
 
     def next_images(self, count: int) -> list[Picture]:
-        """The next images; of several processes this one's share of them."""
+        """Returns the next images; of several processes this one's part of them.
+
+        The run cycles through the images, in a new random order each time.
+        """
         return images_in(self.folder, self.pictures.take(count, self.ranks))
 
     def image_batches(self, k: int, phase: str, count: int, size: int) -> Iterator[list[Picture]]:
-        """The next `count` images, `size` at a time: decoded images are large."""
+        """Yields the next `count` images, `size` at a time, as decoded images are large. Seeds each batch."""
         for done in range(0, count, size):
             self.generator = self.seeded(k, phase, done)
             yield self.next_images(min(size, count - done))
             self.stop_if_asked()
 
-    def next_examples(self, examples: list[VotedQuestion], count: int, step: int) -> list:
-        """What the step takes of the curated questions, round and round (see `readable`)."""
+    def next_questions(
+        self, order: list[VotedQuestion], step: int
+    ) -> list[tuple[VotedQuestion, Image.Image]]:
+        """Returns the curated questions of a step with their images; cycles through them in this order."""
+        count = min(self.settings.images_per_step, len(order))
         places = range((step - 1) * count, step * count)
-        return self.readable(self.share([examples[i % len(examples)] for i in places]))
+        return self.load_images(self.shard([order[place % len(order)] for place in places]))
 
-    def share(self, items: list) -> list:
-        """Of several processes, this one's share of a list that all have."""
-        return self.ranks.share(items)
-
-    def together(self, votes: list[list[VotedQuestion | None]]) -> list[list[VotedQuestion | None]]:
-        """The votes of all processes."""
-        everywhere = self.ranks.gather([[v and asdict(v) for v in group] for group in votes])
-        return [[v and VotedQuestion(**v) for v in group] for group in everywhere]
-
-    def gather(self, items: list) -> list:
-        """The inverse of `share`: what all processes have of a list."""
-        return self.ranks.gather(items)
-
-    def once(self, function, *arguments) -> dict:
-        """What a function gives that one of several processes does for all."""
-        return self.ranks.gather([function(*arguments) if self.ranks.first else {}])[0]
-
-    def advance(self, tensors: dict[str, dict[str, Tensor]] | None = None, files: dict | None = None) -> None:
-        """The phase is done: on to the next, with a saved state."""
+    def finish_phase(
+        self, tensors: dict[str, dict[str, Tensor]] | None = None, files: dict[str, Path] | None = None
+    ) -> None:
+        """Goes on to the next phase, with a saved state. tensors, files: what is new in it, by name."""
         phase = PHASES.index(self.state.phase) + 1
-        self.state.iteration, self.state.phase = self.state.iteration + phase // 4, PHASES[phase % 4]
+        self.state.iteration += phase // len(PHASES)
+        self.state.phase = PHASES[phase % len(PHASES)]
         self.state.step = 0
         for name in ("moments", "reference"):
             self.state.files.pop(name, None)
@@ -250,6 +269,31 @@ class Run:
         self.save(tensors or {}, files)
         if self.state.iteration <= self.settings.iterations:  # else it is done
             self.stop_if_asked()
+
+    # ---- Several processes ---------------------------------------------------------------------------
+
+    def shard(self, items: list) -> list:
+        """Returns this process's part of a list that all processes have."""
+        return self.ranks.share(items)
+
+    def all_gather(self, items: list) -> list:
+        """Returns one list of what all processes have: the inverse of `shard`."""
+        return self.ranks.gather(items)
+
+    def all_gather_votes(self, votes: list[list[VotedQuestion | None]]) -> list[list[VotedQuestion | None]]:
+        """Returns the votes of all processes."""
+        as_json = [[asdict(vote) if vote else None for vote in group] for group in votes]
+        everywhere = self.all_gather(as_json)
+        return [[VotedQuestion(**vote) if vote else None for vote in group] for group in everywhere]
+
+    def all_mean(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Returns the mean of each number over all processes."""
+        return self.ranks.mean(metrics)
+
+    def on_main(self, function: Callable[..., dict], *arguments) -> dict:
+        """Runs a function on the first process and returns its result on all."""
+        result = function(*arguments) if self.ranks.first else {}
+        return self.ranks.gather([result])[0]
 
     def stop_if_asked(self) -> None:
         """Raises Stopped in all processes if the user has asked any of them to stop."""
@@ -263,133 +307,139 @@ class Run:
         self.number += 1
         for name, part in tensors.items():
             path = write_tensors(self.folder, f"{self.number:06}-{name}-{self.ranks.rank}", part)
-            self.state.files[name] = [tuple(part) for part in self.ranks.gather([path])]
+            self.state.files[name] = [tuple(each) for each in self.all_gather([path])]
         if self.ranks.first:
             for name, path in (files or {}).items():
                 self.state.files[name] = [entry(self.folder, path)]
             metrics = self.folder / "metrics.jsonl"
             self.state.metrics = entry(self.folder, metrics)[1] if metrics.exists() else 0
-            self.state.pictures, self.state.skipped = self.pictures.position, self.images.skipped
+            self.state.pictures = self.pictures.position
+            self.state.skipped = self.images.skipped
             write_state(self.folder, self.number, self.state)
         self.ranks.any(False)  # nobody goes on before it is there
 
     def finish_curation(self, k: int, candidates: list[VotedQuestion], curated: list[VotedQuestion]) -> None:
-        """Writes both, and goes on to the next phase."""
+        """Writes the candidates and the training set, and goes on to the next phase."""
+        path = self._questions_file("curated", k)
         if self.ranks.first:
-            folder_module.write_examples(self.folder / "candidates" / f"iteration-{k}.jsonl", candidates)
-            folder_module.write_examples(self.folder / "curated" / f"iteration-{k}.jsonl", curated)
+            write_examples(self._questions_file("candidates", k), candidates)
+            write_examples(path, curated)
         if not curated:
             why = "no question of middling confidence" if candidates else "not one question was valid"
             self.console.say(f"iteration {k}: {why}; the Reasoner is not trained")
-        self.advance(files={"curated": self.folder / "curated" / f"iteration-{k}.jsonl"})
+        self.finish_phase(files={"curated": path})
 
-    def curated(self, k: int) -> list[VotedQuestion]:
-        """The Reasoner's training set of iteration k; [] in iteration 0."""
-        return folder_module.read_examples(self.folder / "curated" / f"iteration-{k}.jsonl") if k else []
+    def read_curated(self, k: int) -> list[VotedQuestion]:
+        """Reads the Reasoner's training set of iteration k; [] in iteration 0."""
+        return read_examples(self._questions_file("curated", k)) if k else []
 
-    def probes(self, when: int | str) -> list[VotedQuestion]:
-        """The fixed questions that the base asked, with its own first votes ("base") or those of iteration
-        k."""
-        return folder_module.read_examples(self._probes_file(when))
+    def read_probes(self, when: int | str) -> list[VotedQuestion]:
+        """Reads the fixed questions with the base's first votes ("base"), or with those of iteration k."""
+        return read_examples(self._questions_file("probes", when))
 
     def write_probes(self, when: int | str, probes: list[VotedQuestion]) -> None:
-        """Writes what `probes` reads."""
+        """Writes what `read_probes` reads."""
         if self.ranks.first:
-            folder_module.write_examples(self._probes_file(when), probes)
+            write_examples(self._questions_file("probes", when), probes)
         self.ranks.any(False)  # nobody reads it before it is there
 
-    def _probes_file(self, when: int | str) -> Path:
-        name = "base" if when == "base" else f"iteration-{when}"
-        return self.folder / "probes" / f"{name}.jsonl"
+    def _questions_file(self, kind: str, when: int | str) -> Path:
+        name = when if when == "base" else f"iteration-{when}"
+        return self.folder / kind / f"{name}.jsonl"
 
     def probe_images(self, count: int) -> list[Picture]:
-        """Images for the fixed questions; of several processes this one's share."""
-        order = self.in_order("probes")
-        return images_in(self.folder, order.take(min(count, len(self.images.paths)), self.ranks))
+        """Returns the images of the fixed questions; of several processes this one's part."""
+        pictures = self.in_order("probes")
+        return images_in(self.folder, pictures.take(min(count, len(self.images.paths)), self.ranks))
 
-    def readable(self, examples: list[VotedQuestion]) -> list[tuple[VotedQuestion, Image.Image]]:
-        """Questions with their images. What can no longer be read is listed with the skipped, and left
-        out."""
-        found, bad = [], []
-        for example in examples:
+    def load_images(self, questions: list[VotedQuestion]) -> list[tuple[VotedQuestion, Image.Image]]:
+        """Returns questions with their images. Those that can no longer be read join the skipped ones."""
+        found = []
+        unreadable = []
+        for question in questions:
+            path = str(self.folder / question.image)
             try:
-                path = str(self.folder / example.image)
                 image = load_image(path, self.settings.max_pixels, self.token_side)
-                found.append((example, image))
+                found.append((question, image))
             except ImageError as error:
-                bad.append((example.image, str(error)))
-        new = dict.fromkeys(tuple(b) for b in self.ranks.gather(bad))
-        self.images.skipped.extend(b for b in new if b not in self.images.skipped)
+                unreadable.append((question.image, str(error)))
+        for path, why in self.all_gather(unreadable):
+            if (path, why) not in self.images.skipped:
+                self.images.skipped.append((path, why))
         self.tell_skips()
         return found
 
     def finish_iteration(self, k: int, probes: list[VotedQuestion]) -> None:
-        """Writes the votes on the probes and both roles as checkpoints; then comes the next iteration."""
+        """Writes the votes on the probes, and both roles as checkpoints; goes on to the next iteration."""
         self.write_probes(k, probes)
-        for role, vlm in self.roles.items() if self.ranks.first and k else ():
-            replace_folder(self.folder / role, vlm.save)
-            if self.settings.lora_rank:
-                write = partial(lora.save_adapter, vlm.model, str(vlm.source))
-                replace_folder(self.folder / f"{role}-adapter", write)
-        files = {"probes base": self._probes_file("base"), "probes 0": self._probes_file(0)}
-        self.advance(files={} if k else files)
+        if k == 0:
+            base, first = (self._questions_file("probes", when) for when in ("base", 0))
+            self.finish_phase(files={"probes base": base, "probes 0": first})
+            return
+        if self.ranks.first:
+            for role, vlm in self.roles.items():
+                replace_folder(self.folder / role, vlm.save)
+                if self.settings.lora_rank:
+                    write = partial(lora.save_adapter, vlm.model, str(vlm.source))
+                    replace_folder(self.folder / f"{role}-adapter", write)
+        self.finish_phase()
 
     # ---- Records and lines ---------------------------------------------------------------------------------
 
-    def of(self, phase: str) -> list[dict]:
-        """The records of a phase, of all iterations so far."""
+    def phase_records(self, phase: str) -> list[dict]:
+        """Returns the records of a phase, of all iterations so far."""
         return [record for record in self.records if record["phase"] == phase]
 
-    def write(self, record: dict) -> None:
+    def write_record(self, record: dict) -> None:
         """Adds a record to metrics.jsonl; a number that is not finite becomes null."""
-        record = {name: records.plain(value) for name, value in record.items()}
+        record = {name: plain(value) for name, value in record.items()}
         if self.ranks.first:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         self.records.append(record)
         self.tell_skips()
 
-    def log(self, metrics: dict, groups: list, more: dict) -> None:
-        """The record of this GRPO step, of what `grpo.update` gave and was given, and more."""
-        step, seconds = self.state.step + 1, time.monotonic() - self.started
+    def log(self, step: int, groups: list[grpo.Group], metrics: dict) -> None:
+        """Writes the record of a GRPO step: what was sampled, and its metrics."""
+        seconds = time.monotonic() - self.started
         place = dict(iteration=self.state.iteration, phase=self.state.phase, step=step)
-        written = records.of_groups(groups, self.questioner.end_ids, seconds, self.ranks)
-        self.write(place | written | self.ranks.mean(metrics) | more | dict(seconds=seconds))
-        if not more["validity"]:
+        sampled = rollout_metrics(groups, self.questioner.end_ids, seconds, self.ranks)
+        self.write_record(place | sampled | metrics | dict(seconds=seconds))
+        if not metrics["validity"]:
             self.console.say(f"step {step}: not one output was valid")
         if metrics["skipped"]:
-            self.console.say(
-                f"step {step}: loss or gradient is not finite; skipped, the weights are unchanged"
-            )
+            why = "loss or gradient is not finite; skipped, the weights are unchanged"
+            self.console.say(f"step {step}: {why}")
 
-    def warn_of_new(self, *instructions: str) -> None:
-        """Warns if the checkpoint was made for others."""
+    def warn_of_unknown_instructions(self, *instructions: str) -> None:
+        """Warns if the checkpoint was made for other instructions than these."""
         if not knows(self.questioner.source, instructions):
             self.console.say(UNKNOWN_INSTRUCTIONS)
 
     def warn(self, signature: str, message: str | None) -> None:
         """Writes and prints that a failure signature has shown itself, if there is a message."""
-        if message is not None:
-            place = dict(iteration=self.state.iteration, phase="warning")
-            self.write(place | dict(signature=signature, message=message))
-            self.console.say(f"warning, {signature}: {message}")
+        if message is None:
+            return
+        place = dict(iteration=self.state.iteration, phase="warning")
+        self.write_record(place | dict(signature=signature, message=message))
+        self.console.say(f"warning, {signature}: {message}")
 
     def report(self, k: int, results: dict) -> None:
         """Writes and prints what was measured after iteration k: one row of the table."""
-        self.write(dict(iteration=k, phase="measure") | results)
+        self.write_record(dict(iteration=k, phase="measure") | results)
         if not self.ranks.first:
             return
         if not self.header_printed:
-            print(records.HEADER)
+            print(HEADER)
             self.header_printed = True
-        print(records.row(k, results, [r for r in self.records if r["iteration"] == k]), flush=True)
+        print(row(k, results, [r for r in self.records if r["iteration"] == k]), flush=True)
 
     def tell_skips(self) -> None:
         """Names the images that were skipped since the last call."""
         new = self.images.skipped[self.skips_told :]
         self.skips_told += len(new)
         for path, reason in new:
-            self.console.say(f"skipped {folder_module.printable(path)}: {reason}")
+            self.console.say(f"skipped {printable(path)}: {reason}")
         if new and self.ranks.first:
-            lines = [f"{folder_module.printable(path)}\t{why}\n" for path, why in self.images.skipped]
+            lines = [f"{printable(path)}\t{why}\n" for path, why in self.images.skipped]
             replace_text(self.folder / "skipped.txt", "".join(lines))
