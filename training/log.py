@@ -119,7 +119,7 @@ def skipped_in_a_row(records: list[dict]) -> int:
 def of_groups(groups: list, end_ids: list[int], seconds: float, ranks: Ranks) -> dict:
     """What a GRPO step wrote, over the groups of all processes."""
     mine = [[g.rewards, [[len(c), not c or c[-1] not in end_ids] for c in g.completions]] for g in groups]
-    rewards, completions = zip(*(ranks.gather(mine) or [([], [])]))
+    rewards, completions = zip(*(ranks.all_gather(mine) or [([], [])]))
     lengths = [length for group in completions for length, _ in group]
     return dict(
         reward=mean([r for group in rewards for r in group]),

@@ -74,7 +74,7 @@ class Trained:
         """
         here = sum(len(completions) for _, completions in groups)
         packed = pack(groups, self.vlm.fallbacks.batch_scale)
-        counts = self.ranks.gather([[here, len(packed)]])
+        counts = self.ranks.all_gather([[here, len(packed)]])
         total = sum(completions for completions, _ in counts) / self.ranks.size
         for rows in packed:
             batch = lay_out(groups, rows)

@@ -76,7 +76,7 @@ class Run:
         self.records: list[dict] = []
         self.skips_told = 0
         self.header_printed = self.stopping = False
-        self.console = Console(ranks.first)
+        self.console = Console(ranks.is_main)
         self.locked = self.questioner = self.reasoner = self.policy = self.reference = self.generator = None
         self.started = time.monotonic()
 
@@ -84,13 +84,13 @@ class Run:
 
     def create(self, config: dict) -> None:
         """Makes the folder and writes the settings and which images there are, for a run that goes on."""
-        if self.ranks.first:
+        if self.ranks.is_main:
             self.locked = self.locked or lock(self.folder)
             found = {"paths": self.images.paths, "skipped": self.images.skipped}
             replace_text(self.folder / "images.json", json.dumps(found) + "\n")
             replace_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         self.tell_skips()
-        self.ranks.any(False)  # the others wait until the folder is there
+        self.ranks.barrier()  # the others wait until the folder is there
 
     def unlock(self) -> None:
         """Lets another process work on this run."""
@@ -103,7 +103,7 @@ class Run:
         Raises ValueError if no state is whole, or all are gone.
         """
         found = None
-        if self.ranks.first:
+        if self.ranks.is_main:
             self.locked = self.locked or lock(self.folder)
             self.console.now(f"reading the state of {self.folder}")
             number, state, complaints = recover(self.folder)
@@ -112,7 +112,7 @@ class Run:
             cut_records(self.folder, state.metrics if state else 0)
             replace_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
             found = [number, asdict(state or State())]
-        self.number, state = self.ranks.gather([found])[0]
+        self.number, state = self.ranks.broadcast(found)
         self.state = State(**state)
         self.pictures = self.in_order(self.state.iteration, self.state.pictures)
         self.images.skipped[:] = [(path, why) for path, why in self.state.skipped] or self.images.skipped
@@ -124,7 +124,7 @@ class Run:
         """Takes both roles, with the weights of the state; a new run's are the base's, and saved as such."""
         self.questioner, self.reasoner = questioner, reasoner
         if "questioner" not in self.state.files:
-            self.save({"base": questioner.trained_weights() if self.ranks.first else {}})
+            self.save({"base": questioner.trained_weights() if self.ranks.is_main else {}})
             base = self.state.files.pop("base")
             self.state.files |= {"questioner": base, "reasoner": base}
         else:
@@ -223,20 +223,20 @@ class Run:
 
     def share(self, items: list) -> list:
         """Of several processes, this one's share of a list that all have."""
-        return self.ranks.share(items)
+        return self.ranks.shard(items)
 
     def together(self, votes: list[list[VotedQuestion | None]]) -> list[list[VotedQuestion | None]]:
         """The votes of all processes."""
-        everywhere = self.ranks.gather([[v and asdict(v) for v in group] for group in votes])
+        everywhere = self.ranks.all_gather([[v and asdict(v) for v in group] for group in votes])
         return [[v and VotedQuestion(**v) for v in group] for group in everywhere]
 
     def gather(self, items: list) -> list:
         """The inverse of `share`: what all processes have of a list."""
-        return self.ranks.gather(items)
+        return self.ranks.all_gather(items)
 
     def once(self, function, *arguments) -> dict:
         """What a function gives that one of several processes does for all."""
-        return self.ranks.gather([function(*arguments) if self.ranks.first else {}])[0]
+        return self.ranks.broadcast(function(*arguments) if self.ranks.is_main else {})
 
     def advance(self, tensors: dict[str, dict[str, Tensor]] | None = None, files: dict | None = None) -> None:
         """The phase is done: on to the next, with a saved state."""
@@ -263,19 +263,19 @@ class Run:
         self.number += 1
         for name, part in tensors.items():
             path = write_tensors(self.folder, f"{self.number:06}-{name}-{self.ranks.rank}", part)
-            self.state.files[name] = [tuple(part) for part in self.ranks.gather([path])]
-        if self.ranks.first:
+            self.state.files[name] = [tuple(part) for part in self.ranks.all_gather([path])]
+        if self.ranks.is_main:
             for name, path in (files or {}).items():
                 self.state.files[name] = [entry(self.folder, path)]
             metrics = self.folder / "metrics.jsonl"
             self.state.metrics = entry(self.folder, metrics)[1] if metrics.exists() else 0
             self.state.pictures, self.state.skipped = self.pictures.position, self.images.skipped
             write_state(self.folder, self.number, self.state)
-        self.ranks.any(False)  # nobody goes on before it is there
+        self.ranks.barrier()  # nobody goes on before it is there
 
     def finish_curation(self, k: int, candidates: list[VotedQuestion], curated: list[VotedQuestion]) -> None:
         """Writes both, and goes on to the next phase."""
-        if self.ranks.first:
+        if self.ranks.is_main:
             folder_module.write_examples(self.folder / "candidates" / f"iteration-{k}.jsonl", candidates)
             folder_module.write_examples(self.folder / "curated" / f"iteration-{k}.jsonl", curated)
         if not curated:
@@ -294,9 +294,9 @@ class Run:
 
     def write_probes(self, when: int | str, probes: list[VotedQuestion]) -> None:
         """Writes what `probes` reads."""
-        if self.ranks.first:
+        if self.ranks.is_main:
             folder_module.write_examples(self._probes_file(when), probes)
-        self.ranks.any(False)  # nobody reads it before it is there
+        self.ranks.barrier()  # nobody reads it before it is there
 
     def _probes_file(self, when: int | str) -> Path:
         name = "base" if when == "base" else f"iteration-{when}"
@@ -318,7 +318,7 @@ class Run:
                 found.append((example, image))
             except ImageError as error:
                 bad.append((example.image, str(error)))
-        new = dict.fromkeys(tuple(b) for b in self.ranks.gather(bad))
+        new = dict.fromkeys(tuple(b) for b in self.ranks.all_gather(bad))
         self.images.skipped.extend(b for b in new if b not in self.images.skipped)
         self.tell_skips()
         return found
@@ -326,7 +326,7 @@ class Run:
     def finish_iteration(self, k: int, probes: list[VotedQuestion]) -> None:
         """Writes the votes on the probes and both roles as checkpoints; then comes the next iteration."""
         self.write_probes(k, probes)
-        for role, vlm in self.roles.items() if self.ranks.first and k else ():
+        for role, vlm in self.roles.items() if self.ranks.is_main and k else ():
             replace_folder(self.folder / role, vlm.save)
             if self.settings.lora_rank:
                 write = partial(lora.save_adapter, vlm.model, str(vlm.source))
@@ -343,7 +343,7 @@ class Run:
     def write(self, record: dict) -> None:
         """Adds a record to metrics.jsonl; a number that is not finite becomes null."""
         record = {name: records.plain(value) for name, value in record.items()}
-        if self.ranks.first:
+        if self.ranks.is_main:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         self.records.append(record)
@@ -377,7 +377,7 @@ class Run:
     def report(self, k: int, results: dict) -> None:
         """Writes and prints what was measured after iteration k: one row of the table."""
         self.write(dict(iteration=k, phase="measure") | results)
-        if not self.ranks.first:
+        if not self.ranks.is_main:
             return
         if not self.header_printed:
             print(records.HEADER)
@@ -390,6 +390,6 @@ class Run:
         self.skips_told += len(new)
         for path, reason in new:
             self.console.say(f"skipped {folder_module.printable(path)}: {reason}")
-        if new and self.ranks.first:
+        if new and self.ranks.is_main:
             lines = [f"{folder_module.printable(path)}\t{why}\n" for path, why in self.images.skipped]
             replace_text(self.folder / "skipped.txt", "".join(lines))
