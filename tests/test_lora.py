@@ -172,7 +172,7 @@ def gradients(ranks, freeze=False):
     vlm = VLM.load(ROOT / "toy", "cpu", "float32") if freeze else with_lora()
     if freeze:
         vlm.model.model.visual.requires_grad_(False)
-    policy, mine = Trained(vlm, 1e-3, 0.0, ranks=ranks), ranks.share(groups_of(vlm))
+    policy, mine = Trained(vlm, 1e-3, 0.0, ranks=ranks), ranks.shard(groups_of(vlm))
     grpo.add_reference(mine, vlm)
     grpo.backward(policy, mine)
     grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in policy.parameters()]

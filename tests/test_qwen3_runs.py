@@ -43,7 +43,7 @@ def gradients(ranks, folder, sharded=False, checkpointing=False, rank=0):
     if rank:
         lora.add_lora(vlm.model, rank)
     policy = Trained(vlm, 1e-4, 0.01, offload=sharded, checkpointing=checkpointing, ranks=ranks)
-    mine = ranks.share(random_groups(vlm, 4))
+    mine = ranks.shard(random_groups(vlm, 4))
     grpo.add_reference(mine, vlm)
     grpo.backward(policy, mine)
     return torch.cat([whole_tensor(p.grad).flatten() for p in policy.parameters()]).tolist()

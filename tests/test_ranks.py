@@ -54,11 +54,13 @@ def _one(queue, rank, size, port, function, args):
 
 def exchange(ranks):
     items = [["a", 1, None, "\udcff"], [], {"x": 1.5}, "é", 5][: 2 + ranks.size]
-    assert ranks.gather(ranks.share(items)) == items
+    assert ranks.all_gather(ranks.shard(items)) == items
     assert ranks.any(ranks.rank == ranks.size - 1) and not ranks.any(False)
+    ranks.barrier()
+    assert ranks.broadcast(f"from {ranks.rank}") == "from 0"
     means = ranks.mean({"a": 1.0} | ({"b": 2.0} if ranks.rank else {}))
     assert means == pytest.approx({"a": 1.0, "b": 2.0 * (ranks.size - 1) / ranks.size})
-    return ranks.gather([ranks.rank] * (ranks.rank + 1))
+    return ranks.all_gather([ranks.rank] * (ranks.rank + 1))
 
 
 def test_exchange():
@@ -95,7 +97,7 @@ def trained(ranks, dtype="float32", sharded=False, checkpointing=False, lr=1e-4)
 def gradients(ranks, count, **how):
     """The gradient of one update on `count` groups, split over the ranks, in whole; the metrics."""
     policy, reference = trained(ranks, **how)
-    mine = ranks.share(random_groups(policy.vlm, count))
+    mine = ranks.shard(random_groups(policy.vlm, count))
     grpo.add_reference(mine, reference)
     metrics = ranks.mean(grpo.backward(policy, mine))
     whole = [whole_tensor(p.grad).flatten() for p in policy.parameters()]
@@ -144,7 +146,7 @@ def updates(ranks, dtype, count):
     """Three updates; the plain copy's weights, and the masters'."""
     policy, reference = trained(ranks, dtype)
     for step in range(3):
-        mine = ranks.share(random_groups(policy.vlm, count, step))
+        mine = ranks.shard(random_groups(policy.vlm, count, step))
         grpo.add_reference(mine, reference)
         metrics = grpo.update(policy, policy.optimizer, mine)
     plain = torch.cat([p.detach().float().flatten() for p in policy.vlm.model.parameters()])
@@ -255,15 +257,15 @@ def one_more(ranks, folder, first):
         policy.load_weights(read_tensors(folder, parts["weights"]))
         policy.load_moments(read_tensors(folder, parts["moments"]))
     for seed in (0, 1) if first else (2,):
-        mine = ranks.share(random_groups(policy.vlm, 4, seed))
+        mine = ranks.shard(random_groups(policy.vlm, 4, seed))
         grpo.add_reference(mine, reference)
         grpo.update(policy, policy.optimizer, mine)
     parts = {}
     for name, tensors in (("weights", policy.weights()), ("moments", policy.moments())):
-        parts[name] = ranks.gather([write_tensors(folder, f"{name}-{ranks.rank}", tensors)])
-    if first and ranks.first:
+        parts[name] = ranks.all_gather([write_tensors(folder, f"{name}-{ranks.rank}", tensors)])
+    if first and ranks.is_main:
         (folder / "parts.json").write_text(json.dumps(parts))
-    ranks.any(False)
+    ranks.barrier()
     whole = {name: tensor for kind in parts for name, tensor in read_tensors(folder, parts[kind])}
     return {name: tensor.tolist() for name, tensor in whole.items()}
 

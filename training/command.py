@@ -25,7 +25,7 @@ from model.checkpoint import load_config, load_processors
 from model.prompt import Picture
 from model.vlm import VLM
 from training import dry_run as preview
-from training.distributed import Ranks, join, leave, lost
+from training.distributed import Ranks, is_lost, join, leave
 from training.dry_run import rehearse, sentence
 from training.images import Found, ImageError, find_images, nothing_of
 from training.log import Console
@@ -53,7 +53,7 @@ def main(loop: Loop, description: str, argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # the name of a run need not be UTF-8
     try:
         ranks = join()
-        console = Console(ranks.first)
+        console = Console(ranks.is_main)
         with console.alive():
             code = start(loop, s, ranks, console)
     except ValueError as error:
@@ -66,7 +66,7 @@ def main(loop: Loop, description: str, argv: list[str] | None = None) -> int:
                 f"error: the computer has too little memory: begin anew with a lower {less}", file=sys.stderr
             )
             return 1
-        if "WORLD_SIZE" not in os.environ or not lost(error):
+        if "WORLD_SIZE" not in os.environ or not is_lost(error):
             raise
         why = f"another process of this run has ended or cannot be reached ({str(error).splitlines()[0]})"
         print(f"error: {why}; start them again to go on", file=sys.stderr)
@@ -86,11 +86,11 @@ def start(loop: Loop, s: Settings, ranks: Ranks, console: Console) -> int:
             run = prepare(s, ranks)
         run.console = console
         if run.state.iteration > s.iterations:
-            if ranks.first:
+            if ranks.is_main:
                 print(f"{run.folder} is complete: all of its {s.iterations} iterations are done")
             return 0
         config, batch_scale = load_config(model_of(s)), token_budget(s, run)
-        if ranks.first:
+        if ranks.is_main:
             preview.show(s, run, config, device_of(s), batch_scale)
         if s.dry_run:
             show_time(s, run, batch_scale)
@@ -100,7 +100,7 @@ def start(loop: Loop, s: Settings, ranks: Ranks, console: Console) -> int:
         roles = load_roles(s, batch_scale)
         preview.check_disk(s, run, config)  # again, as weights may have been downloaded
         start_run(s, run, program_of(loop))
-        if ranks.first:  # what a run needs at its end is proven at its start
+        if ranks.is_main:  # what a run needs at its end is proven at its start
             checkpoint.prove_export(roles[0], run.folder)
     except (ValueError, OSError) as error:  # CheckpointError and ImageError are ValueErrors
         sys.stderr.write(f"error: {error}\n")  # in one piece: several processes may say so at once
@@ -129,7 +129,7 @@ def carry_out(loop: Loop, s: Settings, run: Run, roles: tuple[VLM, VLM]) -> int:
         print(f"error: {error}; when they are back, {go_on}", file=sys.stderr)
         return 2
     except (Stopped, KeyboardInterrupt) as reason:
-        if run.ranks.first:
+        if run.ranks.is_main:
             how = "stopped, its state is saved" if isinstance(reason, Stopped) else "interrupted"
             print(f"{how}; {go_on}", file=sys.stderr)
         return 1
@@ -143,7 +143,7 @@ def carry_out(loop: Loop, s: Settings, run: Run, roles: tuple[VLM, VLM]) -> int:
         run.unlock()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if run.ranks.first:
+    if run.ranks.is_main:
         print(f"done: metrics, curated questions and both checkpoints are in {run.folder}")
     return 0
 
@@ -178,7 +178,7 @@ def prepare(s: Settings, ranks: Ranks) -> Run:
     token_side = checkpoint.token_side(config)
     checkpoint.check_max_pixels(s.max_pixels, token_side)
     name = s.name or f"{Path(model_of(s)).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path("runs") / ranks.gather([name])[0]  # the first rank's clock counts
+    folder = Path("runs") / ranks.broadcast(name)  # the first rank's clock counts
     limits = checkpoint.pixel_limits(image_processor, s.max_pixels)
     s.max_pixels = limits["longest_edge"]
     scene_size = checkpoint.scene_side(limits, token_side)
@@ -224,7 +224,7 @@ def device_of(s: Settings) -> torch.device:
 def token_budget(s: Settings, run: Run) -> float:
     """The share of the token budgets that fits, the same for all ranks (see `plan.fitting_budget`)."""
     batch_scale = preview.batch_scale(s, run, load_config(model_of(s)), device_of(s))
-    return min(run.ranks.gather([batch_scale]))
+    return min(run.ranks.all_gather([batch_scale]))
 
 
 def load_roles(s: Settings, batch_scale: float) -> tuple[VLM, VLM]:
@@ -244,7 +244,7 @@ def load_roles(s: Settings, batch_scale: float) -> tuple[VLM, VLM]:
 
 def show_time(s: Settings, run: Run, batch_scale: float) -> None:
     """Prints how long an iteration takes, measured with the weights and a few images, or why it does not."""
-    say = print if run.ranks.first else lambda _: None
+    say = print if run.ranks.is_main else lambda _: None
     if not checkpoint.has_weights(model_of(s)):
         say("time     not measured: the weights are not on this machine yet")
         return
@@ -257,7 +257,7 @@ def show_time(s: Settings, run: Run, batch_scale: float) -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             rehearsal = rehearse(s, load_roles(s, batch_scale), few_pictures(s, run, Path(folder)), run.ranks)
-        if run.ranks.first:  # another one may have no image
+        if run.ranks.is_main:  # another one may have no image
             print(f"time     {sentence(s, rehearsal, run.ranks.size)}")
     except KeyboardInterrupt:
         say("time     not measured: interrupted")
@@ -289,11 +289,11 @@ def start_run(s: Settings, run: Run, program: str | None = None) -> None:
         return
     from training.scenes import write_scenes  # draws; what the answers are, only toy/answerer.py knows
 
-    mine = (
-        write_scenes(run.folder / "images", preview.SCENES, s.seed, run.scene_size) if run.ranks.first else []
-    )
-    run.images.paths[:] = run.ranks.gather([list(map(str, mine))])[0]
-    if run.number == 0 and run.ranks.first:
+    drawn = []
+    if run.ranks.is_main:
+        drawn = write_scenes(run.folder / "images", preview.SCENES, s.seed, run.scene_size)
+    run.images.paths[:] = run.ranks.broadcast([str(path) for path in drawn])
+    if run.number == 0 and run.ranks.is_main:
         print(f"no --images given: built-in scenes are in {run.folder / 'images'}")
 
 

@@ -1,7 +1,14 @@
-"""Several processes (ranks), one run: who this one is, and what all of them know.
+"""Several processes (ranks) work on one run: which one this is, and what they exchange.
 
-With one process, which is the normal case, every function gives back what it was given. What is exchanged is
-JSON: torch's own `all_gather_object` would pickle.
+`torchrun --nproc-per-node 3` starts ranks 0, 1 and 2 of size 3. A list is dealt out like cards, and collected
+in its old order:
+
+    items            a b c d e f g
+    shard(items)     rank 0: a d g      rank 1: b e      rank 2: c f
+    all_gather       a b c d e f g      on each of them
+
+With one process, the normal case, every method returns what it was given. Ranks exchange JSON: torch's own
+`all_gather_object` would pickle.
 """
 
 import hashlib
@@ -11,88 +18,104 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.functional import pad
 
-PATIENCE = timedelta(hours=2)  # that one rank waits for another, whose completions may be far longer
+TIMEOUT = timedelta(hours=2)  # one rank waits this long for another, whose completions may be far longer
 
 
 class Ranks:
-    """This process among all of a run: `rank` of `size`."""
+    """This process among all processes of a run: `rank` of `size`."""
 
     def __init__(self, rank: int = 0, size: int = 1):
-        self.rank, self.size = rank, size
+        self.rank = rank  # 0 to size - 1
+        self.size = size
 
     @property
-    def first(self) -> bool:
-        """Whether this is the rank that writes files and speaks to the user."""
+    def is_main(self) -> bool:
+        """Is true on rank 0, which writes files and speaks to the user."""
         return self.rank == 0
 
-    def share(self, items: list) -> list:
-        """This rank's part of a list that all ranks have."""
+    def shard(self, items: list) -> list:
+        """Returns this rank's part of a list that all ranks have: every `size`-th item."""
         return items[self.rank :: self.size]
 
-    def gather(self, mine: list) -> list:
-        """The inverse of `share`: one list of what all ranks give, the same on each. Items are what JSON can
-        hold."""
-        if self.size == 1:
-            return mine
-        parts = self._exchange(mine)
-        return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
+    def all_gather(self, items: list) -> list:
+        """Collects the items of all ranks into one list, the same on each; the inverse of `shard`.
 
-    def seed(self, *place) -> int:
-        """A seed that depends on nothing but these words and the rank."""
-        words = [*place] + ([f"rank {self.rank}"] if self.rank else [])
-        digest = hashlib.sha256(" ".join(map(str, words)).encode()).digest()
-        return int.from_bytes(digest[:8], "big") >> 1
+        Items are what JSON can hold; parts may differ in length.
+        """
+        if self.size == 1:
+            return items
+        parts = self._exchange(items)
+        longest = max(len(part) for part in parts)
+        return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+    def broadcast(self, value):
+        """Returns rank 0's value (what JSON can hold) on all ranks."""
+        return self.all_gather([value])[0]
+
+    def barrier(self) -> None:
+        """Waits until all ranks have come here."""
+        self.all_gather([])
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so."""
-        return any(self.gather([flag]))
+        """Returns true on all ranks if the flag is true on one of them."""
+        return any(self.all_gather([flag]))
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
-        """The means over all ranks; of a name that a rank does not have, its value there is 0."""
-        parts = self.gather([values])
+        """Averages each named value over all ranks; a name that a rank lacks counts as 0 there."""
+        parts = self.all_gather([values])
         names = {name: None for part in parts for name in part}
         return {name: sum(part.get(name, 0.0) for part in parts) / self.size for name in names}
 
+    def seed(self, *words) -> int:
+        """Hashes the words, and the rank, into a seed of 63 bits."""
+        words = [*words] + ([f"rank {self.rank}"] if self.rank else [])
+        digest = hashlib.sha256(" ".join(map(str, words)).encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
+
     def _exchange(self, value) -> list:
-        """What each rank gave, by rank; through the CPU, as it is small."""
-        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        """Returns the value of each rank, by rank. Bytes travel through the CPU, as they are few."""
+        mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(text)]))
-        longest = max(map(int, lengths))
+        dist.all_gather(lengths, torch.tensor([len(mine)]))
+        # Texts of one length: shorter ones are padded, and cut again.
+        longest = max(int(length) for length in lengths)
         texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - len(text))))
-        return [json.loads(t[: int(n)].numpy().tobytes()) for t, n in zip(texts, lengths)]
+        dist.all_gather(texts, pad(mine, (0, longest - len(mine))))
+        return [json.loads(text[: int(length)].numpy().tobytes()) for text, length in zip(texts, lengths)]
 
 
 def join() -> Ranks:
-    """The ranks that torchrun has started; without torchrun, one. Raises ValueError if there are too few
-    GPUs."""
+    """Joins the processes that torchrun has started, and returns this one's place; (0, 1) without torchrun.
+
+    Raises ValueError if there are fewer GPUs than processes.
+    """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return Ranks()
     if torch.cuda.is_available():
-        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= count:
+        local_rank = int(os.environ["LOCAL_RANK"])
+        count = torch.cuda.device_count()
+        if local_rank >= count:
             raise ValueError(f"torchrun started more processes than there are GPUs here ({count})")
-        torch.cuda.set_device(local)
-    dist.init_process_group(backend(), timeout=PATIENCE)
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group(backend(), timeout=TIMEOUT)
     return Ranks(dist.get_rank(), size)
 
 
 def leave() -> None:
-    """Parts from the others, at a good end. After an error it is left out: who is gone would be waited
-    for."""
+    """Leaves the other processes, at a good end. After an error it would wait for those that are gone."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def backend() -> str:
-    """How tensors travel: on a GPU by NCCL, where torch has it (it has not on Windows), else by gloo."""
+    """Returns how tensors travel: by NCCL on a GPU, where torch has it (not on Windows), else by gloo."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
 
 
-def lost(error: RuntimeError) -> bool:
-    """Whether an error says that another process has ended or cannot be reached."""
+def is_lost(error: RuntimeError) -> bool:
+    """Returns true if the error says that another process has ended or cannot be reached."""
     signs = ("gloo", "Connection", "connection", "NCCL", "timed out", "TCPStore")
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)

@@ -338,12 +338,12 @@ class Pictures:
         pictures, missing = [], count
         while missing:
             good, bad = [], []
-            for path in ranks.share(self._next_paths(missing)):
+            for path in ranks.shard(self._next_paths(missing)):
                 try:
                     good.append(Picture(path, load_image(path, self.max_pixels, self.token_side)))
                 except ImageError as error:
                     bad.append((path, str(error)))
-            bad = [tuple(b) for b in ranks.gather(bad)]
+            bad = [tuple(b) for b in ranks.all_gather(bad)]
             self.found.skipped.extend(dict.fromkeys(bad))
             pictures, missing = pictures + good, len(bad)
         return pictures

@@ -124,7 +124,7 @@ def rollout_metrics(groups: list[Group], end_ids: list[int], seconds: float, ran
         lengths = [len(completion.tokens) for completion in group]
         truncated = [not c.tokens or c.tokens[-1] not in end_ids for c in group]
         mine.append([rewards, lengths, truncated])
-    rewards, lengths, truncated = zip(*(ranks.gather(mine) or [([], [], [])]))
+    rewards, lengths, truncated = zip(*(ranks.all_gather(mine) or [([], [], [])]))
     lengths = [length for group in lengths for length in group]
     return dict(
         reward=mean([reward for group in rewards for reward in group]),

@@ -73,7 +73,7 @@ class Trained:
         collective. So a rank with fewer batches than another makes filler batches, which count for nothing.
         """
         packed = pack(completions, self.vlm.fallbacks.batch_scale)
-        counts = self.ranks.gather([[len(completions), len(packed)]])
+        counts = self.ranks.all_gather([[len(completions), len(packed)]])
         total = sum(count for count, _ in counts) / self.ranks.size
         for rows in packed:
             batch = lay_out(rows)

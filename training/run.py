@@ -77,7 +77,7 @@ class Run:
         self.seed = settings.seed
         self.save_every = settings.save_every  # steps between two saved states
         self.ranks = ranks
-        self.console = Console(ranks.first)
+        self.console = Console(ranks.is_main)
 
         self.images = images
         self.scene_size = scene_size  # pixels along one side of a built-in scene
@@ -103,13 +103,13 @@ class Run:
 
     def create(self, config: dict) -> None:
         """Makes the folder and writes the settings and which images there are, for a run that goes on."""
-        if self.ranks.first:
+        if self.ranks.is_main:
             self.locked = self.locked or lock(self.folder)
             found = {"paths": self.images.paths, "skipped": self.images.skipped}
             replace_text(self.folder / "images.json", json.dumps(found) + "\n")
             replace_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         self.tell_skips()
-        self.ranks.any(False)  # the others wait until the folder is there
+        self.ranks.barrier()  # the others wait until the folder is there
 
     def unlock(self) -> None:
         """Lets another process work on this run."""
@@ -122,7 +122,7 @@ class Run:
         Raises ValueError if no state is whole, or all are gone.
         """
         found = None
-        if self.ranks.first:
+        if self.ranks.is_main:
             self.locked = self.locked or lock(self.folder)
             self.console.now(f"reading the state of {self.folder}")
             number, state, complaints = recover(self.folder)
@@ -131,7 +131,7 @@ class Run:
             cut_records(self.folder, state.metrics if state else 0)
             replace_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
             found = [number, asdict(state or State())]
-        self.number, state = self.ranks.gather([found])[0]
+        self.number, state = self.ranks.broadcast(found)
         self.state = State(**state)
         self.pictures = self.in_order(self.state.iteration, self.state.pictures)
         self.images.skipped[:] = [(path, why) for path, why in self.state.skipped] or self.images.skipped
@@ -148,7 +148,7 @@ class Run:
                 saved = read_tensors(self.folder, self.state.files[role])
                 copy_tensors(vlm.model.named_parameters(), saved)
         else:
-            self.save({"base": questioner.trained_weights() if self.ranks.first else {}})
+            self.save({"base": questioner.trained_weights() if self.ranks.is_main else {}})
             base = self.state.files.pop("base")
             self.state.files |= {"questioner": base, "reasoner": base}
         for vlm in self.roles.values():
@@ -274,11 +274,11 @@ class Run:
 
     def shard(self, items: list) -> list:
         """Returns this process's part of a list that all processes have."""
-        return self.ranks.share(items)
+        return self.ranks.shard(items)
 
     def all_gather(self, items: list) -> list:
         """Returns one list of what all processes have: the inverse of `shard`."""
-        return self.ranks.gather(items)
+        return self.ranks.all_gather(items)
 
     def all_gather_votes(self, votes: list[list[VotedQuestion | None]]) -> list[list[VotedQuestion | None]]:
         """Returns the votes of all processes."""
@@ -292,8 +292,8 @@ class Run:
 
     def on_main(self, function: Callable[..., dict], *arguments) -> dict:
         """Runs a function on the first process and returns its result on all."""
-        result = function(*arguments) if self.ranks.first else {}
-        return self.ranks.gather([result])[0]
+        result = function(*arguments) if self.ranks.is_main else {}
+        return self.ranks.broadcast(result)
 
     def stop_if_asked(self) -> None:
         """Raises Stopped in all processes if the user has asked any of them to stop."""
@@ -308,7 +308,7 @@ class Run:
         for name, part in tensors.items():
             path = write_tensors(self.folder, f"{self.number:06}-{name}-{self.ranks.rank}", part)
             self.state.files[name] = [tuple(each) for each in self.all_gather([path])]
-        if self.ranks.first:
+        if self.ranks.is_main:
             for name, path in (files or {}).items():
                 self.state.files[name] = [entry(self.folder, path)]
             metrics = self.folder / "metrics.jsonl"
@@ -316,12 +316,12 @@ class Run:
             self.state.pictures = self.pictures.position
             self.state.skipped = self.images.skipped
             write_state(self.folder, self.number, self.state)
-        self.ranks.any(False)  # nobody goes on before it is there
+        self.ranks.barrier()  # nobody goes on before it is there
 
     def finish_curation(self, k: int, candidates: list[VotedQuestion], curated: list[VotedQuestion]) -> None:
         """Writes the candidates and the training set, and goes on to the next phase."""
         path = self._questions_file("curated", k)
-        if self.ranks.first:
+        if self.ranks.is_main:
             write_examples(self._questions_file("candidates", k), candidates)
             write_examples(path, curated)
         if not curated:
@@ -339,9 +339,9 @@ class Run:
 
     def write_probes(self, when: int | str, probes: list[VotedQuestion]) -> None:
         """Writes what `read_probes` reads."""
-        if self.ranks.first:
+        if self.ranks.is_main:
             write_examples(self._questions_file("probes", when), probes)
-        self.ranks.any(False)  # nobody reads it before it is there
+        self.ranks.barrier()  # nobody reads it before it is there
 
     def _questions_file(self, kind: str, when: int | str) -> Path:
         name = when if when == "base" else f"iteration-{when}"
@@ -376,7 +376,7 @@ class Run:
             base, first = (self._questions_file("probes", when) for when in ("base", 0))
             self.finish_phase(files={"probes base": base, "probes 0": first})
             return
-        if self.ranks.first:
+        if self.ranks.is_main:
             for role, vlm in self.roles.items():
                 replace_folder(self.folder / role, vlm.save)
                 if self.settings.lora_rank:
@@ -393,7 +393,7 @@ class Run:
     def write_record(self, record: dict) -> None:
         """Adds a record to metrics.jsonl; a number that is not finite becomes null."""
         record = {name: plain(value) for name, value in record.items()}
-        if self.ranks.first:
+        if self.ranks.is_main:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         self.records.append(record)
@@ -427,7 +427,7 @@ class Run:
     def report(self, k: int, results: dict) -> None:
         """Writes and prints what was measured after iteration k: one row of the table."""
         self.write_record(dict(iteration=k, phase="measure") | results)
-        if not self.ranks.first:
+        if not self.ranks.is_main:
             return
         if not self.header_printed:
             print(HEADER)
@@ -440,6 +440,6 @@ class Run:
         self.skips_told += len(new)
         for path, reason in new:
             self.console.say(f"skipped {printable(path)}: {reason}")
-        if new and self.ranks.first:
+        if new and self.ranks.is_main:
             lines = [f"{printable(path)}\t{why}\n" for path, why in self.images.skipped]
             replace_text(self.folder / "skipped.txt", "".join(lines))
