@@ -115,7 +115,7 @@ def peaks(args, size: str, offload: bool) -> dict[str, int]:
     reference = vlm.copy()
     policy = Trained(vlm, 1e-6, 1e-2, offload, checkpointing=True)
     groups, rng = random_groups(vlm, args), torch.Generator(args.device).manual_seed(0)
-    prompts = [group.prompt for group in groups]
+    prompts = [group[0].prompt for group in groups]
 
     def rollouts() -> None:
         generate(vlm, prompts, args.group_size, args.new_tokens, generator=rng)

@@ -152,8 +152,9 @@ def planned_and_measured(vlm: VLM, case: Case) -> tuple[int, int]:
     policy = Trained(vlm.copy(), 1e-6, 0.0, offload=case.sharded, checkpointing=case.checkpointing)
     prompt = random_prompt(vlm, case.prompt_tokens, 0)
     completions = random_completions(vlm, case.group_size, case.new_tokens, 0)
-    reference = {i: torch.zeros(case.new_tokens) for i in range(case.group_size)}
-    group = grpo.make_group(prompt, completions, [float(i % 2) for i in range(case.group_size)], reference)
+    group = grpo.make_group(prompt, completions, [float(i % 2) for i in range(case.group_size)])
+    for completion in group:
+        completion.ref_logp = torch.zeros(case.new_tokens)
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
     measured = peak_extra_bytes(lambda: grpo.backward(policy, [group]), "cpu")

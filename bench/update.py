@@ -9,6 +9,8 @@ in TRL and the official code; logits for the completion tokens only (`logits_to_
 Both take the same GRPO loss.
 """
 
+import itertools
+
 import torch
 from shapes import arguments, compare, peak_extra_bytes, random_groups, random_vlm, show
 
@@ -48,12 +50,19 @@ class Plain:
     def __init__(self, vlm):
         self.vlm = vlm
 
-    def batches(self, groups, temperature):
+    def retry(self, attempt):
+        """See grpo.py: here memory must suffice."""
+        return attempt()
+
+    def batches(self, completions, temperature):
         """See grpo.py; a batch is a group, whose completions are equally long."""
-        model, total = self.vlm.model, sum(len(completions) for _, completions in groups)
-        for g, (prompt, completions) in enumerate(groups):
-            n, length = len(completions), len(completions[0])
-            ids = torch.cat([prompt.ids.expand(n, -1), torch.tensor(completions)], dim=1).to(model.device)
+        model = self.vlm.model
+        for _, batch in itertools.groupby(completions, key=lambda completion: id(completion.prompt)):
+            group = list(batch)
+            prompt = group[0].prompt
+            n, length = len(group), len(group[0].tokens)
+            written = torch.tensor([completion.tokens for completion in group])
+            ids = torch.cat([prompt.ids.expand(n, -1), written], dim=1).to(model.device)
             model.model.rope_deltas = None
             logits = model(
                 input_ids=ids,
@@ -66,7 +75,7 @@ class Plain:
             ).logits[:, :-1]
             logp = (logits.float() / temperature).log_softmax(-1)
             logp = logp.gather(2, ids[:, len(prompt) :, None])[..., 0]
-            yield [(g, i) for i in range(n)], list(logp), n / total
+            yield group, list(logp), n / len(completions)
 
 
 def gradient_difference(vlm, ours, theirs) -> float:

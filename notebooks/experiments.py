@@ -83,7 +83,7 @@ WINDOW, FEWER = 5, 0.9  # steps; of the best window so far: the Questioner's pha
 
 
 def changed(experiment: str, run) -> dict:
-    """Arguments of `loop.visplay`, of the experiments that change more than settings."""
+    """The functions of `loop.Rules`, of the experiments that change more than settings."""
     rules = {
         "margin": dict(keep=clear_majority),
         "five iterations, margin": dict(keep=clear_majority),
@@ -103,7 +103,7 @@ def clear_majority(example, s) -> bool:
     """Kept as usual, if the first answer leads the second by MARGIN of the votes."""
     votes = Counter(canonical(a) for a in example.answers if a is not None).most_common(2)
     lead = votes[0][1] - votes[1][1] if len(votes) == 2 else len(example.answers)
-    return loop.keep(example, s) and lead >= MARGIN * len(example.answers) - 1e-9
+    return loop.is_middling(example, s) and lead >= MARGIN * len(example.answers) - 1e-9
 
 
 def share_of_votes(answer, example) -> float:
@@ -140,7 +140,7 @@ def without_training(run):
 
     def reward(votes, s) -> list[float]:
         stand_still(run)
-        return loop.question_reward(votes, s)
+        return loop.reward_questions(votes, s)
 
     return reward
 
@@ -160,14 +160,14 @@ def until_fewer_are_kept(run):
 
     def reward(votes, s) -> list[float]:
         mine = shares.setdefault(run.state.iteration, [])
-        kept = [loop.keep(vote, s) for vote in votes if vote]
+        kept = [loop.is_middling(vote, s) for vote in votes if vote]
         mine.append(sum(kept) / max(1, len(kept)))
         size = WINDOW * s.images_per_step
         steps = range(0, len(mine) - size + 1, s.images_per_step)
         windows = [sum(mine[i : i + size]) / size for i in steps]
         if windows and windows[-1] < FEWER * max(windows):
             stand_still(run)
-        return loop.question_reward(votes, s)
+        return loop.reward_questions(votes, s)
 
     return reward
 
@@ -183,11 +183,11 @@ def same_majority_before(run):
         k = run.state.iteration
         if k not in reasoners:
             reasoners[k] = run.reasoner.copy()
-        if not loop.keep(example, s):
+        if not loop.is_middling(example, s):
             return False
         older, image = reasoners[max(1, k - 1)], load_image(str(run.folder / example.image))
         prompt = reasoner.answer_prompt(older, image, example.question)
-        [before] = reasoner.answer(older, [prompt], s.answers, **run.sampling)
+        [before] = reasoner.answer(older, [prompt], s.answers, run.sampling, run.generator)
         return rewards.answer_reward(rewards.confidence(before.answers)[0], example.label) == 1
 
     return keep
@@ -228,7 +228,7 @@ def one(experiment: str, seed: int, short: bool, bases: Path) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         run, start = command.ready(s), time.process_time()
-        loop.visplay(run.settings, run, **changed(experiment, run))
+        loop.visplay(run.settings, run, loop.Rules(**changed(experiment, run)))
         result |= dict(cpu_seconds=round(time.process_time() - start))
         sizes = [file.stat().st_size for file in (run.folder / "state").iterdir()]
         result |= dict(state_bytes=sum(sizes))

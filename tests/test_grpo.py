@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo
+from model.offload import retry_with_less_memory
 
 
 def numpy_loss(logp, old, ref, advantages, mask, clip, beta):
@@ -96,12 +97,16 @@ class Table(torch.nn.Module):
         table = (self.logits[prompt].float() / temperature).log_softmax(-1)
         return [table[torch.arange(len(ids)), torch.tensor(ids, dtype=torch.long)] for ids in completions]
 
-    def batches(self, groups, temperature=1.0):
+    def batches(self, completions, temperature=1.0):
         """`size` completions at a time, wherever groups begin and end; the last come first."""
-        which = [(g, i) for g, (_, completions) in enumerate(groups) for i in range(len(completions))][::-1]
-        for part in (which[k : k + self.size] for k in range(0, len(which), self.size)):
-            logps = [self.logprobs(groups[g][0], [groups[g][1][i]], temperature)[0] for g, i in part]
-            yield part, logps, len(part) / len(which)
+        order = completions[::-1]
+        for start in range(0, len(order), self.size):
+            batch = order[start : start + self.size]
+            logps = [self.logprobs(c.prompt, [c.tokens], temperature)[0] for c in batch]
+            yield batch, logps, len(batch) / len(order)
+
+    def retry(self, attempt):
+        return retry_with_less_memory(attempt, self.use_less_memory)
 
     def use_less_memory(self):
         if self.size == 1:
@@ -126,10 +131,11 @@ def adamw(policy, lr=0.1, weight_decay=0.0):
 def gradient(policy, groups):
     """That of the loss of all completions in one batch, and the loss."""
     policy.zero_grad()
-    rows = [x for g in groups for x in policy.logprobs(g.prompt, g.completions)]
-    logp, mask = grpo._pad(rows)
-    ref = grpo._pad([x for g in groups for _, x in sorted(g.ref_logp.items())])[0]
-    advantages = torch.cat([grpo.group_advantages(torch.tensor([g.rewards]))[0] for g in groups])
+    completions = grpo.flatten(groups)
+    logp, mask = grpo.pad([policy.logprobs(c.prompt, [c.tokens])[0] for c in completions])
+    ref = grpo.pad([c.ref_logp for c in completions])[0]
+    rewards = [torch.tensor([[c.reward for c in group]]) for group in groups]
+    advantages = torch.cat([grpo.group_advantages(r)[0] for r in rewards])
     loss, _ = grpo.grpo_loss(logp, logp.detach(), ref, advantages, mask)
     loss.backward()
     return policy.logits.grad.clone(), loss.item()
@@ -175,11 +181,12 @@ def test_an_update_is_clipping_and_a_step():
 def test_later_updates_keep_the_old_policy():
     policy, groups = Table(), random_groups()
     grpo.add_reference(groups, Table())
-    before = [x.detach().clone() for g in groups for x in policy.logprobs(g.prompt, g.completions)]
+    completions = grpo.flatten(groups)
+    before = [policy.logprobs(c.prompt, [c.tokens])[0].detach().clone() for c in completions]
     optimizer = adamw(policy, 0.3)
     first = grpo.update(policy, optimizer, groups)
     second = grpo.update(policy, optimizer, groups)
-    kept = [x for g in groups for _, x in sorted(g.old_logp.items())]
+    kept = [c.old_logp for c in completions]
     assert all(torch.equal(a, b) for a, b in zip(before, kept, strict=True))
     assert first["ratio"] == pytest.approx(1.0) and first["clip_share"] == 0
     assert second["clip_share"] > 0 and second["kl"] > 0
@@ -235,7 +242,7 @@ def test_out_of_memory_to_the_end_is_raised(monkeypatch):
 def test_a_gradient_that_is_not_finite_changes_nothing():
     policy, groups = Table(), random_groups()
     grpo.add_reference(groups, Table())
-    groups[1].ref_logp[0][0] = float("nan")
+    groups[1][0].ref_logp[0] = float("nan")
     before, optimizer = policy.logits.detach().clone(), adamw(policy)
     metrics = grpo.update(policy, optimizer, groups)
     assert metrics["skipped"] == 1.0 and math.isnan(metrics["grad_norm"])

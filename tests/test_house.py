@@ -78,7 +78,7 @@ def test_files_and_functions_are_short():
 def test_a_phase_speaks_of_the_algorithm_only():
     """No word of processes, parking, retries, files or bars in the phases of loop.py."""
     tree = ast.parse((ROOT / "loop.py").read_text())
-    phases = ("visplay", "train_questioner", "curate_questions", "train_reasoner", "update")
+    phases = ("visplay", "train_questioner", "curate_questions", "train_reasoner", "grpo_step")
     found = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name in phases]
     assert len(found) == len(phases)
     for phase in found:

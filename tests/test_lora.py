@@ -18,6 +18,7 @@ import reasoner
 from model import forward, lora
 from model.generate import generate
 from model.prompt import Picture
+from model.sampling import Sampling
 from model.vlm import VLM
 from training import memory_plan as plan
 from training.distributed import Ranks
@@ -88,10 +89,12 @@ def test_a_frozen_encoder_sees_an_image_once(how, monkeypatch):
         asks.model.model.visual.requires_grad_(False)
     answers, reference = asks.copy(), asks.copy()
     pictures = [Picture(str(i), noise_image(60 + 30 * i, 60, i)) for i in range(3)]
-    sampling = dict(max_new_tokens=32, generator=torch.Generator().manual_seed(0))
-    asked = questioner.ask(asks, pictures, 4, **sampling)
-    assert any(votes for group in reasoner.vote(answers, asked, 2, **sampling) for votes in group)
-    groups = [grpo.make_group(a.prompt, a.completions, [0.0, 1.0, 0.5, 0.2]) for a in asked]
+    sampling, generator = Sampling(32), torch.Generator().manual_seed(0)
+    asked = questioner.ask(asks, pictures, 4, sampling, generator)
+    votes = reasoner.vote(answers, asked, 2, sampling, generator)
+    assert any(vote for group in votes for vote in group)
+    groups = [a.completions for a in asked]
+    grpo.set_rewards(groups, [[0.0, 1.0, 0.5, 0.2]] * len(groups))
     grpo.add_reference(groups, reference)
     grpo.backward(Trained(asks, 1e-4, 0.0), groups)
     if how == "all weights":
@@ -107,13 +110,13 @@ def test_kept_features_change_nothing(dtype):
     for kept in (True, False):
         groups = groups_of(vlm)
         if kept:
-            generate(vlm, [g.prompt for g in groups], 1, 2, temperature=0)
-            assert all(g.prompt.images[0].features is not None for g in groups)
+            generate(vlm, [g[0].prompt for g in groups], 1, 2, temperature=0)
+            assert all(g[0].prompt.images[0].features is not None for g in groups)
         grpo.add_reference(groups, vlm)
         grpo.backward(vlm, groups)
         gradients = [p.grad.clone() for p in vlm.model.parameters() if p.grad is not None]
         vlm.model.zero_grad()
-        results.append([*(x for g in groups for x in g.ref_logp.values()), *gradients])
+        results.append([*(c.ref_logp for c in grpo.flatten(groups)), *gradients])
     for a, b in zip(*results, strict=True):
         # All images in one pass either way, padded and ordered alike: the same to the last bit.
         assert torch.equal(a, b)
@@ -124,8 +127,8 @@ def test_kept_features_are_of_one_encoder():
     first, other, trained = with_lora(), with_lora(), VLM.load(ROOT / "toy", "cpu", "float32")
     with torch.no_grad():
         other.model.model.visual.patch_embed.proj.weight.mul_(1.5)
-        expected = other.logprobs(groups_of(other)[0].prompt, [[5, 6, 7]])[0]
-        prompt = groups_of(first)[0].prompt
+        expected = other.logprobs(groups_of(other)[0][0].prompt, [[5, 6, 7]])[0]
+        prompt = groups_of(first)[0][0].prompt
         before, after = first.logprobs(prompt, [[5, 6, 7]])[0], other.logprobs(prompt, [[5, 6, 7]])[0]
     assert torch.equal(after, expected) and not torch.allclose(before, after)
     trained.logprobs(prompt, [[5, 6, 7]])[0].sum().backward()

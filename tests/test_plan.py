@@ -108,8 +108,9 @@ def test_rollouts_against_the_tensors_of_a_rollout(small):
 def test_a_larger_group_than_a_row_is_planned_as_it_is_packed(small):
     """A batch never holds more tokens than the plan says, whatever the group."""
     for new_tokens in (10, 600, 3000):
-        groups = [(random_prompt(small, 1000, 0), [[0] * new_tokens] * 8) for _ in range(4)]
-        batches, image = packing.pack(groups), groups[0][0].image_tokens
+        prompts = [random_prompt(small, 1000, 0) for _ in range(4)]
+        groups = [grpo.make_group(prompt, [[0] * new_tokens] * 8) for prompt in prompts]
+        batches, image = packing.pack(grpo.flatten(groups)), prompts[0].image_tokens
         largest = max(len(batch) * batch[0].length for batch in batches)
         planned = plan.largest_batch(plan.Work(image, 1000 - image, new_tokens, 8, 4, 1))
         assert largest <= planned[0] * planned[1] <= max(packing.BATCH_TOKENS, 1000 + new_tokens)

@@ -190,7 +190,12 @@ def test_bfloat16_weights_move_through_float32_masters():
 
 def random_groups_with(groups):
     """The same groups, as a new rollout would give them."""
-    return [grpo.make_group(g.prompt, g.completions, g.rewards, g.ref_logp) for g in groups]
+    fresh = []
+    for group in groups:
+        fresh.append(grpo.make_group(group[0].prompt, [c.tokens for c in group], [c.reward for c in group]))
+        for new, old in zip(fresh[-1], group):
+            new.ref_logp = old.ref_logp
+    return fresh
 
 
 @pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="FSDP2 of torch 2.11 cannot forget")

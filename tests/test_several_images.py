@@ -7,6 +7,7 @@ from checkpoints import noise_image, plain_inputs, plain_logprobs, processor_of
 from test_generate import reference
 from test_vlm import completions_for
 
+import grpo
 from model import forward
 from model.generate import generate
 from model.prompt import arrange
@@ -77,17 +78,20 @@ def test_greedy_equals_model_generate(random_vlm):
 
 def test_packed_logprobs_and_gradients_against_the_plain_forward(random_vlm):
     prompts, model = prompts_for(random_vlm), random_vlm.model
-    groups = [(p, completions_for(random_vlm, [5, 1, 3], seed=i)) for i, p in enumerate(prompts)]
+    groups = []
+    for seed, prompt in enumerate(prompts):
+        groups.append(grpo.make_group(prompt, completions_for(random_vlm, [5, 1, 3], seed=seed)))
+    completions = grpo.flatten(groups)
 
     def gradients(logps):
         model.zero_grad()
         sum((x * torch.linspace(-1, 1, len(x) + 1)[1:]).sum() for x in logps).backward()
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
-    parts = list(random_vlm.batches(groups, 0.8))
-    found = {where: logp for which, logps, _ in parts for where, logp in zip(which, logps)}
-    packed = [found[g, i] for g in range(len(groups)) for i in range(3)]
-    plain = [plain_logprobs(random_vlm, p, c, 0.8) for p, completions in groups for c in completions]
+    parts = list(random_vlm.batches(completions, 0.8))
+    found = {id(c): logp for batch, logps, _ in parts for c, logp in zip(batch, logps)}
+    packed = [found[id(c)] for c in completions]
+    plain = [plain_logprobs(random_vlm, c.prompt, c.tokens, 0.8) for c in completions]
     assert max((a - b).abs().max() for a, b in zip(packed, plain)) < 1e-5
     ours, theirs = gradients(packed), gradients(plain)
     model.zero_grad()

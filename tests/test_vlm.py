@@ -8,6 +8,7 @@ from checkpoints import noise_image, plain_inputs, plain_logprobs, processor_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import grpo
 from model import logprobs, packing
 from model.vlm import VLM
 from training.policy import Trained
@@ -140,9 +141,10 @@ def test_packed_logprobs_and_gradients_against_the_plain_forward(
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     if checkpointing:
-        parts = list(policy.batches([(prompt, completions)], temperature))
-        found = {i: logp for which, logps, _ in parts for (_, i), logp in zip(which, logps)}
-        packed = [found[i] for i in range(len(completions))]
+        group = grpo.make_group(prompt, completions)
+        parts = list(policy.batches(group, temperature))
+        found = {id(c): logp for batch, logps, _ in parts for c, logp in zip(batch, logps)}
+        packed = [found[id(c)] for c in group]
     else:
         packed = random_vlm.logprobs(prompt, completions, temperature)
     ours = gradients(packed)
@@ -167,13 +169,16 @@ def test_groups_share_batches(random_vlm, batch_tokens, batches, monkeypatch):
     prompts = [
         random_vlm.prompt("How many?" * (i + 1), noise_image(*size, seed=i)) for i, size in enumerate(sizes)
     ]
-    groups = [(p, completions_for(random_vlm, n, seed=i)) for i, (p, n) in enumerate(zip(prompts, lengths))]
+    groups = []
+    for seed, (prompt, wanted) in enumerate(zip(prompts, lengths)):
+        groups.append(grpo.make_group(prompt, completions_for(random_vlm, wanted, seed=seed)))
     with torch.no_grad():
-        parts = list(random_vlm.batches(groups, 0.8))
-        got = {where: logp for which, logps, _ in parts for where, logp in zip(which, logps)}
-        assert len(parts) == batches and len(got) == 6 and sum(share for *_, share in parts) == 1
-        for (g, i), logp in got.items():
-            want = plain_logprobs(random_vlm, groups[g][0], groups[g][1][i], 0.8)
+        parts = list(random_vlm.batches(grpo.flatten(groups), 0.8))
+        got = [(c, logp) for batch, logps, _ in parts for c, logp in zip(batch, logps)]
+        assert len(parts) == batches and len({id(c) for c, _ in got}) == len(got) == 6
+        assert sum(weight for *_, weight in parts) == 1
+        for completion, logp in got:
+            want = plain_logprobs(random_vlm, completion.prompt, completion.tokens, 0.8)
             assert logp.shape == want.shape and torch.allclose(logp, want, atol=1e-5)
 
 
@@ -187,25 +192,27 @@ def test_packing_loses_nothing_and_keeps_to_the_budget(shapes, row_tokens, batch
     class Prompt(list):  # is only asked for its length and how much of it is image
         image_tokens = property(lambda self: len(self) // 2)
 
-    groups = [(Prompt([0] * prompt), [[0] * n for n in lengths]) for prompt, lengths in shapes]
+    groups = []
+    for prompt, lengths in shapes:
+        groups.append(grpo.make_group(Prompt([0] * prompt), [[0] * n for n in lengths]))
+    completions = grpo.flatten(groups)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "ROW_TOKENS", row_tokens)
         patch.setattr(packing, "BATCH_TOKENS", batch_tokens)
         patch.setattr(packing, "BATCH_IMAGE_TOKENS", batch_tokens // 3)
-        batches = packing.pack(groups)
+        batches = packing.pack(completions)
     rows = [row for batch in batches for row in batch]
-    assert sorted((row.group, i) for row in rows for i in row.completions) == [
-        (g, i) for g, (_, c) in enumerate(groups) for i in range(len(c))
-    ]
+    packed = [completion for row in rows for completion in row.completions]
+    assert sorted(map(id, packed)) == sorted(map(id, completions))
     for row in rows:
-        prompt, completions = groups[row.group]
-        assert row.length == len(prompt) + sum(max(0, len(completions[i]) - 1) for i in row.completions)
+        assert all(completion.prompt is row.prompt for completion in row.completions)
+        assert row.length == len(row.prompt) + sum(max(0, len(c.tokens) - 1) for c in row.completions)
         assert len(row.completions) == 1 or row.length <= row_tokens
     assert all(
         len(batch) == 1 or len(batch) * max(row.length for row in batch) <= batch_tokens for batch in batches
     )
     assert all(
-        len(batch) == 1 or sum(groups[row.group][0].image_tokens for row in batch) <= batch_tokens // 3
+        len(batch) == 1 or sum(row.prompt.image_tokens for row in batch) <= batch_tokens // 3
         for batch in batches
     )
 
@@ -279,7 +286,6 @@ def test_copies_are_independent(published):
 
 def test_bfloat16_end_to_end(random_vlm):
     """Generation, reference and an update in bfloat16; log-probabilities near float32's."""
-    import grpo
     from model.generate import generate
 
     half = random_vlm.copy()

@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 import evaluate
+import grpo
 import loop
 import questioner
 import reasoner
@@ -154,7 +155,8 @@ def teach(folder: Path, photographs: Path) -> None:
         patch.setattr(embeddings, "forward", lambda ids: torch.nn.functional.embedding(place[ids], rows))
         for step in range(100):
             optimizer.zero_grad()
-            logps = [logp for _, parts, _ in vlm.batches(lessons[step % len(lessons)]) for logp in parts]
+            groups = [grpo.make_group(prompt, ids) for prompt, ids in lessons[step % len(lessons)]]
+            logps = [logp for _, parts, _ in vlm.batches(grpo.flatten(groups)) for logp in parts]
             loss = -torch.cat(logps).mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_([rows, *vlm.model.model.parameters()], 1.0)

@@ -35,6 +35,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 
 import questioner
 import reasoner
+from model.packing import Continuation
 from model.prompt import Patches, Prompt
 from model.vlm import VLM
 from toy.answerer import Fact, ask, understand
@@ -194,7 +195,7 @@ def questioner_output(question: str, scene: Scene) -> str:
 
 def supervised_loss(vlm: VLM, prompts: list[Prompt], completions: list[list[int]]) -> torch.Tensor:
     """Mean negative log-likelihood of the completions' tokens."""
-    batches = vlm.batches([(prompt, [ids]) for prompt, ids in zip(prompts, completions)])
+    batches = vlm.batches([Continuation(prompt, ids) for prompt, ids in zip(prompts, completions)])
     return -torch.cat([logp for _, logps, _ in batches for logp in logps]).mean()
 
 

@@ -123,7 +123,7 @@ def carry_out(loop: Loop, s: Settings, run: Run, roles: tuple[VLM, VLM]) -> int:
         signal.signal(kind, stop)
     go_on = f"continue with: python {program_of(loop)} --resume {shlex.quote(str(run.folder))}"
     try:
-        run.cast(*roles)
+        run.load_roles(*roles)
         loop(s, run)
     except ImageError as error:
         print(f"error: {error}; when they are back, {go_on}", file=sys.stderr)
@@ -153,7 +153,7 @@ def ready(s: Settings, ranks: Ranks | None = None) -> Run:
     run = prepare(s, ranks or Ranks())
     roles = load_roles(s, token_budget(s, run))
     start_run(s, run)
-    run.cast(*roles)
+    run.load_roles(*roles)
     return run
 
 
