@@ -83,7 +83,8 @@ def test_random_rewards_teach_nothing(default_run, tmp_path, monkeypatch):
             "", f"--iterations 1 --questioner-steps 1 --candidates 128 --device cpu {seeded}".split()
         )
         run = command.ready(s)
-        loop.visplay(s, run, answer_reward=lambda answer, example, coin=coin: float(coin.random() < 0.5))
+        rules = loop.Rules(answer_reward=lambda answer, question, coin=coin: float(coin.random() < 0.5))
+        loop.visplay(s, run, rules)
         before, after = measured(run.folder)
         steps = measured(run.folder, "reasoner")
         assert len(steps) == s.reasoner_steps and all(

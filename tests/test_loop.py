@@ -361,7 +361,7 @@ def test_equal_rewards_and_a_gradient_that_is_not_finite(workplace, monkeypatch,
     s = parse_arguments("", [*SMALL, "--name", "x"])
     run = command.ready(s)
     before = [p.clone() for p in run.reasoner.model.parameters()]
-    loop.visplay(s, run, answer_reward=lambda answer, example: 1.0)
+    loop.visplay(s, run, loop.Rules(answer_reward=lambda answer, question: 1.0))
     steps = records(run.folder, "reasoner")
     assert steps and all(r["equal_groups"] == 1 and r["policy_loss"] == 0 for r in steps)
 
@@ -446,7 +446,7 @@ def test_what_a_researcher_changes(workplace):
         seen.append(answer)
         return example.answers.count(answer) / len(example.answers)
 
-    loop.visplay(s, run, question_reward=longest, keep=how_many, answer_reward=soft)
+    loop.visplay(s, run, loop.Rules(longest, how_many, soft))
     assert records(run.folder, "questioner")[0]["reward"] > 10 and seen
     candidates = read_examples(run.folder / "candidates" / "iteration-1.jsonl")
     curated = read_examples(run.folder / "curated" / "iteration-1.jsonl")
@@ -536,7 +536,7 @@ def test_too_little_memory_in_the_computer_is_a_sentence(workplace, monkeypatch,
 def test_a_run_of_something_that_is_no_plain_function_goes_on_with_its_program(
     workplace, monkeypatch, capsys
 ):
-    mine = functools.partial(loop.visplay, keep=lambda example, s: True)
+    mine = functools.partial(loop.visplay, rules=loop.Rules(keep=lambda question, s: True))
     monkeypatch.setattr(sys, "argv", ["somewhere/idea.py"])
     assert command.main(mine, "", [*SMALL, "--name", "x"]) == 0
     assert json.loads(Path("runs/x/config.json").read_text())["program"] == "idea.py"
