@@ -31,13 +31,14 @@ from answers import canonical, same_answer, says_something
 
 
 def confidence(answers: Sequence[str | None]) -> tuple[str | None, float]:
-    """The silver label y~ and its share c of the m answers (the paper's confidence).
+    """Returns the silver label y~ and its share c of the m answers (the paper's confidence).
 
     None stands for an answer that could not be parsed: it counts in m and never wins, and neither does one
     that says nothing ("..."). A tie goes to the answer that appeared first, and the label is written as it
     was there. Without any answer: (None, 0.0).
     """
-    votes, written = Counter(), {}
+    votes: Counter = Counter()  # canonical form -> how many answers have it
+    written: dict = {}  # canonical form -> how it was written first
     for answer in answers:
         if answer is not None and says_something(answer):
             key = canonical(answer)
@@ -45,13 +46,13 @@ def confidence(answers: Sequence[str | None]) -> tuple[str | None, float]:
             written.setdefault(key, answer)
     if not votes:
         return None, 0.0
-    # max keeps the first of equals, and `written` is in order of appearance
+    # max keeps the first of equals, and `written` is in order of appearance.
     winner = max(written, key=lambda key: votes[key])
     return written[winner], votes[winner] / len(answers)
 
 
 def answer_reward(answer: str | None, label: str) -> float:
-    """The Reasoner's reward: 1 if the answer equals the silver label, else 0."""
+    """Returns the Reasoner's reward: 1 if the answer equals the silver label, else 0."""
     return float(answer is not None and same_answer(answer, label))
 
 
@@ -59,7 +60,7 @@ def answer_reward(answer: str | None, label: str) -> float:
 
 
 def uncertainty_reward(c: float) -> float:
-    """r_unc = 1 - |2c - 1|: 1 where the Reasoner is torn (c = 0.5), 0 where it is sure (1) or lost (0)."""
+    """r_unc = 1 - |2c - 1|: highest (1) when half of the answers agree, 0 when all agree or none does."""
     return 1.0 - abs(2.0 * c - 1.0)
 
 
@@ -71,37 +72,42 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 
 
 def words(text: str) -> list[str]:
-    """What stands between white space; of scripts without spaces each character, as sacreBLEU's zh does."""
+    """Splits a text at white space, and scripts without spaces into characters, as sacreBLEU's zh does."""
     return _WORD.findall(text)
 
 
 def bleu_similarities(texts: Sequence[str]) -> np.ndarray:
-    """The matrix [n, n] of `bleu_similarity` of all pairs of texts.
+    """Returns the matrix [n, n] of `bleu_similarity` of all pairs of texts.
 
-    Each question's n-grams are counted once. The k-th occurrence of an n-gram in a text is one item, so the
-    clipped count of common n-grams, sum_g min(count_a(g), count_b(g)), is the number of common items: with a
+    Each text's n-grams are counted once. The k-th occurrence of an n-gram in a text is one item. So the
+    clipped count of common n-grams, sum_g min(count_a(g), count_b(g)), is the number of common items. With a
     text's items as a row of zeros and ones, one matrix product gives it for all pairs.
     """
     split = [words(text) for text in texts]
     length = np.array([len(w) for w in split], dtype=float)
     log_precision = np.zeros((len(texts), len(texts)))  # [hypothesis, reference]
     for n in range(1, 5):
-        common = _common_items([_occurrences(ngrams(w, n)) for w in split])
+        common = _count_common_items([_occurrences(ngrams(w, n)) for w in split])
         total = np.maximum(1, length - n + 1)
         smoothed = np.where(common > 0, common, 0.1)  # method 1: 0 becomes 0.1
         log_precision += np.log(smoothed / total[:, None]) / 4
         if n == 1:
             nothing_in_common = common == 0
+
+    # BLEU of each text (row) against each other one (column), then the mean of both directions.
     brevity = np.exp(np.minimum(0, 1 - length[None, :] / np.maximum(1, length)[:, None]))
     bleu = np.where(nothing_in_common, 0.0, brevity * np.exp(log_precision))
-    similarity, (same, _) = (bleu + bleu.T) / 2, _numbered(map(tuple, split))
-    same = np.array(same)
-    return np.where(same[:, None] == same[None, :], 1.0, similarity)
+    similarity = (bleu + bleu.T) / 2
+
+    # The same words in the same order give 1, also where there are fewer than four.
+    numbers, _ = _number([tuple(w) for w in split])
+    numbers = np.array(numbers)
+    return np.where(numbers[:, None] == numbers[None, :], 1.0, similarity)
 
 
-def _common_items(items: list[list]) -> np.ndarray:
-    """[n, n]: how many items two of n lists have in common; the items of a list are all different."""
-    columns, count = _numbered(item for row in items for item in row)
+def _count_common_items(items: list[list]) -> np.ndarray:
+    """Counts the items that two of n lists have in common: [n, n]. The items of a list are all different."""
+    columns, count = _number(item for row in items for item in row)
     rows = np.repeat(np.arange(len(items)), [len(row) for row in items])
     occurs = np.zeros((len(items), count), dtype=np.float32)  # whole numbers are exact up to 2^24
     occurs[rows, columns] = 1
@@ -109,7 +115,7 @@ def _common_items(items: list[list]) -> np.ndarray:
 
 
 def _occurrences(grams: Iterable) -> list[tuple]:
-    """[a, b, a] -> [(a, 1), (b, 1), (a, 2)]"""
+    """Numbers equal n-grams: [a, b, a] -> [(a, 1), (b, 1), (a, 2)]."""
     seen: Counter = Counter()
     items = []
     for gram in grams:
@@ -118,14 +124,14 @@ def _occurrences(grams: Iterable) -> list[tuple]:
     return items
 
 
-def _numbered(items: Iterable) -> tuple[list[int], int]:
-    """A number for each item, equal for equal ones, and how many numbers there are."""
+def _number(items: Iterable) -> tuple[list[int], int]:
+    """Gives each item a number, equal for equal ones; returns the numbers, and how many there are."""
     number: dict = {}
     return [number.setdefault(item, len(number)) for item in items], len(number)
 
 
 def bleu_similarity(a: str, b: str) -> float:
-    """The mean of BLEU(a | b) and BLEU(b | a): symmetric, in [0, 1]; 1 for the same words in the same order.
+    """Returns the mean of BLEU(a | b) and BLEU(b | a): symmetric, in [0, 1]; 1 for the same words in order.
 
     Equal to nltk's `sentence_bleu` with smoothing method 1, symmetrised; the exception is a question of fewer
     than four words against itself, which nltk scores below 1 for want of 4-grams.
@@ -134,33 +140,41 @@ def bleu_similarity(a: str, b: str) -> float:
 
 
 def cluster_questions(questions: Sequence[str], threshold: float = 0.5) -> list[int]:
-    """Average-linkage agglomerative clustering of the distances 1 - bleu_similarity.
+    """Clusters questions by average linkage of the distances 1 - bleu_similarity.
 
     The two nearest clusters are merged while their mean distance is below `threshold`. Returns a label per
-    question: 0, 1, ... in order of first appearance. The work is done on the sorted texts, so that ties are
-    broken by what the questions say and the clusters do not depend on the order they come in.
+    question: 0, 1, ... in order of first appearance. The work is done on the sorted texts. So ties are broken
+    by what the questions say, and the clusters do not depend on the order they come in.
     """
     texts = sorted(questions)
     distance = 1.0 - bleu_similarities(texts)
     np.fill_diagonal(distance, np.inf)
-    members = _average_linkage(distance, threshold)
-    cluster_of = {texts[i]: number for number, cluster in enumerate(members) for i in cluster}
-    first_seen = list(dict.fromkeys(cluster_of[question] for question in questions))
-    return [first_seen.index(cluster_of[question]) for question in questions]
+    cluster_of: dict[str, int] = {}
+    for number, members in enumerate(_average_linkage(distance, threshold)):
+        cluster_of |= {texts[i]: number for i in members}
+    labels, _ = _number(cluster_of[question] for question in questions)
+    return labels
 
 
 def _average_linkage(distance: np.ndarray, threshold: float) -> list[list[int]]:
-    """Merges by mean distance (UPGMA). distance: [n, n], symmetric, infinite on the diagonal."""
+    """Merges by mean distance (UPGMA); returns the members of each cluster.
+
+    distance: [n, n], symmetric, infinite on the diagonal.
+    """
     members = [[i] for i in range(len(distance))]
     while len(members) > 1:
-        a, b = divmod(int(distance.argmin()), len(members))
+        # The two nearest clusters.
+        a, b = sorted(divmod(int(distance.argmin()), len(members)))
         if not distance[a, b] < threshold:
             break
-        a, b = min(a, b), max(a, b)
-        size_a, size_b = len(members[a]), len(members[b])
+        # The distance to their union is the mean over all pairs of members.
+        size_a = len(members[a])
+        size_b = len(members[b])
         merged = (size_a * distance[a] + size_b * distance[b]) / (size_a + size_b)
         merged[a] = np.inf
-        distance[a], distance[:, a] = merged, merged
+        distance[a] = merged
+        distance[:, a] = merged
+        # Cluster b goes.
         distance = np.delete(np.delete(distance, b, axis=0), b, axis=1)
         members[a] += members.pop(b)
     return members
@@ -187,7 +201,10 @@ def questioner_rewards(
     """
     valid = [question for question in questions if question is not None]
     penalties = iter(diversity_penalty(valid, weight, len(questions)))
-    return [
-        0.0 if question is None else max(0.0, uncertainty_reward(c) - next(penalties))
-        for question, c in zip(questions, confidences, strict=True)
-    ]
+    rewards = []
+    for question, c in zip(questions, confidences, strict=True):
+        if question is None:
+            rewards.append(0.0)
+        else:
+            rewards.append(max(0.0, uncertainty_reward(c) - next(penalties)))
+    return rewards

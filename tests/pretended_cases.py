@@ -317,12 +317,14 @@ def moments_come_back():
             policy.optimizer.step()
             return {name: w.cpu() for name, w in policy.weights().items()}
 
-        weights, moments = step(policy), {name: m.cpu() for name, m in policy.moments().items()}
+        weights, moments = step(policy), {name: m.cpu() for name, m in policy.optimizer_state().items()}
         resumed = Trained(lent(tiny("bfloat16", rank=2)), 1e-3, 1e-2)
         resumed.load_weights(iter(weights.items()))
-        resumed.load_moments(iter(moments.items()))
+        resumed.load_optimizer_state(iter(moments.items()))
         a, b = step(policy), step(resumed)
-        assert all(map(on_gpu, resumed.moments().values())) and all(torch.equal(a[n], b[n]) for n in a)
+        assert all(map(on_gpu, resumed.optimizer_state().values())) and all(
+            torch.equal(a[n], b[n]) for n in a
+        )
 
 
 @both_families

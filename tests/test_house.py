@@ -5,12 +5,8 @@ import graphlib
 
 from conftest import ROOT
 
-OTHERS = ("tests", "bench", "notebooks")
-FILES = [
-    path
-    for path in sorted(ROOT.rglob("*.py"))
-    if not path.relative_to(ROOT).parts[0].startswith((".", *OTHERS)) and "venv" not in str(path.parent)
-]
+ROOMS = ("model", "measure", "training", "toy")  # folders; each file of the top level is a room of its own
+FILES = sorted([*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))])
 MODULES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in FILES}
 COMMANDS = ("loop", "evaluate", "benchmarks", "report")
 PURE = ("rewards", "answers", "curate", "grpo")  # know nothing of models, files, processes or devices
@@ -73,6 +69,14 @@ def test_files_and_functions_are_short():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno <= 60, (name, node.name)
+
+
+def test_the_readme_names_every_file():
+    """The file tree: each file of the program once, with a phrase, and none that is not there."""
+    tree = (ROOT / "README.md").read_text().split("## The files\n\n```\n")[1].split("```")[0]
+    lines = [line.split(None, 1) for line in tree.splitlines() if line.strip()]
+    named = [path for path, phrase in lines if path.endswith(".py") and phrase]
+    assert sorted(named) == sorted(path.relative_to(ROOT).as_posix() for path in MODULES.values())
 
 
 def test_a_phase_speaks_of_the_algorithm_only():

@@ -260,13 +260,13 @@ def one_more(ranks, folder, first):
     if not first:
         parts = json.loads((folder / "parts.json").read_text())
         policy.load_weights(read_tensors(folder, parts["weights"]))
-        policy.load_moments(read_tensors(folder, parts["moments"]))
+        policy.load_optimizer_state(read_tensors(folder, parts["moments"]))
     for seed in (0, 1) if first else (2,):
         mine = ranks.shard(random_groups(policy.vlm, 4, seed))
         grpo.add_reference(mine, reference)
         grpo.update(policy, policy.optimizer, mine)
     parts = {}
-    for name, tensors in (("weights", policy.weights()), ("moments", policy.moments())):
+    for name, tensors in (("weights", policy.weights()), ("moments", policy.optimizer_state())):
         parts[name] = ranks.all_gather([write_tensors(folder, f"{name}-{ranks.rank}", tensors)])
     if first and ranks.is_main:
         (folder / "parts.json").write_text(json.dumps(parts))

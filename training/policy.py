@@ -1,17 +1,16 @@
-"""Several processes, one run (`torchrun --nproc-per-node 8 loop.py ...`), and the role that is trained by
-them.
+"""The role in training: float32 masters, their optimizer, and the plain copy that rollouts read.
 
-Each process (rank) works on its share of the images with a plain copy of each role: rollouts, votes, rewards
-and advantages need nobody else. The role in training exists once more, as float32 masters: `Trained` shards
-them over the ranks, a layer at a time, with torch's FSDP2, which also reduces the gradients and, with
-`offload`, keeps the shards in CPU memory. After each step the plain copy is refreshed from the shards.
+    masters (float32, sharded over the ranks)  --forward, backward, AdamW-->  masters
+    masters  --rounded after each step-->  plain copy (the model's dtype, whole on each rank)
 
-At a learning rate of 1e-6 a bfloat16 weight never moves, as the step is far below the spacing of its values:
-hence the masters, which last from phase to phase. One process in float32 needs none of this and trains the
-plain copy itself.
+At a learning rate of 1e-6 a step is far below the spacing of bfloat16 numbers, so a bfloat16 weight would
+never move. Hence the masters, which last from phase to phase. One process in float32 needs none of this and
+trains the plain copy itself.
 
-What ranks exchange besides is small (questions, votes, metrics) and JSON: torch's own `all_gather_object`
-would pickle.
+Several processes (`torchrun --nproc-per-node 8 loop.py ...`) share one run. Each rank works on its part of
+the images with a plain copy of each role: rollouts, votes, rewards and advantages need nobody else. FSDP2
+shards the masters a layer at a time, and reduces the gradients. With `offload` it keeps the shards in CPU
+memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,10 +32,7 @@ from training.distributed import Ranks, backend
 
 
 class Trained:
-    """A role in training: a policy for `grpo.update`, its AdamW, and what an interrupted run needs of them.
-
-    vlm: the plain copy, which rollouts read. `optimizer.step` refreshes it.
-    """
+    """A role in training: a `grpo.Policy` with its AdamW, and what an interrupted run needs of them."""
 
     def __init__(
         self,
@@ -47,9 +43,10 @@ class Trained:
         checkpointing: bool = False,
         ranks: Ranks | None = None,
     ):
-        self.vlm, self.ranks = vlm, ranks or Ranks()
-        whole = all(p.dtype == torch.float32 for p in vlm.model.parameters() if p.requires_grad)
-        self.sharded = self.ranks.size > 1 or not whole or offload
+        self.vlm = vlm  # the plain copy; `optimizer.step` refreshes it
+        self.ranks = ranks or Ranks()
+        is_float32 = all(p.dtype == torch.float32 for p in vlm.model.parameters() if p.requires_grad)
+        self.sharded = self.ranks.size > 1 or not is_float32 or offload
         if self.sharded:
             self.forward = shard(vlm, offload, checkpointing, self.ranks.size)
         else:
@@ -60,7 +57,7 @@ class Trained:
             self.optimizer.register_step_post_hook(lambda *_: self.refresh())
 
     def parameters(self) -> list[Tensor]:
-        """The masters: sharded ones hold this rank's part, as DTensors."""
+        """Returns the masters; sharded ones hold this rank's part, as DTensors."""
         return [p for _, p in self._named()]
 
     def _named(self) -> list[tuple[str, Tensor]]:
@@ -117,60 +114,68 @@ class Trained:
     # the ranks.
 
     def weights(self) -> dict[str, Tensor]:
-        """This rank's part of the masters, by name."""
+        """Returns this rank's part of the masters, by name."""
         return {name: _local(p).detach() for name, p in self._named()}
 
-    def moments(self) -> dict[str, Tensor]:
-        """This rank's part of AdamW's moments, and its step counts, named NAME:exp_avg and so on."""
-        named = {name: self.optimizer.state[p] for name, p in self._named()}
-        return {f"{name}:{kind}": _local(t) for name, state in named.items() for kind, t in state.items()}
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Returns this rank's part of AdamW's moments, and its step counts, named NAME:exp_avg and so on."""
+        state = {}
+        for name, parameter in self._named():
+            for kind, tensor in self.optimizer.state[parameter].items():
+                state[f"{name}:{kind}"] = _local(tensor)
+        return state
 
     @torch.no_grad()
     def load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Puts whole tensors, by name, into the masters, and refreshes the plain copy."""
         masters = dict(self._named())
         for name, whole in weights:
-            _local(masters[name]).copy_(_local(_like(masters[name], whole)))
+            master = masters[name]
+            _local(master).copy_(_local(_like(master, whole)))
         if self.sharded:
             self.refresh()
 
-    def load_moments(self, moments: Iterator[tuple[str, Tensor]]) -> None:
-        """Goes on with these moments, whole tensors by name."""
+    def load_optimizer_state(self, state: Iterator[tuple[str, Tensor]]) -> None:
+        """Goes on with this optimizer state: whole tensors, by name."""
         masters = dict(self._named())
-        for key, whole in moments:
+        for key, whole in state:
             name, kind = key.rsplit(":", 1)
-            device = _local(masters[name]).device
-            moment = whole.to(device) if kind == "step" else _like(masters[name], whole)
-            self.optimizer.state[masters[name]][kind] = moment
+            master = masters[name]
+            if kind == "step":
+                tensor = whole.to(_local(master).device)
+            else:
+                tensor = _like(master, whole)
+            self.optimizer.state[master][kind] = tensor
 
 
 def shard(vlm: VLM, offload: bool, checkpointing: bool, size: int) -> PackedForward:
-    """The model once more, as float32 masters sharded over `size` ranks, computing in the plain copy's dtype.
+    """Returns the model once more, as float32 masters that are sharded over `size` ranks.
 
-    Layers are sharded one after the other, so that a device never holds the whole model in float32.
+    It computes in the plain copy's dtype. Layers are sharded one after the other, so that a device never
+    holds the whole model in float32.
     """
-    device, dtype = vlm.device, vlm.model.dtype
+    device = vlm.device
     if not dist.is_initialized():  # one process: a group of its own
         dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
     # cast_forward_inputs: a layer gets what it would get in the plain model, float32 rotations among them.
-    precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(vlm.model.dtype, torch.float32, cast_forward_inputs=False)
+    to_cpu = offload and device.type == "cuda"
+    forward = PackedForward(copy_model(vlm.model), checkpointing, vlm.fallbacks)
     rules = dict(
         mesh=init_device_mesh(device.type, (size,)),
         mp_policy=precision,
-        offload_policy=CPUOffloadPolicy() if offload and device.type == "cuda" else OffloadPolicy(),
+        offload_policy=CPUOffloadPolicy() if to_cpu else OffloadPolicy(),
+        # What is frozen stays as it is, shared with the plain copy.
+        ignored_params={p for p in forward.parameters() if not p.requires_grad},
     )
-    forward = PackedForward(copy_model(vlm.model), checkpointing, vlm.fallbacks)
-    frozen = {
-        p for p in forward.parameters() if not p.requires_grad
-    }  # stays as it is, shared with the plain copy
     for layer in (*forward.model.model.visual.blocks, *forward.model.model.language_model.layers):
         if any(p.requires_grad for p in layer.parameters()):
-            fully_shard(_masters(layer, device), **rules, ignored_params=frozen)
-    return fully_shard(_masters(forward, device), **rules, ignored_params=frozen)
+            fully_shard(_to_masters(layer, device), **rules)
+    return fully_shard(_to_masters(forward, device), **rules)
 
 
-def _masters(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """Its trained weights in float32 on the device."""
+def _to_masters(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Makes a module's trained weights float32 on the device; returns the module."""
     for parameter in module.parameters():
         if parameter.requires_grad and not isinstance(parameter, DTensor):
             parameter.data = parameter.data.to(device, torch.float32)
@@ -185,7 +190,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _like(master: Tensor, whole: Tensor) -> Tensor:
-    """A whole tensor that every rank has, sharded as the master is."""
+    """Shards a whole tensor, which every rank has, as the master is sharded."""
     whole = whole.to(torch.float32)
     if not isinstance(master, DTensor):
         return whole.to(master.device)

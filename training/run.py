@@ -186,7 +186,7 @@ class Run:
         self.policy = Trained(vlm, s.lr, s.weight_decay, s.offload, s.gradient_checkpointing, self.ranks)
         self.policy.load_weights(read_tensors(self.folder, files[role]))
         if not is_new:
-            self.policy.load_moments(read_tensors(self.folder, files["moments"]))
+            self.policy.load_optimizer_state(read_tensors(self.folder, files["moments"]))
 
         yield
 
@@ -212,7 +212,7 @@ class Run:
             is_stopped = self.ranks.any(self.stopping)
             is_due = step % self.save_every == 0 and step < count
             if is_due or is_stopped:
-                self.save({role: self.policy.weights(), "moments": self.policy.moments()})
+                self.save({role: self.policy.weights(), "moments": self.policy.optimizer_state()})
             if is_stopped:
                 raise Stopped
 
