@@ -79,6 +79,15 @@ def test_the_readme_names_every_file():
     assert sorted(named) == sorted(path.relative_to(ROOT).as_posix() for path in MODULES.values())
 
 
+def test_a_command_starts_behind_its_last_line():
+    """What stands behind the start of `main` would not be defined yet when it runs."""
+    for name in COMMANDS:
+        *_, last = ast.parse(MODULES[name].read_text(encoding="utf-8")).body
+        assert ast.unparse(last).startswith("if __name__ == '__main__':") and "main()" in ast.unparse(last), (
+            name
+        )
+
+
 def test_a_phase_speaks_of_the_algorithm_only():
     """No word of processes, parking, retries, files or bars in the phases of loop.py."""
     tree = ast.parse((ROOT / "loop.py").read_text())
