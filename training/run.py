@@ -223,7 +223,7 @@ class Run:
 
     @property
     def sampling(self) -> Sampling:
-        """How the models' outputs are drawn."""
+        """Returns how the models' outputs are drawn."""
         s = self.settings
         return Sampling(s.max_new_tokens, s.temperature, s.top_p)
 
