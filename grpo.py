@@ -16,7 +16,7 @@ This file knows nothing of models or files. It asks two things of a model: see `
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,19 +31,19 @@ class Completion:
     prompt: Any  # what the policy was given; completions of one group share one object
     tokens: list[int]  # y_1 .. y_T
     reward: float = 0.0  # r
-    advantage: float = 0.0  # A, set by `update`
-    old_logp: Tensor | None = None  # [T] log pi_old, set by the first `update`
+    advantage: float = 0.0  # A, set by `backward`
+    old_logp: Tensor | None = None  # [T] log pi_old, set by the first `backward`
     ref_logp: Tensor | None = None  # [T] log pi_ref, set by `add_reference`
 
 
 Group = list[Completion]  # the G completions of one prompt
-Batch = tuple[Group, list[Tensor], float]
+Batch = tuple[list[Completion], list[Tensor], float]  # see `Policy.batches`
 
 
 class Policy(Protocol):
     """A model, as GRPO sees it: the policy in training, or the reference."""
 
-    def batches(self, completions: Group, temperature: float) -> Iterator[Batch]:
+    def batches(self, completions: list[Completion], temperature: float) -> Iterator[Batch]:
         """Yields completions a batch at a time, with their log-probabilities and the weight of the batch.
 
         The log-probabilities are one tensor [T] a completion. The weight is the batch's part of all
@@ -54,17 +54,18 @@ class Policy(Protocol):
         """Returns attempt(). Tries again with smaller batches whenever memory runs out."""
 
 
-def make_group(prompt: Any, completions: Iterable[list[int]], rewards: Iterable[float] = ()) -> Group:
+def make_group(prompt: Any, completions: Iterable[list[int]], rewards: Sequence[float] = ()) -> Group:
     """Returns the completions (token ids) of one prompt as a group, with their rewards if they are known."""
     group = [Completion(prompt, tokens) for tokens in completions]
-    set_rewards([group], [rewards])
+    if rewards:
+        set_rewards([group], [rewards])
     return group
 
 
-def set_rewards(groups: Iterable[Group], rewards: Iterable[Iterable[float]]) -> None:
-    """Writes the rewards of each group into its completions."""
-    for group, group_rewards in zip(groups, rewards):
-        for completion, reward in zip(group, group_rewards):
+def set_rewards(groups: Sequence[Group], rewards: Sequence[Sequence[float]]) -> None:
+    """Writes the rewards of each group into its completions. Raises ValueError for too few or too many."""
+    for group, group_rewards in zip(groups, rewards, strict=True):
+        for completion, reward in zip(group, group_rewards, strict=True):
             completion.reward = reward
 
 
@@ -86,7 +87,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """KL(pi || pi_ref) per token at a sample of pi: unbiased and never negative (Schulman's k3)."""
+    """Estimates KL(pi || pi_ref) per token at a sample of pi: unbiased, never negative (Schulman's k3)."""
     difference = ref_logp - logp
     return difference.exp() - difference - 1.0
 
@@ -157,11 +158,15 @@ def update(
     """Makes one optimizer step on all groups.
 
     Returns the means of `grpo_loss`'s metrics, `grad_norm` before clipping, and `skipped`: 1 if the gradient
-    was not finite, which changes nothing.
+    was not finite; then weights and optimizer state stay as they are.
     """
+    first_time = [completion for completion in flatten(groups) if completion.old_logp is None]
 
     def attempt() -> dict[str, float]:
-        optimizer.zero_grad()  # of an attempt that ran out of memory
+        # Drop what an attempt that ran out of memory has left.
+        optimizer.zero_grad()
+        for completion in first_time:
+            completion.old_logp = None
         return backward(policy, groups, clip, beta, temperature)
 
     metrics = policy.retry(attempt)
@@ -209,7 +214,7 @@ def backward(
     return totals
 
 
-def flatten(groups: list[Group]) -> Group:
+def flatten(groups: list[Group]) -> list[Completion]:
     """Returns all completions of all groups, group after group."""
     return [completion for group in groups for completion in group]
 

@@ -13,12 +13,13 @@ Differs from the paper: both roles live in one process, with no server between t
 official code: see docs/differences.md.
 
 Read it downward from `visplay`. Prompts are in questioner.py and reasoner.py, equations in rewards.py,
-curate.py and grpo.py, what is measured in measure/watch.py. `run` (training/run.py) holds the two roles, the
-images, the random numbers and the files. Several processes may share a run: each works on its part of the
-images, and `all_gather` gives every process the results of all.
+curate.py and grpo.py, what is measured in measure/watch.py. A `VotedQuestion` (curate.py) is a question with
+its m answers, its silver label and its confidence. `run` (training/run.py) holds the two roles, the images,
+the random numbers of each step and the files. Several processes may share a run: each works on its part of
+the images, and `all_gather` gives every process the results of all.
 """
 
-if __name__ == "__main__":  # torch takes seconds to import: --help, a wrong flag and Ctrl-C come before it
+if __name__ == "__main__":  # a first parse: --help, a wrong flag and Ctrl-C need not wait for torch's import
     import signal
 
     from training.settings import parse_arguments
@@ -46,13 +47,13 @@ from training.settings import Settings
 # ---- What a researcher may change (see docs/your-own-idea.md) ----------------------------------------------
 
 
-def reward_questions(votes: list[VotedQuestion | None], s: Settings) -> list[float]:
+def reward_questions(voted: list[VotedQuestion | None], s: Settings) -> list[float]:
     """Returns the Questioner's rewards for the G questions about one image (None: invalid).
 
     r = 1[valid] max(0, r_unc - r_div)
     """
-    texts = [vote.question if vote else None for vote in votes]
-    confidences = [vote.confidence if vote else 0.0 for vote in votes]
+    texts = [each.question if each else None for each in voted]
+    confidences = [each.confidence if each else 0.0 for each in voted]
     return rewards.questioner_rewards(texts, confidences, s.diversity_weight)
 
 
@@ -93,16 +94,17 @@ def train_questioner(s: Settings, run: Run, k: int, rules: Rules) -> None:
     """Phase 1: GRPO on the Questioner. Good questions are those that split the frozen Reasoner's votes."""
     if run.is_done(k, "questioner"):
         return
+    # In this block run.policy is the role in training, run.reference its copy from the start of the phase.
     with run.training("questioner"):
         for step in run.steps("questioner", s.questioner_steps):
             # Take images, and ask G questions about each.
             images = run.next_images(s.images_per_step)
             asked = questioner.ask(run.questioner, images, s.group_size, run.sampling, run.generator)
             # Vote: the Reasoner answers each valid question m times.
-            votes = reasoner.vote(run.reasoner, asked, s.answers, run.sampling, run.generator)
+            voted = reasoner.vote(run.reasoner, asked, s.answers, run.sampling, run.generator)
             # Reward the questions, and measure what the rewards are made of.
-            question_rewards = [rules.question_reward(group, s) for group in votes]
-            metrics = watch.question_metrics(s, run.all_gather_votes(votes))
+            question_rewards = [rules.question_reward(group, s) for group in voted]
+            metrics = watch.question_metrics(s, run.all_gather_votes(voted))
             # Make one GRPO step, and log it.
             groups = [each.completions for each in asked]
             update = grpo_step(s, run, groups, question_rewards)
@@ -118,8 +120,8 @@ def curate_questions(s: Settings, run: Run, k: int, rules: Rules) -> None:
     for images in run.image_batches(k, "curation", s.candidates, s.images_per_step):
         # Ask one question about each image, and vote on it.
         asked = questioner.ask(run.questioner, images, 1, run.sampling, run.generator)
-        votes = reasoner.vote(run.reasoner, asked, s.answers, run.sampling, run.generator)
-        candidates += [vote for (vote,) in run.all_gather_votes(votes) if vote is not None]
+        voted = reasoner.vote(run.reasoner, asked, s.answers, run.sampling, run.generator)
+        candidates += [question for (question,) in run.all_gather_votes(voted) if question is not None]
     # Keep those of middling confidence: the majority is the silver label.
     curated = curate.curate(candidates, lambda question: rules.keep(question, s))
     run.write_record(watch.curation_metrics(s, k, candidates, curated, time.monotonic() - start))
@@ -132,9 +134,10 @@ def train_reasoner(s: Settings, run: Run, k: int, rules: Rules) -> None:
     if run.is_done(k, "reasoner"):
         return
     curated = run.read_curated(k)
-    if not curated:
+    if not curated:  # nothing to learn from, as finish_curation has said
         run.finish_phase()
         return
+    # Shuffle them.
     order = random.Random(f"{s.seed} {k} curated").sample(curated, len(curated))
     with run.training("reasoner"):
         for step in run.steps("reasoner", s.reasoner_steps):

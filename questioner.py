@@ -35,7 +35,7 @@ INSTRUCTION = (
 
 @dataclass(frozen=True)
 class Question:
-    """A valid question: its kind (one of KINDS), its text, and the Questioner's own answer."""
+    """A valid question: its kind (one of KINDS, written in <type>), its text, and the Questioner's answer."""
 
     kind: str
     text: str
@@ -90,7 +90,7 @@ def parse_question(text: str) -> Question | None:
     if rest:
         return None
 
-    # A known kind, a question, and an answer of the Questioner's own.
+    # A known kind, a question, and an answer of the Questioner's own: the box's content, or the bare text.
     kind = " ".join(blocks["type"].lower().replace("-", " ").split())
     question = blocks["question"].strip()
     answer = extract_answer(blocks["answer"]) or blocks["answer"].replace("\\boxed{}", "").strip()

@@ -5,7 +5,7 @@ r"""The Multimodal Reasoner: an image and a question in, worked answers out.
     y~ = the majority of y_1 .. y_m, the silver label,       c = its share, the confidence         -> vote
 
 The paper's Reasoner is told to think inside tags; this prompt only asks for a step-by-step answer in
-\boxed{}, which every model of the family follows with or without tags of its own. The official code has a
+\boxed{}, which models follow with or without thinking tags of their own. The official code has a
 second prompt for the votes of the Questioner's phase, which forbids reasoning; here all votes are taken in
 the same way.
 """

@@ -15,9 +15,9 @@ The Reasoner's own reward for an answer y to a curated question is 1[y = y~]    
 
 The official code differs from the paper: it scores min(c, 1 - c) in place of r_unc (the same tent, half as
 high), subtracts the cluster's share of the *whole batch* instead of one image's group, and does not clip at
-0. This file follows the paper. The similarity is BLEU as there (words split at white space, smoothing method
-1), but the mean of both directions, where the official code takes one; and scripts without spaces are split
-into characters.
+0. This file follows the paper. The similarity is BLEU as in the official code: words split at white space,
+smoothing method 1. But it is the mean of both directions, where the official code takes one, and scripts
+without spaces are split into characters.
 """
 
 import re
@@ -60,7 +60,7 @@ def answer_reward(answer: str | None, label: str) -> float:
 
 
 def uncertainty_reward(c: float) -> float:
-    """r_unc = 1 - |2c - 1|: highest (1) when half of the answers agree, 0 when all agree or none does."""
+    """r_unc = 1 - |2c - 1|: highest (1) when half of the answers agree, 0 when all agree or c is 0."""
     return 1.0 - abs(2.0 * c - 1.0)
 
 
@@ -72,7 +72,7 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 
 
 def words(text: str) -> list[str]:
-    """Splits a text at white space, and scripts without spaces into characters, as sacreBLEU's zh does."""
+    """Splits a text at white space, and scripts without spaces into characters."""
     return _WORD.findall(text)
 
 
@@ -195,9 +195,10 @@ def diversity_penalty(
 def questioner_rewards(
     questions: Sequence[str | None], confidences: Sequence[float], weight: float = 1.0
 ) -> list[float]:
-    """R = 1[valid] max(0, r_unc - r_div) for the G questions of one image; None is an invalid question.
+    """r = 1[valid] max(0, r_unc - r_div) for the G questions of one image; None is an invalid question.
 
-    Only valid questions are clustered, and G counts invalid ones, too: these change nobody's penalty.
+    Only valid questions are clustered, and G counts all of them. So a question's penalty
+    is the same whether the others are invalid or merely different.
     """
     valid = [question for question in questions if question is not None]
     penalties = iter(diversity_penalty(valid, weight, len(questions)))

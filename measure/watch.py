@@ -23,7 +23,11 @@ SAMPLES = 4  # answers to a held-out question
 
 
 def question_metrics(s: Settings, votes: list[list[VotedQuestion | None]]) -> dict:
-    """Returns the parts of the Questioner's rewards: means over valid questions; `clusters` over images."""
+    """Returns the parts of the paper's reward for questions.
+
+    `validity` is a share of all outputs, `clusters` a mean over images, the others are means over valid
+    questions.
+    """
     # One list of valid questions for each image.
     groups = [[vote for vote in group if vote is not None] for group in votes]
     penalties: list[float] = []
@@ -74,8 +78,7 @@ def curation_metrics(
 def vote_on_probes(s: Settings, run: Run, k: int) -> list[VotedQuestion]:
     """Returns the Reasoner's votes after iteration k on fixed questions that the base asked.
 
-    Before the first iteration the base votes on them twice: agreement with it can be no higher than its
-    agreement with itself.
+    Before the first iteration the base votes on them twice: its agreement with itself is the yardstick.
     """
     run.generator = run.seeded(k, "probe")
     if k == 0:

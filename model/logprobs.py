@@ -37,7 +37,7 @@ class PackedForward(torch.nn.Module):
 
     def forward(self, batch: PackedBatch, temperature: float) -> Tensor:
         """Returns log-probabilities [N], float32, of `batch.targets`; `temperature` divides the logits."""
-        # A layer checkpoints itself while it is told that it trains.
+        # transformers recomputes a layer only while its `training` is True.
         layers = (*self.model.model.visual.blocks, *self.model.model.language_model.layers)
         for layer in layers:
             layer.training = self.checkpointing and torch.is_grad_enabled()

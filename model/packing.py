@@ -2,13 +2,13 @@ r"""Packing: the G completions of a prompt in one row, the prompt once.
 
     [ prompt | completion_1 | ... | completion_G ]
 
-A completion's positions start at the end of the prompt, and it sees the prompt and itself only. So the row
-gives
+A completion's positions start where the prompt's end (`next_position`), and it sees the prompt and itself
+only. So the row gives
 
     log pi_theta(y_t | image, x, y_<t)        for every token t of every completion y,
 
-exactly as G rows of their own would, in values and gradients, but the image is encoded once and the prompt
-forwarded once (the idea of Prefix Grouper, arXiv 2506.05433; the official code forwards both once per
+as G rows of their own would, in values and gradients up to rounding. But the image is encoded once and the
+prompt forwarded once (the idea of Prefix Grouper, arXiv 2506.05433; the official code forwards both once per
 completion).
 
 This file lays rows out; model/logprobs.py forwards them. It reads `prompt` and `tokens` of a completion
@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 ROW_TOKENS = 8192  # a longer group is split into several rows: a row's mask takes its length squared
-BATCH_TOKENS = 8192  # rows are forwarded and differentiated together up to so many tokens,
-# and so many image tokens: each is four patches in the image encoder, and costs more than text.
-BATCH_IMAGE_TOKENS = 2048
+BATCH_TOKENS = 8192  # a batch of rows has at most so many tokens
+BATCH_IMAGE_TOKENS = 2048  # and so many image tokens: each is four patches, and costs more than text
 
 
 class Continuation(NamedTuple):
@@ -143,8 +142,8 @@ def lay_out(rows: list[PackedRow]) -> PackedBatch:
 def packed_mask(segment: Tensor) -> Tensor:
     """Returns who may see whom: [B, 1, T, T] bool for segment [B, T], True where a row may see a column.
 
-    A token sees what stands before it in the prompt and in its own completion. Padding sees at least itself,
-    as a softmax over nothing would be NaN. For the segment 0 0 1 1 2:
+    A token sees itself, and what stands before it in the prompt and in its own completion. Padding sees at
+    least itself, as a softmax over nothing would be NaN. For the segment 0 0 1 1 2:
 
                  0  0  1  1  2
         prompt   x

@@ -2,7 +2,8 @@
 
     config.json                  every setting
     metrics.jsonl                one record a GRPO step, curation or measurement
-    probes/iteration-K.jsonl     fixed questions that the base asked, with the Reasoner's votes at its end
+    probes/base.jsonl            fixed questions that the base asked, with its own first votes
+    probes/iteration-K.jsonl     the same questions, with the Reasoner's votes at the end of iteration K
     candidates/iteration-K.jsonl every valid question that was proposed for curation, with its votes
     curated/iteration-K.jsonl    those that were kept: the Reasoner's training set of iteration K
     questioner/, reasoner/       both roles after the last complete iteration, as Hugging Face checkpoints
@@ -51,7 +52,7 @@ from training.settings import UNKNOWN_INSTRUCTIONS, Settings, knows
 from training.state import State, copy_tensors, entry, lock, read_tensors, recover, write_state, write_tensors
 
 PHASES = ("questioner", "curation", "reasoner", "measure")
-BAD_STEPS = 3  # in a row with a loss or gradient that is not finite stop a run
+BAD_STEPS = 3  # so many steps in a row with a gradient that is not finite stop a run
 NOT_FINITE = (
     f"loss or gradient were not finite {BAD_STEPS} steps in a row, the weights are those of before: start a "
     "new run (--name) with a lower --lr or with --dtype float32"
@@ -162,16 +163,24 @@ class Run:
     # ---- Phases and steps ------------------------------------------------------------------------------
 
     def is_done(self, k: int, phase: str) -> bool:
-        """Tells if this phase of iteration k is done already. If it is not, it begins now."""
+        """Tells if this phase of iteration k is done already. If it is not, it begins now.
+
+        Raises RunError if another phase comes first.
+        """
+        asked = (k, PHASES.index(phase))
+        next_one = (self.state.iteration, PHASES.index(self.state.phase))
+        if asked > next_one:
+            raise RunError(f"iteration {self.state.iteration}: {self.state.phase} comes before {k}: {phase}")
         self.started = time.monotonic()
         self.console.now(f"iteration {k}: {phase}")
-        return (self.state.iteration, self.state.phase) != (k, phase)
+        return asked < next_one
 
     @contextmanager
     def training(self, role: str) -> Iterator[None]:
         """Trains a role in a `with` block: sets `policy` and `reference`, and saves the role at the end.
 
-        A phase that was cut short goes on with the weights and the optimizer state of then.
+        The other role has no optimizer: it is frozen. A step of the policy's optimizer also refreshes the
+        role. A phase that was cut short goes on with the weights and the optimizer state of then.
         """
         s = self.settings
         vlm = self.roles[role]
@@ -249,7 +258,10 @@ class Run:
     def next_questions(
         self, order: list[VotedQuestion], step: int
     ) -> list[tuple[VotedQuestion, Image.Image]]:
-        """Returns the curated questions of a step with their images; cycles through them in this order."""
+        """Returns the curated questions of a step with their images; cycles through them in this order.
+
+        With fewer questions than images a step, each step takes all of them.
+        """
         count = min(self.settings.images_per_step, len(order))
         places = range((step - 1) * count, step * count)
         return self.load_images(self.shard([order[place % len(order)] for place in places]))
