@@ -76,7 +76,7 @@ def launches(compiled: bool, size: str = "3b") -> tuple[Launches, Launches]:
     ):
         rows = cache.Rows(vlm, PROMPTS, GROUP, PROMPT_TOKENS, NEW_TOKENS)
         if compiled:
-            rows.in_one = [cache.in_one(layer.self_attn) for layer in vlm.model.model.language_model.layers]
+            rows.qkv = [cache.merge_qkv(layer.self_attn) for layer in vlm.model.model.language_model.layers]
         for counting, work in (
             (step, lambda: cache.step(vlm, rows, *shape)),
             (sampling, lambda: generate.sample(rows.logits, 1.0, 0.99, 0, None, rows.pieces)),

@@ -49,10 +49,10 @@ model.decode, greedy_rollout: logits at a new address in each step
 + rows.logits = rows.logits.clone(); f.write_logits(
 
 model.decode, greedy_rollout: a Python number that changes from step to step
-- rows.written[:R], rows.first[:R]
-+ rows.written[:R] * 0 + rows.time - rows.owners[0][2], rows.first[:R]
+- rows.written[:R],
++ rows.written[:R] * 0 + rows.time - rows.owners[0].born,
 
-model.decode, greedy_rollout: compiled for the first time in a recording
+model.decode, greedy_rollout: compiled for the first time in a capture
 - graph = torch.cuda.CUDAGraph()
 + graph = torch.cuda.CUDAGraph(); step.args[1].pieces = fused.compiled(vlm.fallbacks)
 
@@ -68,19 +68,19 @@ model.fused, greedy_rollout: a kernel that there is not
 - if q.is_cuda and q.dtype != torch.float32:
 + if q.is_cuda:
 
-model.decode, a_recording_that_fails: the stream of a broken recording stays
+model.decode, a_capture_that_fails: the stream of a broken capture stays
 - torch.cuda.set_stream(stream)
 + pass
 
-model.decode, a_recording_that_fails: the allocator is not told of a broken recording
+model.decode, a_capture_that_fails: the allocator is not told of a broken capture
 - torch._C._cuda_endAllocateToPool(index, pool)
 + pass
 
-model.decode, a_recording_that_fails: a recording is tried again in every call
+model.decode, a_capture_that_fails: a capture is tried again in every call
 - vlm.fallbacks.graphs = False
 + pass
 
-model.decode, out_of_memory_in_a_rollout: out of memory is taken for a recording that fails
+model.decode, out_of_memory_in_a_rollout: out of memory is taken for a capture that fails
 - if isinstance(error, torch.OutOfMemoryError):
 + if False:
 
@@ -105,8 +105,8 @@ model.sampling, sampled_rollout: uniform numbers left on the CPU
 + generator=generator)
 
 model.generate, greedy_rollout: positions left on the CPU
-- embeds, positions.to(vlm.device), None
-+ embeds, positions, None
+- positions.permute(2, 0, 1).to(vlm.device)
++ positions.permute(2, 0, 1)
 
 model.vlm, parked_roles: buffers forgotten in parking
 - if p.requires_grad), *self.model.buffers()]
