@@ -155,7 +155,7 @@ def sampled_rollout():
         assert set(gpu.waits) <= {"evict", "compact"}, set(gpu.waits)
         # A copy that is not "goes on" waits, too: where prompts come in and rows leave, and nowhere else.
         waiting = {who for how, who in gpu.copies if how.endswith("waits")} - {"uniform_numbers"}  # asked for
-        inside = {"image_features", "prefill", "_assign"}
+        inside = {"image_features", "encode", "prefill", "_assign"}
         may = {"__init__", "add", "embed", "_move_up", "evict", "a test", *inside}
         assert waiting <= may, waiting - may
 

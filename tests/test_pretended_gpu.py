@@ -125,24 +125,24 @@ model.vlm, parked_roles: a lending that waits
 + tensor.data.to(self.device)
 
 model.forward, sampled_rollout: features placed by looking for the image token
-- .index_put((row, column), values)
-+ .index_put((ids == model.config.image_token_id,), values)
+- .index_put(places,
++ .index_put((ids == model.config.image_token_id,),
 
 model.logprobs, float32_update: a mask left on the CPU
 - mask = packed_mask(batch.segment.to(device))
 + mask = packed_mask(batch.segment)
 
 model.qwen2_5_vl, sampled_rollout: sizes of images asked for
-- for t, h, w in grids.tolist()]))
-+ for t, h, w in grids.to(device).tolist()]))
+- features.split(tokens.tolist())
++ features.split(tokens.to(device).tolist())
 
 model.qwen2_5_vl, sampled_rollout: windows copied with a wait
 - order = order.to(device, non_blocking=True)
 + order = order.to(device)
 
 model.qwen3_vl, qwen3_sampled_rollout: an order of images made on the GPU
-- order = grids[:, 1:].prod(dim=1).argsort(stable=True)
-+ order = grids.to(pixels.device)[:, 1:].prod(dim=1).argsort(stable=True)
+- lengths = grids[:, 1:].prod(dim=1)
++ lengths = grids.to(pixels.device)[:, 1:].prod(dim=1)
 
 model.qwen3_vl, qwen3_float32_update: places in the table of positions made on the CPU
 - entries = torch.arange(side, device=table.device)
