@@ -234,7 +234,7 @@ def out_of_memory_in_a_rollout():
 
 
 @both_families
-def parked_roles():
+def offloaded_roles():
     """Pinned, in one buffer, still tied; lent without a wait and given back as they were."""
     with GPU() as gpu:
         vlm = lent(tiny("bfloat16"))

@@ -29,8 +29,8 @@ from pretended_cases import CASES, tiny  # noqa: E402
 # MODULE, the case that must see it: WHAT, then what stands there and what is put in its place.
 PLANTED = """
 model.fused, greedy_rollout: an index made on the CPU
-- everyone = torch.arange(len(index), device=index.device)
-+ everyone = torch.arange(len(index))
+- row = torch.arange(len(index), device=index.device)
++ row = torch.arange(len(index))
 
 model.decode, greedy_rollout: a number asked for in the step
 - x = model.embed_tokens(token)
@@ -85,7 +85,7 @@ model.decode, out_of_memory_in_a_rollout: out of memory is taken for a capture t
 + if False:
 
 model.sampling, sampled_rollout: a wait in sampling
-- if probs.device.type == "cpu" and not outside.any():
+- if on_cpu and not outside.any():
 + if not outside.any():
 
 model.sampling, sampled_rollout: asked which rows draw again
@@ -93,36 +93,36 @@ model.sampling, sampled_rollout: asked which rows draw again
 + which = outside[:, 0].nonzero()[:, 0]; outside[:, 0].int().topk(
 
 model.sampling, nucleus: too few rows draw again
-- _rows_outside(len(probs), top_p), sorted
-+ 1, sorted
+- count = _rows_outside(len(probs), top_p)
++ count = 1
 
 model.sampling, nucleus: rows that are inside draw again, too
-- pieces.draw_again(which, left, left.cumsum(dim=1), token, outside, next
-+ pieces.draw_again(which, left, left.cumsum(dim=1), token, outside | True, next
+- pieces.draw_again(which, left, sums, token, outside, next
++ pieces.draw_again(which, left, sums, token, outside | True, next
 
 model.sampling, sampled_rollout: uniform numbers left on the CPU
-- generator=generator).to(device)
-+ generator=generator)
+- yield from numbers.to(device)
++ yield from numbers
 
 model.generate, greedy_rollout: positions left on the CPU
 - positions.permute(2, 0, 1).to(vlm.device)
 + positions.permute(2, 0, 1)
 
-model.vlm, parked_roles: buffers forgotten in parking
-- if p.requires_grad), *self.model.buffers()]
-+ if p.requires_grad)]
+model.offload, offloaded_roles: buffers forgotten in offloading
+- return [*trained, *model.buffers()]
++ return trained
 
-model.vlm, parked_roles: parked in memory that is not pinned
-- self._tensors(), self.device.type == "cuda"
-+ self._tensors(), False
+model.vlm, offloaded_roles: offloaded to memory that is not pinned
+- pinned=self.device.type == "cuda"
++ pinned=False
 
-model.vlm, parked_roles: a buffer for each parked tensor
+model.offload, offloaded_roles: a buffer for each offloaded tensor
 - tensor.data = place.copy_(tensor.data)
 + tensor.data = torch.empty_like(place, pin_memory=pinned).copy_(tensor.data)
 
-model.vlm, parked_roles: a lending that waits
-- tensor.data.to(self.device, non_blocking=True)
-+ tensor.data.to(self.device)
+model.offload, offloaded_roles: a copy to the device that waits
+- tensor.data.to(device, non_blocking=True)
++ tensor.data.to(device)
 
 model.forward, sampled_rollout: features placed by looking for the image token
 - .index_put(places,
@@ -173,8 +173,8 @@ training.policy, moments_come_back: moments left on the CPU
 + return whole
 
 model.lora, lora_export: a change merged on the other device
-- self.lora_A).to(self.weight.device)
-+ self.lora_A)
+- change = change.to(self.weight.device)
++ change = change
 
 model.lora, lora_export: all merged matrices on the GPU at once
 - layer.merged().cpu()
