@@ -26,10 +26,9 @@ def embed(model, ids: Tensor, prompts: list[Prompt]) -> Tensor:
     embeds = model.get_input_embeddings()(ids)
     # The features of each image, encoded once however many prompts show it.
     images = list(chain.from_iterable(prompt.images for prompt in prompts))
-    unique = {id(image): image for image in images}
-    features = image_features(model.model.visual, [*unique.values()], device)
-    features = dict(zip(unique, features))
-    values = torch.cat([features[id(image)] for image in images])
+    unique = list(dict.fromkeys(images))
+    features = dict(zip(unique, image_features(model.model.visual, unique, device)))
+    values = torch.cat([features[image] for image in images])
     # Where they go.
     counts = torch.tensor([prompt.image_tokens for prompt in prompts])
     row = torch.repeat_interleave(counts)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class Patches:
     """An image as the model reads it, and its features. Prompts about one image share it."""
 
@@ -54,21 +54,17 @@ def make_prompt(ids: list[int], image_token: int, images: list[Patches], merge: 
     merge: patches along one side of an image token. Raises ValueError if there are more or fewer image tokens
     than images.
     """
-    if ids.count(image_token) != len(images):
-        raise ValueError(f"the prompt has {ids.count(image_token)} image tokens for {len(images)} images")
+    tokens = torch.tensor(ids)
+    is_image = tokens == image_token
+    if is_image.sum() != len(images):
+        raise ValueError(f"the prompt has {is_image.sum()} image tokens for {len(images)} images")
     grids = [image.grid[0].tolist() for image in images]
     # An image's one token is repeated for each of its features.
-    counts = iter([math.prod(grid) // merge**2 for grid in grids])
-    whole: list[int] = []
-    starts: list[int] = []
-    for token in ids:
-        if token == image_token:
-            starts.append(len(whole))
-            whole += [token] * next(counts)
-        else:
-            whole.append(token)
-    positions = rope_positions(starts, grids, merge, len(whole))
-    tokens = torch.tensor(whole)
+    counts = torch.ones_like(tokens)
+    counts[is_image] = counts.new_tensor([math.prod(grid) // merge**2 for grid in grids])
+    starts = (counts.cumsum(0) - counts)[is_image]
+    tokens = tokens.repeat_interleave(counts)
+    positions = rope_positions(starts.tolist(), grids, merge, len(tokens))
     places = (tokens == image_token).nonzero()[:, 0]
     return Prompt(tokens, positions, tuple(images), places)
 
@@ -93,25 +89,16 @@ def rope_positions(
     starts: of each image, its first token (here 2); grids: its patches in time, height and width; merge:
     patches along one side of an image token.
     """
-    parts: list[Tensor] = []
-    done = 0  # tokens that have a position
-    position = 0  # of the next token
-
-    def add_text(count: int) -> None:
-        text = torch.arange(position, position + count)
-        parts.append(text.expand(3, -1))
-
+    positions = torch.arange(length).repeat(3, 1)
     for start, (frames, height, width) in zip(starts, grids):
-        add_text(start - done)
-        position += start - done
         sides = (frames, height // merge, width // merge)
+        end = start + math.prod(sides)
         axes = torch.meshgrid([torch.arange(side) for side in sides], indexing="ij")
         image = torch.stack(axes).flatten(1)  # [3, tokens]
-        parts.append(image + position)
-        position += max(sides)
-        done = start + math.prod(sides)
-    add_text(length - done)
-    return torch.cat(parts, dim=1)
+        positions[:, start:end] = image + positions[:, start, None]
+        # What follows moves up or back to behind the image's largest position.
+        positions[:, end:] += max(sides) - (end - start)
+    return positions
 
 
 def arrange(text: str, images: int) -> list[int | str]:
