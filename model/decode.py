@@ -11,7 +11,7 @@ makes few kernels of many (fused.py).
 import functools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,7 +29,6 @@ BUCKETS = {"cpu": (1, 1, 1, 1), "cuda": (64, 8, 256, 128)}
 
 
 Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer
-Linear = tuple[Tensor, Tensor | None]  # weight and bias of a linear layer
 
 
 class Owner(NamedTuple):
@@ -102,7 +101,9 @@ class Rows:
         self.banned = zeros(text.vocab_size, dtype=torch.bool)  # [vocabulary] never sampled
         self.banned[torch.tensor(vlm.vision_ids, device=vlm.device)] = True
         self.count = torch.arange(max(prompt_tokens, new_tokens), device=vlm.device)  # 0, 1, 2, ...
-        self.qkv = merge_all_qkv(vlm)  # [layers] see `merge_qkv`
+        merge = can_merge_qkv(vlm)
+        blocks = vlm.model.model.language_model.layers
+        self.project = [project_qkv(block.self_attn, merge) for block in blocks]  # [layers] functions
         self.pieces = fused.compiled(vlm.fallbacks) if vlm.device.type == "cuda" else fused
 
         # What the host knows without asking the GPU.
@@ -275,7 +276,7 @@ def step(vlm: VLM, rows: Rows, R: int, S: int, P: int, T: int) -> None:
         mlp = block.mlp
         # Queries, keys and values; the keys and values go into the row's cache.
         x, h = f.add_norm(x, change, *scale(block.input_layernorm))
-        q, k, v = project(attention, rows.qkv[layer], h)
+        q, k, v = rows.project[layer](h)
         keys = rows.keys[layer]
         values = rows.values[layer]
         q = f.rotate_and_write(
@@ -325,46 +326,34 @@ def head_norms(attention) -> tuple[Tensor, Tensor, float] | None:
     return attention.q_norm.weight, *scale(attention.k_norm)
 
 
-def project(attention, merged: Linear | None, h: Tensor) -> list[Tensor]:
-    """Returns queries, keys and values of h [R, hidden]; merged: see `merge_qkv`."""
-    layers = qkv_layers(attention)
-    if merged is None:
-        return [layer(h) for layer in layers]
-    widths = [layer.out_features for layer in layers]
-    return torch.nn.functional.linear(h, *merged).split(widths, dim=1)
+def can_merge_qkv(vlm: VLM) -> bool:
+    """Tells if `project_qkv` may merge: on a GPU where the copies take a tenth of what is free at most."""
+    size = 0
+    for layer in vlm.model.model.language_model.layers:
+        size += sum(projection.weight.nbytes for projection in qkv(layer.self_attn))
+    return vlm.device.type == "cuda" and 5 * size <= cache_budget(vlm.device)
 
 
-def qkv_layers(attention) -> list:
-    """Returns the three layers in front of an attention."""
+def qkv(attention) -> list[torch.nn.Linear]:
+    """Returns the three projections in front of an attention."""
     return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
-def merge_all_qkv(vlm: VLM) -> list[Linear | None]:
-    """Returns `merge_qkv` of each layer, on a GPU with room for the copies; else None for each.
+def project_qkv(attention, merge: bool) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Returns the function from h [R, hidden] to its queries, keys and values.
 
-    The copies may take a tenth of the memory that is still free.
+    merge: the three matrices become one, unless one does more (LoRA). It is a copy, up to 6% of the weights,
+    for the length of a rollout: one matrix product is faster than three.
     """
-    attentions = [layer.self_attn for layer in vlm.model.model.language_model.layers]
-    size = 0
-    for attention in attentions:
-        size += sum(layer.weight.nbytes for layer in qkv_layers(attention))
-    if vlm.device.type == "cuda" and 5 * size <= cache_budget(vlm.device):
-        return [merge_qkv(attention) for attention in attentions]
-    return [None] * len(attentions)
-
-
-def merge_qkv(attention) -> Linear | None:
-    """Returns weight and bias of the three projections as those of one; None if one does more (LoRA).
-
-    A copy, up to 6% of the weights, for the length of a rollout: one matrix product is faster than three.
-    """
-    layers = qkv_layers(attention)
-    if any(type(layer) is not torch.nn.Linear for layer in layers):
-        return None
-    weight = torch.cat([layer.weight for layer in layers])
-    if layers[0].bias is None:
-        return weight, None
-    return weight, torch.cat([layer.bias for layer in layers])
+    projections = qkv(attention)
+    if not merge or any(type(each) is not torch.nn.Linear for each in projections):
+        return lambda h: [each(h) for each in projections]
+    weight = torch.cat([each.weight for each in projections])
+    bias = None
+    if projections[0].bias is not None:
+        bias = torch.cat([each.bias for each in projections])
+    widths = [each.out_features for each in projections]
+    return lambda h: torch.nn.functional.linear(h, weight, bias).split(widths, dim=1)
 
 
 # ---- CUDA graphs -------------------------------------------------------------------------------------------

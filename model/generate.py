@@ -55,11 +55,18 @@ def generate(
     keeps the finished prompts and retries the rest with half as many rows. Raises ValueError for arguments
     out of range, OutOfMemoryError if not even a few rows fit.
     """
-    whole = n >= 1 and max_new_tokens >= 1 and top_k >= 0
-    if not whole or not 0 <= temperature < math.inf or not 0 < top_p <= 1:  # written so that NaN is wrong
+    whole_numbers = n >= 1 and max_new_tokens >= 1 and top_k >= 0
+    fractions = 0 <= temperature < math.inf and 0 < top_p <= 1  # False for NaN
+    if not (whole_numbers and fractions):
         raise ValueError("need n, max_new_tokens >= 1, 0 <= temperature < inf, 0 < top_p <= 1, top_k >= 0")
     results: list[list] = [[None] * n for _ in prompts]
-    draw = functools.partial(sample, temperature=temperature, top_p=top_p, top_k=top_k, generator=generator)
+    draw = functools.partial(
+        sample,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        generator=generator,
+    )
     while waiting := [i for i, samples in enumerate(results) if None in samples]:
         try:
             with vlm.on_device():

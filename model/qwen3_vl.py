@@ -28,12 +28,14 @@ def count_activations(config) -> dict[str, tuple[int, int]]:
     heads = text.num_attention_heads * text.head_dim
     keys = text.num_key_value_heads * text.head_dim
     text_layer = 4 * width + 5 * heads + keys + 4 * text.intermediate_size
+    text_norms = 2 * width + heads + keys
     image_layer = 11 * vision.hidden_size + 2 * vision.intermediate_size
     mergers = 1 + len(vision.deepstack_visual_indexes)
+    merged = (3 * mergers + 1) * vision.hidden_size
     return {
-        "text layer": (text_layer, 2 * width + heads + keys),
+        "text layer": (text_layer, text_norms),
         "image layer": (image_layer, 0),
-        "merged": ((3 * mergers + 1) * vision.hidden_size, 0),
+        "merged": (merged, 0),
     }
 
 
@@ -45,8 +47,8 @@ def encode_images(visual, pixels: Tensor, grids: Tensor) -> list[Tensor]:
     # Images are sorted by length, so that those of equal length are neighbours.
     lengths = grids[:, 1:].prod(dim=1)
     order = lengths.argsort(stable=True)
-    sizes = grids.prod(dim=1).tolist()
-    patches = embed_patches(visual, pixels).split(sizes)
+    patches = embed_patches(visual, pixels)
+    patches = patches.split(grids.prod(dim=1).tolist())
     x = torch.cat([patches[image] for image in order])
     grids = grids[order]
     positions = learned_positions(visual, grids)
@@ -95,7 +97,8 @@ def learned_positions(visual, grids: Tensor) -> Tensor:
     positions = []
     for frames, height, width in grids.tolist():
         columns = weights(width) @ table  # [side, width, hidden]
-        grid = weights(height) @ columns.flatten(1)  # [height, width * hidden]
+        columns = columns.flatten(1)
+        grid = weights(height) @ columns  # [height, width * hidden]
         grid = grid.unflatten(1, (width, -1))
         patches = in_units(grid, visual.spatial_merge_size)
         positions.append(patches.repeat(frames, 1))

@@ -117,8 +117,8 @@ def rotations(visual, grids: Tensor, device: torch.device) -> tuple[Tensor, Tens
     """
     places = []
     for frames, height, width in grids.tolist():
-        rows, columns = torch.arange(height), torch.arange(width)
-        place = torch.cartesian_prod(rows, columns).view(height, width, 2)
+        place = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+        place = place.view(height, width, 2)
         place = in_units(place, visual.spatial_merge_size)  # [height * width, 2]
         places.append(place.repeat(frames, 1))
     places = torch.cat(places).to(device, non_blocking=True)

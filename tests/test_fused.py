@@ -135,8 +135,8 @@ def test_a_compiled_step_writes_the_same_tokens(monkeypatch, size):
         def __init__(self, vlm, *sizes):
             super().__init__(vlm, *sizes)
             self.pieces = fused.compiled(fallbacks)
-            self.qkv = [cache.merge_qkv(layer.self_attn) for layer in vlm.model.model.language_model.layers]
-            assert None not in self.qkv
+            layers = vlm.model.model.language_model.layers
+            self.project = [cache.project_qkv(layer.self_attn, merge=True) for layer in layers]
 
     want = texts()
     monkeypatch.setattr(generate, "Rows", Compiled)
