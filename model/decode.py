@@ -27,7 +27,6 @@ SAMPLING_BYTES = 32  # per row and vocabulary entry: logits, probabilities and t
 # captures few graphs.
 BUCKETS = {"cpu": (1, 1, 1, 1), "cuda": (64, 8, 256, 128)}
 
-
 Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer
 
 
@@ -330,11 +329,11 @@ def can_merge_qkv(vlm: VLM) -> bool:
     """Tells if `project_qkv` may merge: on a GPU where the copies take a tenth of what is free at most."""
     size = 0
     for layer in vlm.model.model.language_model.layers:
-        size += sum(projection.weight.nbytes for projection in qkv(layer.self_attn))
+        size += sum(projection.weight.nbytes for projection in qkv_projections(layer.self_attn))
     return vlm.device.type == "cuda" and 5 * size <= cache_budget(vlm.device)
 
 
-def qkv(attention) -> list[torch.nn.Linear]:
+def qkv_projections(attention) -> list[torch.nn.Linear]:
     """Returns the three projections in front of an attention."""
     return [attention.q_proj, attention.k_proj, attention.v_proj]
 
@@ -345,7 +344,7 @@ def project_qkv(attention, merge: bool) -> Callable[[Tensor], Sequence[Tensor]]:
     merge: the three matrices become one, unless one does more (LoRA). It is a copy, up to 6% of the weights,
     for the length of a rollout: one matrix product is faster than three.
     """
-    projections = qkv(attention)
+    projections = qkv_projections(attention)
     if not merge or any(type(each) is not torch.nn.Linear for each in projections):
         return lambda h: [each(h) for each in projections]
     weight = torch.cat([each.weight for each in projections])

@@ -100,13 +100,13 @@ def schedule(
     while rows.owners or waiting:
         # Prefill: waiting prompts go into free slots, the longest first, so that all others fit.
         used = len(rows.prompt_lengths)
-        if used <= REFILL_BELOW * slots:
+        if waiting and used <= REFILL_BELOW * slots:
             count = min(len(waiting), slots - used)
             chosen = [waiting.pop() for _ in range(count)]
             fill_slots(vlm, rows, prompts, chosen)
         # Sample.
-        logits = rows.logits[: len(rows.owners)]
-        rows.append(draw(logits, pieces=rows.pieces))
+        token = draw(rows.logits[: len(rows.owners)], pieces=rows.pieces)
+        rows.append(token)
         # Evict.
         if rows.time % CHECK_EVERY[vlm.device.type] == 0:
             evict(rows, results)

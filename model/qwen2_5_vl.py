@@ -54,11 +54,10 @@ def encode_images(visual, pixels: Tensor, grids: Tensor) -> list[Tensor]:
         return units[order].flatten(0, 1)
 
     x = by_window(embed_patches(visual, pixels))
-    cos, sin = rotations(visual, grids, device)
-    rotation = by_window(cos), by_window(sin)
+    rotation = tuple(by_window(angle) for angle in rotations(visual, grids, device))
     for number, block in enumerate(visual.blocks):
-        whole = number in visual.fullatt_block_indexes
-        x = run_block(block, x, rotation, images if whole else windows)
+        segments = images if number in visual.fullatt_block_indexes else windows
+        x = run_block(block, x, rotation, segments)
     # A unit becomes a token; tokens go back to where they stand in their image.
     features = visual.merger(x)[order.argsort()]
     tokens = grids.prod(dim=1) // unit
@@ -104,5 +103,6 @@ def sort_patches(visual, grids: list[list[int]]) -> tuple[Tensor, Segments, Segm
     def groups(parts: list[Tensor]) -> list[tuple[int, int]]:
         return group_lengths([len(part) * unit for part in parts])
 
-    back = patches.argsort()
-    return order, Segments(groups(windows)), Segments(groups(images), patches, back)
+    by_window = Segments(groups(windows))
+    by_image = Segments(groups(images), patches, patches.argsort())
+    return order, by_window, by_image

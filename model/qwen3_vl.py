@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
-from model.vision import Segments, embed_patches, group_lengths, in_units, rotations, run_block
+from model.vision import Segments, embed_patches, group_lengths, rotations, run_block, sort_into_units
 
 MODEL = Qwen3VLForConditionalGeneration
 PROCESSOR = "Qwen3VLProcessor"
@@ -24,13 +24,13 @@ def count_activations(config) -> dict[str, tuple[int, int]]:
     """
     text = config.text_config
     vision = config.vision_config
+    mergers = 1 + len(vision.deepstack_visual_indexes)
     width = text.hidden_size
     heads = text.num_attention_heads * text.head_dim
     keys = text.num_key_value_heads * text.head_dim
     text_layer = 4 * width + 5 * heads + keys + 4 * text.intermediate_size
     text_norms = 2 * width + heads + keys
     image_layer = 11 * vision.hidden_size + 2 * vision.intermediate_size
-    mergers = 1 + len(vision.deepstack_visual_indexes)
     merged = (3 * mergers + 1) * vision.hidden_size
     return {
         "text layer": (text_layer, text_norms),
@@ -47,12 +47,11 @@ def encode_images(visual, pixels: Tensor, grids: Tensor) -> list[Tensor]:
     # Images are sorted by length, so that those of equal length are neighbours.
     lengths = grids[:, 1:].prod(dim=1)
     order = lengths.argsort(stable=True)
-    patches = embed_patches(visual, pixels)
-    patches = patches.split(grids.prod(dim=1).tolist())
-    x = torch.cat([patches[image] for image in order])
+    sizes = grids.prod(dim=1).tolist()
+    x = embed_patches(visual, pixels).split(sizes)
+    x = torch.cat([x[image] for image in order])
     grids = grids[order]
-    positions = learned_positions(visual, grids)
-    x = x + positions.to(x.dtype)
+    x = x + learned_positions(visual, grids).to(x.dtype)
     rotation = rotations(visual, grids, pixels.device)
     # Frames are images of their own.
     lengths = lengths[order].repeat_interleave(grids[:, 0])
@@ -64,7 +63,8 @@ def encode_images(visual, pixels: Tensor, grids: Tensor) -> list[Tensor]:
         if number in visual.deepstack_visual_indexes:
             depth = visual.deepstack_visual_indexes.index(number)
             depths.append(visual.deepstack_merger_list[depth](x))
-    features = torch.cat([visual.merger(x), *depths], dim=1)
+    last = visual.merger(x)
+    features = torch.cat([last, *depths], dim=1)
     # Back to the images' own order.
     tokens = grids.prod(dim=1) // visual.spatial_merge_size**2
     features = features.split(tokens.tolist())
@@ -90,7 +90,8 @@ def learned_positions(visual, grids: Tensor) -> Tensor:
     def weights(count: int) -> Tensor:
         """[count, side]: how much each of `count` patches takes from each entry."""
         place = torch.arange(count, device=table.device)
-        place = place * (side - 1) / max(count - 1, 1)
+        steps = max(count - 1, 1)
+        place = place * (side - 1) / steps
         distance = (place[:, None] - entries).abs()
         return (1 - distance).clamp(min=0)
 
@@ -100,6 +101,6 @@ def learned_positions(visual, grids: Tensor) -> Tensor:
         columns = columns.flatten(1)
         grid = weights(height) @ columns  # [height, width * hidden]
         grid = grid.unflatten(1, (width, -1))
-        patches = in_units(grid, visual.spatial_merge_size)
+        patches = sort_into_units(grid, visual.spatial_merge_size)
         positions.append(patches.repeat(frames, 1))
     return torch.cat(positions)

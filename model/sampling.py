@@ -50,8 +50,7 @@ def sample(
     rounds = _count_rounds(top_p)
     bound = top_p if top_p < 1 else math.inf
     numbers = uniform_numbers(rounds, len(probs), probs.device, generator)
-    sums = probs.cumsum(dim=1)
-    token, drawn, outside = pieces.draw(probs, sums, next(numbers), bound)
+    token, drawn, outside = pieces.draw(probs, probs.cumsum(dim=1), next(numbers), bound)
     if rounds == 1:
         return torch.where(outside, likeliest, token)[:, 0]
     # The rows that draw again.
@@ -67,8 +66,7 @@ def sample(
         if on_cpu and not outside.any():
             break
         left = pieces.likelier(left, drawn)
-        sums = left.cumsum(dim=1)
-        drawn = pieces.draw_again(which, left, sums, token, outside, next(numbers), bound)
+        drawn = pieces.draw_again(which, left, left.cumsum(dim=1), token, outside, next(numbers), bound)
     return torch.where(outside, likeliest, token)[:, 0]
 
 

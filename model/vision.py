@@ -21,7 +21,10 @@ from transformers import AttentionInterface
 class Segments:
     """Groups of segments of equal length, one after the other; a patch sees the patches of its segment.
 
-    Images of 4, 4 and 9 patches: groups [(2, 4), (1, 9)].
+    Images of 4, 4 and 9 patches: groups [(2, 4), (1, 9)], and two calls of attention.
+
+        patch      0 1 2 3 | 4 5 6 7 | 8 9 10 11 12 13 14 15 16
+        group      0         0         1
     """
 
     groups: list[tuple[int, int]]  # (count, length): that many segments of so many patches
@@ -30,7 +33,7 @@ class Segments:
 
 
 def group_lengths(lengths: list[int]) -> list[tuple[int, int]]:
-    """Groups equal neighbours: [4, 4, 9] -> [(2, 4), (1, 9)]."""
+    """Counts equal lengths, which are neighbours: [4, 4, 9] -> [(2, 4), (1, 9)]."""
     return [(count, length) for length, count in Counter(lengths).items()]
 
 
@@ -49,6 +52,7 @@ def grouped_attention(
 
     Returns [1, T, heads, d], and None in place of the weights: the signature is that of transformers.
     """
+    # transformers' own forward gives no segments; it cuts q, k and v itself.
     segments = segments or Segments([(1, q.shape[2])])
     sizes = [count * length for count, length in segments.groups]
 
@@ -97,7 +101,7 @@ def embed_patches(visual, pixels: Tensor) -> Tensor:
     return linear(pixels.to(kernel.dtype), kernel, projection.bias)
 
 
-def in_units(grid: Tensor, merge: int) -> Tensor:
+def sort_into_units(grid: Tensor, merge: int) -> Tensor:
     """Sorts [rows, columns, ...] into [patches, ...], in units of merge x merge, as an image's patches come.
 
     A grid of 2 x 4 with merge = 2: its units are 0 1 4 5 and 2 3 6 7.
@@ -119,7 +123,7 @@ def rotations(visual, grids: Tensor, device: torch.device) -> tuple[Tensor, Tens
     for frames, height, width in grids.tolist():
         place = torch.cartesian_prod(torch.arange(height), torch.arange(width))
         place = place.view(height, width, 2)
-        place = in_units(place, visual.spatial_merge_size)  # [height * width, 2]
+        place = sort_into_units(place, visual.spatial_merge_size)  # [height * width, 2]
         places.append(place.repeat(frames, 1))
     places = torch.cat(places).to(device, non_blocking=True)
     frequencies = visual.rotary_pos_emb.inv_freq.to(device)

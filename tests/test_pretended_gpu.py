@@ -97,8 +97,8 @@ model.sampling, nucleus: too few rows draw again
 + count = 1
 
 model.sampling, nucleus: rows that are inside draw again, too
-- pieces.draw_again(which, left, sums, token, outside, next
-+ pieces.draw_again(which, left, sums, token, outside | True, next
+- pieces.draw_again(which, left, left.cumsum(dim=1), token, outside, next
++ pieces.draw_again(which, left, left.cumsum(dim=1), token, outside | True, next
 
 model.sampling, sampled_rollout: uniform numbers left on the CPU
 - yield from numbers.to(device)
