@@ -88,12 +88,14 @@ def watch_all(watch: Stopwatch, policy: Trained) -> None:
         policy.optimizer, "step", "optimizer"
     )  # and where there are masters, the plain copy made anew
     watch.watch(rewards, "questioner_rewards", "rewards")
-    recorded = generate.recorded  # on CUDA it makes a graph, which is timed as a step too when it is replayed
+    capture = (
+        generate.capture_graph
+    )  # on CUDA it makes a graph, which is timed as a step too when it is replayed
 
-    def recorded_and_timed(step, *rest):
-        return watch.timed(watch.timed(recorded, "record graphs")(step, *rest), "decode")
+    def capture_and_time(step, *rest):
+        return watch.timed(watch.timed(capture, "record graphs")(step, *rest), "decode")
 
-    generate.recorded = recorded_and_timed
+    generate.capture_graph = capture_and_time
 
 
 def iteration(args, policy: Trained, reference) -> None:

@@ -76,7 +76,8 @@ def launches(compiled: bool, size: str = "3b") -> tuple[Launches, Launches]:
     ):
         rows = cache.Rows(vlm, PROMPTS, GROUP, PROMPT_TOKENS, NEW_TOKENS)
         if compiled:
-            rows.in_one = [cache.in_one(layer.self_attn) for layer in vlm.model.model.language_model.layers]
+            layers = vlm.model.model.language_model.layers
+            rows.project = [cache.project_qkv(layer.self_attn, merge=True) for layer in layers]
         for counting, work in (
             (step, lambda: cache.step(vlm, rows, *shape)),
             (sampling, lambda: generate.sample(rows.logits, 1.0, 0.99, 0, None, rows.pieces)),

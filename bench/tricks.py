@@ -38,8 +38,8 @@ def rollout_tricks(args, vlm) -> dict[str, float]:
     results = ratio("prompt once a group", rollout, lambda: rollout(repeated, 1), args)
     results |= ratio("top-p without a sort", rollout, by_sorting, args)
 
-    ends = take_until(geometric_lengths(len(prompts) * n, args.new_tokens), n)
-    uneven = changed(lambda: rollout(new_tokens=4 * args.new_tokens), cache.Rows, take=ends)
+    ends = append_until(geometric_lengths(len(prompts) * n, args.new_tokens), n)
+    uneven = changed(lambda: rollout(new_tokens=4 * args.new_tokens), cache.Rows, append=ends)
     staying = changed(uneven, generate, LEAVE_BELOW=1e-9)
     return results | ratio("finished rows leave", uneven, staying, args)
 
@@ -51,16 +51,16 @@ def geometric_lengths(count: int, mean: int) -> list[int]:
     return [4 * mean, *drawn[1:]]
 
 
-def take_until(lengths: list[int], n: int):
-    """`Rows.take` with an end for each row at its own length, the same with and without the trick."""
-    take = cache.Rows.take
+def append_until(lengths: list[int], n: int):
+    """`Rows.append` with an end for each row at its own length, the same with and without the trick."""
+    append = cache.Rows.append
 
-    def take_and_end(rows, token) -> None:
-        take(rows, token)
+    def append_and_end(rows, token) -> None:
+        append(rows, token)
         goals = [lengths[prompt * n + sample] for prompt, sample, _ in rows.owners]
         rows.finished[: len(goals)] |= rows.written[: len(goals)] >= rows.written.new_tensor(goals)
 
-    return take_and_end
+    return append_and_end
 
 
 def sample_by_sorting(logits, temperature, top_p, top_k, generator, pieces=None):

@@ -1,244 +1,375 @@
-"""The cache that the samples of a prompt share, and one step of decoding on it.
+"""Decoding: the KV cache that the samples of a prompt share, and one step of all rows on it.
 
     step     forwards one token per row; a row attends to its prompt's keys and to its own (`fused.attend`)
 
 All tensors are allocated once and written in place, so a step is a fixed sequence of kernels on fixed
-addresses. On a GPU it is therefore recorded once as a CUDA graph and replayed: launching hundreds of small
-kernels from Python takes longer than running them. What stands between the matrix products is compiled there,
-so that they are not thousands (fused.py).
+addresses. A GPU captures it once as a CUDA graph and replays it: launching hundreds of small kernels from
+Python takes longer than running them. The small operations between the matrix products are compiled, which
+makes few kernels of many (fused.py).
 """
 
+import functools
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model import fused
+from model.prompt import Prompt
 from model.vlm import VLM
 
 CPU_CACHE_BYTES = 1 << 29  # memory for keys and values on a CPU; on CUDA it is derived from what is free
 SAMPLING_BYTES = 32  # per row and vocabulary entry: logits, probabilities and their sums, in all their copies
-# Rows, slots, prompt tokens and new tokens of a step are rounded up to multiples of these: a GPU records few
-# graphs.
+# Rows, slots, prompt tokens and new tokens of a step are rounded up to multiples of these, so that a GPU
+# captures few graphs.
 BUCKETS = {"cpu": (1, 1, 1, 1), "cuda": (64, 8, 256, 128)}
+
+Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer
+
+
+class Owner(NamedTuple):
+    """The completion that a row writes: sample number `sample` of prompt number `prompt`."""
+
+    prompt: int
+    sample: int
+    born: int  # tokens that `Rows` had drawn when it began
 
 
 class Rows:
-    """The rows being written and the prompts they belong to, in tensors that are allocated once.
+    """The rows being decoded and the prompts they belong to, in tensors that are allocated once.
 
-    A prompt sits in a *slot*; sample i of the prompt in slot s has the *cell* s * n + i, by which `attend`
-    finds its prompt. Rows are kept dense: when some leave, the others move up. With R rows, S slots, P tokens
-    in the longest prompt and T new tokens:
+    A prompt sits in a *slot*. Sample i of the prompt in slot s has the *cell* s * n + i, by which `attend`
+    finds its prompt. Rows are dense: when some are evicted, the others move up. Prompts A and B with n = 2,
+    after A1 has left:
 
-    prompt_keys, prompt_values: a layer each, [S, heads, P, head_dim]; prompt_length: [S]. keys, values: a
-    layer each, [R, heads, T, head_dim], of the tokens that the row has written. row_of_cell: [S * n],
-    cell_of_row: [R]; written: [R] tokens written; first: [R] the position of the first of them. tokens: [R, T
-    + 1] (the last column is scrap: where finished rows go on writing); logits: [R, vocabulary], float32.
-    banned: [vocabulary], True for tokens that are never sampled; count: 0, 1, 2, ... in_one: a layer each,
-    the three projections before attention as one, on a GPU. pieces: `fused`, or its functions compiled.
+        slot            0       1
+        prompt          A       B
+        cell            0   1   2   3
+        sample          A0  -   B0  B1
+        row_of_cell     0   0   1   2       nobody uses cell 1; it points to any row
+
+        row             0   1   2   3
+        sample          A0  B0  B1  -
+        cell_of_row     0   2   3   0       nobody uses row 3; it points to any cell
+
+    R: rows, S: slots, P: tokens of the longest prompt, T: new tokens of a row, at most.
     """
 
-    def __init__(self, vlm: VLM, slots: int, n: int, prompt_tokens: int, new_tokens: int):
-        text, device, dtype, rows = vlm.model.config.text_config, vlm.device, vlm.model.dtype, slots * n
-        heads, head_dim = text.num_key_value_heads, head_size(text)
+    def __init__(
+        self,
+        vlm: VLM,
+        slots: int,
+        n: int,
+        prompt_tokens: int,
+        new_tokens: int,
+    ):
+        text = vlm.model.config.text_config
+        rows = slots * n
+        self.n = n  # samples of a prompt
+        self.heads = text.num_key_value_heads
+        self.dtype = vlm.model.dtype
+        self.limits = (rows, slots, prompt_tokens, new_tokens)  # R, S, P, T as allocated
+        zeros = functools.partial(torch.zeros, device=vlm.device)
+        integers = functools.partial(zeros, dtype=torch.long)
 
-        def per_layer(*shape) -> list[Tensor]:
-            return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(text.num_hidden_layers)]
+        def cache(count: int, tokens: int) -> list[Tensor]:
+            shape = (count, self.heads, tokens, head_size(text))
+            return [zeros(shape, dtype=self.dtype) for _ in range(text.num_hidden_layers)]
 
-        def integers(*shape) -> Tensor:
-            return torch.zeros(shape, device=device, dtype=torch.long)
+        # The KV cache: of each prompt once, and of the tokens that each row has written.
+        self.prompt_keys = cache(slots, prompt_tokens)  # [layers][S, heads, P, head_dim]
+        self.prompt_values = cache(slots, prompt_tokens)  # [layers][S, heads, P, head_dim]
+        self.keys = cache(rows, new_tokens)  # [layers][R, heads, T, head_dim]
+        self.values = cache(rows, new_tokens)  # [layers][R, heads, T, head_dim]
 
-        self.prompt_keys, self.prompt_values = (
-            per_layer(slots, heads, prompt_tokens, head_dim) for _ in range(2)
-        )
-        self.keys, self.values = (per_layer(rows, heads, new_tokens, head_dim) for _ in range(2))
-        self.prompt_length, self.row_of_cell, self.cell_of_row = (
-            integers(slots),
-            integers(rows),
-            integers(rows),
-        )
-        self.written, self.first, self.tokens = integers(rows), integers(rows), integers(rows, new_tokens + 1)
-        self.finished = torch.ones(rows, device=device, dtype=torch.bool)
-        self.logits = torch.zeros(rows, text.vocab_size, device=device)
-        self.end_ids = integers(0).new_tensor(vlm.end_ids)
-        self.banned = torch.zeros(text.vocab_size, device=device, dtype=torch.bool)
-        self.banned[integers(0).new_tensor(vlm.vision_ids)] = True
-        self.count = torch.arange(max(prompt_tokens, new_tokens), device=device)
-        self.n, self.heads, self.dtype, self.new_tokens = n, heads, dtype, new_tokens
-        self.buckets = BUCKETS[device.type]
-        self.in_one = all_in_one(vlm)
-        self.pieces = fused.compiled(vlm.fallbacks) if device.type == "cuda" else fused
-        # What the host knows, so that it need not ask the GPU:
-        self.owners: list[
-            tuple[int, int, int]
-        ] = []  # of each row: its prompt, which sample of it, when it began
+        # Where prompts and rows are, and what rows have written.
+        self.prompt_length = integers(slots)  # [S]
+        self.row_of_cell = integers(rows)  # [S * n]
+        self.cell_of_row = integers(rows)  # [R]
+        self.first = integers(rows)  # [R] the position of the first token written
+        self.written = integers(rows)  # [R] tokens written
+        self.tokens = integers(rows, new_tokens + 1)  # [R, T + 1] the last column is scrap
+        self.finished = zeros(rows, dtype=torch.bool)  # [R]
+        self.logits = zeros(rows, text.vocab_size)  # [R, vocabulary] float32
+
+        # What stays the same.
+        self.end_ids = torch.tensor(vlm.end_ids, device=vlm.device)
+        self.banned = zeros(text.vocab_size, dtype=torch.bool)  # [vocabulary] never sampled
+        self.banned[torch.tensor(vlm.vision_ids, device=vlm.device)] = True
+        self.count = torch.arange(max(prompt_tokens, new_tokens), device=vlm.device)  # 0, 1, 2, ...
+        merge = can_merge_qkv(vlm)
+        blocks = vlm.model.model.language_model.layers
+        self.project = [project_qkv(block.self_attn, merge) for block in blocks]  # [layers] functions
+        self.pieces = fused.compiled(vlm.fallbacks) if vlm.device.type == "cuda" else fused
+
+        # What the host knows without asking the GPU.
+        self.buckets = BUCKETS[vlm.device.type]
+        self.owners: list[Owner] = []  # of each row
         self.prompt_lengths: list[int] = []  # of each slot in use
         self.time = 0  # tokens drawn so far
 
-    def take(self, token: Tensor) -> None:
-        """Writes down the token [R] drawn for each row."""
-        live, self.time = slice(len(self.owners)), self.time + 1
-        self.tokens[live].scatter_(1, self.written[live, None].clamp(max=self.new_tokens), token[:, None])
+    def add(
+        self,
+        numbers: list[int],
+        prompts: list[Prompt],
+        logits: Tensor,
+        layers: Layers,
+    ) -> None:
+        """Puts prompts into the next free slots and opens n rows for each.
+
+        numbers: of the prompts, for the owners of their rows. logits: [prompts, vocabulary] of their first
+        tokens. layers: [prompts, heads, tokens, head_dim] each.
+        """
+        slot = len(self.prompt_lengths)
+        slots = slice(slot, slot + len(prompts))
+        start = len(self.owners)
+        rows = slice(start, start + len(prompts) * self.n)
+        # The prompts: their keys, values and lengths.
+        for layer, (keys, values) in enumerate(layers):
+            tokens = keys.shape[2]
+            self.prompt_keys[layer][slots, :, :tokens] = keys
+            self.prompt_values[layer][slots, :, :tokens] = values
+        lengths = [len(prompt) for prompt in prompts]
+        self.prompt_lengths += lengths
+        self.prompt_length[slots] = self.prompt_length.new_tensor(lengths)
+        # Their rows: nothing is written yet, and the logits of the first token are there.
+        first = self.first.new_tensor([prompt.next_position for prompt in prompts])
+        self.first[rows] = first.repeat_interleave(self.n)
+        self.written[rows] = 0
+        self.finished[rows] = False
+        logits = logits.masked_fill(self.banned, -torch.inf)
+        self.logits[rows] = logits.repeat_interleave(self.n, dim=0)
+        cell = slot * self.n
+        self._assign([*range(cell, cell + len(prompts) * self.n)], start)
+        for number in numbers:
+            self.owners += [Owner(number, sample, self.time) for sample in range(self.n)]
+
+    def append(self, token: Tensor) -> None:
+        """Appends the token [R] drawn for each row, and marks the rows that it finishes."""
+        live = slice(len(self.owners))
+        new_tokens = self.limits[3]
+        column = self.written[live, None].clamp(max=new_tokens)
+        self.tokens[live].scatter_(1, column, token[:, None])
         self.written[live] += 1
-        self.finished[live] |= torch.isin(token, self.end_ids) | (self.written[live] >= self.new_tokens)
+        full = self.written[live] >= new_tokens
+        self.finished[live] |= torch.isin(token, self.end_ids) | full
+        self.time += 1
 
-    def shape(self) -> tuple[int, int, int, int]:
-        """Rows, slots, prompt tokens and new tokens that the next step has to deal with, rounded up to
-        buckets."""
-        longest = self.time - min(born for _, _, born in self.owners)
-        used = len(self.owners), len(self.prompt_lengths), max(self.prompt_lengths), longest
-        most = len(self.written), len(self.prompt_length), self.prompt_keys[0].shape[2], self.new_tokens
-        return tuple(
-            min(limit, -(-x // bucket) * bucket) for x, limit, bucket in zip(used, most, self.buckets)
+    def shape(self) -> tuple[int, ...]:
+        """Returns the R, S, P and T that the next step covers.
+
+        Each is what is needed, rounded up to BUCKETS, and at most what is allocated.
+        """
+        oldest = min(owner.born for owner in self.owners)
+        needed = (
+            len(self.owners),
+            len(self.prompt_lengths),
+            max(self.prompt_lengths),
+            self.time - oldest,
         )
+        rounded = [math.ceil(size / bucket) * bucket for size, bucket in zip(needed, self.buckets)]
+        return tuple(map(min, rounded, self.limits))
 
-    def keep(self, rows: list[int]) -> None:
+    def compact(self, rows: list[int]) -> None:
         """Moves these rows, and the prompts that they need, up to the front; all others are gone."""
-        cells = self.cell_of_row.tolist()
-        slots = sorted({cells[row] // self.n for row in rows})
-        moved = {slot: new for new, slot in enumerate(slots)}
-        _move_up(rows, self.keys + self.values + [self.written, self.first, self.finished, self.tokens])
-        _move_up(slots, self.prompt_keys + self.prompt_values + [self.prompt_length])
-        self.owners = [self.owners[i] for i in rows]
-        self.prompt_lengths = [self.prompt_lengths[i] for i in slots]
-        self.cell_of_row.zero_()  # rows and cells that nobody uses must still point inside
+        cell_of_row = self.cell_of_row.tolist()
+        cells = [cell_of_row[row] for row in rows]
+        slots = sorted({cell // self.n for cell in cells})
+        _move_up(rows, [*self.keys, *self.values])
+        _move_up(rows, [self.first, self.written, self.tokens, self.finished])
+        _move_up(slots, [*self.prompt_keys, *self.prompt_values, self.prompt_length])
+        self.owners = [self.owners[row] for row in rows]
+        self.prompt_lengths = [self.prompt_lengths[slot] for slot in slots]
+        # Rows and cells that nobody uses must still point inside.
+        self.cell_of_row.zero_()
         self.row_of_cell.zero_()
-        self.place([moved[cells[row] // self.n] * self.n + cells[row] % self.n for row in rows], 0)
+        first_cell = {slot: new * self.n for new, slot in enumerate(slots)}
+        self._assign([first_cell[cell // self.n] + cell % self.n for cell in cells], 0)
 
-    def place(self, cells: list[int], start: int) -> None:
-        """Puts the rows from `start` on into these cells."""
+    def _assign(self, cells: list[int], start: int) -> None:
+        """Gives the rows from `start` on these cells."""
         cell = self.cell_of_row.new_tensor(cells)
         row = torch.arange(start, start + len(cells), device=cell.device)
-        self.cell_of_row[row], self.row_of_cell[cell] = cell, row
+        self.cell_of_row[row] = cell
+        self.row_of_cell[cell] = row
 
 
-def _move_up(which: list[int], tensors: list[Tensor]) -> None:
-    if which != list(range(len(which))):
-        index = torch.tensor(which, device=tensors[0].device)
-        for tensor in tensors:
-            tensor[: len(which)] = tensor[index]
+def _move_up(kept: list[int], tensors: list[Tensor]) -> None:
+    """Moves the kept entries of each tensor to its front, in place."""
+    if kept == list(range(len(kept))):
+        return
+    index = torch.tensor(kept, device=tensors[0].device)
+    for tensor in tensors:
+        tensor[: len(kept)] = tensor[index]
+
+
+# ---- Memory ------------------------------------------------------------------------------------------------
 
 
 def slots_in_memory(vlm: VLM, prompt_tokens: int, n: int, new_tokens: int) -> int:
-    """How many prompts, with n rows each, fit into the memory there is: the token budget."""
-    row = new_tokens * cache_token_bytes(vlm.model.config, vlm.model.dtype)
-    row += SAMPLING_BYTES * vlm.model.config.text_config.vocab_size
-    slot = prompt_tokens * cache_token_bytes(vlm.model.config, vlm.model.dtype) + n * row
-    return max(1, int(cache_budget(vlm.device) * vlm.fallbacks.row_scale) // slot)
+    """Returns how many prompts, with n rows each, fit into the free memory: at least one."""
+    config = vlm.model.config
+    token = cache_token_bytes(config, vlm.model.dtype)
+    row = new_tokens * token + SAMPLING_BYTES * config.text_config.vocab_size
+    slot = prompt_tokens * token + n * row
+    budget = int(cache_budget(vlm.device) * vlm.fallbacks.row_scale)
+    return max(1, budget // slot)
 
 
 def cache_token_bytes(config, dtype: torch.dtype) -> int:
-    """The bytes that the keys and values of one token take."""
+    """Returns the bytes that the keys and values of one token take."""
     text = config.text_config
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * head_size(text) * dtype.itemsize
+    numbers = 2 * text.num_key_value_heads * head_size(text)
+    return text.num_hidden_layers * numbers * dtype.itemsize
 
 
 def head_size(text) -> int:
-    """The width of a head; text: the text model's configuration, which names it or not."""
+    """Returns the width of a head; text: the text model's configuration, which names it or not."""
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def cache_budget(device: torch.device) -> int:
-    """The bytes that caches may take: half of what is free on CUDA, a fixed amount on a CPU."""
+    """Returns the bytes that caches may take: half of what is free on CUDA, CPU_CACHE_BYTES on a CPU."""
     if device.type != "cuda":
         return CPU_CACHE_BYTES
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, but free
-    return (torch.cuda.mem_get_info(device)[0] + held) // 2
+    free, _ = torch.cuda.mem_get_info(device)
+    # What torch has reserved but does not use is free, too.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free // 2
 
 
-# ---- A step -------------------------------------------------------------------------
+# ---- A step ------------------------------------------------------------------------------------------------
 
 
 def step(vlm: VLM, rows: Rows, R: int, S: int, P: int, T: int) -> None:
     """Forwards the last token of the first R rows; leaves the logits of the next in `rows.logits`.
 
     This is the transformer, a token a row: everything but attention treats the R tokens like any [R, hidden]
-    batch. It looks at S slots, P tokens of each prompt and T written tokens of each row (see `Rows.shape`).
-    Done twice it gives the same, and it never asks the GPU for a number, as `recorded` needs.
+    batch. It covers S slots, P tokens of each prompt and T written tokens of each row (see `Rows.shape`).
+    Idempotent, and never synchronizes with the GPU. CUDA graph capture needs both.
     """
-    model, f, n, heads = vlm.model.model.language_model, rows.pieces, rows.n, rows.heads
+    model = vlm.model.model.language_model
+    f = rows.pieces
+    # What all layers share: the rotation of the token's position, and which keys do not exist.
     token, index, cos, sin, unseen, unwritten = f.begin(
-        rows.tokens[:R], rows.written[:R], rows.first[:R], rows.prompt_length[:S], rows.count[:P],
-        rows.count[:T], model.rotary_emb.inv_freq, model.rotary_emb.attention_scaling, heads, rows.dtype,
-    )  # fmt: skip
-    row_of_cell, cell_of_row = rows.row_of_cell[: S * n].view(S, n), rows.cell_of_row[:R]
+        rows.tokens[:R],
+        rows.written[:R],
+        rows.first[:R],
+        rows.prompt_length[:S],
+        rows.count[:P],
+        rows.count[:T],
+        model.rotary_emb.inv_freq,
+        model.rotary_emb.attention_scaling,
+        rows.heads,
+        rows.dtype,
+    )
+    row_of_cell = rows.row_of_cell[: S * rows.n].view(S, rows.n)
+    cell_of_row = rows.cell_of_row[:R]
     x = model.embed_tokens(token)
     change = torch.zeros_like(x)
     for layer, block in enumerate(model.layers):
+        attention = block.self_attn
+        mlp = block.mlp
+        # Queries, keys and values; the keys and values go into the row's cache.
         x, h = f.add_norm(x, change, *scale(block.input_layernorm))
-        q, k, v = project(block.self_attn, rows.in_one[layer], h)
-        own = rows.keys[layer][:R], rows.values[layer][:R]
-        q = f.rotate_and_write(q, k, v, cos, sin, index, *own, head_norms(block.self_attn))
-        prompt = (
-            x.flatten(0, 1)[: S * heads, :P] for x in (rows.prompt_keys[layer], rows.prompt_values[layer])
+        q, k, v = rows.project[layer](h)
+        keys = rows.keys[layer]
+        values = rows.values[layer]
+        q = f.rotate_and_write(
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            index,
+            keys[:R],
+            values[:R],
+            head_norms(attention),
         )
-        own = (x.flatten(0, 1)[: R * heads, :T] for x in (rows.keys[layer], rows.values[layer]))
-        h = f.attend(q, *prompt, *own, unseen, unwritten, row_of_cell, cell_of_row)
-        x, h = f.add_norm(x, block.self_attn.o_proj(h), *scale(block.post_attention_layernorm))
-        change = block.mlp.down_proj(f.swiglu(block.mlp.gate_proj(h), block.mlp.up_proj(h)))
+        # Attention to the prompt's tokens and to the row's own.
+        caches = (
+            _per_head(rows.prompt_keys[layer], S, P),
+            _per_head(rows.prompt_values[layer], S, P),
+            _per_head(keys, R, T),
+            _per_head(values, R, T),
+        )
+        h = f.attend(q, *caches, unseen, unwritten, row_of_cell, cell_of_row)
+        # The MLP.
+        change = attention.o_proj(h)
+        x, h = f.add_norm(x, change, *scale(block.post_attention_layernorm))
+        h = f.swiglu(mlp.gate_proj(h), mlp.up_proj(h))
+        change = mlp.down_proj(h)
     x, h = f.add_norm(x, change, *scale(model.norm))
-    f.write_logits(vlm.model.lm_head(h), rows.banned, rows.logits[:R])
+    logits = vlm.model.lm_head(h)
+    f.write_logits(logits, rows.banned, rows.logits[:R])
+
+
+def _per_head(cache: Tensor, count: int, tokens: int) -> Tensor:
+    """Returns a view [count * heads, tokens, d] of the first of a cache [rows, heads, all tokens, d]."""
+    heads = cache.shape[1]
+    return cache.flatten(0, 1)[: count * heads, :tokens]
 
 
 def scale(norm) -> tuple[Tensor, float]:
-    """Weight and epsilon of an RMS norm."""
+    """Returns weight and epsilon of an RMS norm."""
     return norm.weight, norm.variance_epsilon
 
 
 def head_norms(attention) -> tuple[Tensor, Tensor, float] | None:
-    """Weights and epsilon of the norms of each head's queries and keys, which Qwen3-VL has."""
+    """Returns weights and epsilon of the norms of each head's queries and keys, which Qwen3-VL has."""
     if not hasattr(attention, "q_norm"):
         return None
     return attention.q_norm.weight, *scale(attention.k_norm)
 
 
-def project(attention, whole: tuple[Tensor, Tensor | None] | None, h: Tensor) -> list[Tensor]:
-    """Queries, keys and values of h [R, hidden]; whole: what `in_one` gave."""
-    projections = projections_of(attention)
-    if whole is None:
-        return [each(h) for each in projections]
-    return torch.nn.functional.linear(h, *whole).split([each.out_features for each in projections], dim=1)
+def can_merge_qkv(vlm: VLM) -> bool:
+    """Tells if `project_qkv` may merge: on a GPU where the copies take a tenth of what is free at most."""
+    size = 0
+    for layer in vlm.model.model.language_model.layers:
+        size += sum(projection.weight.nbytes for projection in qkv_projections(layer.self_attn))
+    return vlm.device.type == "cuda" and 5 * size <= cache_budget(vlm.device)
 
 
-def projections_of(attention) -> tuple:
-    """The three layers in front of an attention."""
-    return attention.q_proj, attention.k_proj, attention.v_proj
+def qkv_projections(attention) -> list[torch.nn.Linear]:
+    """Returns the three projections in front of an attention."""
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
-def all_in_one(vlm: VLM) -> list[tuple[Tensor, Tensor | None] | None]:
-    """What `in_one` gives for each layer, on a GPU where it takes less than a tenth of what is still free."""
-    attentions = [layer.self_attn for layer in vlm.model.model.language_model.layers]
-    size = sum(each.weight.nbytes for attention in attentions for each in projections_of(attention))
-    if vlm.device.type != "cuda" or 10 * size > 2 * cache_budget(vlm.device):
-        return [None] * len(attentions)
-    return [in_one(attention) for attention in attentions]
+def project_qkv(attention, merge: bool) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Returns the function from h [R, hidden] to its queries, keys and values.
 
-
-def in_one(attention) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of the three projections as those of one; None if one does more than that (LoRA).
-
-    A copy, up to 6% of the weights, for the length of a rollout: one matrix product is faster than three.
+    merge: the three matrices become one, unless one does more (LoRA). It is a copy, up to 6% of the weights,
+    for the length of a rollout: one matrix product is faster than three.
     """
-    projections = projections_of(attention)
-    if any(type(each) is not torch.nn.Linear for each in projections):
-        return None
-    bias = None if projections[0].bias is None else torch.cat([each.bias for each in projections])
-    return torch.cat([each.weight for each in projections]), bias
+    projections = qkv_projections(attention)
+    if not merge or any(type(each) is not torch.nn.Linear for each in projections):
+        return lambda h: [each(h) for each in projections]
+    weight = torch.cat([each.weight for each in projections])
+    bias = None
+    if projections[0].bias is not None:
+        bias = torch.cat([each.bias for each in projections])
+    widths = [each.out_features for each in projections]
+    return lambda h: torch.nn.functional.linear(h, weight, bias).split(widths, dim=1)
 
 
-def recorded(step: Callable[[], None], vlm: VLM, pool) -> Callable[[], None]:
-    """The step as a CUDA graph to replay; the step itself on a CPU, and where recording has failed in this
-    process.
+# ---- CUDA graphs -------------------------------------------------------------------------------------------
+
+
+def capture_graph(step: Callable[[], None], vlm: VLM, pool) -> Callable[[], None]:
+    """Captures a step as a CUDA graph and returns its replay; returns the step itself where that fails.
 
     A graph is the list of kernels that a function launches, with their addresses and all numbers that Python
     worked out (here R, S, P and T) frozen into it. A replay launches the list at once and runs no Python, so
     everything that changes from step to step must be in tensors that stay where they are: hence `Rows`, and a
     graph for each shape.
 
-    The step is done once before it is recorded, because libraries set themselves up in their first call,
-    which they may not do during a recording. Recording computes nothing. All graphs take their scratch memory
-    from one pool: no two run at the same time, and nothing in it outlives a step.
+    The step runs once before its capture, because libraries set themselves up in their first call, which they
+    may not do during a capture. Capturing computes nothing. All graphs take their scratch memory from one
+    pool: no two run at the same time, and nothing in it outlives a step. A CPU captures nothing, nor does a
+    process in which it has failed once. Raises OutOfMemoryError.
     """
     if vlm.device.type != "cuda" or not vlm.fallbacks.graphs:
         return step
@@ -253,7 +384,7 @@ def recorded(step: Callable[[], None], vlm: VLM, pool) -> Callable[[], None]:
         return graph.replay
     except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
         if stream is not None:
-            _leave_recording(stream, vlm.device, pool)
+            _leave_capture(stream, vlm.device, pool)
         if isinstance(error, torch.OutOfMemoryError):
             raise
         vlm.fallbacks.graphs = False
@@ -261,8 +392,8 @@ def recorded(step: Callable[[], None], vlm: VLM, pool) -> Callable[[], None]:
         return step
 
 
-def _leave_recording(stream, device: torch.device, pool) -> None:
-    """Undoes what a recording that breaks off leaves behind.
+def _leave_capture(stream, device: torch.device, pool) -> None:
+    """Undoes what a capture that breaks off leaves behind.
 
     Its stream is current, and the allocator believes that it goes on, so that freeing memory would fail.
     """

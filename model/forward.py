@@ -1,5 +1,7 @@
 """The forward pass up to the last hidden states: embeddings with image features in them, then the layers."""
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 
@@ -8,55 +10,90 @@ from model.prompt import Patches, Prompt
 
 
 def embed(model, ids: Tensor, prompts: list[Prompt]) -> Tensor:
-    """Input embeddings [B, T, hidden * depths] of ids [B, T], whose rows start with these prompts.
+    """Embeds ids [B, T], whose rows start with these prompts: [B, T, hidden * depths].
 
-    Features are placed by the prompts' own positions, never by looking for the image token. What is added
-    after the first layers stands behind what is embedded: 0 where there is no image.
+    Features are placed by the prompts' own positions, never by looking for the image token. Behind the
+    embedding stands what is added after the first layers (DeepStack), 0 where there is no image. A row whose
+    prompt has two image tokens, of a family with two middle layers (depths = 3):
+
+        column     0      1        2        3      4
+        ids        user   <image>  <image>  How    many
+        embedding  e_0    f_0      f_1      e_3    e_4       f: features of the encoder's last layer
+        layer 0    0      g_0      g_1      0      0         g, h: of two middle layers
+        layer 1    0      h_0      h_1      0      0
     """
     device = ids.device
-    images = {id(image): image for p in prompts for image in p.images}
-    features = dict(zip(images, image_features(model.model.visual, list(images.values()), device)))
     embeds = model.get_input_embeddings()(ids)
-    row = torch.cat([torch.full((p.image_tokens,), r) for r, p in enumerate(prompts)]).to(device)
-    column = torch.cat([p.places for p in prompts]).to(device)
-    values = torch.cat([features[id(image)] for p in prompts for image in p.images]).to(embeds.dtype)
-    later = embeds.new_zeros(*ids.shape, values.shape[1] - embeds.shape[2])
-    return torch.cat([embeds, later], dim=2).index_put((row, column), values)
+    # The features of each image, encoded once however many prompts show it.
+    images = list(chain.from_iterable(prompt.images for prompt in prompts))
+    unique = list(dict.fromkeys(images))
+    features = dict(zip(unique, image_features(model.model.visual, unique, device)))
+    values = torch.cat([features[image] for image in images])
+    # Where they go.
+    counts = torch.tensor([prompt.image_tokens for prompt in prompts])
+    row = torch.repeat_interleave(counts)
+    column = torch.cat([prompt.places for prompt in prompts])
+    places = row.to(device), column.to(device)
+    # Zeros behind the embedding, as wide as the features of the middle layers.
+    width = values.shape[1] - embeds.shape[2]
+    later = embeds.new_zeros(*ids.shape, width)
+    embeds = torch.cat([embeds, later], dim=2)
+    return embeds.index_put(places, values.to(embeds.dtype))
 
 
 def image_features(visual, images: list[Patches], device: torch.device) -> list[Tensor]:
-    """The features [tokens, hidden * depths] of each image, all that are needed made in one pass.
+    """Returns the features [tokens, hidden * depths] of each image, encoding in one pass those it needs.
 
     A frozen encoder makes the same every time: kept beside the image, they serve both roles, rollouts,
-    reference and update. In CPU memory, where they take a fifth of what the pixels take.
+    reference and update. They are in CPU memory, where they take a fifth of what the pixels take.
     """
-    weight, frozen = next(visual.parameters()), not any(p.requires_grad for p in visual.parameters())
-    new = [i for i in images if not frozen or i.features is None or i.features[0] is not weight]
-    made = []
+
+    def encode(images: list[Patches]) -> list[Tensor]:
+        pixels = torch.cat([image.pixels for image in images])
+        grids = torch.cat([image.grid for image in images])
+        return encode_images(visual, pixels.to(device), grids)
+
+    def is_new(image: Patches) -> bool:
+        return image.features is None or image.features[0] is not weight
+
+    weights = list(visual.parameters())
+    if any(weight.requires_grad for weight in weights):
+        return encode(images)
+    weight = weights[0]
+    new = [image for image in images if is_new(image)]
     if new:
-        pixels = torch.cat([image.pixels for image in new]).to(device)
-        made = encode_images(visual, pixels, torch.cat([image.grid for image in new]))
-    if not frozen:
-        return made
-    for image, features in zip(new, made):
-        image.features = weight, features.detach().cpu()
+        for image, features in zip(new, encode(new)):
+            image.features = (weight, features.detach().cpu())
     return [image.features[1].to(device) for image in images]
 
 
-def hidden_states(model, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache=None) -> Tensor:
-    """Last hidden states [B, T, hidden] of embeds [B, T, hidden * depths] at positions [3, B, T].
+def hidden_states(
+    model,
+    embeds: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    cache=None,
+) -> Tensor:
+    """Returns the last hidden states [B, T, hidden] of embeds [B, T, hidden * depths].
 
-    mask: [B, 1, T, T] bool, True where a query (row) may see a key (column); None: all that stand before it.
-    The text model's layers one after the other: its own forward takes masks and features in another form for
-    each family.
+    positions: [3, B, T]. mask: [B, 1, T, T] bool, True where a query (row) may see a key (column); None: all
+    that stand before it. The text model's layers run here one after the other, because its own forward takes
+    masks and features in another form for each family.
     """
     text = model.model.language_model
-    if mask is not None:  # as numbers, made once: each layer would make and keep its own
-        numbers = torch.zeros(mask.shape, dtype=embeds.dtype, device=mask.device)
+    if mask is not None:
+        # As numbers, made once: each layer would make and keep its own.
+        numbers = torch.zeros_like(mask, dtype=embeds.dtype)
         mask = numbers.masked_fill_(~mask, -torch.inf)
     x, *later = embeds.split(text.config.hidden_size, dim=2)
     rotation = text.rotary_emb(x, positions)
     for number, layer in enumerate(text.layers):
-        x = layer(x, attention_mask=mask, position_embeddings=rotation, past_key_values=cache)
-        x = x + later[number] if number < len(later) else x
+        x = layer(
+            x,
+            attention_mask=mask,
+            position_embeddings=rotation,
+            past_key_values=cache,
+        )
+        if number < len(later):
+            x = x + later[number]
     return text.norm(x)

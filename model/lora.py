@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import linear
 
 ALPHA = 2  # alpha / R
 
@@ -23,14 +24,16 @@ class LoRALinear(torch.nn.Linear):
     """A linear layer with its frozen W and a trained change; its own A and B are `lora_A` and `lora_B`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in] -> [..., out]."""
-        change = torch.nn.functional.linear(x, self.lora_A.to(x.dtype))
-        return super().forward(x) + ALPHA * torch.nn.functional.linear(change, self.lora_B.to(x.dtype))
+        """Maps x [..., in] to [..., out]."""
+        change = linear(x, self.lora_A.to(x.dtype))
+        change = linear(change, self.lora_B.to(x.dtype))
+        return super().forward(x) + ALPHA * change
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """W + (alpha / R) B A, [out, in], in W's dtype."""
-        change = (ALPHA * self.lora_B @ self.lora_A).to(self.weight.device)  # A and B may be parked
+        """Returns W + (alpha / R) B A, [out, in], in W's dtype."""
+        change = ALPHA * self.lora_B @ self.lora_A
+        change = change.to(self.weight.device)  # A and B may be offloaded
         return (self.weight.float() + change).to(self.weight.dtype)
 
 
@@ -42,37 +45,44 @@ def add_lora(model, rank: int, seed: int = 0) -> None:
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for _, layer in text_linears(model):
+        device = layer.weight.device
+        bound = 1 / math.sqrt(layer.in_features)
+        a = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)
+        b = torch.zeros(layer.out_features, rank, device=device)
         layer.__class__ = LoRALinear
-        bound, device = 1 / math.sqrt(layer.in_features), layer.weight.device
-        drawn = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)
-        layer.lora_A = torch.nn.Parameter(drawn.to(device))
-        layer.lora_B = torch.nn.Parameter(torch.zeros(layer.out_features, rank, device=device))
+        layer.lora_A = torch.nn.Parameter(a.to(device))
+        layer.lora_B = torch.nn.Parameter(b)
 
 
 def text_linears(model) -> list[tuple[str, torch.nn.Linear]]:
-    """The linear layers of the text model, by their names in the whole model."""
-    layers = model.model.language_model.layers.named_modules(prefix="model.language_model.layers")
-    return [(name, layer) for name, layer in layers if isinstance(layer, torch.nn.Linear)]
+    """Returns the linear layers of the text model, each with its name in the whole model."""
+    layers = model.model.language_model.layers
+    modules = layers.named_modules(prefix="model.language_model.layers")
+    return [(name, module) for name, module in modules if isinstance(module, torch.nn.Linear)]
 
 
 def merged_weights(model) -> dict[str, Tensor]:
-    """The state dict of the model with every change added to its W, under the plain names."""
-    weights = {name: w for name, w in model.state_dict().items() if not name.endswith((".lora_A", ".lora_B"))}
+    """Returns the state dict of the model with every change added to its W, under the plain names."""
+    weights = model.state_dict()
     for name, layer in text_linears(model):
         if isinstance(layer, LoRALinear):
             weights[f"{name}.weight"] = layer.merged().cpu()  # a GPU has no room for all of them
+            del weights[f"{name}.lora_A"], weights[f"{name}.lora_B"]
     return weights
 
 
 def save_adapter(model, base: str, folder: Path) -> None:
-    """Writes A and B as PEFT reads them: adapter_model.safetensors and adapter_config.json."""
-    tensors, layers = {}, [(name, layer) for name, layer in text_linears(model)]
+    """Writes A and B as PEFT reads them: adapter_model.safetensors and adapter_config.json.
+
+    base: the name or path of the model that they change.
+    """
+    layers = text_linears(model)
+    tensors: dict[str, Tensor] = {}
     for name, layer in layers:
         for part in ("lora_A", "lora_B"):
-            tensors[f"base_model.model.{name}.{part}.weight"] = (
-                getattr(layer, part).detach().cpu().contiguous()
-            )
-    kinds = "|".join(dict.fromkeys(name.rpartition(".")[2] for name, _ in layers))
+            weight = getattr(layer, part).detach()
+            tensors[f"base_model.model.{name}.{part}.weight"] = weight.cpu().contiguous()
+    kinds = dict.fromkeys(name.rpartition(".")[2] for name, _ in layers)
     rank = layers[0][1].lora_A.shape[0]
     config = dict(
         peft_type="LORA",
@@ -83,8 +93,9 @@ def save_adapter(model, base: str, folder: Path) -> None:
         lora_dropout=0.0,
         bias="none",
         inference_mode=True,
-        target_modules=rf".*language_model\.layers\..*\.({kinds})",
+        target_modules=rf".*language_model\.layers\..*\.({'|'.join(kinds)})",
     )
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(config, indent=2) + "\n"
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")

@@ -1,7 +1,9 @@
 """Where the weights are: on the device, or in CPU memory and on the device only while they work."""
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +22,43 @@ class Fallbacks:
 
 
 def copy_model(model):
-    """A copy that shares the frozen weights."""
+    """Returns a copy that shares the frozen weights."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
 
 
-def _padded_bytes(tensor: Tensor) -> int:
-    return -(-tensor.nbytes // 256) * 256  # so that each tensor in a shared buffer starts where its dtype may
+def offloadable(model) -> list[Tensor]:
+    """Returns what is offloaded: not the frozen weights, as several copies share them."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    return [*trained, *model.buffers()]
+
+
+def move_to_cpu(tensors: list[Tensor], pinned: bool) -> None:
+    """Moves tensors into one buffer in CPU memory, pinned or not; each stays the same object.
+
+    One buffer, as pinned memory, which a GPU reads fastest, is rounded up to a power of two each time it is
+    asked for. Two tensors of 400 and 100 bytes, each at a multiple of 256, where any dtype may start:
+
+        byte      0           400     512        612     768
+        buffer    | tensor 0  | free  | tensor 1 | free  |
+    """
+    sizes = [math.ceil(tensor.nbytes / 256) * 256 for tensor in tensors]
+    buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned)
+    for tensor, part in zip(tensors, buffer.split(sizes)):
+        place = part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        tensor.data = place.copy_(tensor.data)
+
+
+@contextmanager
+def copied_to(device: torch.device, tensors: list[Tensor]) -> Iterator[None]:
+    """Has tensors on a device for the length of a `with` block, then where they were, as they were there."""
+    home = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(device, non_blocking=True)
+        yield
+    finally:
+        for tensor, data in zip(tensors, home):
+            tensor.data = data
 
 
 def retry_with_less_memory(attempt: Callable[[], Any], use_less_memory: Callable[[], None]) -> Any:

@@ -9,69 +9,100 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from model.vision import Segments, embed_patches, rotations, runs
+from model.vision import Segments, embed_patches, group_lengths, rotations, run_block
 
 MODEL = Qwen2_5_VLForConditionalGeneration
 PROCESSOR = "Qwen2_5_VLProcessor"
 
 
-def kept(config) -> dict[str, tuple[int, int]]:
-    """Counts the vectors that a layer keeps: 8 of its width and 4 of its MLP's, and 2 in float32 from norms.
+def count_activations(config) -> dict[str, tuple[int, int]]:
+    """Counts the numbers that autograd keeps (see families.py).
 
-    An image layer keeps 11 in place of 8, as it cuts its windows out and puts them together again.
-    The merger keeps 4, and one in float32.
+    A layer keeps 8 vectors of its width and 4 of its MLP's, and 2 in float32 from norms. An image layer keeps
+    11 in place of 8, as it cuts its windows out and puts them together again. The merger keeps 4, and one in
+    float32.
     """
-    text, vision = config.text_config, config.vision_config
+    text = config.text_config
+    vision = config.vision_config
+    text_layer = 8 * text.hidden_size + 4 * text.intermediate_size
+    image_layer = 11 * vision.hidden_size + 4 * vision.intermediate_size
     return {
-        "text layer": (8 * text.hidden_size + 4 * text.intermediate_size, 2 * text.hidden_size),
-        "image layer": (11 * vision.hidden_size + 4 * vision.intermediate_size, 2 * vision.hidden_size),
+        "text layer": (text_layer, 2 * text.hidden_size),
+        "image layer": (image_layer, 2 * vision.hidden_size),
         "merged": (4 * vision.hidden_size, vision.hidden_size),
     }
 
 
 def encode_images(visual, pixels: Tensor, grids: Tensor) -> list[Tensor]:
-    """The features [tokens, hidden] of each image, as transformers' `visual` makes them.
+    """Returns the features [tokens, hidden] of each image, as transformers' `visual` makes them.
 
     pixels: [patches, channels * 2 * 14 * 14] of all images; grids: [images, 3] int64, on the CPU.
     """
-    visual.config._attn_implementation = "grouped"
-    unit, device = visual.spatial_merge_size**2, pixels.device
+    device = pixels.device
+    unit = visual.spatial_merge_size**2
     order, windows, images = sort_patches(visual, grids.tolist())
     order = order.to(device, non_blocking=True)
-    images = Segments(images.groups, *(x.to(device, non_blocking=True) for x in (images.order, images.back)))
-    x = embed_patches(visual, pixels).unflatten(0, (-1, unit))[order].flatten(0, 1)
-    rotation = [r.unflatten(0, (-1, unit))[order].flatten(0, 1) for r in rotations(visual, grids, device)]
-    whole = torch.tensor([0, len(x)], dtype=torch.int32)  # transformers would cut here; it finds one piece
+    images = Segments(
+        images.groups,
+        images.order.to(device, non_blocking=True),
+        images.back.to(device, non_blocking=True),
+    )
+
+    def by_window(x: Tensor) -> Tensor:
+        """Sorts the patches of x [T, ...], in their units, window by window."""
+        units = x.unflatten(0, (-1, unit))
+        return units[order].flatten(0, 1)
+
+    x = by_window(embed_patches(visual, pixels))
+    rotation = tuple(by_window(angle) for angle in rotations(visual, grids, device))
     for number, block in enumerate(visual.blocks):
         segments = images if number in visual.fullatt_block_indexes else windows
-        x = block(x, cu_seqlens=whole, position_embeddings=tuple(rotation), segments=segments)
-    features = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
-    features = visual.merger(x)[features]
-    return list(features.split([t * h * w // unit for t, h, w in grids.tolist()]))
+        x = run_block(block, x, rotation, segments)
+    # A unit becomes a token; tokens go back to where they stand in their image.
+    features = visual.merger(x)[order.argsort()]
+    tokens = grids.prod(dim=1) // unit
+    return list(features.split(tokens.tolist()))
 
 
 def sort_patches(visual, grids: list[list[int]]) -> tuple[Tensor, Segments, Segments]:
-    """(order of the merged patches [T / 4], windows, images): windows of equal length are neighbours.
+    """Sorts the patches of images by windows, those of equal length together.
 
-    Patches come in units of 2 x 2, which are merged into one token at the end and stay together.
+    Patches come in units of 2 x 2, which are merged into one token at the end and stay together. An image of
+    112 x 168 pixels has 8 x 12 patches and 4 x 6 tokens. A window has 4 x 4 tokens, or fewer at an edge:
+
+         0  1  2  3 |  4  5
+         6  7  8  9 | 10 11        order    4 5 10 11 16 17 22 23,  0 1 2 3 6 7 8 9 12 ... 20 21
+        12 13 14 15 | 16 17        windows  (1, 32), (1, 64)    a window of 32 patches, then one of 64
+        18 19 20 21 | 22 23        images   (1, 96)             all patches of the image
+
+    Returns order, windows and images. order: [T / 4] the tokens, window by window. `images.order` leads from
+    there to the patches image by image, those of equal length together; `images.back` leads back.
     """
     merge = visual.spatial_merge_size
-    side, unit = visual.window_size // merge // visual.patch_size, merge**2
-    windows, lengths, start = [], [], 0
-    # Frames are images of their own.
-    for height, width in ((h, w) for frames, h, w in grids for _ in range(frames)):
-        tokens = torch.arange((height // merge) * (width // merge)) + start
-        start += len(tokens)
-        lengths.append(len(tokens) * unit)
-        for rows in tokens.view(height // merge, width // merge).split(side):
-            windows += [window.flatten() for window in rows.split(side, dim=1)]
+    unit = merge**2
+    side = visual.window_size // merge // visual.patch_size
+    # The tokens [tokens] of each image and each window; frames are images of their own.
+    images: list[Tensor] = []
+    windows: list[Tensor] = []
+    start = 0
+    for frames, height, width in grids:
+        for _ in range(frames):
+            tokens = torch.arange(start, start + height * width // unit)
+            start += len(tokens)
+            images.append(tokens)
+            for band in tokens.view(-1, width // merge).split(side):
+                windows += [window.flatten() for window in band.split(side, dim=1)]
+    images.sort(key=len)
     windows.sort(key=len)
     order = torch.cat(windows)
-    inside = Segments(runs([len(window) * unit for window in windows]))
-    # Back from windows to images, image by image, those of equal length together.
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-    by_image = sorted(torch.arange(start).split([n // unit for n in lengths]), key=len)
-    patches = place[torch.cat(by_image)][:, None] * unit + torch.arange(unit)
-    back = torch.empty(start * unit, dtype=torch.long)
-    back[patches.flatten()] = torch.arange(start * unit)
-    return order, inside, Segments(runs(sorted(lengths)), patches.flatten(), back)
+    # The place of each image's patches in the order by windows.
+    places = order.argsort()[torch.cat(images)]
+    patches = places[:, None] * unit + torch.arange(unit)
+    patches = patches.flatten()
+
+    def groups(parts: list[Tensor]) -> list[tuple[int, int]]:
+        return group_lengths([len(part) * unit for part in parts])
+
+    by_window = Segments(groups(windows))
+    by_image = Segments(groups(images), patches, patches.argsort())
+    return order, by_window, by_image

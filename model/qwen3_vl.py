@@ -9,65 +9,98 @@ import torch
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
-from model.vision import Segments, embed_patches, in_units, rotations, runs
+from model.vision import Segments, embed_patches, group_lengths, rotations, run_block, sort_into_units
 
 MODEL = Qwen3VLForConditionalGeneration
 PROCESSOR = "Qwen3VLProcessor"
 
 
-def kept(config) -> dict[str, tuple[int, int]]:
-    """Counts the vectors that a layer keeps.
+def count_activations(config) -> dict[str, tuple[int, int]]:
+    """Counts the numbers that autograd keeps (see families.py).
 
-    A text layer keeps 4 of its width, 5 of the heads', 1 of the keys' and 4 of its MLP's, and in float32 what
-    goes into norms: 2 of its width, 1 of the heads' and 1 of the keys'. An image layer keeps 11 of its width
-    and 2 of its MLP's. Each merger keeps 3; the last one keeps its input besides.
+    A text layer keeps 4 vectors of its width, 5 of the heads', 1 of the keys' and 4 of its MLP's, and in
+    float32 what goes into norms: 2 of its width, 1 of the heads' and 1 of the keys'. An image layer keeps 11
+    of its width and 2 of its MLP's. Each merger keeps 3; the last one keeps its input besides.
     """
-    text, vision = config.text_config, config.vision_config
-    width, heads, keys = text.hidden_size, text.num_attention_heads, text.num_key_value_heads
-    heads, keys = heads * text.head_dim, keys * text.head_dim
+    text = config.text_config
+    vision = config.vision_config
     mergers = 1 + len(vision.deepstack_visual_indexes)
+    width = text.hidden_size
+    heads = text.num_attention_heads * text.head_dim
+    keys = text.num_key_value_heads * text.head_dim
+    text_layer = 4 * width + 5 * heads + keys + 4 * text.intermediate_size
+    text_norms = 2 * width + heads + keys
+    image_layer = 11 * vision.hidden_size + 2 * vision.intermediate_size
+    merged = (3 * mergers + 1) * vision.hidden_size
     return {
-        "text layer": (4 * width + 5 * heads + keys + 4 * text.intermediate_size, 2 * width + heads + keys),
-        "image layer": (11 * vision.hidden_size + 2 * vision.intermediate_size, 0),
-        "merged": ((3 * mergers + 1) * vision.hidden_size, 0),
+        "text layer": (text_layer, text_norms),
+        "image layer": (image_layer, 0),
+        "merged": (merged, 0),
     }
 
 
 def encode_images(visual, pixels: Tensor, grids: Tensor) -> list[Tensor]:
-    """The features [tokens, hidden * depths] of each image: of the last layer, then of those in the middle.
+    """Returns the features [tokens, hidden * depths] of each image: of the last layer, then of middle ones.
 
     pixels: [patches, channels * 2 * 16 * 16] of all images; grids: [images, 3] int64, on the CPU.
     """
-    visual.config._attn_implementation = "grouped"
-    order = grids[:, 1:].prod(dim=1).argsort(stable=True)  # images of equal length become neighbours
-    x = embed_patches(visual, pixels).split(grids.prod(dim=1).tolist())
-    x, grids = torch.cat([x[i] for i in order]), grids[order]
+    # Images are sorted by length, so that those of equal length are neighbours.
+    lengths = grids[:, 1:].prod(dim=1)
+    order = lengths.argsort(stable=True)
+    sizes = grids.prod(dim=1).tolist()
+    x = embed_patches(visual, pixels).split(sizes)
+    x = torch.cat([x[image] for image in order])
+    grids = grids[order]
     x = x + learned_positions(visual, grids).to(x.dtype)
-    rotation, depths = rotations(visual, grids, pixels.device), []
-    segments = Segments(runs([h * w for frames, h, w in grids.tolist() for _ in range(frames)]))
-    whole = torch.tensor([0, len(x)], dtype=torch.int32)  # transformers would cut here; it finds one piece
+    rotation = rotations(visual, grids, pixels.device)
+    # Frames are images of their own.
+    lengths = lengths[order].repeat_interleave(grids[:, 0])
+    segments = Segments(group_lengths(lengths.tolist()))
+    # The layers; DeepStack's features come from some of them.
+    depths = []
     for number, block in enumerate(visual.blocks):
-        x = block(x, cu_seqlens=whole, position_embeddings=rotation, segments=segments)
+        x = run_block(block, x, rotation, segments)
         if number in visual.deepstack_visual_indexes:
-            which = visual.deepstack_visual_indexes.index(number)
-            depths.append(visual.deepstack_merger_list[which](x))
-    features = torch.cat([visual.merger(x), *depths], dim=1)
-    features = features.split((grids.prod(dim=1) // visual.spatial_merge_size**2).tolist())
-    return [features[i] for i in order.argsort()]
+            depth = visual.deepstack_visual_indexes.index(number)
+            depths.append(visual.deepstack_merger_list[depth](x))
+    last = visual.merger(x)
+    features = torch.cat([last, *depths], dim=1)
+    # Back to the images' own order.
+    tokens = grids.prod(dim=1) // visual.spatial_merge_size**2
+    features = features.split(tokens.tolist())
+    return [features[image] for image in order.argsort()]
 
 
 def learned_positions(visual, grids: Tensor) -> Tensor:
-    """[patches, hidden] float32: the table of positions, interpolated linearly between its corners."""
-    side, made = visual.num_grid_per_side, []
-    table = visual.pos_embed.weight.float().unflatten(0, (side, side))
+    """Interpolates the table of positions linearly between its entries: [patches, hidden] float32.
+
+    A side with 3 entries stretched over 5 patches puts them at 0, 1/2, 1, 3/2 and 2. A patch takes from each
+    entry 1 less its distance, if that is positive:
+
+        patch        0    1    2    3    4
+        entry 0      1   1/2   0    0    0
+        entry 1      0   1/2   1   1/2   0
+        entry 2      0    0    0   1/2   1
+    """
+    side = visual.num_grid_per_side
+    table = visual.pos_embed.weight.float()
+    table = table.unflatten(0, (side, side))  # [side, side, hidden]
+    entries = torch.arange(side, device=table.device)
 
     def weights(count: int) -> Tensor:
-        """[count, side]: how much of each entry along the table's side is in each of `count` patches."""
-        entries = torch.arange(side, device=table.device)
-        place = torch.arange(count, device=table.device) * (side - 1) / max(count - 1, 1)
-        return (1 - (place[:, None] - entries).abs()).clamp(min=0)
+        """[count, side]: how much each of `count` patches takes from each entry."""
+        place = torch.arange(count, device=table.device)
+        steps = max(count - 1, 1)
+        place = place * (side - 1) / steps
+        distance = (place[:, None] - entries).abs()
+        return (1 - distance).clamp(min=0)
 
+    positions = []
     for frames, height, width in grids.tolist():
-        rows = weights(height) @ (weights(width) @ table).flatten(1)  # [height, width * hidden]
-        made.append(in_units(rows.unflatten(1, (width, -1)), visual.spatial_merge_size).repeat(frames, 1))
-    return torch.cat(made)
+        columns = weights(width) @ table  # [side, width, hidden]
+        columns = columns.flatten(1)
+        grid = weights(height) @ columns  # [height, width * hidden]
+        grid = grid.unflatten(1, (width, -1))
+        patches = sort_into_units(grid, visual.spatial_merge_size)
+        positions.append(patches.repeat(frames, 1))
+    return torch.cat(positions)

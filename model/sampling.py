@@ -21,8 +21,15 @@ class Sampling:
     top_k: int = 0  # the k likeliest tokens; 0: all
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generator, pieces=fused) -> Tensor:
-    """Draws one token a row from logits [R, vocabulary]; temperature 0 takes the likeliest.
+def sample(
+    logits: Tensor,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    generator: torch.Generator | None,
+    pieces=fused,
+) -> Tensor:
+    """Draws one token a row [R] from logits [R, vocabulary]; temperature 0 takes the likeliest.
 
     The nucleus is every token that has less than top_p of probability in likelier ones (equally likely tokens
     are in it together, where a sort would cut between them). Sorting 151,936 probabilities to find it takes
@@ -35,21 +42,28 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generat
     if temperature < 1e-6:
         return logits.argmax(dim=-1)
     if 0 < top_k < logits.shape[-1]:
-        best, which = logits.topk(top_k, dim=-1)
-        logits = torch.full_like(logits, -torch.inf).scatter(1, which, best)
+        best, index = logits.topk(top_k, dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter(1, index, best)
+    # The first draw, of all rows.
     probs, likeliest = pieces.likelihoods(logits, temperature)
-    rounds, bound = _rounds(top_p), top_p if top_p < 1 else math.inf
+    on_cpu = probs.device.type == "cpu"
+    rounds = _count_rounds(top_p)
+    bound = top_p if top_p < 1 else math.inf
     numbers = uniform_numbers(rounds, len(probs), probs.device, generator)
     token, drawn, outside = pieces.draw(probs, probs.cumsum(dim=1), next(numbers), bound)
     if rounds == 1:
         return torch.where(outside, likeliest, token)[:, 0]
-    if probs.device.type == "cpu":
+    # The rows that draw again.
+    if on_cpu:
         which = outside[:, 0].nonzero()[:, 0]
     else:
-        which = outside[:, 0].int().topk(_rows_outside(len(probs), top_p), sorted=False).indices
-    left, drawn = probs[which], drawn[which]
+        count = _rows_outside(len(probs), top_p)
+        which = outside[:, 0].int().topk(count, sorted=False).indices
+    left = probs[which]
+    drawn = drawn[which]
+    # They draw from what is likelier than what they drew.
     for _ in range(rounds - 1):
-        if probs.device.type == "cpu" and not outside.any():
+        if on_cpu and not outside.any():
             break
         left = pieces.likelier(left, drawn)
         drawn = pieces.draw_again(which, left, left.cumsum(dim=1), token, outside, next(numbers), bound)
@@ -57,35 +71,39 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generat
 
 
 def uniform_numbers(rounds: int, rows: int, device: torch.device, generator) -> Iterator[Tensor]:
-    """Random numbers [rows, 1] for each round; on a CPU none are drawn for rounds that there are not."""
-    at_once, place = 1 if device.type == "cpu" else rounds, device if generator is None else generator.device
+    """Yields random numbers [rows, 1] for each round; a CPU draws them only for the rounds that there are."""
+    at_once = 1 if device.type == "cpu" else rounds
+    source = device if generator is None else generator.device
     for _ in range(rounds // at_once):
-        yield from torch.rand(at_once, rows, 1, device=place, generator=generator).to(device)
+        numbers = torch.rand(at_once, rows, 1, device=source, generator=generator)
+        yield from numbers.to(device)
 
 
-def _rounds(top_p: float) -> int:
-    """Draws after which less than one row in a billion is still outside the nucleus (it gets its likeliest
-    token).
+def _count_rounds(top_p: float) -> int:
+    """Counts the draws after which less than one row in a billion is still outside the nucleus.
 
-    The first draw is outside with probability 1 - top_p at most, and what is left outside shrinks by half on
-    average.
+    Such a row gets its likeliest token. The first draw is outside with probability 1 - top_p at most, and
+    what is left outside shrinks by half on average.
     """
-    return 1 if top_p == 1 else math.ceil(min(64.0, math.log(1e-9) / math.log1p(-top_p)))
+    if top_p == 1:
+        return 1
+    return math.ceil(min(64.0, math.log(1e-9) / math.log1p(-top_p)))
 
 
 @functools.cache
 def _rows_outside(rows: int, top_p: float) -> int:
-    """How many rows draw again: with probability 1 - 1e-9 no more are outside after the first draw.
+    """Returns how many rows draw again: with probability 1 - 1e-9 no more are outside after the first draw.
 
     They are outside independently of one another, with probability 1 - top_p at most: their number is
     binomial. A row beyond it gets its likeliest token.
     """
     if top_p < 0.5:
         return rows
-    chance = inside = top_p**rows  # that exactly, and that at most `most` are outside
     most = 0
-    while inside < 1 - 1e-9 and most < rows:
+    exactly = top_p**rows  # the probability that `most` rows are outside,
+    at_most = exactly  # and that no more are
+    while at_most < 1 - 1e-9 and most < rows:
         most += 1
-        chance *= (rows - most + 1) / most * (1 - top_p) / top_p
-        inside += chance
+        exactly *= (rows - most + 1) / most * (1 - top_p) / top_p
+        at_most += exactly
     return most

@@ -8,6 +8,7 @@ The layers themselves are transformers' modules; they find `grouped_attention` b
 configuration.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +19,22 @@ from transformers import AttentionInterface
 
 @dataclass(frozen=True)
 class Segments:
-    """Which patches see each other: neighbours, `count` segments of `length` patches after the other.
+    """Groups of segments of equal length, one after the other; a patch sees the patches of its segment.
 
-    groups: (count, length), .. order: [T] the patches to look at, in this order; None: as they come.
+    Images of 4, 4 and 9 patches: groups [(2, 4), (1, 9)], and two calls of attention.
+
+        patch      0 1 2 3 | 4 5 6 7 | 8 9 10 11 12 13 14 15 16
+        group      0         0         1
     """
 
-    groups: list[tuple[int, int]]
-    order: Tensor | None = None
-    back: Tensor | None = None  # the inverse of `order`
+    groups: list[tuple[int, int]]  # (count, length): that many segments of so many patches
+    order: Tensor | None = None  # [T] the patches in the order of the segments; None: as they come
+    back: Tensor | None = None  # [T] the inverse of `order`
+
+
+def group_lengths(lengths: list[int]) -> list[tuple[int, int]]:
+    """Counts equal lengths, which are neighbours: [4, 4, 9] -> [(2, 4), (1, 9)]."""
+    return [(count, length) for length, count in Counter(lengths).items()]
 
 
 def grouped_attention(
@@ -39,50 +48,86 @@ def grouped_attention(
     segments=None,
     **_,
 ) -> tuple[Tensor, None]:
-    """Attention of q, k, v [1, heads, T, d] within segments; without any, of all to all. Returns [1, T,
-    heads, d]."""
+    """Attends within segments, or without any from all patches to all, for q, k, v [1, heads, T, d].
+
+    Returns [1, T, heads, d], and None in place of the weights: the signature is that of transformers.
+    """
+    # transformers' own forward gives no segments; it cuts q, k and v itself.
     segments = segments or Segments([(1, q.shape[2])])
-    if segments.order is not None:
-        q, k, v = (x[:, :, segments.order] for x in (q, k, v))
-    parts, sizes = [], [count * length for count, length in segments.groups]
-    for (count, length), *qkv in zip(segments.groups, *(x[0].split(sizes, dim=1) for x in (q, k, v))):
-        qkv = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)  # [count, heads, length, d]
-        out = scaled_dot_product_attention(*qkv, dropout_p=dropout, scale=scaling)
-        parts.append(out.transpose(1, 2).flatten(0, 1))
-    out = torch.cat(parts)
-    return (out if segments.back is None else out[segments.back])[None], None
+    sizes = [count * length for count, length in segments.groups]
+
+    def split(x: Tensor) -> tuple[Tensor, ...]:
+        """[1, heads, T, d] -> [heads, count * length, d] for each group."""
+        if segments.order is not None:
+            x = x[:, :, segments.order]
+        return x[0].split(sizes, dim=1)
+
+    outputs = []
+    for (_, length), *qkv in zip(segments.groups, split(q), split(k), split(v)):
+        # The segments of a group are a batch: [count, heads, length, d].
+        qkv = [x.unflatten(1, (-1, length)).transpose(0, 1) for x in qkv]
+        output = scaled_dot_product_attention(*qkv, dropout_p=dropout, scale=scaling)
+        output = output.transpose(1, 2)
+        outputs.append(output.flatten(0, 1))
+    output = torch.cat(outputs)
+    if segments.back is not None:
+        output = output[segments.back]
+    return output[None], None
 
 
 AttentionInterface.register("grouped", grouped_attention)
 
 
-def runs(lengths: list[int]) -> list[tuple[int, int]]:
-    """[4, 4, 9] -> [(2, 4), (1, 9)]"""
-    return [(lengths.count(length), length) for length in dict.fromkeys(lengths)]
+def run_block(
+    block,
+    x: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    segments: Segments,
+) -> Tensor:
+    """Runs a layer of an encoder on patches x [T, hidden], which see each other within segments."""
+    # transformers would cut the patches into pieces here; it is told of one piece.
+    pieces = torch.tensor([0, len(x)], dtype=torch.int32)
+    return block(x, cu_seqlens=pieces, position_embeddings=rotation, segments=segments)
 
 
 def embed_patches(visual, pixels: Tensor) -> Tensor:
-    """[patches, hidden] of pixels [patches, channels * 2 * side * side].
+    """Embeds pixels [patches, channels * 2 * side * side]: [patches, hidden].
 
     A kernel as large as a patch makes the convolution a matrix product, at which cuDNN's conv3d can be very
     slow, or take gigabytes (pytorch#166643, transformers#45041).
     """
-    kernel = visual.patch_embed.proj.weight.flatten(1)
-    return linear(pixels.to(kernel.dtype), kernel, visual.patch_embed.proj.bias)
+    projection = visual.patch_embed.proj
+    kernel = projection.weight.flatten(1)
+    return linear(pixels.to(kernel.dtype), kernel, projection.bias)
 
 
-def in_units(grid: Tensor, merge: int) -> Tensor:
-    """[rows, columns, ..] -> [patches, ..]: in units of merge x merge, as an image's patches come."""
-    return grid.unflatten(1, (-1, merge)).unflatten(0, (-1, merge)).transpose(1, 2).flatten(0, 3)
+def sort_into_units(grid: Tensor, merge: int) -> Tensor:
+    """Sorts [rows, columns, ...] into [patches, ...], in units of merge x merge, as an image's patches come.
+
+    A grid of 2 x 4 with merge = 2: its units are 0 1 4 5 and 2 3 6 7.
+
+        0 1 2 3
+        4 5 6 7   ->   0 1 4 5 2 3 6 7
+    """
+    grid = grid.unflatten(1, (-1, merge))
+    grid = grid.unflatten(0, (-1, merge))
+    return grid.transpose(1, 2).flatten(0, 3)
 
 
 def rotations(visual, grids: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [patches, head_dim], float32: half of the angles by a patch's row, half by its column."""
+    """Returns cos and sin [patches, head_dim] float32 of a patch's row (half of the angles) and its column.
+
+    grids: [images, 3] int64, patches in time, height and width.
+    """
     places = []
     for frames, height, width in grids.tolist():
-        place = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"), dim=2)
-        places.append(in_units(place, visual.spatial_merge_size).repeat(frames, 1))
+        place = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+        place = place.view(height, width, 2)
+        place = sort_into_units(place, visual.spatial_merge_size)  # [height * width, 2]
+        places.append(place.repeat(frames, 1))
     places = torch.cat(places).to(device, non_blocking=True)
-    angles = (places[:, :, None].float() * visual.rotary_pos_emb.inv_freq.float().to(device)).flatten(1)
+    frequencies = visual.rotary_pos_emb.inv_freq.to(device)
+    angles = places[:, :, None].float() * frequencies.float()
+    angles = angles.flatten(1)
     angles = torch.cat([angles, angles], dim=1)
     return angles.cos(), angles.sin()

@@ -23,7 +23,7 @@ from model import prompt as prompt_module
 from model.checkpoint import CheckpointError, end_ids, first_line, load_config, load_processors
 from model.families import FAMILIES
 from model.logprobs import PackedForward
-from model.offload import Fallbacks, _padded_bytes, copy_model, retry_with_less_memory
+from model.offload import Fallbacks, copied_to, copy_model, move_to_cpu, offloadable, retry_with_less_memory
 from model.packing import Continuation, lay_out, pack
 from model.prompt import Patches, Prompt, arrange, make_prompt
 
@@ -95,21 +95,10 @@ class VLM:
     # ---- Where the weights are -----------------------------------------------------------------------------
 
     def offload(self) -> None:
-        """From now on the weights are in CPU memory, and on the device only while they work (see `present`).
-
-        They share one buffer, as pinned memory, which a GPU reads fastest, is rounded up to a power of two
-        each time it is asked for.
-        """
-        if self.offloaded:
-            return
-        tensors, pinned = self._tensors(), self.device.type == "cuda"
-        flat = torch.empty(sum(_padded_bytes(t) for t in tensors), dtype=torch.uint8, pin_memory=pinned)
-        start = 0
-        for tensor in tensors:
-            place = flat[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            start += _padded_bytes(tensor)
-            tensor.data = place.copy_(tensor.data)
-        self.offloaded = True
+        """Moves the weights to CPU memory; from now on `on_device` has them on the device while they work."""
+        if not self.offloaded:
+            move_to_cpu(offloadable(self.model), pinned=self.device.type == "cuda")
+            self.offloaded = True
 
     def load_to_device(self) -> None:
         """Brings the weights back to the device for good."""
@@ -121,25 +110,17 @@ class VLM:
     def on_device(self):
         """Has the weights on the device for the length of a `with` block.
 
-        Nothing is copied back: who changes weights that are parked changes them where they are parked.
+        Nothing is copied back: who changes offloaded weights changes them in CPU memory.
         """
         if not self.offloaded:
             yield self
             return
-        tensors = self._tensors()
-        home, self.offloaded = [tensor.data for tensor in tensors], False
+        self.offloaded = False
         try:
-            for tensor in tensors:
-                tensor.data = tensor.data.to(self.device, non_blocking=True)
-            yield self
+            with copied_to(self.device, offloadable(self.model)):
+                yield self
         finally:
-            for tensor, data in zip(tensors, home):
-                tensor.data = data
             self.offloaded = True
-
-    def _tensors(self) -> list[Tensor]:
-        """What is parked: frozen weights are not, as several copies share them."""
-        return [*(p for p in self.model.parameters() if p.requires_grad), *self.model.buffers()]
 
     def trained_weights(self) -> dict[str, Tensor]:
         """All that training changes, by name."""

@@ -1,6 +1,6 @@
 """What must hold on whatever device: `pytest tests/test_device.py --device cuda` on a GPU, the CPU otherwise.
 
-On a GPU the decode step is a recorded graph, models are lent and memory is pinned; on a CPU the same code
+On a GPU the decode step is a captured graph, models are lent and memory is pinned; on a CPU the same code
 takes its plain paths.
 """
 
@@ -67,9 +67,9 @@ def test_a_recorded_step_writes_what_a_plain_one_writes(on_device, prompts, devi
             on_device, prompts, 6, 24, **settings, generator=torch.Generator(device).manual_seed(0)
         )
 
-    recorded = sampled()
-    monkeypatch.setattr(generate_module, "recorded", lambda step, *rest: step)
-    assert sampled() == recorded and sampled() == recorded, "and a seed gives the same again"
+    captured = sampled()
+    monkeypatch.setattr(generate_module, "capture_graph", lambda step, *rest: step)
+    assert sampled() == captured and sampled() == captured, "and a seed gives the same again"
 
 
 def test_packed_logprobs_and_gradients_against_the_plain_forward(on_device, prompts, device):

@@ -115,7 +115,7 @@ def test_compiled_it_gives_the_same(function, dtype):
 @needs_compiler
 @pytest.mark.parametrize("size", ["tiny", "qwen3-tiny"])
 def test_a_compiled_step_writes_the_same_tokens(monkeypatch, size):
-    """Whole rollouts on the CPU, compiled and with projections in one, in which rows come and go."""
+    """Whole rollouts on the CPU, compiled and with projections merged, in which rows come and go."""
     torch._dynamo.reset()
     vlm = random_vlm(size, "cpu", "float32")
     vlm.end_ids = [vlm.end_ids[0], *range(3, 500, 11)]
@@ -135,8 +135,8 @@ def test_a_compiled_step_writes_the_same_tokens(monkeypatch, size):
         def __init__(self, vlm, *sizes):
             super().__init__(vlm, *sizes)
             self.pieces = fused.compiled(fallbacks)
-            self.in_one = [cache.in_one(layer.self_attn) for layer in vlm.model.model.language_model.layers]
-            assert None not in self.in_one
+            layers = vlm.model.model.language_model.layers
+            self.project = [cache.project_qkv(layer.self_attn, merge=True) for layer in layers]
 
     want = texts()
     monkeypatch.setattr(generate, "Rows", Compiled)

@@ -116,18 +116,19 @@ def test_every_row_is_the_plain_forwards_while_rows_come_and_go(
     monkeypatch.setattr(generate_module, "slots_in_memory", lambda *a: slots)
     monkeypatch.setitem(generate_module.CHECK_EVERY, "cpu", every)
     monkeypatch.setitem(cache.BUCKETS, "cpu", buckets)
-    take, admit, step = generate_module.Rows.take, generate_module.admit, generate_module.step
+    append, fill_slots = generate_module.Rows.append, generate_module.fill_slots
+    step = generate_module.step
 
-    def watched_take(rows, token):
+    def watched_append(rows, token):
         for i, (prompt, sample_number, _) in enumerate(rows.owners):
             drawn.setdefault((prompt, sample_number), []).append((token[i].item(), rows.logits[i].clone()))
-        take(rows, token)
+        append(rows, token)
 
-    monkeypatch.setattr(generate_module.Rows, "take", watched_take)
+    monkeypatch.setattr(generate_module.Rows, "append", watched_append)
     monkeypatch.setattr(
         generate_module,
-        "admit",
-        lambda vlm, rows, *a: refilled.append(len(rows.owners)) or admit(vlm, rows, *a),
+        "fill_slots",
+        lambda vlm, rows, *a: refilled.append(len(rows.owners)) or fill_slots(vlm, rows, *a),
     )
     monkeypatch.setattr(
         generate_module, "step", lambda vlm, rows, *shape: shapes.add(shape) or step(vlm, rows, *shape)
@@ -143,9 +144,7 @@ def test_every_row_is_the_plain_forwards_while_rows_come_and_go(
                 got, masked_logits(vlm, prompts[p], ids), atol=2e-4
             )  # logits of size 10, in float32
     if slots in (2, 3):
-        assert len(refilled) > 1 and any(refilled[1:]), (
-            "prompts were admitted while other rows were being written"
-        )
+        assert len(refilled) > 1 and any(refilled[1:]), "prompts came in while other rows were being written"
     assert all(
         x % b == 0 or x == limit
         for s in shapes
@@ -153,12 +152,12 @@ def test_every_row_is_the_plain_forwards_while_rows_come_and_go(
     )
 
 
-def test_a_step_can_be_recorded(ending_vlm, monkeypatch):
+def test_a_step_can_be_captured(ending_vlm, monkeypatch):
     """What a CUDA graph needs: a step done twice gives the same, and reads and writes at addresses that never
     change."""
     addresses = []
 
-    def recorded(step, vlm, pool):
+    def capture_graph(step, vlm, pool):
         def replay():
             (rows,) = (argument for argument in step.args if isinstance(argument, generate_module.Rows))
             step(), step()
@@ -171,13 +170,13 @@ def test_a_step_can_be_recorded(ending_vlm, monkeypatch):
 
     prompts = ragged_prompts(ending_vlm)
     want = generate(ending_vlm, prompts, 4, 14, generator=torch.Generator().manual_seed(3))
-    monkeypatch.setattr(generate_module, "recorded", recorded)
+    monkeypatch.setattr(generate_module, "capture_graph", capture_graph)
     assert generate(ending_vlm, prompts, 4, 14, generator=torch.Generator().manual_seed(3)) == want
     assert len(addresses) > 5 and len(addresses[0]) > 15 and all(a == addresses[0] for a in addresses)
 
 
 def test_a_step_never_asks_the_device(ending_vlm, monkeypatch):
-    """No operation of a step has a result whose size or value the host must wait for: a recording would break
+    """No operation of a step has a result whose size or value the host must wait for: a capture would break
     off there."""
     operations, step = set(), generate_module.step
 
@@ -205,28 +204,28 @@ def test_a_step_never_asks_the_device(ending_vlm, monkeypatch):
     }
 
 
-def test_what_cannot_be_recorded_is_done_eagerly(ending_vlm, monkeypatch, capsys):
+def test_what_cannot_be_captured_is_done_eagerly(ending_vlm, monkeypatch, capsys):
     """Here nothing can be: this torch has no CUDA, or this machine has no GPU. One try and one line in a
     process."""
     if torch.cuda.is_available():
-        pytest.skip("a GPU records")
+        pytest.skip("a GPU captures")
     vlm, tries = ending_vlm.copy(), []
     vlm.fallbacks = Fallbacks()
 
-    def recorded(step, vlm, pool):
+    def capture_graph(step, vlm, pool):
         claims = SimpleNamespace(device=torch.device("cuda:0"), fallbacks=vlm.fallbacks)
         tries.append(vlm.fallbacks.graphs)
-        return cache.recorded(step, claims, pool)
+        return cache.capture_graph(step, claims, pool)
 
     want = generate(ending_vlm, ragged_prompts(ending_vlm), 2, 6, temperature=0)
-    monkeypatch.setattr(generate_module, "recorded", recorded)
+    monkeypatch.setattr(generate_module, "capture_graph", capture_graph)
     for role in (vlm, vlm, vlm.copy()):  # copies of a role run in the same process
         assert generate(role, ragged_prompts(ending_vlm), 2, 6, temperature=0) == want
     assert tries.count(True) == 1 and len(tries) > 3
     assert capsys.readouterr().err.count("without a CUDA graph") == 1
 
 
-def test_a_recording_that_breaks_off_is_left(ending_vlm, monkeypatch):
+def test_a_capture_that_breaks_off_is_left(ending_vlm, monkeypatch):
     """On a pretended CUDA: its own stream is current, and the allocator believes that it goes on; both are
     undone."""
     left = []
@@ -250,7 +249,7 @@ def test_a_recording_that_breaks_off_is_left(ending_vlm, monkeypatch):
     ended = lambda device, pool: left.append((device, pool))  # noqa: E731
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended, raising=False)
     claims, step = SimpleNamespace(device=torch.device("cuda"), fallbacks=Fallbacks()), lambda: None
-    assert cache.recorded(step, claims, "pool") is step
+    assert cache.capture_graph(step, claims, "pool") is step
     assert left == ["mine", (3, "pool")] and not claims.fallbacks.graphs
 
 
@@ -320,7 +319,7 @@ def test_bfloat16_attention_is_as_exact_as_torchs(size=30.0):
     assert (got - exact).square().mean() < 2 * (torchs - exact).square().mean() + 1e-6
 
 
-def test_few_shapes_are_recorded(ending_vlm, monkeypatch):
+def test_few_shapes_are_captured(ending_vlm, monkeypatch):
     """With a GPU's buckets a whole generation needs few graphs, whatever the lengths."""
     shapes, step = [], generate_module.step
     monkeypatch.setitem(cache.BUCKETS, "cpu", (8, 4, 256, 8))

@@ -29,8 +29,8 @@ from pretended_cases import CASES, tiny  # noqa: E402
 # MODULE, the case that must see it: WHAT, then what stands there and what is put in its place.
 PLANTED = """
 model.fused, greedy_rollout: an index made on the CPU
-- everyone = torch.arange(len(index), device=index.device)
-+ everyone = torch.arange(len(index))
+- row = torch.arange(len(index), device=index.device)
++ row = torch.arange(len(index))
 
 model.decode, greedy_rollout: a number asked for in the step
 - x = model.embed_tokens(token)
@@ -49,10 +49,10 @@ model.decode, greedy_rollout: logits at a new address in each step
 + rows.logits = rows.logits.clone(); f.write_logits(
 
 model.decode, greedy_rollout: a Python number that changes from step to step
-- rows.written[:R], rows.first[:R]
-+ rows.written[:R] * 0 + rows.time - rows.owners[0][2], rows.first[:R]
+- rows.written[:R],
++ rows.written[:R] * 0 + rows.time - rows.owners[0].born,
 
-model.decode, greedy_rollout: compiled for the first time in a recording
+model.decode, greedy_rollout: compiled for the first time in a capture
 - graph = torch.cuda.CUDAGraph()
 + graph = torch.cuda.CUDAGraph(); step.args[1].pieces = fused.compiled(vlm.fallbacks)
 
@@ -68,24 +68,24 @@ model.fused, greedy_rollout: a kernel that there is not
 - if q.is_cuda and q.dtype != torch.float32:
 + if q.is_cuda:
 
-model.decode, a_recording_that_fails: the stream of a broken recording stays
+model.decode, a_capture_that_fails: the stream of a broken capture stays
 - torch.cuda.set_stream(stream)
 + pass
 
-model.decode, a_recording_that_fails: the allocator is not told of a broken recording
+model.decode, a_capture_that_fails: the allocator is not told of a broken capture
 - torch._C._cuda_endAllocateToPool(index, pool)
 + pass
 
-model.decode, a_recording_that_fails: a recording is tried again in every call
+model.decode, a_capture_that_fails: a capture is tried again in every call
 - vlm.fallbacks.graphs = False
 + pass
 
-model.decode, out_of_memory_in_a_rollout: out of memory is taken for a recording that fails
+model.decode, out_of_memory_in_a_rollout: out of memory is taken for a capture that fails
 - if isinstance(error, torch.OutOfMemoryError):
 + if False:
 
 model.sampling, sampled_rollout: a wait in sampling
-- if probs.device.type == "cpu" and not outside.any():
+- if on_cpu and not outside.any():
 + if not outside.any():
 
 model.sampling, sampled_rollout: asked which rows draw again
@@ -93,56 +93,56 @@ model.sampling, sampled_rollout: asked which rows draw again
 + which = outside[:, 0].nonzero()[:, 0]; outside[:, 0].int().topk(
 
 model.sampling, nucleus: too few rows draw again
-- _rows_outside(len(probs), top_p), sorted
-+ 1, sorted
+- count = _rows_outside(len(probs), top_p)
++ count = 1
 
 model.sampling, nucleus: rows that are inside draw again, too
 - pieces.draw_again(which, left, left.cumsum(dim=1), token, outside, next
 + pieces.draw_again(which, left, left.cumsum(dim=1), token, outside | True, next
 
 model.sampling, sampled_rollout: uniform numbers left on the CPU
-- generator=generator).to(device)
-+ generator=generator)
+- yield from numbers.to(device)
++ yield from numbers
 
 model.generate, greedy_rollout: positions left on the CPU
-- embeds, positions.to(vlm.device), None
-+ embeds, positions, None
+- positions.permute(2, 0, 1).to(vlm.device)
++ positions.permute(2, 0, 1)
 
-model.vlm, parked_roles: buffers forgotten in parking
-- if p.requires_grad), *self.model.buffers()]
-+ if p.requires_grad)]
+model.offload, offloaded_roles: buffers forgotten in offloading
+- return [*trained, *model.buffers()]
++ return trained
 
-model.vlm, parked_roles: parked in memory that is not pinned
-- self._tensors(), self.device.type == "cuda"
-+ self._tensors(), False
+model.vlm, offloaded_roles: offloaded to memory that is not pinned
+- pinned=self.device.type == "cuda"
++ pinned=False
 
-model.vlm, parked_roles: a buffer for each parked tensor
+model.offload, offloaded_roles: a buffer for each offloaded tensor
 - tensor.data = place.copy_(tensor.data)
 + tensor.data = torch.empty_like(place, pin_memory=pinned).copy_(tensor.data)
 
-model.vlm, parked_roles: a lending that waits
-- tensor.data.to(self.device, non_blocking=True)
-+ tensor.data.to(self.device)
+model.offload, offloaded_roles: a copy to the device that waits
+- tensor.data.to(device, non_blocking=True)
++ tensor.data.to(device)
 
 model.forward, sampled_rollout: features placed by looking for the image token
-- .index_put((row, column), values)
-+ .index_put((ids == model.config.image_token_id,), values)
+- .index_put(places,
++ .index_put((ids == model.config.image_token_id,),
 
 model.logprobs, float32_update: a mask left on the CPU
 - mask = packed_mask(batch.segment.to(device))
 + mask = packed_mask(batch.segment)
 
 model.qwen2_5_vl, sampled_rollout: sizes of images asked for
-- for t, h, w in grids.tolist()]))
-+ for t, h, w in grids.to(device).tolist()]))
+- features.split(tokens.tolist())
++ features.split(tokens.to(device).tolist())
 
 model.qwen2_5_vl, sampled_rollout: windows copied with a wait
 - order = order.to(device, non_blocking=True)
 + order = order.to(device)
 
 model.qwen3_vl, qwen3_sampled_rollout: an order of images made on the GPU
-- order = grids[:, 1:].prod(dim=1).argsort(stable=True)
-+ order = grids.to(pixels.device)[:, 1:].prod(dim=1).argsort(stable=True)
+- lengths = grids[:, 1:].prod(dim=1)
++ lengths = grids.to(pixels.device)[:, 1:].prod(dim=1)
 
 model.qwen3_vl, qwen3_float32_update: places in the table of positions made on the CPU
 - entries = torch.arange(side, device=table.device)
@@ -173,8 +173,8 @@ training.policy, moments_come_back: moments left on the CPU
 + return whole
 
 model.lora, lora_export: a change merged on the other device
-- self.lora_A).to(self.weight.device)
-+ self.lora_A)
+- change = change.to(self.weight.device)
++ change = change
 
 model.lora, lora_export: all merged matrices on the GPU at once
 - layer.merged().cpu()

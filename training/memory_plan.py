@@ -370,7 +370,7 @@ def batch_moments(
 
 def kept_bytes(config: PreTrainedConfig, dtype: torch.dtype, sizes: dict[str, int]) -> list[int]:
     """Returns the bytes that autograd keeps of a token in a text layer, of a patch in a layer and beyond."""
-    kept = FAMILIES[config.model_type].kept(config)
+    kept = FAMILIES[config.model_type].count_activations(config)
     if not any("language_model" in name and "norm" in name for name in sizes):
         # A frozen norm keeps its input, but not what it multiplies with its weight.
         plain, norms = kept["text layer"]
