@@ -25,7 +25,7 @@ from pathlib import Path
 
 from answers import extract_answer
 from measure.choices import read_choice
-from measure.items import item_of
+from measure.items import parse_item
 from measure.published import LeftOut, images_of, records_of, write_images, write_questions
 from training.settings import OneLineParser
 
@@ -332,7 +332,7 @@ def line_of(read: Callable[[dict], dict], record: object, boxed: bool = False) -
         if "choices" in line and not any(read_choice(truth, line["choices"]) for truth in truths):
             return "the answer is none of the choices"
         paths = dict(images=["image"]) if "images" in line else dict(image="image")
-        item_of(line | paths, Path())
+        parse_item(line | paths, Path())
     except ValueError as error:  # what follows "but" is the value, and each has its own
         return str(error).partition(" but ")[0]
     return line

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 import reasoner
 from measure.choices import read_yes_no
-from measure.items import Item, choices_of, read_answer, right
+from measure.items import Item, find_choices, read_answer, right
 from model.generate import generate
 from model.prompt import Prompt
 from model.vlm import VLM
@@ -76,7 +76,7 @@ def answer_all(vlm: VLM, items: Sequence[Item], samples: int, batch: int = 64, *
 
 def judge_all(judge: VLM, outcomes: Sequence[Outcome], max_new_tokens: int, batch: int = 64) -> None:
     """Asks a model whether the greedy answers to free-form questions are right, and sets `judged`."""
-    free = [o for o in outcomes if not choices_of(o.item) and o.greedy is not None]
+    free = [o for o in outcomes if not find_choices(o.item) and o.greedy is not None]
     for part in batches([o.item for o in free], batch):
         some = free[part]
         prompts = [judge_prompt(judge, o.item, o.greedy) for o in some]

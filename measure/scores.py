@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from measure.items import Item, choices_of
+from measure.items import Item, find_choices
 from measure.outcomes import MEANS, Outcome
 
 BINS = 10
@@ -107,7 +107,7 @@ def judge_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Of the free-form questions with a clear verdict: their share of all, and how often it disagrees with
     the rules. Of these and those without an answer, which are wrong: how many the judge calls right."""
     judged = [o for o in outcomes if o.judged is not None]
-    unanswered = [o for o in outcomes if o.greedy is None and not choices_of(o.item)]
+    unanswered = [o for o in outcomes if o.greedy is None and not find_choices(o.item)]
     result = dict(judged=len(judged) / len(outcomes))
     if judged or unanswered:
         result["judged_right"] = sum(o.judged for o in judged) / len(judged + unanswered)

@@ -15,7 +15,7 @@ import benchmarks
 import evaluate
 import reasoner
 from benchmarks import BENCHMARKS, line_of, split_choices, with_marks, without_marks
-from measure.items import Item, item_of, read_answer, right
+from measure.items import Item, parse_item, read_answer, right
 from measure.outcomes import Outcome, question_text
 from measure.scores import full_report, we_math, we_math_scores
 
@@ -97,7 +97,7 @@ def line(name, **changes):
 
 
 def item(name, **changes) -> Item:
-    return item_of(line(name, **changes) | dict(image="x"), ROOT)
+    return parse_item(line(name, **changes) | dict(image="x"), ROOT)
 
 
 def is_right(text: str, of: Item) -> bool:
@@ -179,12 +179,12 @@ def test_the_official_records():
     boxed = dict(answer=r"\boxed{B}", problem="Which? <image>\nA. x\nB. y", file_name="mathverse")
     made = line_of(benchmarks.official, OFFICIAL | boxed)
     assert made["answer"] == "B" and made["kind"] == "mathverse" and made["question"] == "Which?\nA. x\nB. y"
-    assert is_right(r"\boxed{y}", item_of(made | dict(image="x"), ROOT))
+    assert is_right(r"\boxed{y}", parse_item(made | dict(image="x"), ROOT))
     boxed |= dict(problem="Which? <image>\nA. <image>\nB. y", images=[IMAGE, OTHER])
     made = line_of(benchmarks.official, OFFICIAL | boxed)
     assert made["images"] == [IMAGE["bytes"], OTHER["bytes"]] and "image" not in made
     assert made["question"] == "Which? <image 1>\nA. <image 2>\nB. y"
-    assert is_right(r"\boxed{y}", item_of(made | dict(images=["x", "y"]), ROOT))
+    assert is_right(r"\boxed{y}", parse_item(made | dict(images=["x", "y"]), ROOT))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_mmmu_with_several_images():
         choices=["<image 3>", "none", "the image or <image 2>"],
         answer="A", kind="Art_Theory", ending=LETTER,
     )  # fmt: skip
-    three = item_of(made | dict(images=["x", "y", "z"]), ROOT)
+    three = parse_item(made | dict(images=["x", "y", "z"]), ROOT)
     assert three.marks == ["<image 1>", "<image 2>", "<image 3>"]
     assert question_text(three).split("\n")[1] == "(A) <image 3>"
     assert is_right("(A)", three) and is_right("<image 3>", three) and not is_right("B", three)
@@ -306,7 +306,7 @@ def test_no_field_is_a_traceback(name, data):
     made = line_of(BENCHMARKS[name][3], record)
     if isinstance(made, dict):
         images = dict(images=["x"] * len(made["images"])) if "images" in made else dict(image="x")
-        assert item_of(made | images, ROOT)
+        assert parse_item(made | images, ROOT)
     assert isinstance(line_of(BENCHMARKS[name][3], data.draw(anything)), str)
 
 
@@ -392,7 +392,7 @@ def test_the_ending_stands_instead_of_the_instruction():
 @pytest.mark.parametrize("precision", [-1, 1.5, "1", True, 21])
 def test_a_precision_is_a_whole_number(precision):
     with pytest.raises(ValueError, match="precision is not a whole number"):
-        item_of(dict(image="x", question="?", answer="1", precision=precision), ROOT)
+        parse_item(dict(image="x", question="?", answer="1", precision=precision), ROOT)
 
 
 T, F = True, False
