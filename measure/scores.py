@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 
 import numpy as np
@@ -17,20 +17,33 @@ RESAMPLES = 2000  # of the bootstrap
 
 def full_report(outcomes: Sequence[Outcome]) -> dict:
     """Returns all scores, overall and per kind, with 95% intervals."""
-    scores = {}
-    for kind in ["all", *sorted({o.item.kind for o in outcomes} - {""})]:
-        some = [o for o in outcomes if kind in ("all", o.item.kind)]
-        images = [o.item.image_set for o in some]
-        intervals = {name: bootstrap([o.values[name] for o in some], images) for name in MEANS}
-        scores[kind] = dict(questions=len(some), **mean_scores(some), intervals=intervals)
+    by_kind = defaultdict(list)
+    for outcome in outcomes:
+        by_kind[outcome.item.kind].append(outcome)
+    by_kind.pop("", None)  # of no kind
+    scores = {"all": _score(outcomes)}
+    for kind in sorted(by_kind):
+        scores[kind] = _score(by_kind[kind])
     report = dict(scores=scores, reliability=reliability(outcomes))
     return report | pair_scores(outcomes) | we_math_scores(outcomes)
+
+
+def _score(outcomes: Sequence[Outcome]) -> dict:
+    """Returns the number of questions, their mean scores, and the intervals of the means."""
+    images = [outcome.item.image_set for outcome in outcomes]
+    intervals = {}
+    for name in MEANS:
+        values = [outcome.values[name] for outcome in outcomes]
+        intervals[name] = bootstrap(values, images)
+    return dict(questions=len(outcomes)) | mean_scores(outcomes) | dict(intervals=intervals)
 
 
 def mean_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Returns the means of MEANS, and `ece`: sum_b n_b / N |right_b - confidence_b| over the bins b."""
     scores = {name: fmean(o.values[name] for o in outcomes) for name in MEANS}
-    scores["ece"] = sum(b["share"] * abs(b["right"] - b["confidence"]) for b in reliability(outcomes))
+    scores["ece"] = 0.0
+    for row in reliability(outcomes):
+        scores["ece"] += row["share"] * abs(row["right"] - row["confidence"])
     return scores
 
 
@@ -45,12 +58,13 @@ def reliability(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
     bins = defaultdict(list)
     for outcome in outcomes:
         place = round(outcome.values["confidence"] * BINS, 9)  # 0.7 * 10 is 7.000000000000001
-        bins[max(0, math.ceil(place) - 1)].append(outcome.values)
+        upper = max(1, math.ceil(place))
+        bins[upper].append(outcome.values)
     rows = []
-    for number, members in sorted(bins.items()):
+    for upper, members in sorted(bins.items()):
         row = dict(
-            above=number / BINS,
-            upto=(number + 1) / BINS,
+            above=(upper - 1) / BINS,
+            upto=upper / BINS,
             share=len(members) / len(outcomes),
             confidence=fmean(values["confidence"] for values in members),
             right=fmean(values["majority_accuracy"] for values in members),
@@ -90,7 +104,10 @@ def compare(first: Sequence[Outcome], second: Sequence[Outcome]) -> dict[str, di
         before = [outcome.values[name] for outcome in first]
         after = [outcome.values[name] for outcome in second]
         differences = [b - a for a, b in zip(before, after)]
-        result[name] = dict(difference=fmean(differences), interval=bootstrap(differences, images))
+        result[name] = dict(
+            difference=fmean(differences),
+            interval=bootstrap(differences, images),
+        )
         if name in ("greedy_accuracy", "majority_accuracy"):
             result[name]["p"] = mcnemar(after, before)
     return result
@@ -105,8 +122,8 @@ def bootstrap(values: Sequence[float], images: Sequence[str] = (), seed: int = 0
     images: that of each value. By default, and if all are about one image, each value is drawn by itself.
     """
     keys = images if len(set(images)) > 1 else range(len(values))
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    groups = [numbers[key] for key in keys]
+    numbers: dict = {}  # of the images, in order of appearance
+    groups = [numbers.setdefault(key, len(numbers)) for key in keys]
     sums = np.bincount(groups, values)
     sizes = np.bincount(groups)
     rng = np.random.default_rng(seed)
@@ -129,7 +146,8 @@ def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
     only_theirs = sum(b > a for a, b in zip(ours, theirs))
     n = only_ours + only_theirs
     k = min(only_ours, only_theirs)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+    as_extreme = sum(math.comb(n, i) for i in range(k + 1))
+    return min(1.0, 2 * as_extreme / 2**n)
 
 
 # ---- Single benchmarks ----
@@ -196,17 +214,19 @@ def we_math(groups: Sequence[tuple[Sequence[bool], bool]]) -> dict[str, float]:
         return {}
     result = {}
     for how, known in (("strict", all), ("loose", any)):
-        ways = Counter(_way(steps, whole, known) for steps, whole in groups)
-        share = {way: ways[way] / len(groups) for way in ("IK", "IG", "CM", "RM")}
-        solved = share["CM"] + share["RM"]
-        share["RM_rate"] = share["RM"] / solved if solved else 0.0
-        share["score"] = 1 - share["IG"] / 2 - share["IK"] - share["RM"]
-        result |= {f"{way} {how}": value for way, value in share.items()}
+        ways = Counter()
+        for steps, whole in groups:
+            if whole:
+                ways["CM" if known(steps) else "RM"] += 1
+            else:
+                ways["IG" if all(steps) else "IK"] += 1
+        ik, ig, cm, rm = (ways[way] / len(groups) for way in ("IK", "IG", "CM", "RM"))
+        result |= {
+            f"IK {how}": ik,
+            f"IG {how}": ig,
+            f"CM {how}": cm,
+            f"RM {how}": rm,
+            f"RM_rate {how}": rm / (cm + rm) if cm + rm else 0.0,
+            f"score {how}": 1 - ig / 2 - ik - rm,
+        }
     return result
-
-
-def _way(steps: Sequence[bool], whole: bool, known: Callable[[Sequence[bool]], bool]) -> str:
-    """Classifies a group; `known` says of the steps whether they are known."""
-    if whole:
-        return "CM" if known(steps) else "RM"
-    return "IG" if all(steps) else "IK"

@@ -4,10 +4,11 @@ The only place in a run where the truth is known; none of it leaves but the numb
 the rungs of a ladder: how many objects one must list to answer a question.
 """
 
+import itertools
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -47,9 +48,9 @@ def held_out_questions(folder: Path, count: int, seed: int, size: int) -> list[I
     """
     rng = random.Random(f"held out {seed}")
     # Scenes and questions about them, until every rung is full
-    wanted = Counter({name: count // len(RUNGS) for name in RUNGS})
-    wanted.update(list(RUNGS)[: count % len(RUNGS)])  # one more on each of the lowest
-    asked: list[tuple[Scene, dict[str, Fact]]] = []
+    wanted = Counter(itertools.islice(itertools.cycle(RUNGS), count))
+    scenes: list[Scene] = []
+    asked: list[dict[str, Fact]] = []  # of each scene
     while any(wanted.values()):
         scene = sample_scene(rng, held_out=True)
         facts = {}
@@ -60,16 +61,24 @@ def held_out_questions(folder: Path, count: int, seed: int, size: int) -> list[I
                 wanted[name] -= 1
                 facts[question] = fact
         if facts:
-            asked.append((scene, facts))
+            scenes.append(scene)
+            asked.append(facts)
     # The images, and a line a question
-    paths = draw_scenes(folder, [scene for scene, _ in asked], rng, size)
+    paths = draw_scenes(folder, scenes, rng, size)
     items = []
     lines = []
-    for path, (_, facts) in zip(paths, asked):
+    for path, facts in zip(paths, asked):
         for question, fact in facts.items():
-            items.append(Item(str(path), question, (fact.answer,), kind=fact.kind))
-            line = dict(image=path.name, question=question, answer=fact.answer, kind=fact.kind)
-            lines.append(json.dumps(line | dict(objects=len(fact.things))) + "\n")
+            line = dict(
+                image=path.name,
+                question=question,
+                answer=fact.answer,
+                kind=fact.kind,
+                objects=len(fact.things),
+            )
+            lines.append(json.dumps(line) + "\n")
+            item = Item(str(path), question, (fact.answer,), kind=fact.kind)
+            items.append(item)
     (folder / "questions.jsonl").write_text("".join(lines))
     return items
 
@@ -81,7 +90,7 @@ def measure(outcomes: list[Outcome], curated: list[VotedQuestion], held_out: Pat
 
 def accuracy_by_objects(outcomes: list[Outcome], folder: Path) -> dict:
     """Returns sampled_by_objects and greedy_by_objects: accuracies by rung of the questions in `folder`."""
-    facts = _read_facts([(o.item.image, o.item.question) for o in outcomes], folder)
+    facts = _read_facts([o.item for o in outcomes], folder)
     objects = [len(fact.things) for fact in facts]
     sampled = [o.values["sampled_accuracy"] for o in outcomes]
     greedy = [o.greedy_right for o in outcomes]
@@ -101,42 +110,45 @@ def silver_label_accuracy(curated: list[VotedQuestion], folder: Path) -> dict:
     these: silver_by_objects, the share of true labels by rung; objects, how many one must list on average;
     question_kinds, how many there are of each kind.
     """
-    facts = _read_facts([(e.image, e.question) for e in curated], folder)
-    right = [_is_true(e, fact) for e, fact in zip(curated, facts)]
-    known = [(fact, hit) for fact, hit in zip(facts, right) if fact]
-    objects = [len(fact.things) for fact, _ in known]
+    facts = _read_facts(curated, folder)
+    right = majority_right(curated, folder)
+    known = [fact for fact in facts if fact]
+    objects = [len(fact.things) for fact in known]
+    right_of_known = [hit for fact, hit in zip(facts, right) if fact]
     return {
         "silver_accuracy": _mean(right),
-        "silver_by_objects": _mean_by_rung(objects, [hit for _, hit in known]),
+        "silver_by_objects": _mean_by_rung(objects, right_of_known),
         "objects": _mean(objects),
         "understood": _mean([fact is not None for fact in facts]),
-        "question_kinds": dict(Counter(fact.kind for fact, _ in known)),
+        "question_kinds": dict(Counter(fact.kind for fact in known)),
     }
 
 
 def majority_right(questions: list[VotedQuestion], folder: Path) -> list[float]:
     """Returns for each question 1 if its majority is the true answer, else 0."""
-    facts = _read_facts([(e.image, e.question) for e in questions], folder)
-    return [_is_true(e, fact) for e, fact in zip(questions, facts)]
+    right = []
+    for voted, fact in zip(questions, _read_facts(questions, folder)):
+        right.append(answer_reward(voted.label, fact.answer) if fact else 0.0)
+    return right
 
 
-def _is_true(voted: VotedQuestion, fact: Fact | None) -> float:
-    return answer_reward(voted.label, fact.answer) if fact else 0.0
-
-
-def _read_facts(asked: list[tuple[str, str]], folder: Path) -> list[Fact | None]:
-    """Returns the fact behind each (image, question) about scenes in `folder`; None without an answer."""
+def _read_facts(asked: Sequence[Item | VotedQuestion], folder: Path) -> list[Fact | None]:
+    """Returns the fact behind each question about a scene in `folder`, None for one that has no answer."""
     truth = read_truth(folder) if asked else {}
-    return [understand(question, truth[Path(image).name]) for image, question in asked]
+    facts = []
+    for question in asked:
+        scene = truth[Path(question.image).name]
+        facts.append(understand(question.question, scene))
+    return facts
 
 
-def _mean_by_rung(objects: Iterable[int], values: Iterable[float]) -> dict[str, float | None]:
+def _mean_by_rung(objects: list[int], values: list[float]) -> dict[str, float | None]:
     """Returns the mean of the values on each rung; objects: how many each value's question is about."""
-    by_rung = {name: [] for name in RUNGS}
-    for number, value in zip(objects, values):
-        if name := rung(number):
-            by_rung[name].append(value)
-    return {name: _mean(found) for name, found in by_rung.items()}
+    means = {}
+    for name, numbers in RUNGS.items():
+        on_rung = [value for number, value in zip(objects, values) if number in numbers]
+        means[name] = _mean(on_rung)
+    return means
 
 
 def _mean(values: list[float]) -> float | None:
