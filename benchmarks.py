@@ -26,7 +26,7 @@ from pathlib import Path
 from answers import extract_answer
 from measure.choices import read_choice
 from measure.items import parse_item
-from measure.published import LeftOut, images_of, records_of, write_images, write_questions
+from measure.published import LeftOut, list_images, load_records, write_images, write_questions
 from training.settings import OneLineParser
 
 # How the prompts of those end that do not leave room for steps.
@@ -91,7 +91,7 @@ def list_of(record: dict, name: str) -> list[str]:
 
 def image_of(record: dict, name: str) -> object:
     """Returns the image in a field that should hold one. Raises LeftOut if there are several, or none."""
-    images = images_of(record.get(name))
+    images = list_images(record.get(name))
     if len(images) > 1:
         raise LeftOut("several images")
     return illustrated(images)["image"]
@@ -168,7 +168,7 @@ def mmmu(record: dict) -> dict:
 
     Open questions have the text of a list of right answers.
     """
-    found = [(n, image) for n in range(1, 8) for image in images_of(record.get(f"image_{n}"))]
+    found = [(n, image) for n in range(1, 8) for image in list_images(record.get(f"image_{n}"))]
     line = illustrated([image for _, image in found])
     question, answer = text_of(record, "question"), text_of(record, "answer")
     if answer == "?":
@@ -288,7 +288,7 @@ def visnumbench(record: dict) -> dict:
 def official(record: dict) -> dict:
     """The records of the official evaluation: problem, answer, images; the n-th <image> is the n-th one."""
     answer = text_of(record, "answer")
-    images = images_of(record.get("images"))
+    images = list_images(record.get("images"))
     line = illustrated(images)
     question, _ = with_marks(text_of(record, "problem"), [], range(1, len(images) + 1))
     kind = optional(record, "file_name")
@@ -370,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
         config, split = None, None
     limit = args.limit or math.inf
     try:
-        records = records_of(args.source or source, config, args.split or split)
+        records = load_records(args.source or source, config, args.split or split)
         args.out.mkdir(parents=True, exist_ok=True)
         if read is None:
             counts = write_images(records, args.out, limit)
