@@ -155,7 +155,7 @@ def _check_item(item: Item) -> None:
     if len(choices) > 26:
         raise ValueError("there are more than 26 choices")
     if choices and not any(read_choice(truth, choices) for truth in item.answer):
-        raise ValueError(f"the answer {' or '.join(item.answer)!r} is none of the choices")
+        raise ValueError(f"the answer is none of the choices but {' or '.join(item.answer)!r}")
     if item.kind == "all":
         raise ValueError('the kind "all" is the name of the overall scores')
     # type() and not isinstance(): True is no number

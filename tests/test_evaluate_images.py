@@ -227,7 +227,7 @@ def test_from_the_published_record_to_the_prompt(checkpoint, vlm, tmp_path, monk
     """Records of one and of three images go through both commands; the prompts are those of `VLM.prompt`."""
     records = [MMMU, THREE, OFFICIAL | dict(problem="Is <image> like <image>?", images=[OTHER, IMAGE])]
     readers = [benchmarks.mmmu, benchmarks.mmmu, benchmarks.official]
-    lines = [benchmarks.line_of(read, record) for read, record in zip(readers, records)]
+    lines = [benchmarks.convert(read, record) for read, record in zip(readers, records)]
     write_questions(lines, tmp_path, 9)
     prompts, generate = [], outcomes_module.generate
     monkeypatch.setattr(
