@@ -207,9 +207,8 @@ def mmmu(record: dict) -> dict:
     )
     if not is_open:
         return line | dict(choices=choices, ending=LETTER)
-    if answer.startswith("["):
-        line["answer"] = read_list(record, "answer")
-    return line | dict(ending=WORD)
+    answers = read_list(record, "answer") if answer.startswith("[") else [answer]
+    return line | dict(answer=answers, ending=WORD)
 
 
 def mmmu_pro_vision(record: dict) -> dict:
