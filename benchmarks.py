@@ -200,11 +200,10 @@ def mmmu(record: dict) -> dict:
     options = [] if is_open else read_list(record, "options")
     question, choices = number_marks(question, options, numbers)
     subject = re.fullmatch(r"[a-z]+_(\w+)_\d+", read_optional(record, "id"))
-    line |= dict(
-        question=question,
-        answer=answer,
-        kind=subject[1] if subject else read_optional(record, "subject") or read_optional(record, "subfield"),
-    )
+    kind = subject[1] if subject else ""
+    for name in ("subject", "subfield"):
+        kind = kind or read_optional(record, name)
+    line |= dict(question=question, answer=answer, kind=kind)
     if not is_open:
         return line | dict(choices=choices, ending=LETTER)
     answers = read_list(record, "answer") if answer.startswith("[") else [answer]

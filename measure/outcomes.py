@@ -37,7 +37,7 @@ class Outcome:
 
     @property
     def greedy_right(self) -> bool:
-        """Whether the greedy answer is right."""
+        """True if the greedy answer is right."""
         return right(self.greedy, self.item)
 
     @cached_property
