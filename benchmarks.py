@@ -2,7 +2,8 @@ r"""Turns published benchmarks into questions for evaluate.py: `python benchmark
 
 OUT/questions.jsonl gets a line a question, in the format that evaluate.py describes, OUT/images/ the images.
 One small function a benchmark reads a record, with its columns as published, or raises LeftOut with the
-reason; what is left out is counted and said. Needs the package `datasets`, which nothing else here does.
+reason. The command counts what is left out, and prints the reasons. It needs the package `datasets`, which
+nothing else here does.
 
 NAME may also be a hub id of records with the columns problem, answer and images, as those of the official
 evaluation (zli12321/...). vision-sr1-47k writes the paper's own images, for `loop.py --images OUT/images`.
@@ -24,12 +25,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from answers import extract_answer
-from measure.choices import read_choice
-from measure.items import item_of
-from measure.published import LeftOut, images_of, records_of, write_images, write_questions
+from measure.choices import follows, read_choice, split_behind
+from measure.items import parse_item
+from measure.published import LeftOut, list_images, load_records, write_images, write_questions
 from training.settings import OneLineParser
 
-# How the prompts of those end that do not leave room for steps.
+# The ends of prompts; the first three leave no room for steps
 LETTER = "Answer with the option's letter from the given choices directly."
 WORD = "Answer the question using a single word or phrase."
 LAST_LINE = (
@@ -42,40 +43,28 @@ ONE_BOX = (
 )
 
 
-# ---- Fields ----
+# ---- Fields of a record ----
 
 
-def text_of(record: dict, name: str) -> str:
-    """A field's text or number. Raises LeftOut if it has none."""
+def read_text(record: dict, name: str) -> str:
+    """Returns a field's text or number as text. Raises LeftOut if it has none."""
     value = record.get(name)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = type(value) in (int, float) and math.isfinite(value)
     if not is_number and not (isinstance(value, str) and value.strip()):
         raise LeftOut(f"no {name}")
     return str(value).strip()
 
 
-def optional(record: dict, name: str) -> str:
-    """A field's text, "" if it has none."""
+def read_optional(record: dict, name: str) -> str:
+    """Returns a field's text, "" if it has none."""
     try:
-        return text_of(record, name)
+        return read_text(record, name)
     except LeftOut:
         return ""
 
 
-_IMAGE = re.compile(r"<image ?(\d{0,3})>")
-
-
-def without_marks(question: str) -> str:
-    """A question without the places of its image: nothing at the ends of lines, "the image" elsewhere."""
-    question = re.sub(r"[ \t]{0,3}<image ?\d?>[ \t]{0,3}(?=\n|$)", "", question.strip())
-    question = re.sub(r"<image ?\d?>", "the image", re.sub(r"^<image ?\d?>", "", question)).strip()
-    if not question:
-        raise LeftOut("no question")
-    return question
-
-
-def list_of(record: dict, name: str) -> list[str]:
-    """The texts in a field: a list, or the text of a Python list. Raises LeftOut for anything else."""
+def read_list(record: dict, name: str) -> list[str]:
+    """Returns the texts in a field: a list, or the text of a Python list. Raises LeftOut for others."""
     values = record.get(name)
     if isinstance(values, str) and len(values) < 20_000:
         try:
@@ -84,44 +73,69 @@ def list_of(record: dict, name: str) -> list[str]:
                 values = ast.literal_eval(values.strip())
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             raise LeftOut(f"{name} is no list") from None
-    if not isinstance(values, (list, tuple)) or not all(isinstance(v, (str, int, float)) for v in values):
+    if not isinstance(values, (list, tuple)):
+        raise LeftOut(f"{name} is no list")
+    if not all(isinstance(value, (str, int, float)) for value in values):
         raise LeftOut(f"{name} is no list")
     return [str(value).strip() for value in values]
 
 
-def image_of(record: dict, name: str) -> object:
+def read_image(record: dict, name: str) -> object:
     """Returns the image in a field that should hold one. Raises LeftOut if there are several, or none."""
-    images = images_of(record.get(name))
+    images = list_images(record.get(name))
     if len(images) > 1:
         raise LeftOut("several images")
-    return illustrated(images)["image"]
+    return image_fields(images)["image"]
 
 
-def illustrated(images: list) -> dict:
+def image_fields(images: list) -> dict:
     """Returns the field `image` of a line, or `images` for several. Raises LeftOut if there is none."""
     if not images:
         raise LeftOut("no image")
     return dict(images=images) if len(images) > 1 else dict(image=images[0])
 
 
-def with_marks(question: str, choices: list[str], numbers: Sequence[int]) -> tuple[str, list[str]]:
+# ---- Images in a text ----
+
+_IMAGE = re.compile(r"<image ?(\d{0,3})>")
+
+
+def remove_marks(question: str) -> str:
+    """Removes the places of the image: nothing is left at the ends of lines, "the image" elsewhere.
+
+    Raises LeftOut if there is no other text.
+    """
+    question = re.sub(r"[ \t]{0,3}<image ?\d?>[ \t]{0,3}(?=\n|$)", "", question.strip())
+    question = re.sub(r"^<image ?\d?>", "", question)
+    question = re.sub(r"<image ?\d?>", "the image", question).strip()
+    if not question:
+        raise LeftOut("no question")
+    return question
+
+
+def number_marks(question: str, choices: list[str], numbers: Sequence[int]) -> tuple[str, list[str]]:
     """Renames the images in a question and its choices as a prompt does: <image 1>, <image 2>, ...
 
+        numbers 2, 5    "<image 5> or <image 2>?"  ->  "<image 2> or <image 1>?"
+
     numbers: those that the record gives its images. The n-th mark without a number is of the n-th image. A
-    mark of no image becomes "the image". A single image needs no mark, as it stands first.
+    mark of no image becomes "the image". A single image needs no mark, as it stands first. Raises LeftOut if
+    the question is nothing but marks.
     """
     if len(numbers) == 1:
-        return without_marks(question), choices
-    if not re.sub(_IMAGE, "", question).strip():
+        return remove_marks(question), choices
+    if not _IMAGE.sub("", question).strip():
         raise LeftOut("no question")
     names = {str(number): f"<image {place}>" for place, number in enumerate(numbers, start=1)}
     unnumbered = iter(names.values())
 
-    def name(mark: re.Match) -> str:
-        return names.get(mark[1], "the image") if mark[1] else next(unnumbered, "the image")
+    def rename(mark: re.Match) -> str:
+        if mark[1]:
+            return names.get(mark[1], "the image")
+        return next(unnumbered, "the image")
 
-    question, *choices = (re.sub(_IMAGE, name, text) for text in (question, *choices))
-    return question.strip(), choices
+    question = _IMAGE.sub(rename, question).strip()
+    return question, [_IMAGE.sub(rename, choice) for choice in choices]
 
 
 # ---- Choices that stand in a text ----
@@ -134,26 +148,29 @@ _MARKS = (
 
 
 def split_choices(text: str) -> tuple[str, list[str]]:
-    """A text and the choices at its end: "Where? A. Left B. Right". The whole and [] if it has none."""
-    labels = [*_LABEL.finditer(text)]
+    """Splits off the choices at the end of a text; the whole and [] if it has none.
+
+    "Where? A. Left B. Right" gives "Where?" and ["Left", "Right"].
+    """
+    labels = list(_LABEL.finditer(text))
+    label = labels[-1] if labels else None
     for pattern in _MARKS:
         marks: list[re.Match] = []
-        for mark in pattern.finditer(text, labels[-1].end() if labels else 0):
+        for mark in pattern.finditer(text, label.end() if label else 0):
             is_smaller = mark[1] == "a" and marks and marks[0][1] == "A"
             if mark[1] in "Aa" and len(marks) < 2 and not is_smaller:
                 marks = [mark]
-            elif marks and mark[1] == chr(ord(marks[-1][1]) + 1):
+            elif marks and follows(mark[1], marks[-1][1]):
                 marks.append(mark)
-        ends = [mark.start() for mark in marks[1:]] + [len(text)]
-        choices = [text[mark.end() : end].strip(" \t\r\n,;") for mark, end in zip(marks, ends)]
+        choices = [choice.strip(" \t\r\n,;") for choice in split_behind(text, marks)]
         if len(choices) > 1 and all(choices):
-            head = text[: labels[-1].start() if labels else marks[0].start()]
-            return head.rstrip(), choices
+            start = label or marks[0]
+            return text[: start.start()].rstrip(), choices
     return text, []
 
 
-def asked(question: str, answer: str) -> dict:
-    """The fields question, answer and, if they can be split off and hold the answer, choices."""
+def split_question(question: str, answer: str) -> dict:
+    """Returns the fields question, answer and, if they can be split off and hold the answer, choices."""
     head, choices = split_choices(question)
     if head and choices and read_choice(answer, choices):
         return dict(question=head, answer=answer, choices=choices)
@@ -164,135 +181,194 @@ def asked(question: str, answer: str) -> dict:
 
 
 def mmmu(record: dict) -> dict:
-    """MMMU, and MMMU-Pro with 4 or 10 choices: one to seven images, which question and options name.
+    """Reads MMMU, and MMMU-Pro with 4 or 10 choices: one to seven images, which question and options name.
 
     Open questions have the text of a list of right answers.
     """
-    found = [(n, image) for n in range(1, 8) for image in images_of(record.get(f"image_{n}"))]
-    line = illustrated([image for _, image in found])
-    question, answer = text_of(record, "question"), text_of(record, "answer")
+    images = []
+    numbers = []
+    for number in range(1, 8):
+        for image in list_images(record.get(f"image_{number}")):
+            images.append(image)
+            numbers.append(number)
+    line = image_fields(images)
+    question = read_text(record, "question")
+    answer = read_text(record, "answer")
     if answer == "?":
         raise LeftOut("its answer is not published")
-    is_open = optional(record, "question_type") == "open"
-    options = [] if is_open else list_of(record, "options")
-    question, choices = with_marks(question, options, [n for n, _ in found])
-    subject = re.fullmatch(r"[a-z]+_(\w+)_\d+", optional(record, "id"))
-    kind = subject[1] if subject else optional(record, "subject") or optional(record, "subfield")
+    is_open = read_optional(record, "question_type") == "open"
+    options = [] if is_open else read_list(record, "options")
+    question, choices = number_marks(question, options, numbers)
+    subject = re.fullmatch(r"[a-z]+_(\w+)_\d+", read_optional(record, "id"))
+    kind = subject[1] if subject else ""
+    for name in ("subject", "subfield"):
+        kind = kind or read_optional(record, name)
     line |= dict(question=question, answer=answer, kind=kind)
-    if is_open:
-        answers = list_of(record, "answer") if answer.startswith("[") else [answer]
-        return line | dict(answer=answers, ending=WORD)
-    return line | dict(choices=choices, ending=LETTER)
+    if not is_open:
+        return line | dict(choices=choices, ending=LETTER)
+    answers = read_list(record, "answer") if answer.startswith("[") else [answer]
+    return line | dict(answer=answers, ending=WORD)
 
 
 def mmmu_pro_vision(record: dict) -> dict:
-    """MMMU-Pro, the question and its choices in the image."""
-    answer = text_of(record, "answer")
+    """Reads MMMU-Pro with the question and its choices in the image."""
+    answer = read_text(record, "answer")
     if not re.fullmatch("[A-J]", answer):
         raise LeftOut("the answer is no letter")
-    question = "Answer the multiple-choice question in the image."
-    line = dict(image=image_of(record, "image"), question=question, answer=answer, ending=LAST_LINE)
-    return line | dict(kind=optional(record, "subject"))
+    return dict(
+        image=read_image(record, "image"),
+        question="Answer the multiple-choice question in the image.",
+        answer=answer,
+        ending=LAST_LINE,
+        kind=read_optional(record, "subject"),
+    )
 
 
 def mathvista(record: dict) -> dict:
-    """MathVista: `query` is the question behind a hint what kind of answer is wanted."""
-    query, metadata = optional(record, "query") or text_of(record, "question"), record.get("metadata")
-    kind = optional(metadata, "task") if isinstance(metadata, dict) else ""
-    line = dict(image=image_of(record, "decoded_image"), question=query, answer=text_of(record, "answer"))
-    line |= dict(kind=kind or optional(record, "question_type"))
+    """Reads MathVista: `query` is the question behind a hint what kind of answer is wanted."""
+    query = read_optional(record, "query") or read_text(record, "question")
+    metadata = record.get("metadata")
+    task = read_optional(metadata, "task") if isinstance(metadata, dict) else ""
+    line = dict(
+        image=read_image(record, "decoded_image"),
+        question=query,
+        answer=read_text(record, "answer"),
+        kind=task or read_optional(record, "question_type"),
+    )
     if record.get("choices"):
-        return line | dict(question=query.partition("\nChoices:")[0], choices=list_of(record, "choices"))
-    precision = optional(record, "precision")
-    if optional(record, "answer_type") == "integer":
+        line["question"] = query.partition("\nChoices:")[0]
+        return line | dict(choices=read_list(record, "choices"))
+    answer_type = read_optional(record, "answer_type")
+    precision = read_optional(record, "precision")
+    if answer_type == "integer":
         line["precision"] = 0
-    elif optional(record, "answer_type") == "float" and re.fullmatch(r"\d(\.0)?", precision):
+    elif answer_type == "float" and re.fullmatch(r"\d(\.0)?", precision):
         line["precision"] = int(precision[0])
     return line
 
 
 def mathverse(record: dict) -> dict:
-    """MathVerse: `query_cot` shows what a problem version may show, unlike `question_for_eval`."""
-    query, answer = text_of(record, "query_cot"), text_of(record, "answer")
-    is_choice = optional(record, "question_type") == "multi-choice"
-    line = asked(query, answer) if is_choice else dict(question=query, answer=answer)
-    return line | dict(image=image_of(record, "image"), kind=optional(record, "problem_version"))
+    """Reads MathVerse: `query_cot` shows what a problem version may show, unlike `question_for_eval`."""
+    query = read_text(record, "query_cot")
+    answer = read_text(record, "answer")
+    line = dict(question=query, answer=answer)
+    if read_optional(record, "question_type") == "multi-choice":
+        line = split_question(query, answer)
+    line["image"] = read_image(record, "image")
+    line["kind"] = read_optional(record, "problem_version")
+    return line
 
 
 def math_vision(record: dict) -> dict:
-    """MATH-Vision; of some problems the choices stand in the image, and are then the bare letters."""
-    question, answer = without_marks(text_of(record, "question")), text_of(record, "answer")
-    choices = list_of(record, "options") if record.get("options") else []
-    line = dict(question=question, answer=answer, choices=choices, ending=ONE_BOX)
-    return line | dict(image=image_of(record, "decoded_image"), kind=optional(record, "subject"))
+    """Reads MATH-Vision; of some problems the choices stand in the image, and are then the bare letters."""
+    return dict(
+        question=remove_marks(read_text(record, "question")),
+        answer=read_text(record, "answer"),
+        choices=read_list(record, "options") if record.get("options") else [],
+        ending=ONE_BOX,
+        image=read_image(record, "decoded_image"),
+        kind=read_optional(record, "subject"),
+    )
 
 
 def we_math(record: dict) -> dict:
-    """We-Math: `key` says which step of a problem this is, or the whole; `ID` which problem."""
-    key, option = text_of(record, "key"), text_of(record, "option")
+    """Reads We-Math: `key` says which step of a problem this is, or the whole; `ID` which problem."""
+    key = read_text(record, "key")
+    option = read_text(record, "option")
     if not re.fullmatch("[23]steps_(?:[123]|multi)", key):
         raise LeftOut("its key names no step")
-    question = without_marks(text_of(record, "question")) + "\nOptions: " + option
-    line = asked(question, text_of(record, "answer")) | dict(image=image_of(record, "image_path"))
-    return line | dict(kind=key, question_id=text_of(record, "ID"))
+    question = remove_marks(read_text(record, "question"))
+    line = split_question(f"{question}\nOptions: {option}", read_text(record, "answer"))
+    line["image"] = read_image(record, "image_path")
+    line["kind"] = key
+    line["question_id"] = read_text(record, "ID")
+    return line
 
 
 def mmstar(record: dict) -> dict:
-    """MMStar: the choices stand behind the question."""
-    line = asked(without_marks(text_of(record, "question")), text_of(record, "answer"))
-    return line | dict(image=image_of(record, "image"), kind=optional(record, "category"), ending=LETTER)
+    """Reads MMStar: the choices stand behind the question."""
+    question = remove_marks(read_text(record, "question"))
+    line = split_question(question, read_text(record, "answer"))
+    line["image"] = read_image(record, "image")
+    line["kind"] = read_optional(record, "category")
+    line["ending"] = LETTER
+    return line
 
 
 def hallusionbench(record: dict) -> dict:
-    """HallusionBench, the questions with an image: the same question is asked of several figures."""
-    if (truth := text_of(record, "gt_answer")) not in ("0", "1"):
+    """Reads HallusionBench, the questions with an image: the same question is asked of several figures."""
+    truth = read_text(record, "gt_answer")
+    if truth not in ("0", "1"):
         raise LeftOut("its gt_answer is neither 0 nor 1")
-    image, question = image_of(record, "image"), text_of(record, "question")
-    group = " ".join(text_of(record, name) for name in ("category", "subcategory", "set_id"))
-    ids = {name: f"{group} {text_of(record, name)}" for name in ("question_id", "figure_id")}
-    kind = text_of(record, "subcategory")
-    return dict(image=image, question=question, answer=["no", "yes"][int(truth)], kind=kind, **ids)
+    image = read_image(record, "image")
+    question = read_text(record, "question")
+    group = " ".join(read_text(record, name) for name in ("category", "subcategory", "set_id"))
+    question_id = read_text(record, "question_id")
+    figure_id = read_text(record, "figure_id")
+    return dict(
+        image=image,
+        question=question,
+        answer="yes" if truth == "1" else "no",
+        kind=read_text(record, "subcategory"),
+        question_id=f"{group} {question_id}",
+        figure_id=f"{group} {figure_id}",
+    )
 
 
 def realworldqa(record: dict) -> dict:
-    """RealWorldQA: the choices, and how to answer, stand behind the question."""
-    question, mark, ending = text_of(record, "question").rpartition("\nPlease answer ")
+    """Reads RealWorldQA: the choices, and how to answer, stand behind the question."""
+    text = read_text(record, "question")
+    question, mark, ending = text.rpartition("\nPlease answer ")
     if not mark:
-        question, ending = ending, ""
-    line = asked(question.strip(), text_of(record, "answer"))
-    return line | dict(image=image_of(record, "image"), ending=(mark + ending).strip())
+        question = text
+        ending = ""
+    line = split_question(question.strip(), read_text(record, "answer"))
+    line["image"] = read_image(record, "image")
+    line["ending"] = (mark + ending).strip()
+    return line
 
 
 def mm_vet(record: dict) -> dict:
-    """MM-Vet: of answers that <OR> parts one is enough, of those that <AND> joins all must be said."""
-    answers = [answer.strip() for answer in text_of(record, "answer").split("<OR>") if answer.strip()]
-    capability = record.get("capability")
-    parts = capability if isinstance(capability, list) else optional(record, "capability").split(",")
-    line = dict(image=image_of(record, "image"), question=text_of(record, "question"), answer=answers)
-    return line | dict(kind=",".join(str(part).strip() for part in parts))
+    """Reads MM-Vet: of answers that <OR> parts one is enough, of those that <AND> joins all must be said."""
+    answers = [answer.strip() for answer in read_text(record, "answer").split("<OR>")]
+    capabilities = record.get("capability")
+    if not isinstance(capabilities, list):
+        capabilities = read_optional(record, "capability").split(",")
+    return dict(
+        image=read_image(record, "image"),
+        question=read_text(record, "question"),
+        answer=[answer for answer in answers if answer],
+        kind=",".join(str(capability).strip() for capability in capabilities),
+    )
 
 
 def visnumbench(record: dict) -> dict:
-    """VisNumBench: the choices are a list, its text, or "(a) 0.5 (b) 1"."""
+    """Reads VisNumBench: the choices are a list, its text, or "(a) 0.5 (b) 1"."""
     try:
-        choices = [re.sub(r"^\(?[a-jA-J]\)\s*", "", choice) for choice in list_of(record, "option")]
+        choices = [re.sub(r"^\(?[a-jA-J]\)\s*", "", choice) for choice in read_list(record, "option")]
     except LeftOut:
-        head, choices = split_choices(text_of(record, "option"))
+        head, choices = split_choices(read_text(record, "option"))
         if head or not choices:
             raise LeftOut("option is no list") from None
-    question, answer = without_marks(text_of(record, "question")), text_of(record, "answer")
-    line = dict(question=question, answer=answer, choices=choices, image=image_of(record, "image"))
-    return line | dict(kind=optional(record, "task_class"))
+    return dict(
+        question=remove_marks(read_text(record, "question")),
+        answer=read_text(record, "answer"),
+        choices=choices,
+        image=read_image(record, "image"),
+        kind=read_optional(record, "task_class"),
+    )
 
 
 def official(record: dict) -> dict:
-    """The records of the official evaluation: problem, answer, images; the n-th <image> is the n-th one."""
-    answer = text_of(record, "answer")
-    images = images_of(record.get("images"))
-    line = illustrated(images)
-    question, _ = with_marks(text_of(record, "problem"), [], range(1, len(images) + 1))
-    kind = optional(record, "file_name")
-    return line | dict(question=question, answer=extract_answer(answer) or answer, kind=kind)
+    """Reads the official evaluation: problem, answer, images; the n-th <image> is the n-th of these."""
+    answer = read_text(record, "answer")
+    images = list_images(record.get("images"))
+    line = image_fields(images)
+    numbers = range(1, len(images) + 1)
+    line["question"], _ = number_marks(read_text(record, "problem"), [], numbers)
+    line["answer"] = extract_answer(answer) or answer
+    line["kind"] = read_optional(record, "file_name")
+    return line
 
 
 BENCHMARKS = {  # hub id, config, split, what reads a record
@@ -313,27 +389,22 @@ BENCHMARKS = {  # hub id, config, split, what reads a record
 }
 
 
-def line_of(read: Callable[[dict], dict], record: object, boxed: bool = False) -> dict | str:
-    """The line that a record becomes, its images still in it, or the reason why it becomes none.
+def convert(read: Callable[[dict], dict], record: object, boxed: bool = False) -> dict | str:
+    """Returns the line that a record becomes, its images still in it, or the reason why it becomes none.
 
     boxed: without the benchmark's own ending, so that evaluate.py asks for steps and a box.
     """
     if not isinstance(record, dict):
         return "it is no record"
     try:
-        line = {
-            name: value
-            for name, value in read(record).items()
-            if not (isinstance(value, (str, list)) and not value)
-        }
+        line = {name: value for name, value in read(record).items() if value not in ("", [])}
         if boxed:
             line.pop("ending", None)
-        truths = line["answer"] if isinstance(line.get("answer"), list) else [line.get("answer", "")]
-        if "choices" in line and not any(read_choice(truth, line["choices"]) for truth in truths):
-            return "the answer is none of the choices"
+        # The checks of evaluate.py, of which the images are no matter here
         paths = dict(images=["image"]) if "images" in line else dict(image="image")
-        item_of(line | paths, Path())
-    except ValueError as error:  # what follows "but" is the value, and each has its own
+        parse_item(line | paths, Path())
+    except ValueError as error:
+        # What follows "but" is the value, and each record has its own
         return str(error).partition(" but ")[0]
     return line
 
@@ -342,7 +413,7 @@ def line_of(read: Callable[[dict], dict], record: object, boxed: bool = False) -
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments; ends the program with code 2 and one sentence if one is wrong."""
+    """Reads the arguments. Ends the program with code 2 and one sentence if one is wrong."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(description=__doc__, formatter_class=layout)
     names = ", ".join(BENCHMARKS)
@@ -363,19 +434,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0: done, 1: interrupted, 2: a wrong argument or input."""
+    """Runs the command. Returns the exit code: 0 done, 1 interrupted, 2 a wrong argument or input."""
     args = parse_arguments(argv)
-    source, config, split, read = BENCHMARKS.get(args.name, (args.name, None, None, official))
+    published, config, split, read = BENCHMARKS.get(args.name, (args.name, None, None, official))
+    source = args.source or published
     if args.source and Path(args.source).is_dir():
-        config, split = None, None
+        config = split = None
     limit = args.limit or math.inf
     try:
-        records = records_of(args.source or source, config, args.split or split)
+        records = load_records(source, config, args.split or split)
         args.out.mkdir(parents=True, exist_ok=True)
         if read is None:
             counts = write_images(records, args.out, limit)
         else:
-            counts = write_questions((line_of(read, r, args.boxed) for r in records), args.out, limit)
+            lines = (convert(read, record, args.boxed) for record in records)
+            counts = write_questions(lines, args.out, limit)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {str(error).splitlines()[0]}\n")
         return 2
@@ -389,10 +462,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"questions in {args.out}/questions.jsonl: {written}")
     if counts:
         print(f"left out {counts.total()} of {counts.total() + written} records:")
-        print("\n".join(f"{count:>8}  {reason}" for reason, count in counts.most_common()))
+    for reason, count in counts.most_common():
+        print(f"{count:>8}  {reason}")
     if not written:
-        sys.stderr.write(f"error: {args.source or source} has no record that can be used\n")
-    return 0 if written else 2
+        sys.stderr.write(f"error: {source} has no record that can be used\n")
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-r"""Scores checkpoints on labelled visual questions: is the VLM better after self-play, and rightly sure?
+r"""Scores checkpoints on labelled visual questions: is the VLM better after self-play, and calibrated?
 
 Each question is answered once greedily and m times at random. Of N questions, c_i samples of the i-th right:
 
@@ -57,23 +57,7 @@ chosen = read_choice  # its name in earlier versions
 LEAST_PIXELS = 28 * 28  # the smallest image token of any family; a checkpoint may want more
 
 
-# ---- Asking ----
-
-
-# ---- Scores ----
-
-
-# ---- The command line ----
-
-
-def unreadable(item: Item) -> list[tuple[str, str]]:
-    """Lists the first image of an item that cannot be read, with the reason; nothing if all can."""
-    for image in item.images:
-        try:
-            load_image(image)
-        except ImageError as error:
-            return [(image, str(error))]
-    return []
+# ---- The questions ----
 
 
 def read_items(path: Path) -> tuple[list[Item], list[tuple[str, str]]]:
@@ -81,19 +65,95 @@ def read_items(path: Path) -> tuple[list[Item], list[tuple[str, str]]]:
 
     Raises ValueError with a sentence, which names the line.
     """
-    items, skipped = [], []
+    items = []
+    skipped = []
     for item in read_lines(path):
-        bad = unreadable(item)
-        skipped += bad
-        if not bad:
+        try:
+            for image in item.images:
+                load_image(image)
             items.append(item)
+        except ImageError as error:
+            skipped.append((image, str(error)))
     if not items:
         raise ValueError(f"--data {path} has no question whose image can be read")
     return items, skipped
 
 
+# ---- The scores ----
+
+
+def score(outcomes: dict[str, list[Outcome]], with_judge: bool) -> dict[str, dict]:
+    """Returns the report of each model, that of the second and later ones with a comparison to the first."""
+    first = next(iter(outcomes.values()))
+    reports = {}
+    for name, answered in outcomes.items():
+        reports[name] = full_report(answered)
+        if with_judge:
+            reports[name] |= judge_scores(answered)
+        if answered is not first:
+            reports[name]["against_first"] = compare(first, answered)
+    return reports
+
+
+Row = tuple[str, str, str]  # model; kind or name of a score; numbers
+
+
+def table(reports: dict[str, dict]) -> str:
+    """Returns the comparisons with the first model, then the scores of all models side by side, as text."""
+    first = next(iter(reports))
+    means = list(reports[first]["scores"]["all"]["intervals"])
+    heads = [f"{name.removesuffix('_accuracy'):>18}" for name in means]
+    rows: list[Row] = []
+    for model, report in reports.items():
+        rows += comparison_rows(model, report, first)
+    rows.append(("model", "kind", " ".join([f"{'n':>5}", *heads, f"{'ece':>6}"])))
+    for model, report in reports.items():
+        rows += score_rows(model, report, means)
+    # Names are not cut off: two might look the same then
+    rows = [(printable(model), printable(name), numbers) for model, name, numbers in rows]
+    width = max(len(model) for model, _, _ in rows)
+    name_width = max(len(name) for _, name, _ in rows)
+    return "\n".join(f"{model:<{width}} {name:<{name_width}} {numbers}" for model, name, numbers in rows)
+
+
+def comparison_rows(model: str, report: dict, first: str) -> list[Row]:
+    """Returns a row for each mean: how it differs from that of the first model."""
+    rows = []
+    for name, change in report.get("against_first", {}).items():
+        low, high = change["interval"]
+        numbers = f"{change['difference']:>+8.3f} against {printable(first)} [{low:+.3f}, {high:+.3f}]"
+        if "p" in change:
+            p = change["p"]
+            numbers += ", McNemar p < 0.0001" if p < 1e-4 else f", McNemar p = {p:.4f}"
+        rows.append((model, name, numbers))
+    return rows
+
+
+def score_rows(model: str, report: dict, means: list[str]) -> list[Row]:
+    """Returns a row for each kind, for each score of a benchmark or the judge, and for each bin."""
+    rows = []
+    for kind, scores in report["scores"].items():
+        cells = [f"{scores['questions']:>5}"]
+        for name in means:
+            low, high = scores["intervals"][name]
+            cells.append(f"{scores[name]:.3f} [{low:.2f}, {high:.2f}]")
+        cells.append(f"{scores['ece']:>6.3f}")
+        rows.append((model, kind, " ".join(cells)))
+    for name, value in report.items():
+        if isinstance(value, float):
+            rows.append((model, name, f"{value:>14.3f}"))
+    for row in report["reliability"]:
+        name = f"confidence ({row['above']:.1f}, {row['upto']:.1f}]"
+        found = f"mean {row['confidence']:.3f}, right {row['right']:.3f}"
+        rows.append((model, name, f"{row['share']:>8.3f} of the questions, {found}"))
+    return rows
+
+
+# ---- The command line ----
+
+
 def device(name: str) -> str:
-    """The name of a device, if it is there; else raises ArgumentTypeError."""
+    """Returns the name of a device that is there. Raises ArgumentTypeError for others."""
     try:
         found = torch.device(name)
         known = found.type == "cpu" or found.type == "cuda" and (found.index or 0) < torch.cuda.device_count()
@@ -105,16 +165,16 @@ def device(name: str) -> str:
 
 
 def prove_writable(path: Path) -> None:
-    """Raises OSError if a file cannot be written; what is in it stays as it is."""
+    """Raises OSError if a file cannot be written; leaves its content as it is."""
     path = path.resolve()  # of a link, which stays
-    new = not path.exists()
+    is_new = not path.exists()
     path.open("a").close()
-    if new:
+    if is_new:
         path.unlink()
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments; ends the program with code 2 and one sentence if one is wrong."""
+    """Reads the arguments. Ends the program with code 2 and one sentence if one is wrong."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(description=__doc__, formatter_class=layout)
     add = parser.add_argument
@@ -131,17 +191,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--judge", help="checkpoint that judges, beside the rules, greedy answers to free-form questions")
     add("--json", type=Path, help="write everything here, each answer too")
     args = parser.parse_args(argv)
+    # Values; NaN fails these comparisons
     if args.answers < 1 or args.max_new_tokens < 1 or args.max_pixels < LEAST_PIXELS:
         parser.error(f"--answers and --max-new-tokens must be at least 1, --max-pixels {LEAST_PIXELS}")
-    if not 1e-6 <= args.temperature < math.inf or not 0 < args.top_p <= 1:  # written so that NaN is wrong
+    if not 1e-6 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         parser.error("--temperature must be at least 0.000001, --top-p in (0, 1]")
     if not 0 <= args.seed < 2**63:
         parser.error("--seed must be at least 0 and below 2^63")
-    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
-        parser.error(f"--json {args.json}: it must be a file in a folder that exists")
-    if args.json and args.json.exists() and args.data.exists() and args.json.samefile(args.data):
-        parser.error("--json and --data are the same file")
+    # The file that is written
     if args.json:
+        if args.json.is_dir() or not args.json.parent.is_dir():
+            parser.error(f"--json {args.json}: it must be a file in a folder that exists")
+        if args.json.exists() and args.data.exists() and args.json.samefile(args.data):
+            parser.error("--json and --data are the same file")
         try:
             prove_writable(args.json)
         except OSError as error:
@@ -150,7 +212,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def answer_items(args: argparse.Namespace) -> dict[str, list[Outcome]]:
-    """What each model answers, judged if there is a judge. Raises ValueError, OSError or RuntimeError."""
+    """Asks each model, and the judge if there is one. Raises ValueError, OSError or RuntimeError."""
     items, skipped = read_items(args.data)
     for image, reason in skipped:
         print(f"skipped {printable(image)}: {printable(reason)}", file=sys.stderr)
@@ -174,7 +236,7 @@ def answer_items(args: argparse.Namespace) -> dict[str, list[Outcome]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0: done, 1: interrupted, 2: a wrong argument or input."""
+    """Runs the command. Returns the exit code: 0 done, 1 interrupted, 2 a wrong argument or input."""
     args = parse_arguments(argv)
     warnings.filterwarnings("ignore", module="PIL")
     if not sys.stderr.isatty():
@@ -182,26 +244,24 @@ def main(argv: list[str] | None = None) -> int:
     try:
         outcomes = answer_items(args)
     except (ValueError, OSError, RuntimeError) as error:
-        sys.stderr.write(f"error: {printable((str(error).splitlines() or [repr(error)])[0])}\n")
+        lines = str(error).splitlines() or [repr(error)]
+        sys.stderr.write(f"error: {printable(lines[0])}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; nothing is written\n")
         return 1
-    reports, first = {}, next(iter(outcomes.values()))
-    for name, answered in outcomes.items():
-        reports[name] = full_report(answered) | (judge_scores(answered) if args.judge else {})
-        if answered is not first:
-            reports[name]["against_first"] = compare(first, answered)
+    reports = score(outcomes, with_judge=bool(args.judge))
     print(table(reports))
     if args.json:
-        answers = {name: [outcome.record() for outcome in answered] for name, answered in outcomes.items()}
+        answers = {}
+        for name, answered in outcomes.items():
+            answers[name] = [outcome.record() for outcome in answered]
         content = dict(settings=vars(args), reports=reports, answers=answers)
         try:
             args.json.write_text(json.dumps(content, default=str, indent=1) + "\n")
         except OSError as error:  # a full disk: the table stands above
-            sys.stderr.write(
-                f"error: --json {printable(str(args.json))} cannot be written: {error.strerror}\n"
-            )
+            path = printable(str(args.json))
+            sys.stderr.write(f"error: --json {path} cannot be written: {error.strerror}\n")
             return 2
     return 0
 
@@ -209,33 +269,3 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())
-
-
-def table(reports: dict[str, dict]) -> str:
-    """The comparisons with the first model, then the scores of all models side by side."""
-    first = next(iter(reports))
-    means = list(reports[first]["scores"]["all"]["intervals"])
-    heads = [f"{name.removesuffix('_accuracy'):>18}" for name in means]
-    comparisons, rows = [], [("model", "kind", f"{'n':>5}", *heads, f"{'ece':>6}")]
-    for model, report in reports.items():
-        for name, c in report.get("against_first", {}).items():
-            change = "{:>+8.3f} against {} [{:+.3f}, {:+.3f}]"
-            change = change.format(c["difference"], printable(first), *c["interval"])
-            comparisons.append((model, name, change + (_p_value(c["p"]) if "p" in c else "")))
-        for kind, s in report["scores"].items():
-            cells = ["{:.3f} [{:.2f}, {:.2f}]".format(s[name], *s["intervals"][name]) for name in means]
-            rows.append((model, kind, f"{s['questions']:>5}", *cells, f"{s['ece']:>6.3f}"))
-        for name, value in report.items():
-            if isinstance(value, float):  # of the pairs, of We-Math, of the judge
-                rows.append((model, name, f"{value:>14.3f}"))
-        for b in report["reliability"]:
-            bin_name = f"confidence ({b['above']:.1f}, {b['upto']:.1f}]"
-            found = f"mean {b['confidence']:.3f}, right {b['right']:.3f}"
-            rows.append((model, bin_name, f"{b['share']:>8.3f} of the questions, {found}"))
-    rows = [(printable(model), printable(name), *cells) for model, name, *cells in comparisons + rows]
-    models, names = (max(len(row[i]) for row in rows) for i in (0, 1))  # no two look the same cut off
-    return "\n".join(" ".join([f"{row[0]:<{models}} {row[1]:<{names}}", *row[2:]]) for row in rows)
-
-
-def _p_value(p: float) -> str:
-    return ", McNemar p < 0.0001" if p < 1e-4 else f", McNemar p = {p:.4f}"

@@ -18,17 +18,25 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
+from answers import canonical, same_answer
 from curate import VotedQuestion
-from measure.charts import CHARTS, Proposed, chart, finite, histogram, ladder, number, shown
+from measure.charts import (
+    CHARTS,
+    Proposed,
+    draw_chart,
+    draw_histogram,
+    draw_ladder,
+    escape,
+    finite,
+    number,
+)
 from measure.page import LADDER, PAGE, STYLE
-from rewards import same_answer
-from toy.answerer import understand
+from toy.answerer import Fact, understand
 from training.folder import printable, read_examples
 from training.images import ImageError, load_image
-from training.scenes import read_truth
+from training.scenes import Scene, read_truth
 from training.settings import OneLineParser
 
 GALLERY = 12  # images
@@ -40,7 +48,7 @@ THUMBNAIL = 168  # pixels
 
 
 def read_config(folder: Path) -> dict:
-    """The run's settings. Raises ValueError, with a sentence for the user, if the folder is not a run's."""
+    """Reads the run's settings. Raises ValueError, with a sentence, if the folder is not a run's."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return config | {"iterations": int(config["iterations"])}
@@ -49,76 +57,88 @@ def read_config(folder: Path) -> dict:
 
 
 def read_records(folder: Path) -> list[dict]:
-    """The records of metrics.jsonl; a line that is being written, or is none, is left out."""
-    path, records = folder / "metrics.jsonl", []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
+    """Reads the records of metrics.jsonl; leaves out a line that is being written, or is no record."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+    records = []
+    for line in lines:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except (ValueError, RecursionError):
             continue
-    return [r for r in records if isinstance(r, dict) and type(r.get("iteration")) is int]
+        if isinstance(record, dict) and type(record.get("iteration")) is int:
+            records.append(record)
+    return records
 
 
 def read_questions(folder: Path, iterations: int) -> dict[int, list[Proposed]]:
-    """Iteration -> the questions that were proposed, and whether each stands in curated/.
+    """Reads the questions that each iteration proposed, and whether each stands in curated/.
 
     One that was proposed several times about an image is there once, with the votes it was kept with. Older
-    runs have only what was kept.
+    runs have only what was kept. An iteration that is not curated yet is not there.
     """
-
-    def read(kind: str, k: int) -> list[VotedQuestion] | None:
-        try:
-            return [e for e in read_examples(folder / kind / f"iteration-{k}.jsonl") if well_formed(e)]
-        except (OSError, ValueError, TypeError):
-            return None  # not there yet, or being written
-
     questions = {}
     for k in range(1, iterations + 1):
-        if (kept := read("curated", k)) is not None:
-            asked = {(e.image, e.question): (e, False) for e in read("candidates", k) or ()}
-            asked |= {(e.image, e.question): (e, True) for e in kept}
-            questions[k] = list(asked.values())
+        kept = read_well_formed(folder / "curated" / f"iteration-{k}.jsonl")
+        if kept is None:
+            continue
+        candidates = read_well_formed(folder / "candidates" / f"iteration-{k}.jsonl")
+        asked = {(e.image, e.question): (e, False) for e in candidates or ()}
+        for example in kept:
+            asked[example.image, example.question] = (example, True)
+        questions[k] = list(asked.values())
     return questions
 
 
-def well_formed(example: VotedQuestion) -> bool:
-    """Whether a question can be shown; its confidence may be unknown."""
-    texts = [example.image, example.question, "" if example.label is None else example.label]
-    votes = example.answers if isinstance(example.answers, list) and example.answers else [0]
-    return all(isinstance(t, str) for t in texts) and all(v is None or isinstance(v, str) for v in votes)
+def read_well_formed(path: Path) -> list[VotedQuestion] | None:
+    """Reads the questions that can be shown; None from a file that is not there yet, or being written."""
+    try:
+        return [example for example in read_examples(path) if is_well_formed(example)]
+    except (OSError, ValueError, TypeError):
+        return None
 
 
-def parts_of(path: str) -> list[str]:
-    """The parts of a path, of this system or another one."""
-    return [part for part in re.split(r"[/\\]", path) if part]
+def is_well_formed(example: VotedQuestion) -> bool:
+    """Returns whether a question can be shown; its confidence may be unknown."""
+    if not isinstance(example.image, str) or not isinstance(example.question, str):
+        return False
+    if not isinstance(example.answers, list) or not example.answers:
+        return False
+    return all(answer is None or isinstance(answer, str) for answer in [example.label, *example.answers])
+
+
+def read_scenes(folder: Path) -> dict[str, Scene]:
+    """Reads the scenes of built-in images, by file name; {} for other images, or a damaged file."""
+    try:
+        return read_truth(folder / "images")
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def split_path(path: str) -> list[str]:
+    """Returns the parts of a path, of this system or another one; [""] of no path."""
+    return [part for part in re.split(r"[/\\]", path) if part] or [""]
 
 
 def find_picture(folder: Path, recorded: str) -> str:
-    """Where an image is now: for runs/x/images/a.png FOLDER/images/a.png if it exists, else where it was."""
-    parts = parts_of(recorded)
-    places = [folder.joinpath(*parts[i:]) for i in range(len(parts) - 1)]
-    return next((str(place) for place in places if os.path.isfile(place)), recorded)
+    """Returns where an image is now.
 
-
-def known_truth(folder: Path) -> Callable:
-    """A function that tells the fact a question is about, in built-in scenes; elsewhere nobody knows."""
-    try:
-        scenes = read_truth(folder / "images")
-    except (OSError, ValueError, KeyError, TypeError):  # own images, or a damaged file
-        scenes = {}
-    return lambda e: (
-        understand(e.question, scene) if (scene := scenes.get((parts_of(e.image) or [""])[-1])) else None
-    )
-
-
-# ---- Charts ------------------------------------------------------------------------------------------------
+    For runs/x/images/a.png it is the first that exists of FOLDER/runs/x/images/a.png, FOLDER/x/images/a.png
+    and FOLDER/images/a.png, else where it was.
+    """
+    parts = split_path(recorded)
+    for i in range(len(parts) - 1):
+        place = str(folder.joinpath(*parts[i:]))
+        if os.path.isfile(place):
+            return place
+    return recorded
 
 
 # ---- The gallery -------------------------------------------------------------------------------------------
 
 
 def thumbnail(path: str) -> str | None:
-    """A small JPEG of an image as a data: URI, None if it cannot be read."""
+    """Returns a small JPEG of an image as a data: URI, None if it cannot be read."""
     try:
         image = load_image(path, 4 * THUMBNAIL**2)
     except ImageError:
@@ -130,51 +150,80 @@ def thumbnail(path: str) -> str | None:
 
 
 def count_votes(answers: list[str | None]) -> list[tuple[str | None, int]]:
-    """Each different answer and how often it was given, the most frequent first; None could not be parsed."""
-    votes: dict[str | None, int] = {}
+    """Returns each different answer and how often it was given, the most frequent first.
+
+    None stands for answers that could not be parsed.
+    """
+    votes = Counter()
+    written = {}  # as the answer was written first
     for answer in answers:
-        alike = (a for a in votes if a == answer or None not in (a, answer) and same_answer(a, answer))
-        known = next(alike, answer)
-        votes[known] = votes.get(known, 0) + 1
-    return sorted(votes.items(), key=lambda vote: -vote[1])
+        key = None if answer is None else canonical(answer)
+        votes[key] += 1
+        written.setdefault(key, answer)
+    return [(written[key], count) for key, count in votes.most_common()]
 
 
-def question_card(example: VotedQuestion, kept: bool, fact) -> str:
-    """A question, its votes as bars, its label, and whether that is true (fact: a toy.answerer.Fact)."""
-    bars, label = "", example.label
+def question_card(example: VotedQuestion, kept: bool, fact: Fact | None) -> str:
+    """Shows a question, its votes as bars, its label, and whether that is true, where the fact is known."""
+    label = example.label
+    # A bar for each answer
+    bars = ""
     for answer, count in count_votes(example.answers):
-        name = "no answer" if answer is None else shown(answer)
+        name = "no answer" if answer is None else escape(answer)
         word = f"<i>{name}</i>" if answer is None else name  # an answer may read so
         kind = "bar label" if answer is not None and answer == label else "bar"
-        bar = f'<div class="{kind}" style="width: {100 * count / len(example.answers):.0f}%"></div>'
+        width = 100 * count / len(example.answers)
+        bar = f'<div class="{kind}" style="width: {width:.0f}%"></div>'
         bars += f'<div class="vote"><span title="{name}">{word}</span>{bar}<span>{count}</span></div>'
-    told = [] if fact is None else [f"{len(fact.things)} to list"]
-    told += [f"silver label {'none' if label is None else shown(label[:80])}"]
+    # A line of facts
     confidence = finite(example.confidence)
-    told += [f"confidence {'unknown' if confidence is None else format(confidence, '.2f')}"]
-    told += ["kept" if kept else "not kept"]
+    told = [
+        f"silver label {'none' if label is None else escape(label[:80])}",
+        f"confidence {'unknown' if confidence is None else format(confidence, '.2f')}",
+        "kept" if kept else "not kept",
+    ]
+    if fact is not None:
+        told.insert(0, f"{len(fact.things)} to list")
     if fact is not None and label is not None:
-        right = same_answer(label, fact.answer)
-        verdict = "✓ right" if right else f"✗ wrong, it is {shown(fact.answer)}"
-        told.append(f'<span class="{"good" if right else "bad"}">{verdict}</span>')
-    question, told = shown(example.question), " · ".join(told)
-    return f'<div class="question"><div>{question}</div>{bars}<div class="soft">{told}</div></div>'
+        if same_answer(label, fact.answer):
+            told.append('<span class="good">✓ right</span>')
+        else:
+            told.append(f'<span class="bad">✗ wrong, it is {escape(fact.answer)}</span>')
+    line = f'<div class="soft">{" · ".join(told)}</div>'
+    return f'<div class="question"><div>{escape(example.question)}</div>{bars}{line}</div>'
+
+
+def image_card(path: str, questions: dict[int, list[Proposed]], folder: Path, scene: Scene | None) -> str:
+    """Shows an image, with the questions of each iteration side by side."""
+    name = escape(split_path(path)[-1] or "?")
+    source = thumbnail(find_picture(folder, path))
+    if source:
+        picture = f'<img src="{source}" alt="{name}, an image of the run"><br>{name}'
+    else:
+        picture = f"{name} can no longer be read."
+    turns = ""
+    for k, asked in questions.items():
+        about = [(e, kept) for e, kept in asked if e.image == path]
+        cards = ""
+        for example, kept in about[:QUESTIONS]:
+            fact = understand(example.question, scene) if scene else None
+            cards += question_card(example, kept, fact)
+        turns += f"<div><h3>Iteration {k}</h3>{cards or 'Nothing was asked about it.'}</div>"
+    picture = f'<div class="soft">{picture}</div>'
+    return f'<div class="image">{picture}<div class="turns">{turns}</div></div>'
 
 
 def gallery(questions: dict[int, list[Proposed]], folder: Path) -> str:
-    """The images that most iterations asked about, with the questions of each iteration side by side."""
-    asked_in = Counter(path for asked in questions.values() for path in {e.image: 0 for e, _ in asked})
-    cards, truth = "", known_truth(folder)
-    for path, _ in asked_in.most_common(GALLERY):
-        source, name = thumbnail(find_picture(folder, path)), shown((parts_of(path) or ["?"])[-1])
-        image = f'<img src="{source}" alt="{name}, an image of the run"><br>{name}'
-        turns = ""
-        for k, asked in questions.items():
-            about = [(e, kept) for e, kept in asked if e.image == path][:QUESTIONS]
-            cards_of_k = "".join(question_card(e, kept, truth(e)) for e, kept in about)
-            turns += f"<div><h3>Iteration {k}</h3>{cards_of_k or 'Nothing was asked about it.'}</div>"
-        picture = f'<div class="soft">{image if source else f"{name} can no longer be read."}</div>'
-        cards += f'<div class="image">{picture}<div class="turns">{turns}</div></div>'
+    """Shows the images that most iterations asked about."""
+    iterations = Counter()  # image -> in how many it was asked about
+    for asked in questions.values():
+        images = dict.fromkeys(example.image for example, _ in asked)
+        iterations.update(list(images))
+    scenes = read_scenes(folder)
+    cards = ""
+    for path, _ in iterations.most_common(GALLERY):
+        scene = scenes.get(split_path(path)[-1])
+        cards += image_card(path, questions, folder, scene)
     return cards or '<p class="soft">No questions have been curated yet.</p>'
 
 
@@ -182,31 +231,42 @@ def gallery(questions: dict[int, list[Proposed]], folder: Path) -> str:
 
 
 def page(folder: Path) -> str:
-    """The whole report. Raises ValueError, with a sentence for the user, if the folder is not a run's."""
-    config, records = read_config(folder), read_records(folder)
-    questions, climb = read_questions(folder, config["iterations"]), ladder(records)
+    """Returns the whole report. Raises ValueError, with a sentence, if the folder is not a run's."""
+    config = read_config(folder)
+    records = read_records(folder)
+    questions = read_questions(folder, config["iterations"])
+    # What ran
     done = max((r["iteration"] for r in records if r.get("phase") == "measure"), default=0)
-    minutes = sum(number(r, "seconds") or 0 for r in records) / 60
-    state = f"{done} of {config['iterations']} iterations complete · {minutes:.1f} minutes of work"
-    state += f" · model: {config.get('model') or 'the toy of this repository'}"
-    state += f" · images: {config.get('images') or 'built-in scenes'}"
-    warned = [r for r in records if r.get("phase") == "warning"]
-    warnings = [f"iteration {r['iteration']}, {r.get('signature')}: {r.get('message')}" for r in warned]
+    minutes = sum(number(record, "seconds") or 0 for record in records) / 60
+    state = (
+        f"{done} of {config['iterations']} iterations complete · {minutes:.1f} minutes of work"
+        f" · model: {config.get('model') or 'the toy of this repository'}"
+        f" · images: {config.get('images') or 'built-in scenes'}"
+    )
+    # What it warned of, and what it skipped
+    warnings = ""
+    for record in records:
+        if record.get("phase") == "warning":
+            warning = f"iteration {record['iteration']}, {record.get('signature')}: {record.get('message')}"
+            warnings += f'<p class="warning">{escape(warning)}</p>'
     skips = folder / "skipped.txt"
     skipped = skips.read_text(encoding="utf-8", errors="replace") if skips.exists() else ""
-    curves = "".join(chart(records, *what) for what in CHARTS) or '<p class="soft">Nothing to draw yet.</p>'
+    # The figures
+    ladder = draw_ladder(records)
+    charts = "".join(draw_chart(records, chart) for chart in CHARTS)
+    charts = charts or '<p class="soft">Nothing to draw yet.</p>'
     for k, asked in questions.items():
-        curves += histogram(f"Difficulty, iteration {k}", asked) if asked else ""
+        charts += draw_histogram(f"Difficulty, iteration {k}", asked)
     return PAGE.format(
-        name=shown(folder.resolve().name),
+        name=escape(folder.resolve().name),
         style=STYLE,
-        state=shown(state),
-        warnings="".join(f'<p class="warning">{shown(warning)}</p>' for warning in warnings),
+        state=escape(state),
+        warnings=warnings,
         settings=html.escape(json.dumps(config, indent=1)),
         skips=len(skipped.splitlines()),
-        skipped=shown(skipped[:20_000]),
-        ladder=climb and LADDER.format(charts=climb),
-        charts=curves,
+        skipped=escape(skipped[:20_000]),
+        ladder=ladder and LADDER.format(charts=ladder),
+        charts=charts,
         gallery=gallery(questions, folder),
     )
 

@@ -1,163 +1,291 @@
-"""Charts of a report, as SVG."""
+"""Charts of a report, as SVG: curves over steps or iterations, histograms, the ladder of the toy world."""
 
 import html
 import math
 import re
+from bisect import bisect
 from collections import Counter
-from collections.abc import Callable, Iterable
-from itertools import groupby
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, groupby, pairwise
+from statistics import fmean
 
 from curate import VotedQuestion
+from measure.signatures import split_thirds
 
 Proposed = tuple[VotedQuestion, bool]  # a question with its votes, and whether it was kept
-
-
 Points = list[tuple[int, float]]  # (step or iteration, value)
 
 
-def shown(value: object) -> str:
-    """Anything as HTML: control characters and halves of characters are spelled out."""
-    odd = "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
-    return html.escape(re.sub(odd, lambda c: c[0].encode("unicode_escape").decode(), str(value)))
+@dataclass(frozen=True)
+class Chart:
+    """A figure that shows numbers of a run's records."""
 
-
-def finite(value: object) -> float | None:
-    """A number that can be drawn, None for anything else."""
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    title: str
+    phase: str  # of the records that it shows: questioner, curation, reasoner or measure
+    names: dict[str, str]  # a curve's label -> its number in a record, see `number`
+    is_share: bool = False  # drawn from 0 to 1
+    bands: dict[str, tuple[float, float]] = field(default_factory=dict)  # label -> lower and upper edge
 
 
 ACCURACIES = {"greedy": "greedy_accuracy", "sampled": "sampled_accuracy", "silver labels": "silver_accuracy"}
-
-
 AGREEMENT = {"agreement": "base_agreement", "confidence": "probe_confidence"}
-
-
-CHARTS = (  # title, phase, the curves and what each shows, whether these are shares
-    ("Share that is right", "measure", ACCURACIES, True),
-    ("Difficulty r_unc, first and last third of a phase", "questioner", {"r_unc": "r_unc"}, False),
-    ("Questioner's reward", "questioner", {"reward": "reward", "penalty r_div": "r_div"}, False),
-    ("Reasoner's reward", "reasoner", {"reward": "reward", "confidence": "confidence"}, False),
-    ("Valid outputs", "questioner", {"valid questions": "validity"}, True),
-    ("Distance from the start of the phase (KL)", "questioner", {"KL": "kl"}, False),
-    ("The Reasoner's KL", "reasoner", {"KL": "kl"}, False),
-    ("Different questions about an image", "questioner", {"clusters": "clusters"}, False),
-    ("Largest cluster over all images", "questioner", {"share of all questions": "largest_cluster"}, True),
-    ("Kinds of questions (entropy in bits)", "questioner", {"entropy": "kind_entropy"}, False),
-    ("Agreement with the base", "measure", AGREEMENT, True),
-    ("Curated questions", "curation", {"kept": "curated"}, False),
+CHARTS = (
+    Chart("Share that is right", "measure", ACCURACIES, is_share=True),
+    Chart("Difficulty r_unc, first and last third of a phase", "questioner", {"r_unc": "r_unc"}),
+    Chart("Questioner's reward", "questioner", {"reward": "reward", "penalty r_div": "r_div"}),
+    Chart("Reasoner's reward", "reasoner", {"reward": "reward", "confidence": "confidence"}),
+    Chart("Valid outputs", "questioner", {"valid questions": "validity"}, is_share=True),
+    Chart("Distance from the start of the phase (KL)", "questioner", {"KL": "kl"}),
+    Chart("The Reasoner's KL", "reasoner", {"KL": "kl"}),
+    Chart("Different questions about an image", "questioner", {"clusters": "clusters"}),
+    Chart(
+        "Largest cluster over all images",
+        "questioner",
+        {"share of all questions": "largest_cluster"},
+        is_share=True,
+    ),
+    Chart("Kinds of questions (entropy in bits)", "questioner", {"entropy": "kind_entropy"}),
+    Chart("Agreement with the base", "measure", AGREEMENT, is_share=True),
+    Chart("Curated questions", "curation", {"kept": "curated"}),
 )
 
 
+# ---- Numbers of records ----
+
+
+def escape(value: object) -> str:
+    """Returns anything as HTML; control characters and halves of characters are spelled out."""
+    odd = "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
+    text = re.sub(odd, lambda c: c[0].encode("unicode_escape").decode(), str(value))
+    return html.escape(text)
+
+
+def finite(value: object) -> float | None:
+    """Returns a number that can be drawn, None for anything else."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
 def number(record: dict, name: str) -> float | None:
-    """The number under a name, "a/b" for record["a"]["b"]; None if there is none."""
+    """Returns the number under a name, "a/b" for record["a"]["b"]; None if there is none."""
     value = record
     for part in name.split("/"):
         value = value.get(part) if isinstance(value, dict) else None
     return finite(value)
 
 
-def phases(points: Points, starts: list[int]) -> list[Points]:
-    """The points of each phase."""
-    return [list(p) for _, p in groupby(points, key=lambda point: sum(point[0] >= start for start in starts))]
+def phases(points: Points, starts: Sequence[int]) -> list[Points]:
+    """Splits points by the phases that they lie in: steps 1 2 3 4 5 with starts [3] are 1 2 and 3 4 5."""
+    grouped = groupby(points, key=lambda point: bisect(starts, point[0]))
+    return [list(phase) for _, phase in grouped]
 
 
-def thirds(points: Points, starts: list[int]) -> Points:
-    """The means of each phase's first and last third, at its ends; single steps may fall where it rises."""
+def thirds(points: Points, starts: Sequence[int]) -> Points:
+    """Returns the means of each phase's first and last third, at the ends of the phase.
+
+    Single steps may fall where the phase rises.
+    """
     ends = {}
     for phase in phases(points, starts):
-        steps, values = zip(*phase)
-        third = max(1, len(values) // 3)
-        ends |= {steps[0]: sum(values[:third]) / third, steps[-1]: sum(values[-third:]) / third}
+        first, last = split_thirds(phase)
+        ends[phase[0][0]] = fmean(value for _, value in first)
+        ends[phase[-1][0]] = fmean(value for _, value in last)
     return list(ends.items())
 
 
-def chart(records: list[dict], title: str, phase: str, names: dict[str, str], share: bool, bands=None) -> str:
-    """A curve for each name, over all steps of a training phase or over iterations; "" without any number."""
-    mine, training = [r for r in records if r.get("phase") == phase], phase in ("questioner", "reasoner")
-    places = [step if training else r["iteration"] for step, r in enumerate(mine, start=1)]
-    starts = [i for i, r, before in zip(places[1:], mine[1:], mine) if r["iteration"] != before["iteration"]]
+# ---- Curves ----
+
+
+def draw_chart(records: list[dict], chart: Chart) -> str:
+    """Draws a curve for each name, over all steps of a training phase or over iterations.
+
+    Returns "" if the records have no number to draw.
+    """
+    records = [record for record in records if record.get("phase") == chart.phase]
+    iterations = [record["iteration"] for record in records]
+    if chart.phase in ("questioner", "reasoner"):
+        # Steps are counted on through the iterations
+        below = f"{chart.phase.capitalize()} step"
+        places = range(1, len(records) + 1)
+        changes = enumerate(pairwise(iterations), start=2)
+        starts = [step for step, (before, now) in changes if before != now]
+    else:
+        below = "iteration"
+        places = iterations
+        starts = []
     curves = {}
-    for label, name in names.items():
-        points = [(i, number(r, name)) for i, r in zip(places, mine) if number(r, name) is not None]
+    for label, name in chart.names.items():
+        values = [number(record, name) for record in records]
+        points = [(place, value) for place, value in zip(places, values) if value is not None]
         curves[label] = thirds(points, starts) if name == "r_unc" else points
-    below = f"{phase.capitalize()} step" if training else "iteration"
-    return plot(title, curves, below, starts if training else [], share, bands or {})
+    return plot(chart, curves, below, starts)
 
 
-def plot(title: str, curves: dict[str, Points], below: str, starts: list, share: bool, bands: dict) -> str:
-    """Curves that begin anew at `starts`, after a dashed line; shares from 0 to 1; named bands."""
-    points = [point for points in curves.values() for point in points]
+def plot(chart: Chart, curves: dict[str, Points], below: str, starts: Sequence[int]) -> str:
+    """Draws the curves of a chart; at `starts` they begin anew, after a dashed line.
+
+    below: the name of the horizontal axis. Returns "" without any point.
+    """
+    points = list(chain.from_iterable(curves.values()))
     if not points:
         return ""
-    places, values = [place for place, _ in points], [value for _, value in points]
-    values += [0, 1] if share else [edge for band in bands.values() for edge in band]
-    x, y, drawn = scale(places, 62, 342), scale(values, 150, 10), ""
-    for i, (bottom, top) in enumerate(bands.values()):
+    # The scales
+    places = [place for place, _ in points]
+    values = [value for _, value in points]
+    limits = (0, 1) if chart.is_share else chain.from_iterable(chart.bands.values())
+    values += limits
+    x = scale(places, 62, 342)
+    y = scale(values, 150, 10)
+    # From back to front: bands, the starts of phases, curves
+    drawn = ""
+    for i, (bottom, top) in enumerate(chart.bands.values()):
         area = f"M52 {y(bottom):.1f}H350V{y(top):.1f}H52"
         drawn += f'<path class="band" style="fill: var(--c{i % 4})" d="{area}"/>'
     for place in starts:
         drawn += f'<path class="dashed" d="M{x(place - 0.5):.1f} 10V150"/>'
-    for i, points in enumerate(curves.values()):
-        for phase in phases(points, starts):
-            spots = " ".join(f"{x(place):.1f},{y(value):.1f}" for place, value in phase)
-            drawn += f'<polyline class="curve" style="stroke: var(--c{i % 4})" points="{spots}"/>'
-        for place, value in points if len(points) < 4 * (len(starts) + 3) else ():
-            drawn += f'<circle cx="{x(place):.1f}" cy="{y(value):.1f}" r="3" style="fill: var(--c{i % 4})"/>'
-    first, last, low, high = min(places), max(places), min(values), max(values)
-    xs = {str(i): x(i) for i in (range(first, last + 1) if last - first < 9 else (first, last))}
-    ys = {f"{value:.3g}": y(value) for value in (low, (low + high) / 2, high)}
-    ys = {name: y(sum(band) / 2) for name, band in bands.items()} or ys
-    told = [f"{name} from {p[0][1]:.3g} to {p[-1][1]:.3g}" for name, p in curves.items() if p]
-    keys = {name: f"c{i % 4}" for i, name in enumerate(curves)}
-    return figure(title, xs, ys, below, drawn, keys if len(keys) > 1 else {}, "; ".join(told))
+    for i, curve in enumerate(curves.values()):
+        drawn += draw_curve(curve, starts, f"var(--c{i % 4})", x, y)
+    # Words: along the axes, of the colours, and for those who cannot see the figure
+    first = min(places)
+    last = max(places)
+    ticks = range(first, last + 1) if last - first < 9 else (first, last)
+    xs = {str(place): x(place) for place in ticks}
+    if chart.bands:
+        ys = {name: y(sum(band) / 2) for name, band in chart.bands.items()}
+    else:
+        low = min(values)
+        high = max(values)
+        ys = {f"{value:.3g}": y(value) for value in (low, (low + high) / 2, high)}
+    keys = {name: f"c{i % 4}" for i, name in enumerate(curves)} if len(curves) > 1 else {}
+    told = []
+    for name, curve in curves.items():
+        if curve:
+            told.append(f"{name} from {curve[0][1]:.3g} to {curve[-1][1]:.3g}")
+    return figure(chart.title, drawn, xs, ys, below, keys, "; ".join(told))
 
 
-def scale(values: Iterable[float], start: float, end: float) -> Callable[[float], float]:
-    """From the range of these values to the pixels start..end."""
-    low, high = min(values), max(values)
-    return lambda value: start + (end - start) * ((value - low) / (high - low) if high > low else 0.5)
+Scale = Callable[[float], float]  # from a value to pixels
 
 
-def figure(title: str, xs: dict, ys: dict, below: str, drawn: str, keys: dict[str, str], told: str) -> str:
-    """A drawing in 52..350 by 10..150, with words along its axes, its colours' names, and itself in words."""
-    words = [(x, 166, "middle", word) for word, x in xs.items()] + [(201, 184, "middle", below)]
-    words += [(48, y + 4, "end", word) for word, y in ys.items()]
+def scale(values: Sequence[float], start: float, end: float) -> Scale:
+    """Returns a function from the range of these values to the pixels start..end."""
+    low = min(values)
+    width = max(values) - low
+
+    def to_pixels(value: float) -> float:
+        fraction = (value - low) / width if width > 0 else 0.5
+        return start + (end - start) * fraction
+
+    return to_pixels
+
+
+def draw_curve(points: Points, starts: Sequence[int], colour: str, x: Scale, y: Scale) -> str:
+    """Draws a line for each phase of a curve, and a disc for each point if there are few."""
+    drawn = ""
+    for phase in phases(points, starts):
+        spots = " ".join(f"{x(place):.1f},{y(value):.1f}" for place, value in phase)
+        drawn += f'<polyline class="curve" style="stroke: {colour}" points="{spots}"/>'
+    if len(points) < 4 * (len(starts) + 3):
+        for place, value in points:
+            drawn += f'<circle cx="{x(place):.1f}" cy="{y(value):.1f}" r="3" style="fill: {colour}"/>'
+    return drawn
+
+
+def figure(
+    title: str,
+    drawn: str,
+    xs: dict[str, float],
+    ys: dict[str, float],
+    below: str,
+    keys: dict[str, str],
+    told: str,
+) -> str:
+    """Returns a drawing with its axes, legend and title.
+
+        10    y  +-----------+
+                 |           |
+        80    y  |   drawn   |
+                 |           |
+        150   y  +-----------+
+        166      x     x     x
+        184          below
+             48 52          350     pixels
+
+    xs, ys: words along the axes, and where they stand. keys: what is drawn -> its colour. told: the drawing
+    in words.
+    """
+    words = [(x, 166, "middle", word) for word, x in xs.items()]
+    words.append((201, 184, "middle", below))
+    for word, y in ys.items():
+        words.append((48, y + 4, "end", word))
     drawn = '<path class="axis" d="M52 10V150H350M52 80H350"/>' + drawn
     for x, y, anchor, word in words:
         drawn += f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{html.escape(word)}</text>'
     legend = ""
     for name, colour in keys.items():
         legend += f'<span class="key"><i style="background: var(--{colour})"></i>{html.escape(name)}</span> '
-    caption, alt = html.escape(title), html.escape(f"{title}: {told}")
+    caption = html.escape(title)
+    alt = html.escape(f"{title}: {told}")
     picture = f'<svg viewBox="0 0 360 190" role="img" aria-label="{alt}">{drawn}</svg>'
     return f"<figure><figcaption>{caption}</figcaption>{picture}{legend}</figure>"
 
 
-def histogram(title: str, asked: list[Proposed]) -> str:
-    """How often each confidence occurred, in tenths, and how many of these questions were kept."""
-    known = [(e.confidence, kept) for e, kept in asked if finite(e.confidence) is not None]
-    if not known:
+# ---- Other figures ----
+
+
+def draw_histogram(title: str, asked: list[Proposed]) -> str:
+    """Draws how often each confidence occurred, in tenths, and how many of these questions were kept.
+
+    Returns "" if no confidence is known.
+    """
+    counts = {"pale": Counter(), "c0": Counter()}  # of all questions, and in front of them of the kept ones
+    for question, kept in asked:
+        if finite(question.confidence) is not None:
+            tenth = int(10 * question.confidence + 0.5)
+            tenth = min(10, max(0, tenth))
+            counts["pale"][tenth] += 1
+            if kept:
+                counts["c0"][tenth] += 1
+    if not counts["pale"]:
         return ""
-    tenths = [(min(10, max(0, int(10 * confidence + 0.5))), kept) for confidence, kept in known]
-    everything, kept = Counter(i for i, _ in tenths), Counter(i for i, kept in tenths if kept)
-    most, drawn = max(everything.values()), ""
-    x, y = scale((0, 10), 70, 332), scale((0, most), 150, 10)
-    for counts, colour in ((everything, "pale"), (kept, "c0")):  # what was kept, in front of all
-        for i, count in sorted(counts.items()):
-            place = f'x="{x(i) - 11:.1f}" y="{y(count):.1f}" width="22" height="{150 - y(count):.1f}"'
-            drawn += f'<rect {place} style="fill: var(--{colour})"/>'
-    xs, ys = {"0": x(0), "0.5": x(5), "1": x(10)}, {"0": y(0), str(most): y(most)}
-    told = f"{sum(kept for _, kept in asked)} of {len(asked)} different questions are kept"
-    return figure(title, xs, ys, "confidence", drawn, {"kept": "c0", "not kept": "pale"}, told)
+    most = max(counts["pale"].values())
+    x = scale((0, 10), 70, 332)
+    y = scale((0, most), 150, 10)
+    drawn = ""
+    for colour, tenths in counts.items():
+        for tenth, count in sorted(tenths.items()):
+            top = y(count)
+            box = f'x="{x(tenth) - 11:.1f}" y="{top:.1f}" width="22" height="{150 - top:.1f}"'
+            drawn += f'<rect {box} style="fill: var(--{colour})"/>'
+    xs = {"0": x(0), "0.5": x(5), "1": x(10)}
+    ys = {"0": y(0), str(most): y(most)}
+    kept = sum(kept for _, kept in asked)
+    told = f"{kept} of {len(asked)} different questions are kept"
+    return figure(title, drawn, xs, ys, "confidence", {"kept": "c0", "not kept": "pale"}, told)
 
 
-def ladder(records: list[dict]) -> str:
-    """Accuracy on each rung of the built-in world, and where curated questions stand; "" for other runs."""
-    found = [r["sampled_by_objects"] for r in records if isinstance(r.get("sampled_by_objects"), dict)]
-    rungs, drawn = {rung: re.findall(r"\d+", rung) for accuracies in found for rung in accuracies}, ""
-    bands = {rung: (int(ends[0]) - 0.5, int(ends[-1]) + 0.5) for rung, ends in rungs.items() if ends}
+def draw_ladder(records: list[dict]) -> str:
+    """Draws accuracy on each rung of the built-in world, and where curated questions stand.
+
+    Returns "" for other runs.
+    """
+    rungs = {}  # as a set, in order of appearance
+    for record in records:
+        accuracies = record.get("sampled_by_objects")
+        if isinstance(accuracies, dict):
+            rungs |= dict.fromkeys(accuracies)
+    # "3-4" is the band from 2.5 to 4.5
+    bands = {}
+    for rung in rungs:
+        if ends := re.findall(r"\d+", rung):
+            bands[rung] = (int(ends[0]) - 0.5, int(ends[-1]) + 0.5)
+    drawn = ""
     for title, kind in (("Accuracy by rung", "sampled"), ("Silver labels that are right, by rung", "silver")):
         names = {f"{rung} objects": f"{kind}_by_objects/{rung}" for rung in rungs}
-        drawn += chart(records, title, "measure", names, True)
+        drawn += draw_chart(records, Chart(title, "measure", names, is_share=True))
+    if not drawn:
+        return ""
     objects = {"mean number of objects": "objects"}
-    return drawn and drawn + chart(records, "Where curated questions stand", "measure", objects, False, bands)
+    return drawn + draw_chart(
+        records, Chart("Where curated questions stand", "measure", objects, bands=bands)
+    )

@@ -1,5 +1,4 @@
-"""Labelled questions: what a line of evaluation data says, checked before anything is asked, and which
-answers to it are right."""
+"""Labelled questions: lines of evaluation data, checked before anything is asked, and their right answers."""
 
 import json
 import math
@@ -63,16 +62,16 @@ class Item:
 
 
 def read_lines(path: Path) -> list[Item]:
-    """The items of a JSONL file. Raises ValueError with a sentence, which names the line."""
-    items = []
+    """Reads the items of a JSONL file. Raises ValueError with a sentence, which names the line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 may stand in a text
     except (OSError, ValueError) as error:
         raise ValueError(f"--data {path} cannot be read: {error}") from error
+    items = []
     for number, line in enumerate(lines, start=1):
         if line := line.strip(" \t\r\ufeff"):
             try:
-                items.append(item_of(json.loads(line), path.parent))
+                items.append(parse_item(json.loads(line), path.parent))
             except json.JSONDecodeError as error:
                 raise ValueError(f"--data {path}, line {number} is not JSON: {error.msg}") from error
             except (ValueError, RecursionError) as error:
@@ -80,120 +79,140 @@ def read_lines(path: Path) -> list[Item]:
     return items
 
 
-def item_of(fields: object, folder: Path) -> Item:
-    """The item that a line stands for. Raises ValueError with a sentence."""
+def parse_item(fields: object, folder: Path) -> Item:
+    """Returns the item that a line's fields describe, its images in `folder`.
+
+    Raises ValueError with a sentence if a field is missing or wrong.
+    """
     if not isinstance(fields, dict):
         raise ValueError('it is not an object {"image": ..., "question": ..., "answer": ...}')
-    images = _images(fields)
-    question, answer, choices = (fields.get(name) for name in ("question", "answer", "choices"))
+    images = [str(folder / path) for path in _image_paths(fields)]
+    question = fields.get("question")
     if not _is_text(question):
-        raise ValueError(f"question is not text but {_short(question)}")
-    choices = None if choices == "" else choices
-    if isinstance(choices, dict) and [*choices] == [*string.ascii_uppercase[: len(choices)]]:
-        choices = [*choices.values()]
-    if choices is not None and not isinstance(choices, list):
-        raise ValueError(f"choices is not a list but {_short(choices)}")
-    names = [n for n in ("kind", "question_id", "figure_id", "ending") if fields.get(n) not in (None, "")]
+        raise ValueError(f"question is not text but {_shorten(question)}")
+    choices = _choices(fields.get("choices"))
+    answer = fields.get("answer")
     item = Item(
-        str(folder / images[0]),
-        *_texts([question], "question"),
-        _texts(answer if isinstance(answer, list) else [answer], "answer"),
-        _texts(choices, "choices") if choices else (),
-        **{name: _texts([fields[name]], name)[0] for name in names},
+        images[0],
+        *_to_texts([question], "question"),
+        _to_texts(answer if isinstance(answer, list) else [answer], "answer"),
+        _to_texts(choices, "choices") if choices else (),
+        *(_optional_text(fields, name) for name in ("kind", "question_id", "figure_id", "ending")),
         precision=fields.get("precision"),
-        images=tuple(str(folder / image) for image in images),
+        images=tuple(images),
         placed=fields.get("images") is not None,
     )
-    _check(item)
+    _check_item(item)
     return item
 
 
-def _images(fields: dict) -> list[str]:
-    """Reads the paths in "image" or "images". Raises ValueError with a sentence."""
-    image, images = fields.get("image"), fields.get("images")
+def _image_paths(fields: dict) -> list[str]:
+    """Returns the paths in "image" or "images". Raises ValueError with a sentence."""
+    image = fields.get("image")
+    images = fields.get("images")
     if image is not None and images is not None:
         raise ValueError("there are both image and images")
     if image is None and images is None:
         raise ValueError("there is neither image nor images")
     if images is None:
         if not _is_text(image):
-            raise ValueError(f"image is not text but {_short(image)}")
+            raise ValueError(f"image is not text but {_shorten(image)}")
         return [image]
     if not isinstance(images, list):
-        raise ValueError(f"images is not a list but {_short(images)}")
+        raise ValueError(f"images is not a list but {_shorten(images)}")
     if not images:
         raise ValueError("images is empty")
     for path in images:
         if not _is_text(path):
-            raise ValueError(f"images holds what is not text but {_short(path)}")
+            raise ValueError(f"images holds what is not text but {_shorten(path)}")
     return images
+
+
+def _choices(choices: object) -> list:
+    """Returns the choices as a list, also those of {"A": ..., "B": ...}. Raises ValueError for others."""
+    if choices is None or choices == "":
+        return []
+    if isinstance(choices, dict) and [*choices] == [*string.ascii_uppercase[: len(choices)]]:
+        return [*choices.values()]
+    if not isinstance(choices, list):
+        raise ValueError(f"choices is not a list but {_shorten(choices)}")
+    return choices
+
+
+def _optional_text(fields: dict, name: str) -> str:
+    """Returns the text of a field, "" without one. Raises ValueError if it is neither text nor a number."""
+    value = fields.get(name)
+    return "" if value is None or value == "" else _to_texts([value], name)[0]
 
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _check(item: Item) -> None:
+def _check_item(item: Item) -> None:
     """Raises ValueError with a sentence if the fields of an item do not fit each other."""
-    choices, precision = item.choices, item.precision
+    choices = item.choices
     if len(choices) > 26:
         raise ValueError("there are more than 26 choices")
     if choices and not any(read_choice(truth, choices) for truth in item.answer):
-        raise ValueError(f"the answer {' or '.join(item.answer)!r} is none of the choices")
+        raise ValueError(f"the answer is none of the choices but {' or '.join(item.answer)!r}")
     if item.kind == "all":
         raise ValueError('the kind "all" is the name of the overall scores')
-    is_whole = isinstance(precision, int) and not isinstance(precision, bool) and 0 <= precision <= 20
-    if precision is not None and not is_whole:
-        raise ValueError(f"precision is not a whole number from 0 to 20 but {_short(precision)}")
+    # type() and not isinstance(): True is no number
+    precision = item.precision
+    if precision is not None and (type(precision) is not int or not 0 <= precision <= 20):
+        raise ValueError(f"precision is not a whole number from 0 to 20 but {_shorten(precision)}")
 
 
-def _texts(values: list, name: str) -> tuple[str, ...]:
-    """Texts and numbers as texts; raises ValueError if there are none, or others among them."""
+def _to_texts(values: list, name: str) -> tuple[str, ...]:
+    """Returns texts and numbers as texts. Raises ValueError if there are none, or others among them."""
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
-            raise ValueError(f"{name} is not text or a number but {_short(value)}")
+        text = str(value)
+        if type(value) not in (str, int, float) or not text.strip():
+            raise ValueError(f"{name} is not text or a number but {_shorten(value)}")
         is_odd_number = isinstance(value, float) and not math.isfinite(value)
-        if is_odd_number or re.search("[\ud800-\udfff]", str(value)):
-            raise ValueError(f"{name} is no readable text or number: {_short(value)}")
+        if is_odd_number or re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"{name} is no readable text or number: {_shorten(value)}")
     if not values:
         raise ValueError(f"{name} is empty")
     return tuple(map(str, values))
 
 
-def _short(value: object) -> str:
+def _shorten(value: object) -> str:
     return repr(value)[:100]
 
 
-# ---- Which answer is right ----
+# ---- Right answers ----
 
 
-def choices_of(item: Item) -> tuple[str, ...]:
-    """The choices of an item: its own, or those in its question's text if its answer is the letter of one."""
+def find_choices(item: Item) -> tuple[str, ...]:
+    """Returns the choices of an item: its own, or those in its question's text if its answer is a letter."""
     if item.choices:
         return item.choices
     choices = options_in(item.question)
     letters = string.ascii_uppercase[: len(choices)]
-    is_lettered = choices and all(len(a) == 1 and a.upper() in letters for a in item.answer)
+    is_lettered = all(len(truth) == 1 and truth.upper() in letters for truth in item.answer)
     return choices if is_lettered else ()
 
 
 def read_answer(text: str, item: Item) -> str | None:
-    """The answer in what a model wrote.
+    """Returns the answer in what a model wrote, None if there is none.
 
-    With choices it is the letter, if the true answer is yes or no that word, both also where there is no box;
-    else the content of the last box. An item's own ending may ask for no box: where there is none, it is what
-    stands behind the last "answer:" or "answer is", else the last line.
+    With choices it is the letter, if the true answer is yes or no that word, both also where there is no box.
+    Else it is the content of the last box. An item's own ending may ask for no box: where there is none, the
+    answer is what stands behind the last "answer:" or "answer is", else the last line.
     """
     if item.choices:
         return read_choice(text, item.choices)
     boxed = extract_answer(text)
-    if choices := choices_of(item):
+    if choices := find_choices(item):
         return read_choice(text, choices) or boxed
     if boxed is None and item.ending:
         boxed = _last_words(without_thinking(text))
-    if {canonical(answer) for answer in item.answer} <= {"yes", "no"}:
+    if {canonical(truth) for truth in item.answer} <= {"yes", "no"}:
         verdict = read_yes_no(text)
-        return boxed if verdict is None else ("no", "yes")[verdict]
+        if verdict is not None:
+            return "yes" if verdict else "no"
     return boxed
 
 
@@ -201,28 +220,32 @@ _ANSWER = re.compile(r"\banswer(?: is ?:?| ?:)\s*", re.IGNORECASE)
 
 
 def _last_words(text: str) -> str | None:
-    """What stands behind the last "answer:" on its line, else the last line; None if there is nothing."""
-    ends = [found.end() for found in _ANSWER.finditer(text)]
-    said = text[ends[-1] :].partition("\n")[0].strip() if ends else ""
-    lines = text.strip().rsplit("\n", 1)
-    return said or lines[-1].strip() or None
+    """Returns what stands behind the last "answer:" on its line, else the last line; None without either."""
+    said = ""
+    for found in _ANSWER.finditer(text):
+        said = text[found.end() :].partition("\n")[0].strip()
+    return said or text.strip().rpartition("\n")[2].strip() or None
 
 
 def right(answer: str | None, item: Item) -> bool:
-    """Whether an answer, as `read_answer` gives it, is right.
+    """Returns whether an answer, as `read_answer` gives it, is right.
 
-    Of a question without choices: equal to one of the true answers by `same_answer`, or the same number after
-    rounding to two decimals (MMMU's rule for open questions). With a precision, numbers count to that many
-    decimals and units do not (MathVista's rule). Of "this <AND> that" both must stand in it (MM-Vet's).
+    A letter is compared with the letter of the true choice. Without choices an answer is right
+
+    * if it equals one of the true answers by `same_answer`;
+    * if it is the same number after rounding to two decimals (MMMU's rule for open questions);
+    * if all parts of "this <AND> that" stand in it (MM-Vet's rule).
+
+    With a precision, numbers count to that many decimals and units do not (MathVista's rule).
     """
     if answer is None:
         return False
-    if choices := choices_of(item):
+    if choices := find_choices(item):
         return any(answer == read_choice(truth, choices) for truth in item.answer)
     if item.precision is not None:
-        return any(_same_to(answer, truth, item.precision) for truth in item.answer)
+        return any(_same_to_precision(answer, truth, item.precision) for truth in item.answer)
     return any(
-        same_answer(answer, truth) or _same_rounded(answer, truth) or _has_all(answer, truth)
+        same_answer(answer, truth) or _same_rounded(answer, truth) or _has_all_parts(answer, truth)
         for truth in item.answer
     )
 
@@ -232,24 +255,32 @@ _NUMBER = re.compile(r"[+-]?(?:\d+/\d+|\d*\.?\d+)")
 
 
 def _same_rounded(a: str, b: str) -> bool:
-    """Of plain numbers only: in hundredths, a percentage would be rounded to a whole one."""
+    """Returns whether two plain numbers are the same to two decimals.
+
+    Percentages are no plain numbers: in hundredths they would be rounded to whole ones.
+    """
     if _PERCENT.search(a) or _PERCENT.search(b):
         return False
-    values = [canonical(a), canonical(b)]
-    return not any(isinstance(value, str) for value in values) and round(values[0], 2) == round(values[1], 2)
+    first = canonical(a)
+    second = canonical(b)
+    if isinstance(first, str) or isinstance(second, str):
+        return False
+    return round(first, 2) == round(second, 2)
 
 
-def _same_to(a: str, b: str, precision: int) -> bool:
-    """The same numbers after rounding; with precision 0 what stands behind the point is cut off instead."""
-    values = [_number(a), _number(b)]
-    if None in values:
+def _same_to_precision(a: str, b: str, precision: int) -> bool:
+    """Returns whether two numbers are the same to so many decimals; with precision 0 these are cut off."""
+    first = _read_number(a)
+    second = _read_number(b)
+    if first is None or second is None:
         return same_answer(a, b)
-    first, second = (round(value, precision) if precision else int(value) for value in values)
-    return first == second
+    if precision == 0:
+        return int(first) == int(second)
+    return round(first, precision) == round(second, precision)
 
 
-def _number(text: str) -> Fraction | None:
-    """The first number behind the last "=", as it is written: 5 of "x = 5 cm", 50 of "50%"."""
+def _read_number(text: str) -> Fraction | None:
+    """Returns the first number behind the last "=", as it is written: 5 of "x = 5 cm", 50 of "50%"."""
     value = canonical(text)
     if isinstance(value, Fraction):
         return value * 100 if _PERCENT.search(text) else value
@@ -260,8 +291,9 @@ def _number(text: str) -> Fraction | None:
         return None
 
 
-def _has_all(answer: str, truth: str) -> bool:
-    """Whether each of the texts that <AND> joins stands in the answer, as whole words."""
-    parts = [part.lower().split() for part in truth.split("<AND>")]
-    words = " ".join(re.sub(r"[.,;:!?](?=\s|$)", " ", answer.lower()).split())
-    return len(parts) > 1 and all(parts) and all(f" {' '.join(part)} " in f" {words} " for part in parts)
+def _has_all_parts(answer: str, truth: str) -> bool:
+    """Returns whether each of the texts that <AND> joins stands in the answer, as whole words."""
+    parts = [" ".join(part.lower().split()) for part in truth.split("<AND>")]
+    plain = re.sub(r"[.,;:!?](?=\s|$)", " ", answer.lower())
+    words = f" {' '.join(plain.split())} "
+    return len(parts) > 1 and all(part and f" {part} " in words for part in parts)

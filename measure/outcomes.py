@@ -1,4 +1,4 @@
-"""What a model answers to labelled questions, read and judged."""
+"""Outcomes: a model's answers to labelled questions, read and judged."""
 
 import string
 from collections.abc import Iterator, Sequence
@@ -9,52 +9,53 @@ from tqdm import tqdm
 
 import reasoner
 from measure.choices import read_yes_no
-from measure.items import Item, choices_of, read_answer, right
+from measure.items import Item, find_choices, read_answer, right
 from model.generate import generate
 from model.prompt import Prompt
 from model.vlm import VLM
 from rewards import confidence
 from training.images import load_image
 
+# The numbers of each question that are averaged
 MEANS = ("greedy_accuracy", "sampled_accuracy", "majority_accuracy", "pass_at_m", "confidence")
+
+
+JUDGE = (
+    "Question: {question}\nCorrect answer: {truth}\nGiven answer: {answer}\n"
+    "Does the given answer say the same as the correct one? Answer with \\boxed{{yes}} or \\boxed{{no}}."
+)
 
 
 @dataclass
 class Outcome:
-    """What a model answered to an item: once greedily, m times at random.
-
-    judged: what the judge says of the greedy answer, None if it was not asked or not clear.
-    """
+    """A model's answers to an item: one greedy answer, and m sampled ones."""
 
     item: Item
     greedy: str | None
     samples: list[str | None]
-    judged: bool | None = None
+    judged: bool | None = None  # the judge's verdict on the greedy answer, None if not asked or not clear
 
     @property
     def greedy_right(self) -> bool:
-        """Whether the greedy answer is right."""
+        """True if the greedy answer is right."""
         return right(self.greedy, self.item)
 
     @cached_property
     def values(self) -> dict[str, float]:
-        """What each of MEANS is the mean of."""
+        """MEANS of this question alone."""
         label, share = confidence(self.samples)
         samples_right = [right(answer, self.item) for answer in self.samples]
-        sampled = sum(samples_right) / len(samples_right)
-        values = (self.greedy_right, sampled, right(label, self.item), any(samples_right), share)
-        return dict(zip(MEANS, map(float, values)))
+        return {
+            "greedy_accuracy": float(self.greedy_right),
+            "sampled_accuracy": sum(samples_right) / len(samples_right),
+            "majority_accuracy": float(right(label, self.item)),
+            "pass_at_m": float(any(samples_right)),
+            "confidence": share,
+        }
 
     def record(self) -> dict:
-        """All of it, for --json."""
+        """Returns all fields and `greedy_right`, for --json."""
         return asdict(self) | {"greedy_right": self.greedy_right}
-
-
-def question_text(item: Item) -> str:
-    """The question, its choices as lettered lines, and its own ending or the Reasoner's instruction."""
-    lines = [f"({letter}) {choice}" for letter, choice in zip(string.ascii_uppercase, item.choices)]
-    ending = f"\n{item.ending}" if item.ending else reasoner.INSTRUCTION
-    return "\n".join([item.question, *lines]) + ending
 
 
 def answer_all(vlm: VLM, items: Sequence[Item], samples: int, batch: int = 64, **sampling) -> list[Outcome]:
@@ -62,13 +63,15 @@ def answer_all(vlm: VLM, items: Sequence[Item], samples: int, batch: int = 64, *
 
     batch: the most images that are in memory at a time.
     """
-    outcomes, parts = [], list(batches(items, batch))
+    parts = list(batches(items, batch))
+    outcomes = []
+    # The bar hides where there is no terminal, and where it would have one step
     for part in tqdm(parts, desc="answering", leave=False, disable=None if len(parts) > 1 else True):
         some = items[part]
         prompts = [item_prompt(vlm, item, question_text(item)) for item in some]
         greedy = generate(vlm, prompts, 1, **sampling | {"temperature": 0.0})
-        drawn = generate(vlm, prompts, samples, **sampling)
-        for item, first, others in zip(some, greedy, drawn):
+        sampled = generate(vlm, prompts, samples, **sampling)
+        for item, first, others in zip(some, greedy, sampled):
             answers = [read_answer(vlm.output_text(ids), item) for ids in first + others]
             outcomes.append(Outcome(item, answers[0], answers[1:]))
     return outcomes
@@ -76,18 +79,30 @@ def answer_all(vlm: VLM, items: Sequence[Item], samples: int, batch: int = 64, *
 
 def judge_all(judge: VLM, outcomes: Sequence[Outcome], max_new_tokens: int, batch: int = 64) -> None:
     """Asks a model whether the greedy answers to free-form questions are right, and sets `judged`."""
-    free = [o for o in outcomes if not choices_of(o.item) and o.greedy is not None]
-    for part in batches([o.item for o in free], batch):
-        some = free[part]
+    free_form = [o for o in outcomes if not find_choices(o.item) and o.greedy is not None]
+    for part in batches([o.item for o in free_form], batch):
+        some = free_form[part]
         prompts = [judge_prompt(judge, o.item, o.greedy) for o in some]
-        for outcome, (ids,) in zip(some, generate(judge, prompts, 1, max_new_tokens, temperature=0.0)):
+        verdicts = generate(judge, prompts, 1, max_new_tokens, temperature=0.0)
+        for outcome, (ids,) in zip(some, verdicts):
             outcome.judged = read_yes_no(judge.output_text(ids))
 
 
-JUDGE = (
-    "Question: {question}\nCorrect answer: {truth}\nGiven answer: {answer}\n"
-    "Does the given answer say the same as the correct one? Answer with \\boxed{{yes}} or \\boxed{{no}}."
-)
+# ---- Prompts ----
+
+
+def question_text(item: Item) -> str:
+    """Returns the question, its choices as lettered lines, and its own ending or the Reasoner's instruction.
+
+    Which is red?
+    (A) the disc
+    (B) the ring
+    """
+    lines = [item.question]
+    for letter, choice in zip(string.ascii_uppercase, item.choices):
+        lines.append(f"({letter}) {choice}")
+    ending = f"\n{item.ending}" if item.ending else reasoner.INSTRUCTION
+    return "\n".join(lines) + ending
 
 
 def item_prompt(vlm: VLM, item: Item, text: str) -> Prompt:
@@ -110,12 +125,18 @@ def judge_prompt(judge: VLM, item: Item, answer: str) -> Prompt:
 
 
 def batches(items: Sequence[Item], most: int) -> Iterator[slice]:
-    """Splits items into batches of at most `most` images. An item with more is a batch of its own."""
-    start, images = 0, 0
+    """Splits items into batches of at most `most` images. An item with more is a batch of its own.
+
+    most = 4     images of each item     1 2 1 | 3 | 6 | 1
+                 batches                 0:3   3:4 4:5 5:6
+    """
+    start = 0
+    images = 0
     for end, item in enumerate(items):
         images += len(item.images)
         if images > most and end > start:
             yield slice(start, end)
-            start, images = end, len(item.images)
+            start = end
+            images = len(item.images)
     if items:
         yield slice(start, len(items))

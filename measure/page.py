@@ -1,4 +1,4 @@
-"""The page that report.py fills in: its look, and its parts in order."""
+"""The page that report.py fills in: its style, and its parts in order."""
 
 STYLE = """
 :root { color-scheme: light dark; --line: color-mix(in srgb, CanvasText 18%, Canvas);
@@ -39,18 +39,19 @@ PAGE = """<!DOCTYPE html>
 <details><summary>{skips} images skipped</summary><pre>{skipped}</pre></details>
 {ladder}
 <h2>Curves</h2>
-<p class="soft">Dashed lines: a new iteration. r_unc = 1 - |2c - 1| is largest where the Reasoner is torn;
-c is the share of its majority. In the histograms, what curation kept is coloured.</p>
+<p class="soft">A dashed line marks a new iteration. r_unc = 1 - |2c - 1| is highest when half of the answers
+agree; the confidence c is the share of the majority. In the histograms the questions that curation kept are
+coloured.</p>
 <div class="charts">{charts}</div>
 <h2>Questions and votes</h2>
-<p class="soft">Each bar is an answer and how often the Reasoner gave it; the coloured one is the majority,
-the silver label. Iteration beside iteration: how the questions about an image climb, and how sure the
-Reasoner is of them.</p>
+<p class="soft">Each bar is an answer and how often the Reasoner gave it. The coloured one is the majority,
+the silver label. The iterations stand side by side: they show how the questions about an image get harder,
+and how sure the Reasoner is of them.</p>
 {gallery}
 </body></html>
 """
 LADDER = """<h2>The ladder</h2>
 <p class="soft">A rung is how many objects one must list to answer a question. Accuracy is that of sampled
-answers to held-out questions; iteration 0 is the base. The curated questions stand where the mean of their
-objects is.</p>
+answers to held-out questions; iteration 0 is the base. The last chart shows the mean number of objects of
+the curated questions.</p>
 <div class="charts">{charts}</div>"""

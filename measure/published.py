@@ -5,20 +5,21 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
 
 class LeftOut(ValueError):
-    """A record becomes no question; the message says why."""
+    """Raised for a record that becomes no question; the message says why."""
 
 
-def records_of(source: str, config: str | None, split: str | None) -> Iterator[dict]:
-    """The records of a hub id or folder, images as the bytes of their files. Without a split the only one.
+def load_records(source: str, config: str | None, split: str | None) -> Iterator[dict]:
+    """Reads the records of a hub id or a folder, images as the bytes of their files.
 
-    Raises ValueError with a sentence, also later, from the iterator.
+    Without a split it reads the only one. Raises ValueError with a sentence, also later, from the iterator.
     """
     try:
         import datasets
@@ -30,29 +31,49 @@ def records_of(source: str, config: str | None, split: str | None) -> Iterator[d
             if len(found) > 1:
                 raise ValueError(f"it has the splits {', '.join(found)}; choose one with --split")
             found = next(iter(found.values()))
-        found = found.decode(False) if hasattr(found, "decode") else found  # older datasets give pictures
-        return _told(iter(found), source)
+        if hasattr(found, "decode"):  # older datasets give pictures
+            found = found.decode(False)
+        return _iterate(iter(found), source)
     except Exception as error:  # of the network, of the hub, of files: datasets raises many kinds
-        raise ValueError(_sentence(source, error)) from error
+        raise ValueError(_describe(source, error)) from error
 
 
-def _told(records: Iterator[dict], source: str) -> Iterator[dict]:
-    """The records, with a bar on a terminal; an error becomes a sentence."""
+def _iterate(records: Iterator[dict], source: str) -> Iterator[dict]:
+    """Yields the records, with a bar on a terminal. Raises ValueError with a sentence for any error."""
     try:
         yield from tqdm(records, unit=" records", leave=False, disable=None)
     except Exception as error:
-        raise ValueError(_sentence(source, error)) from error
+        raise ValueError(_describe(source, error)) from error
 
 
-def _sentence(source: str, error: Exception) -> str:
-    said = (str(error).splitlines() or [type(error).__name__])[0]
-    return f"{source} cannot be read: {''.join(filter(str.isprintable, said))}"
+def _describe(source: str, error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return f"{source} cannot be read: {''.join(filter(str.isprintable, lines[0]))}"
 
 
-def images_of(value: object) -> list:
-    """The images in a field: bytes, {"bytes": ...} or pictures of Pillow; a list of them, one or none."""
+# ---- Images ----
+
+_SUFFIXES = {  # of a file, by its first bytes
+    b"\x89PNG": ".png",
+    b"\xff\xd8": ".jpg",
+    b"GIF8": ".gif",
+    b"BM": ".bmp",
+    b"RIFF": ".webp",
+    b"II*\0": ".tif",
+    b"MM\0*": ".tif",
+}
+
+
+def list_images(value: object) -> list:
+    """Returns the images in a field, none or several, each as bytes or as a picture of Pillow.
+
+    The field holds an image, {"bytes": ...} or a list of these. Raises LeftOut for others, as for a path.
+    """
     if isinstance(value, (list, tuple)):
-        return [image for one in value for image in images_of(one)]
+        images = []
+        for one in value:
+            images += list_images(one)
+        return images
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if value is None or value == b"" or value == "":
@@ -60,10 +81,6 @@ def images_of(value: object) -> list:
     if not isinstance(value, bytes) and not hasattr(value, "getbands"):
         raise LeftOut("its image has no bytes")
     return [value]
-
-
-_STARTS = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"GIF8": ".gif", b"BM": ".bmp", b"RIFF": ".webp"}
-_STARTS |= {b"II*\0": ".tif", b"MM\0*": ".tif"}
 
 
 def encode_image(image: object) -> tuple[str, bytes]:
@@ -75,15 +92,17 @@ def encode_image(image: object) -> tuple[str, bytes]:
         except Exception:  # Pillow's readers raise many kinds on broken files
             raise LeftOut("its image cannot be read") from None
         image = buffer.getvalue()
-    suffix = next((suffix for start, suffix in _STARTS.items() if image.startswith(start)), None)
-    if suffix is None:
-        raise LeftOut("its image is of no known kind")
-    return hashlib.sha256(image).hexdigest()[:20] + suffix, image
+    for start, suffix in _SUFFIXES.items():
+        if image.startswith(start):
+            return hashlib.sha256(image).hexdigest()[:20] + suffix, image
+    raise LeftOut("its image is of no known kind")
 
 
 def save_images(images: list, folder: Path) -> list[str]:
-    """Writes images, each once, and returns the names of their files. Raises LeftOut before the first is
-    written."""
+    """Writes images, each once, and returns the names of their files.
+
+    Raises LeftOut before the first is written.
+    """
     files = [encode_image(image) for image in images]
     for name, data in files:
         path = folder / name
@@ -95,24 +114,19 @@ def save_images(images: list, folder: Path) -> list[str]:
     return [name for name, _ in files]
 
 
-def write_questions(lines: Iterable[dict | str], out: Path, limit: float) -> Counter:
-    """Writes questions.jsonl and the images that the lines hold.
+# ---- Files ----
 
-    lines: a question each, or the reason why there is none. Counts the questions, as "", and each reason.
+
+def write_questions(lines: Iterable[dict | str], out: Path, limit: float) -> Counter:
+    """Writes questions.jsonl and the images that the lines hold, and stops after `limit` questions.
+
+    lines: a question each, or the reason why there is none. Returns the number of questions, under "", and
+    how often each reason occurred.
     """
-    counts, part = Counter(), out / "questions.jsonl.part"
+    part = out / "questions.jsonl.part"
     try:
         with open(part, "w", encoding="utf-8") as file:
-            for line in lines:
-                try:
-                    if isinstance(line, str):
-                        raise LeftOut(line)
-                    file.write(json.dumps(_with_paths(line, out / "images")) + "\n")
-                    counts[""] += 1
-                except LeftOut as error:
-                    counts[str(error)] += 1
-                if counts[""] >= limit:
-                    break
+            counts = _count(lines, lambda line: _write_question(line, out, file), limit)
         if counts[""]:
             os.replace(part, out / "questions.jsonl")
     finally:
@@ -120,27 +134,39 @@ def write_questions(lines: Iterable[dict | str], out: Path, limit: float) -> Cou
     return counts
 
 
-def _with_paths(line: dict, folder: Path) -> dict:
-    """Saves the images of a line and puts their paths in their places."""
-    if "images" in line:
-        names = save_images(line["images"], folder)
-        return line | dict(images=[f"{folder.name}/{name}" for name in names])
-    (name,) = save_images([line["image"]], folder)
-    return line | dict(image=f"{folder.name}/{name}")
-
-
 def write_images(records: Iterable[dict], out: Path, limit: float) -> Counter:
-    """Writes every image of the records and nothing else of them. Counts as `write_questions`."""
+    """Writes every image of the records and nothing else of them. Counts records as `write_questions`."""
+    return _count(records, lambda record: _write_images(record, out), limit)
+
+
+def _count(records: Iterable, write: Callable, limit: float) -> Counter:
+    """Writes records until `limit` are written. Counts these, under "", and the reasons of those left out."""
     counts = Counter()
     for record in records:
         try:
-            if not (images := images_of(record.get("images"))):
-                raise LeftOut("no image")
-            for image in images:
-                save_images([image], out / "images")
+            write(record)
             counts[""] += 1
         except LeftOut as error:
             counts[str(error)] += 1
         if counts[""] >= limit:
             break
     return counts
+
+
+def _write_question(line: dict | str, out: Path, file: TextIO) -> None:
+    """Saves the images of a line and writes it with their paths. Raises LeftOut, also for a reason."""
+    if isinstance(line, str):
+        raise LeftOut(line)
+    images = line["images"] if "images" in line else [line["image"]]
+    paths = [f"images/{name}" for name in save_images(images, out / "images")]
+    stored = {"images": paths} if "images" in line else {"image": paths[0]}
+    file.write(json.dumps(line | stored) + "\n")
+
+
+def _write_images(record: dict, out: Path) -> None:
+    """Saves the images of a record one by one. Raises LeftOut."""
+    images = list_images(record.get("images"))
+    if not images:
+        raise LeftOut("no image")
+    for image in images:
+        save_images([image], out / "images")

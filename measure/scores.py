@@ -2,157 +2,231 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from statistics import fmean
 
 import numpy as np
 
-from measure.items import Item, choices_of
+from measure.items import find_choices
 from measure.outcomes import MEANS, Outcome
 
-BINS = 10
-
-
-def mean_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """The means of MEANS, and `ece`."""
-    means = {name: sum(o.values[name] for o in outcomes) / len(outcomes) for name in MEANS}
-    bins = reliability(outcomes)
-    return means | {"ece": sum(b["share"] * abs(b["right"] - b["confidence"]) for b in bins)}
-
-
-def reliability(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
-    """Per bin of confidence that is not empty: its bounds (the upper one belongs to it), the share of
-    questions in it, their mean confidence, and how many of their majorities are right."""
-    bins: dict[int, list[dict]] = {}
-    for values in (outcome.values for outcome in outcomes):
-        bins.setdefault(max(0, math.ceil(round(values["confidence"] * BINS, 9)) - 1), []).append(values)
-    table = []
-    for number, members in sorted(bins.items()):
-        sure, right = (
-            sum(v[name] for v in members) / len(members) for name in ("confidence", "majority_accuracy")
-        )
-        bounds = dict(above=number / BINS, upto=(number + 1) / BINS)
-        table.append(bounds | dict(share=len(members) / len(outcomes), confidence=sure, right=right))
-    return table
-
-
-def compare(first: Sequence[Outcome], second: Sequence[Outcome]) -> dict[str, dict]:
-    """How much better the second model is than the first on the same questions: the difference of each mean
-    with its interval, and for right-or-wrong answers McNemar's p."""
-    result, images = {}, [outcome.item.image_set for outcome in first]
-    for name in MEANS:
-        a, b = ([outcome.values[name] for outcome in outcomes] for outcomes in (first, second))
-        difference = [y - x for x, y in zip(a, b)]
-        mean, interval = sum(difference) / len(difference), bootstrap(difference, images)
-        result[name] = dict(difference=mean, interval=interval)
-        if name in ("greedy_accuracy", "majority_accuracy"):
-            result[name]["p"] = mcnemar([bool(x) for x in b], [bool(x) for x in a])
-    return result
-
-
-def pair_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """HallusionBench's scores of greedy answers (arXiv 2310.14566): aAcc of all questions; qAcc of questions
-    that are right for each of their figures; fAcc of figures all of whose questions are right. {} without all
-    ids."""
-    if not outcomes or not all(o.item.question_id and o.item.figure_id for o in outcomes):
-        return {}
-
-    def all_right(key: Callable[[Item], str]) -> float:
-        groups: dict[str, bool] = {}
-        for o in outcomes:
-            groups[key(o.item)] = groups.get(key(o.item), True) and o.greedy_right
-        return sum(groups.values()) / len(groups)
-
-    a_acc = sum(o.greedy_right for o in outcomes) / len(outcomes)
-    q_acc, f_acc = all_right(lambda item: item.question_id), all_right(lambda item: item.figure_id)
-    return dict(aAcc=a_acc, qAcc=q_acc, fAcc=f_acc)
-
-
-def we_math(groups: Sequence[tuple[Sequence[bool], bool]]) -> dict[str, float]:
-    """We-Math's metric (arXiv 2407.01284). A group: which of a problem's steps are right, and whether the
-    whole problem is.
-
-    Shares of the groups: IK (insufficient knowledge: a step and the whole are wrong), IG (inadequate
-    generalisation: every step is right, the whole wrong), CM (complete mastery: all right), RM (rote memory:
-    the whole is right without the steps). Strictly one wrong step makes it RM, loosely only all steps wrong.
-    RM_rate is RM / (CM + RM), score is 1 - IG / 2 - IK - RM. {} without a group.
-    """
-    result = {}
-    for how, known in (("strict", all), ("loose", any)) if groups else ():
-        ways = [
-            ("CM" if known(steps) else "RM") if whole else ("IG" if all(steps) else "IK")
-            for steps, whole in groups
-        ]
-        share = {way: ways.count(way) / len(groups) for way in ("IK", "IG", "CM", "RM")}
-        solved = share["CM"] + share["RM"]
-        share["RM_rate"] = share["RM"] / solved if solved else 0.0
-        share["score"] = 1 - share["IG"] / 2 - share["IK"] - share["RM"]
-        result |= {f"{way} {how}": value for way, value in share.items()}
-    return result
-
-
-def we_math_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """`we_math` of greedy answers, where each kind is We-Math's key ("2steps_1", "2steps_multi") and each
-    question_id names the problem. Problems without all their parts are left out. {} of other data."""
-    problems: dict[tuple[str, str], dict[str, bool]] = {}
-    for o in outcomes:
-        key = re.fullmatch(r"([23])steps_([123]|multi)", o.item.kind)
-        if not key or not o.item.question_id:
-            return {}
-        problems.setdefault((key[1], o.item.question_id), {})[key[2]] = o.greedy_right
-    whole = [p for (steps, _), p in problems.items() if "multi" in p and len(p) == int(steps) + 1]
-    return we_math([([right for part, right in p.items() if part != "multi"], p["multi"]) for p in whole])
-
-
-def judge_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Of the free-form questions with a clear verdict: their share of all, and how often it disagrees with
-    the rules. Of these and those without an answer, which are wrong: how many the judge calls right."""
-    judged = [o for o in outcomes if o.judged is not None]
-    unanswered = [o for o in outcomes if o.greedy is None and not choices_of(o.item)]
-    result = dict(judged=len(judged) / len(outcomes))
-    if judged or unanswered:
-        result["judged_right"] = sum(o.judged for o in judged) / len(judged + unanswered)
-    if judged:
-        result["judge_disagreement"] = sum(o.judged != o.greedy_right for o in judged) / len(judged)
-    return result
-
-
-def full_report(outcomes: Sequence[Outcome]) -> dict:
-    """All scores, overall and per kind, with intervals."""
-    report = {}
-    for kind in ["all", *sorted({o.item.kind for o in outcomes} - {""})]:
-        some = [o for o in outcomes if kind in ("all", o.item.kind)]
-        images = [o.item.image_set for o in some]
-        intervals = {name: bootstrap([o.values[name] for o in some], images) for name in MEANS}
-        report[kind] = dict(questions=len(some), **mean_scores(some), intervals=intervals)
-    return dict(
-        scores=report, reliability=reliability(outcomes), **pair_scores(outcomes), **we_math_scores(outcomes)
-    )
-
-
+BINS = 10  # of confidence
 RESAMPLES = 2000  # of the bootstrap
 
 
-def bootstrap(values: Sequence[float], images: Sequence[str] = (), seed: int = 0) -> tuple[float, float]:
-    """The 95% interval of the mean: images are drawn anew, with replacement and with all their questions,
-    RESAMPLES times.
+def full_report(outcomes: Sequence[Outcome]) -> dict:
+    """Returns all scores, overall and per kind, with 95% intervals."""
+    by_kind = defaultdict(list)
+    for outcome in outcomes:
+        by_kind[outcome.item.kind].append(outcome)
+    by_kind.pop("", None)  # of no kind
+    scores = {"all": _score(outcomes)}
+    for kind in sorted(by_kind):
+        scores[kind] = _score(by_kind[kind])
+    report = dict(scores=scores, reliability=reliability(outcomes))
+    return report | pair_scores(outcomes) | we_math_scores(outcomes)
 
-    images: that of each value; by default, and if all are about one image, each value is drawn by itself.
-    Questions about one image are not independent: drawn one by one, they make the interval too narrow.
+
+def _score(outcomes: Sequence[Outcome]) -> dict:
+    """Returns the number of questions, their mean scores, and the intervals of the means."""
+    images = [outcome.item.image_set for outcome in outcomes]
+    intervals = {}
+    for name in MEANS:
+        values = [outcome.values[name] for outcome in outcomes]
+        intervals[name] = bootstrap(values, images)
+    return dict(questions=len(outcomes)) | mean_scores(outcomes) | dict(intervals=intervals)
+
+
+def mean_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Returns the means of MEANS, and `ece`: sum_b n_b / N |right_b - confidence_b| over the bins b."""
+    scores = {name: fmean(o.values[name] for o in outcomes) for name in MEANS}
+    scores["ece"] = 0.0
+    for row in reliability(outcomes):
+        scores["ece"] += row["share"] * abs(row["right"] - row["confidence"])
+    return scores
+
+
+def reliability(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
+    """Returns a row for each bin of confidence that is not empty.
+
+        dict(above=0.7, upto=0.8, share=0.25, confidence=0.78, right=0.6)
+
+    The upper bound belongs to the bin, and 0 to the first one. share: of all questions. confidence: the mean
+    in the bin. right: the share of its majorities that are right.
     """
-    number: dict = {}
+    bins = defaultdict(list)
+    for outcome in outcomes:
+        place = round(outcome.values["confidence"] * BINS, 9)  # 0.7 * 10 is 7.000000000000001
+        upper = max(1, math.ceil(place))
+        bins[upper].append(outcome.values)
+    rows = []
+    for upper, members in sorted(bins.items()):
+        row = dict(
+            above=(upper - 1) / BINS,
+            upto=upper / BINS,
+            share=len(members) / len(outcomes),
+            confidence=fmean(values["confidence"] for values in members),
+            right=fmean(values["majority_accuracy"] for values in members),
+        )
+        rows.append(row)
+    return rows
+
+
+def judge_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Returns the shares that describe the judge's verdicts on free-form questions.
+
+    judged: questions with a clear verdict, of all. judged_right: how many of these and of those without an
+    answer, which are wrong, it calls right. judge_disagreement: how many verdicts differ from the rules.
+    """
+    judged = [o for o in outcomes if o.judged is not None]
+    unanswered = [o for o in outcomes if o.greedy is None and not find_choices(o.item)]
+    scores = dict(judged=len(judged) / len(outcomes))
+    if judged or unanswered:
+        scores["judged_right"] = sum(o.judged for o in judged) / len(judged + unanswered)
+    if judged:
+        scores["judge_disagreement"] = fmean(o.judged != o.greedy_right for o in judged)
+    return scores
+
+
+# ---- Two models, and chance ----
+
+
+def compare(first: Sequence[Outcome], second: Sequence[Outcome]) -> dict[str, dict]:
+    """Compares a second model with a first one on the same questions.
+
+    Returns for each of MEANS the difference, positive if the second is better, with its 95% interval, and for
+    answers that are right or wrong McNemar's p.
+    """
+    images = [outcome.item.image_set for outcome in first]
+    result = {}
+    for name in MEANS:
+        before = [outcome.values[name] for outcome in first]
+        after = [outcome.values[name] for outcome in second]
+        differences = [b - a for a, b in zip(before, after)]
+        result[name] = dict(
+            difference=fmean(differences),
+            interval=bootstrap(differences, images),
+        )
+        if name in ("greedy_accuracy", "majority_accuracy"):
+            result[name]["p"] = mcnemar(after, before)
+    return result
+
+
+def bootstrap(values: Sequence[float], images: Sequence[str] = (), seed: int = 0) -> tuple[float, float]:
+    """Returns the 95% interval of the mean, by the bootstrap over images.
+
+    Images are drawn anew RESAMPLES times, with replacement and with all their questions: questions about one
+    image are not independent, and drawn one by one they would make the interval too narrow.
+
+    images: that of each value. By default, and if all are about one image, each value is drawn by itself.
+    """
     keys = images if len(set(images)) > 1 else range(len(values))
-    groups = [number.setdefault(key, len(number)) for key in keys]
-    sums, sizes = np.bincount(groups, values), np.bincount(groups)
+    numbers: dict = {}  # of the images, in order of appearance
+    groups = [numbers.setdefault(key, len(numbers)) for key in keys]
+    sums = np.bincount(groups, values)
+    sizes = np.bincount(groups)
     rng = np.random.default_rng(seed)
-    draws = (rng.integers(len(sums), size=len(sums)) for _ in range(RESAMPLES))
-    low, high = np.quantile([sums[i].sum() / sizes[i].sum() for i in draws], [0.025, 0.975])
+    means = []
+    for _ in range(RESAMPLES):
+        drawn = rng.integers(len(sums), size=len(sums))
+        means.append(sums[drawn].sum() / sizes[drawn].sum())
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 
 def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
-    """McNemar's exact test (two-sided p): of the questions that only one model gets right, is it a fair coin
-    which?"""
-    only_ours = sum(a and not b for a, b in zip(ours, theirs))
-    only_theirs = sum(b and not a for a, b in zip(ours, theirs))
-    n, k = only_ours + only_theirs, min(only_ours, only_theirs)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+    """Returns the two-sided p of McNemar's exact test.
+
+    Of the n questions that only one model gets right, k are the rarer model's. If a fair coin decided which:
+
+        p = 2 sum_{i <= k} C(n, i) / 2^n
+    """
+    only_ours = sum(a > b for a, b in zip(ours, theirs))
+    only_theirs = sum(b > a for a, b in zip(ours, theirs))
+    n = only_ours + only_theirs
+    k = min(only_ours, only_theirs)
+    as_extreme = sum(math.comb(n, i) for i in range(k + 1))
+    return min(1.0, 2 * as_extreme / 2**n)
+
+
+# ---- Single benchmarks ----
+
+
+def pair_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Returns HallusionBench's scores of greedy answers (arXiv 2310.14566), {} unless all have both ids.
+
+    aAcc: share of right answers. qAcc: share of questions that are right for each of their figures. fAcc:
+    share of figures all of whose questions are right.
+    """
+    by_question = defaultdict(list)
+    by_figure = defaultdict(list)
+    for outcome in outcomes:
+        item = outcome.item
+        if not item.question_id or not item.figure_id:
+            return {}
+        by_question[item.question_id].append(outcome.greedy_right)
+        by_figure[item.figure_id].append(outcome.greedy_right)
+    if not outcomes:
+        return {}
+    return dict(
+        aAcc=fmean(o.greedy_right for o in outcomes),
+        qAcc=fmean(map(all, by_question.values())),
+        fAcc=fmean(map(all, by_figure.values())),
+    )
+
+
+def we_math_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Returns `we_math` of greedy answers, {} of other data.
+
+    Each kind is We-Math's key ("2steps_1", "2steps_multi"), each question_id names the problem. Problems
+    without all their parts are left out.
+    """
+    problems = defaultdict(dict)
+    for outcome in outcomes:
+        key = re.fullmatch(r"([23])steps_([123]|multi)", outcome.item.kind)
+        if not key or not outcome.item.question_id:
+            return {}
+        steps, part = key.groups()
+        problems[steps, outcome.item.question_id][part] = outcome.greedy_right
+    groups = []
+    for (steps, _), parts in problems.items():
+        if "multi" in parts and len(parts) == int(steps) + 1:
+            whole = parts.pop("multi")
+            groups.append((list(parts.values()), whole))
+    return we_math(groups)
+
+
+def we_math(groups: Sequence[tuple[Sequence[bool], bool]]) -> dict[str, float]:
+    """Returns We-Math's metric (arXiv 2407.01284), strict and loose; {} without a group.
+
+    A group: which of a problem's steps are right, and whether the whole problem is. Shares of the groups:
+
+        IK   insufficient knowledge        a step and the whole are wrong
+        IG   inadequate generalisation     every step is right, the whole wrong
+        CM   complete mastery              all right
+        RM   rote memory                   the whole is right without the steps
+
+    Strictly one wrong step makes it RM, loosely only all steps wrong. RM_rate is RM / (CM + RM), score is
+    1 - IG / 2 - IK - RM.
+    """
+    if not groups:
+        return {}
+    result = {}
+    for how, known in (("strict", all), ("loose", any)):
+        ways = Counter()
+        for steps, whole in groups:
+            if whole:
+                ways["CM" if known(steps) else "RM"] += 1
+            else:
+                ways["IG" if all(steps) else "IK"] += 1
+        ik, ig, cm, rm = (ways[way] / len(groups) for way in ("IK", "IG", "CM", "RM"))
+        result |= {
+            f"IK {how}": ik,
+            f"IG {how}": ig,
+            f"CM {how}": cm,
+            f"RM {how}": rm,
+            f"RM_rate {how}": rm / (cm + rm) if cm + rm else 0.0,
+            f"score {how}": 1 - ig / 2 - ik - rm,
+        }
+    return result

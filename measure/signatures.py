@@ -2,75 +2,97 @@
 
     question collapse       the Questioner repeats what is rewarded: few different n-grams, one large BLEU
                             cluster, one kind
-    pseudo-label drift      the Reasoner grows surer while its majority is right less often: it learns its own
-                            mistakes
+    pseudo-label drift      the majorities on fixed questions get less accurate but not less confident: the
+                            Reasoner learns its own mistakes
     stagnant difficulty     r_unc does not rise by more than chance over a Questioner phase: the Questioner no
                             longer follows the Reasoner
 
-The first functions measure, the last three judge, and each of those gives a sentence with the number, what it
-means and the flag to turn, or None. The paper gives no limits: these were set on runs of the toy, where it
-is known what had really happened (notebook 06, section g, counts hits and false alarms).
+The first functions measure. The last three judge: each returns a sentence with the number, its meaning and
+the flag to turn, or None. The paper gives no limits. These were set on runs of the toy, where it is known
+what had really happened (notebook 06, section g, counts hits and false alarms).
 """
 
 import math
 from collections import Counter
 from collections.abc import Sequence
+from statistics import fmean, stdev, variance
 
 from nltk.util import ngrams
 
 from rewards import cluster_questions, words
 
-SAMPLE = 64  # so many questions at most are looked at: the numbers depend on how many they are of
+SAMPLE = 64  # the most questions that are looked at: the numbers depend on how many there are
 FELL = dict(distinct_2=0.5, kind_entropy=0.2)  # of its first value: how far variety may fall
 LARGEST = 0.5  # share of all questions that one cluster may have, and twice what it had at first
 RISE = 1.5  # standard errors that r_unc has to rise by in a phase
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
-    """The share of different n-grams among all n-grams of all texts (distinct-n, arXiv 1510.03055), or 0."""
-    grams = [gram for text in texts for gram in ngrams(words(text), n)]
+    """Returns the share of different n-grams among all n-grams of all texts (distinct-n, arXiv 1510.03055).
+
+    Without any n-gram it is 0.
+    """
+    grams = []
+    for text in texts:
+        grams += ngrams(words(text), n)
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def entropy(labels: Sequence[str]) -> float:
-    """The entropy of the labels' distribution, in bits; 0 if all are the same, or none."""
-    counts = Counter(labels).values()
-    return -sum(count / len(labels) * math.log2(count / len(labels)) for count in counts) + 0.0
+    """Returns the entropy of the labels' distribution, in bits: 0 if all are the same, or none."""
+    bits = 0.0
+    for count in Counter(labels).values():
+        share = count / len(labels)
+        bits -= share * math.log2(share)
+    return bits
 
 
 def variety(questions: Sequence[str], kinds: Sequence[str]) -> dict[str, float]:
-    """How different questions are, over all images, in a sample of `variety_of` of them, at most SAMPLE.
+    """Measures how different questions are, over all images.
 
-    distinct_2, the number of BLEU clusters, the share of the largest one, and the entropy of the kinds in
-    bits. The sample is spread evenly.
+    It looks at a sample of `variety_of` questions, at most SAMPLE, spread evenly. Returns distinct_2, the
+    number of BLEU clusters, the share of the largest one, and the entropy of the kinds in bits.
     """
     size = min(SAMPLE, len(questions))
     chosen = [i * len(questions) // size for i in range(size)]
-    some, sizes = [questions[i] for i in chosen], Counter()
-    if some:
-        sizes = Counter(cluster_questions(some))
+    sample = [questions[i] for i in chosen]
+    clusters = Counter(cluster_questions(sample)) if sample else Counter()
     return dict(
         variety_of=size,
-        distinct_2=distinct_n(some),
-        all_clusters=len(sizes),
-        largest_cluster=max(sizes.values(), default=0) / max(1, size),
+        distinct_2=distinct_n(sample),
+        all_clusters=len(clusters),
+        largest_cluster=max(clusters.values(), default=0) / max(1, size),
         kind_entropy=entropy([kinds[i] for i in chosen]),
     )
 
 
-def question_collapse(first: dict, now: dict) -> str | None:
-    """first, now: `variety` at the first Questioner step of the run and at the last one so far.
+def split_thirds(values: Sequence) -> tuple[Sequence, Sequence]:
+    """Returns the first and the last third of a phase's values: single steps may fall where the phase rises.
 
-    Silent if their samples differ by more than a quarter in size, on which these numbers depend.
+        0.4 0.5 | 0.3 0.6 0.5 | 0.6 0.7     gives     0.4 0.5     and     0.6 0.7
+
+    A third has at least one value.
     """
-    signs, (fewer, more) = [], sorted((first["variety_of"], now["variety_of"]))
+    size = max(1, len(values) // 3)
+    return values[:size], values[-size:]
+
+
+def question_collapse(first: dict, now: dict) -> str | None:
+    """Warns of questions that have become alike. Returns a sentence, or None.
+
+    first, now: `variety` at the first Questioner step of the run and at the last one so far. It is silent if
+    their samples differ by more than a quarter in size, on which these numbers depend.
+    """
+    fewer, more = sorted((first["variety_of"], now["variety_of"]))
     if fewer < 0.75 * more or not more:
         return None
+    signs = []
     for name, share in FELL.items():
         if now[name] < share * first[name]:
             signs.append(f"{name} is {now[name]:.2f}, at first {first[name]:.2f}")
-    if now["largest_cluster"] > max(LARGEST, 2 * first["largest_cluster"]):
-        share, was = now["largest_cluster"], first["largest_cluster"]
+    was = first["largest_cluster"]
+    share = now["largest_cluster"]
+    if share > max(LARGEST, 2 * was):
         signs.append(f"one cluster holds {share:.2f} of the questions, at first {was:.2f}")
     if not signs:
         return None
@@ -79,37 +101,39 @@ def question_collapse(first: dict, now: dict) -> str | None:
 
 
 def label_drift(before: Sequence[float], now: Sequence[float], surer: bool, what: str) -> str | None:
-    """On fixed questions, one by one: how good the majorities were, and are.
+    """Warns of majorities that get less accurate on the same questions. Returns a sentence, or None.
 
-    before, now: where the truth is known 1 for a right majority, after the iteration before and after this
-    one; elsewhere 1 for the base's own majority, of the base asked a second time and of the Reasoner now.
-    surer: whether its majorities are as large as before. Drift is a fall whose 95% interval excludes 0.
+    Drift is a fall of the mean whose 95% interval excludes 0, on at least 10 questions.
+
+    before, now: a number a question. Where the truth is known it is 1 for a right majority, after the
+        iteration before and after this one. Elsewhere it is 1 for the base's own majority, of the base asked
+        a second time and of the Reasoner now.
+    surer: whether the majorities are as large as before.
+    what: the words in front of the two means.
     """
     differences = [b - a for a, b in zip(before, now, strict=True)]
     if len(differences) < 10 or not surer:
         return None
-    fell = sum(differences) / len(differences)
-    error = math.sqrt(sum((d - fell) ** 2 for d in differences) / (len(differences) - 1) / len(differences))
-    if fell + 1.96 * error >= 0:
+    error = stdev(differences) / math.sqrt(len(differences))
+    if fmean(differences) + 1.96 * error >= 0:
         return None
-    numbers = (
-        f"{what} {sum(before) / len(before):.2f} -> {sum(now) / len(now):.2f} on {len(now)} fixed questions"
-    )
+    numbers = f"{what} {fmean(before):.2f} -> {fmean(now):.2f} on {len(now)} fixed questions"
     advice = "try a narrower band (--tau-low, --tau-high), more --answers or fewer --reasoner-steps"
     return f"{numbers}, as sure as before. The Reasoner learns its own mistakes: {advice}"
 
 
 def stagnant_difficulty(r_unc: Sequence[float]) -> str | None:
-    """r_unc: of each step of a phase. Compares the means of its first and last third, of 6 steps or more.
+    """Warns of a phase over which r_unc does not rise. Returns a sentence, or None.
 
-    The standard error of their difference is that of the steps within each third.
+    It compares the means of the first and the last third of at least 6 steps. The standard error of their
+    difference comes from the steps within each third. r_unc: of each step of a phase.
     """
-    third = len(r_unc) // 3
-    if third < 2:
+    first, last = split_thirds(r_unc)
+    if len(first) < 2:
         return None
-    start, end = sum(r_unc[:third]) / third, sum(r_unc[-third:]) / third
-    around = [(r - start) ** 2 for r in r_unc[:third]] + [(r - end) ** 2 for r in r_unc[-third:]]
-    error = math.sqrt(sum(around) / (third - 1) / third)
+    start = fmean(first)
+    end = fmean(last)
+    error = math.sqrt((variance(first) + variance(last)) / len(first))
     if end - start > max(RISE * error, 1e-9):
         return None
     advice = "try more --questioner-steps or a lower --beta"

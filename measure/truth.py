@@ -1,114 +1,155 @@
-"""What only the toy world can tell: held-out questions, their answers, and whether silver labels are true.
+"""The truth about the toy world: held-out questions, their answers, and whether silver labels are true.
 
 The only place in a run where the truth is known; none of it leaves but the numbers. Results are told apart by
 the rungs of a ladder: how many objects one must list to answer a question.
 """
 
+import itertools
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from curate import VotedQuestion
 from measure.items import Item
 from measure.outcomes import Outcome
 from rewards import answer_reward
 from toy.answerer import Fact, ask, understand
-from training.scenes import draw_scenes, read_truth, sample_scene
+from training import log
+from training.scenes import Scene, draw_scenes, read_truth, sample_scene
 
-RUNGS = {"1-2": (1, 2), "3-4": (3, 4), "5-6": (5, 6), "7-9": (7, 8, 9)}
 QUESTIONS_A_SCENE = 4  # at most, of the held-out ones
 
 
+def _numbers(name: str) -> range:
+    """Returns the numbers of objects on a rung: "7-9" gives 7, 8, 9."""
+    first, last = name.split("-")
+    return range(int(first), int(last) + 1)
+
+
+RUNGS = {name: _numbers(name) for name in log.RUNGS}
+
+
 def rung(objects: int) -> str | None:
-    """The rung of a question about so many objects; None of one about no object at all."""
-    return next((name for name, numbers in RUNGS.items() if objects in numbers), None)
+    """Returns the rung of a question about so many objects; None of one about no object at all."""
+    for name, numbers in RUNGS.items():
+        if objects in numbers:
+            return name
+    return None
 
 
 def held_out_questions(folder: Path, count: int, seed: int, size: int) -> list[Item]:
-    """`count` questions about held-out scenes, a quarter on each rung, written to `folder` with their images.
+    """Writes questions about held-out scenes to `folder`, with their images, and returns them.
 
-    Questions about no object at all ("How many crosses are there?" where there is none) are not among them.
+    Of `count` questions a quarter is on each rung. Questions about no object at all ("How many crosses are
+    there?" where there is none) are not among them. size: of the images, in pixels.
     """
-    rng, scenes, asked = random.Random(f"held out {seed}"), [], []
-    wanted = {name: count // len(RUNGS) + (i < count % len(RUNGS)) for i, name in enumerate(RUNGS)}
+    rng = random.Random(f"held out {seed}")
+    # Scenes and questions about them, until every rung is full
+    wanted = Counter(itertools.islice(itertools.cycle(RUNGS), count))
+    scenes: list[Scene] = []
+    asked: list[dict[str, Fact]] = []  # of each scene
     while any(wanted.values()):
-        scene, new = sample_scene(rng, held_out=True), {}
+        scene = sample_scene(rng, held_out=True)
+        facts = {}
         for question in [ask(scene, rng) for _ in range(QUESTIONS_A_SCENE)]:
             fact = understand(question, scene)
             name = rung(len(fact.things))
-            if question not in new and wanted.get(name, 0):
+            if question not in facts and wanted[name]:
                 wanted[name] -= 1
-                new[question] = fact
-        if new:
+                facts[question] = fact
+        if facts:
             scenes.append(scene)
-            asked.append(new)
+            asked.append(facts)
+    # The images, and a line a question
     paths = draw_scenes(folder, scenes, rng, size)
-    facts = [(path, question, fact) for path, new in zip(paths, asked) for question, fact in new.items()]
-    lines = [
-        dict(image=path.name, question=text, answer=fact.answer, kind=fact.kind, objects=len(fact.things))
-        for path, text, fact in facts
-    ]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return [Item(str(path), text, (fact.answer,), kind=fact.kind) for path, text, fact in facts]
+    items = []
+    lines = []
+    for path, facts in zip(paths, asked):
+        for question, fact in facts.items():
+            line = dict(
+                image=path.name,
+                question=question,
+                answer=fact.answer,
+                kind=fact.kind,
+                objects=len(fact.things),
+            )
+            lines.append(json.dumps(line) + "\n")
+            item = Item(str(path), question, (fact.answer,), kind=fact.kind)
+            items.append(item)
+    (folder / "questions.jsonl").write_text("".join(lines))
+    return items
 
 
 def measure(outcomes: list[Outcome], curated: list[VotedQuestion], held_out: Path, images: Path) -> dict:
-    """All that the truth tells of an iteration; `held_out` and `images` are the folders of the scenes."""
+    """Returns all that the truth tells of an iteration; held_out, images: the folders of the scenes."""
     return accuracy_by_objects(outcomes, held_out) | silver_label_accuracy(curated, images)
 
 
 def accuracy_by_objects(outcomes: list[Outcome], folder: Path) -> dict:
-    """sampled_by_objects and greedy_by_objects: accuracy on each rung of the questions in `folder`."""
-    facts = _facts(((o.item.image, o.item.question) for o in outcomes), folder)
-    sampled, greedy = [], []
-    for outcome, fact in zip(outcomes, facts):
-        objects = len(fact.things)
-        sampled.append((objects, outcome.values["sampled_accuracy"]))
-        greedy.append((objects, float(outcome.greedy_right)))
-    return {"sampled_by_objects": _by_rung(sampled), "greedy_by_objects": _by_rung(greedy)}
+    """Returns sampled_by_objects and greedy_by_objects: accuracies by rung of the questions in `folder`."""
+    facts = _read_facts([o.item for o in outcomes], folder)
+    objects = [len(fact.things) for fact in facts]
+    sampled = [o.values["sampled_accuracy"] for o in outcomes]
+    greedy = [o.greedy_right for o in outcomes]
+    return {
+        "sampled_by_objects": _mean_by_rung(objects, sampled),
+        "greedy_by_objects": _mean_by_rung(objects, greedy),
+    }
 
 
-def silver_label_accuracy(examples: list[VotedQuestion], folder: Path) -> dict:
-    """How many silver labels are true, for curated questions about scenes in `folder`, and how hard they are.
+def silver_label_accuracy(curated: list[VotedQuestion], folder: Path) -> dict:
+    """Measures how many silver labels are true, and how hard their questions are.
 
-    A label of a question that has no answer is not true; `understood` is the share of the others. Of these:
-    silver_by_objects, the share of true labels by rung; objects, how many one must list on average;
-    question_kinds, how many there are of each kind. None where there is nothing to count.
+    curated: questions about scenes in `folder`. A label of a question that has no answer is not true.
+    Returns, None where there is nothing to count:
+
+    silver_accuracy: the share of true labels. understood: the share of questions that have an answer. Of
+    these: silver_by_objects, the share of true labels by rung; objects, how many one must list on average;
+    question_kinds, how many there are of each kind.
     """
-    facts, right = _facts(((e.image, e.question) for e in examples), folder), majority_right(examples, folder)
-    known = [(len(fact.things), hit) for fact, hit in zip(facts, right) if fact]
+    facts = _read_facts(curated, folder)
+    right = majority_right(curated, folder)
+    known = [fact for fact in facts if fact]
+    objects = [len(fact.things) for fact in known]
+    right_of_known = [hit for fact, hit in zip(facts, right) if fact]
     return {
         "silver_accuracy": _mean(right),
-        "silver_by_objects": _by_rung(known),
-        "objects": _mean([objects for objects, _ in known]),
-        "understood": _mean([float(fact is not None) for fact in facts]),
-        "question_kinds": dict(Counter(fact.kind for fact in facts if fact)),
+        "silver_by_objects": _mean_by_rung(objects, right_of_known),
+        "objects": _mean(objects),
+        "understood": _mean([fact is not None for fact in facts]),
+        "question_kinds": dict(Counter(fact.kind for fact in known)),
     }
 
 
-def majority_right(examples: list[VotedQuestion], folder: Path) -> list[float]:
-    """Of each question 1 if its majority is the true answer, else 0."""
-    facts = _facts(((e.image, e.question) for e in examples), folder)
-    return [
-        answer_reward(e.label, fact.answer) if fact and e.label else 0.0 for e, fact in zip(examples, facts)
-    ]
+def majority_right(questions: list[VotedQuestion], folder: Path) -> list[float]:
+    """Returns for each question 1 if its majority is the true answer, else 0."""
+    right = []
+    for voted, fact in zip(questions, _read_facts(questions, folder)):
+        right.append(answer_reward(voted.label, fact.answer) if fact else 0.0)
+    return right
 
 
-def _facts(asked: Iterable[tuple[str, str]], folder: Path) -> list[Fact | None]:
-    """What there is to know of questions about images of scenes in `folder`."""
-    asked = list(asked)
+def _read_facts(asked: Sequence[Item | VotedQuestion], folder: Path) -> list[Fact | None]:
+    """Returns the fact behind each question about a scene in `folder`, None for one that has no answer."""
     truth = read_truth(folder) if asked else {}
-    return [understand(question, truth[Path(image).name]) for image, question in asked]
+    facts = []
+    for question in asked:
+        scene = truth[Path(question.image).name]
+        facts.append(understand(question.question, scene))
+    return facts
 
 
-def _by_rung(values: list[tuple[int, float]]) -> dict[str, float | None]:
-    """The mean on each rung of values given as (objects, value)."""
-    return {
-        name: _mean([v for objects, v in values if objects in numbers]) for name, numbers in RUNGS.items()
-    }
+def _mean_by_rung(objects: list[int], values: list[float]) -> dict[str, float | None]:
+    """Returns the mean of the values on each rung; objects: how many each value's question is about."""
+    means = {}
+    for name, numbers in RUNGS.items():
+        on_rung = [value for number, value in zip(objects, values) if number in numbers]
+        means[name] = _mean(on_rung)
+    return means
 
 
 def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+    return fmean(values) if values else None

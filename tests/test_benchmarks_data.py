@@ -14,8 +14,8 @@ from PIL import Image
 import benchmarks
 import evaluate
 import reasoner
-from benchmarks import BENCHMARKS, line_of, split_choices, with_marks, without_marks
-from measure.items import Item, item_of, read_answer, right
+from benchmarks import BENCHMARKS, convert, number_marks, remove_marks, split_choices
+from measure.items import Item, parse_item, read_answer, right
 from measure.outcomes import Outcome, question_text
 from measure.scores import full_report, we_math, we_math_scores
 
@@ -90,14 +90,14 @@ OFFICIAL = dict(problem="<image>How many?", answer="2", images=[IMAGE])
 
 def line(name, **changes):
     """The line of a benchmark's record with other fields, without its image; or the reason."""
-    made = line_of(BENCHMARKS[name][3], RECORDS[name] | changes)
+    made = convert(BENCHMARKS[name][3], RECORDS[name] | changes)
     if isinstance(made, dict):
         assert made.pop("image") == IMAGE["bytes"]
     return made
 
 
 def item(name, **changes) -> Item:
-    return item_of(line(name, **changes) | dict(image="x"), ROOT)
+    return parse_item(line(name, **changes) | dict(image="x"), ROOT)
 
 
 def is_right(text: str, of: Item) -> bool:
@@ -167,24 +167,24 @@ def test_the_other_forms_of_records():
     for option in ("['(a) 30', '(b) 45']", ["30", "45"], "(a) 30 (b) 45", "a. 30\nb. 45"):
         assert line("visnumbench", option=option)["choices"] == ["30", "45"]
     assert line("hallusionbench", gt_answer="0")["answer"] == "no"
-    boxed = line_of(BENCHMARKS["mmstar"][3], RECORDS["mmstar"], boxed=True)
+    boxed = convert(BENCHMARKS["mmstar"][3], RECORDS["mmstar"], boxed=True)
     assert "ending" not in boxed and boxed["choices"]
 
 
 def test_the_official_records():
-    made = line_of(benchmarks.official, OFFICIAL)
+    made = convert(benchmarks.official, OFFICIAL)
     assert made == dict(image=IMAGE["bytes"], question="How many?", answer="2")
     for images in (IMAGE, [file_of()], file_of()):
-        assert line_of(benchmarks.official, OFFICIAL | dict(images=images))["image"] == file_of()
+        assert convert(benchmarks.official, OFFICIAL | dict(images=images))["image"] == file_of()
     boxed = dict(answer=r"\boxed{B}", problem="Which? <image>\nA. x\nB. y", file_name="mathverse")
-    made = line_of(benchmarks.official, OFFICIAL | boxed)
+    made = convert(benchmarks.official, OFFICIAL | boxed)
     assert made["answer"] == "B" and made["kind"] == "mathverse" and made["question"] == "Which?\nA. x\nB. y"
-    assert is_right(r"\boxed{y}", item_of(made | dict(image="x"), ROOT))
+    assert is_right(r"\boxed{y}", parse_item(made | dict(image="x"), ROOT))
     boxed |= dict(problem="Which? <image>\nA. <image>\nB. y", images=[IMAGE, OTHER])
-    made = line_of(benchmarks.official, OFFICIAL | boxed)
+    made = convert(benchmarks.official, OFFICIAL | boxed)
     assert made["images"] == [IMAGE["bytes"], OTHER["bytes"]] and "image" not in made
     assert made["question"] == "Which? <image 1>\nA. <image 2>\nB. y"
-    assert is_right(r"\boxed{y}", item_of(made | dict(images=["x", "y"]), ROOT))
+    assert is_right(r"\boxed{y}", parse_item(made | dict(images=["x", "y"]), ROOT))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_the_official_records():
     ],
 )
 def test_the_official_marks_are_numbered(problem, question):
-    made = line_of(benchmarks.official, OFFICIAL | dict(problem=problem, images=[IMAGE, OTHER]))
+    made = convert(benchmarks.official, OFFICIAL | dict(problem=problem, images=[IMAGE, OTHER]))
     assert made["question"] == question
 
 
@@ -210,7 +210,7 @@ def test_an_official_record_without_text_or_with_a_picture_that_has_no_bytes():
         (dict(images=[IMAGE, "x.png"]), "its image has no bytes"),
         (dict(images=[]), "no image"),
     ):
-        assert line_of(benchmarks.official, OFFICIAL | dict(images=[IMAGE, OTHER]) | changes) == reason
+        assert convert(benchmarks.official, OFFICIAL | dict(images=[IMAGE, OTHER]) | changes) == reason
 
 
 THREE = MMMU | dict(
@@ -221,14 +221,14 @@ THREE = MMMU | dict(
 
 def test_mmmu_with_several_images():
     """Marks stay, in one form, in question and options; that of an image that is not there is words."""
-    made = line_of(benchmarks.mmmu, THREE)
+    made = convert(benchmarks.mmmu, THREE)
     assert made.pop("images") == [IMAGE["bytes"], OTHER["bytes"], file_of("green")]
     assert made == dict(
         question="What links <image 1> to <image 2>, and what is <image 1>?",
         choices=["<image 3>", "none", "the image or <image 2>"],
         answer="A", kind="Art_Theory", ending=LETTER,
     )  # fmt: skip
-    three = item_of(made | dict(images=["x", "y", "z"]), ROOT)
+    three = parse_item(made | dict(images=["x", "y", "z"]), ROOT)
     assert three.marks == ["<image 1>", "<image 2>", "<image 3>"]
     assert question_text(three).split("\n")[1] == "(A) <image 3>"
     assert is_right("(A)", three) and is_right("<image 3>", three) and not is_right("B", three)
@@ -237,16 +237,16 @@ def test_mmmu_with_several_images():
 def test_mmmu_with_a_gap_in_its_columns():
     """The second of two images may stand in the third column: a prompt calls it <image 2>."""
     gap = THREE | dict(image_2=None, options="['<image 3>', '<image 2>']")
-    made = line_of(benchmarks.mmmu, gap)
+    made = convert(benchmarks.mmmu, gap)
     assert made["images"] == [IMAGE["bytes"], file_of("green")]
     assert made["question"] == "What links <image 1> to the image, and what is <image 1>?"
     assert made["choices"] == ["<image 2>", "the image"]
 
 
 def test_an_open_question_of_mmmu_with_several_images():
-    made = line_of(benchmarks.mmmu, THREE | dict(question_type="open", options="[]", answer="['x', 'y']"))
+    made = convert(benchmarks.mmmu, THREE | dict(question_type="open", options="[]", answer="['x', 'y']"))
     assert made["answer"] == ["x", "y"] and len(made["images"]) == 3 and "choices" not in made
-    assert line_of(benchmarks.mmmu, THREE | dict(question="<image 1> <image 2>")) == "no question"
+    assert convert(benchmarks.mmmu, THREE | dict(question="<image 1> <image 2>")) == "no question"
 
 
 @pytest.mark.parametrize(
@@ -303,11 +303,11 @@ anything = st.recursive(
 def test_no_field_is_a_traceback(name, data):
     fields = data.draw(st.lists(st.sampled_from([*RECORDS[name]]), min_size=1, max_size=3))
     record = RECORDS[name] | {field: data.draw(anything) for field in fields}
-    made = line_of(BENCHMARKS[name][3], record)
+    made = convert(BENCHMARKS[name][3], record)
     if isinstance(made, dict):
         images = dict(images=["x"] * len(made["images"])) if "images" in made else dict(image="x")
-        assert item_of(made | images, ROOT)
-    assert isinstance(line_of(BENCHMARKS[name][3], data.draw(anything)), str)
+        assert parse_item(made | images, ROOT)
+    assert isinstance(convert(BENCHMARKS[name][3], data.draw(anything)), str)
 
 
 @pytest.mark.parametrize(
@@ -330,14 +330,14 @@ def test_choices_are_split_off(text, head, choices):
 def test_long_texts_take_no_time():
     for part in ("(a) ", "A. x ", "options: ", "<image 1>", " ", "\t<image>", "A:"):
         split_choices(part * 20_000)
-        without_marks(part * 20_000 + "?")
-        with_marks(part * 20_000 + "?", [part * 20_000], range(1, 3))
+        remove_marks(part * 20_000 + "?")
+        number_marks(part * 20_000 + "?", [part * 20_000], range(1, 3))
 
 
 def test_marks_of_images():
-    assert without_marks("<image 1>\nWhich? <image 2>\nA") == "Which?\nA"
-    assert without_marks("Is <image1> red?") == "Is the image red?"
-    assert without_marks("a < b <image>") == "a < b"
+    assert remove_marks("<image 1>\nWhich? <image 2>\nA") == "Which?\nA"
+    assert remove_marks("Is <image1> red?") == "Is the image red?"
+    assert remove_marks("a < b <image>") == "a < b"
 
 
 # ---- Scores ----
@@ -392,7 +392,7 @@ def test_the_ending_stands_instead_of_the_instruction():
 @pytest.mark.parametrize("precision", [-1, 1.5, "1", True, 21])
 def test_a_precision_is_a_whole_number(precision):
     with pytest.raises(ValueError, match="precision is not a whole number"):
-        item_of(dict(image="x", question="?", answer="1", precision=precision), ROOT)
+        parse_item(dict(image="x", question="?", answer="1", precision=precision), ROOT)
 
 
 T, F = True, False

@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 
 import evaluate
 from evaluate import Item, chosen, right
-from measure.items import choices_of
+from measure.items import find_choices
 from measure.outcomes import Outcome
 from measure.scores import bootstrap, compare, mcnemar, mean_scores, pair_scores, reliability
 
@@ -105,8 +105,8 @@ def test_answers_are_read_as_benchmarks_give_them(item, text, is_right):
 
 def test_a_letter_without_options_is_an_ordinary_answer():
     vitamin = Item("x", "Which vitamin is it?", ("C",))
-    assert choices_of(vitamin) == () and evaluate.read_answer(r"\boxed{C}", vitamin) == "C"
-    assert choices_of(Item("x", "A: red, B: blue. How many are there?", ("5",))) == ()
+    assert find_choices(vitamin) == () and evaluate.read_answer(r"\boxed{C}", vitamin) == "C"
+    assert find_choices(Item("x", "A: red, B: blue. How many are there?", ("5",))) == ()
 
 
 def outcome(greedy, samples, answer="1", **fields):

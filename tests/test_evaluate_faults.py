@@ -1,5 +1,6 @@
 """Evaluation: what was found wrong by a review, each kind with its neighbours."""
 
+import ast
 import json
 import shutil
 
@@ -192,3 +193,10 @@ def test_a_mistyped_flag_is_told_which_one_is_meant(main, argv, said, capsys):
         main(argv)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["loop", "evaluate", "benchmarks", "report"])
+def test_a_command_runs_after_all_that_it_calls(name):
+    """As a script, a function below the call of main would not be there yet."""
+    *_, last = ast.parse((ROOT / f"{name}.py").read_text()).body
+    assert isinstance(last, ast.If) and "__main__" in ast.unparse(last.test)

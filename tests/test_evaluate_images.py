@@ -16,7 +16,7 @@ import evaluate
 import reasoner
 from evaluate import Item
 from measure import outcomes as outcomes_module
-from measure.items import item_of
+from measure.items import parse_item
 from measure.outcomes import (
     JUDGE,
     Outcome,
@@ -74,11 +74,11 @@ def test_an_item_has_one_image_or_several(tmp_path):
     one = Item("x", "?", ("1",))
     assert one == Item(image="x", question="?", answer=("1",))
     assert (one.image, one.images, one.marks) == ("x", ("x",), [])
-    two = item_of(line("a.png", "b.png"), tmp_path)
+    two = parse_item(line("a.png", "b.png"), tmp_path)
     assert two.images == (str(tmp_path / "a.png"), str(tmp_path / "b.png")) and two.image == two.images[0]
     assert two.marks == ["<image 1>", "<image 2>"]
-    assert item_of(line("a.png"), tmp_path).marks == ["<image 1>"]
-    alone = item_of(dict(image="a.png", images=None, question="<image 1>?", answer="1"), tmp_path)
+    assert parse_item(line("a.png"), tmp_path).marks == ["<image 1>"]
+    alone = parse_item(dict(image="a.png", images=None, question="<image 1>?", answer="1"), tmp_path)
     assert alone.marks == [] and alone.images == (str(tmp_path / "a.png"),)
 
 
@@ -105,7 +105,7 @@ def test_a_prompt_is_what_the_model_makes_of_text_and_images(vlm, folder):
     fields = dict(
         question="Is <image 2> like <image 1>?", answer="B", choices=["no", "<image 3>", "<image 1>"]
     )
-    item = item_of(line(*SIZES, **fields), folder)
+    item = parse_item(line(*SIZES, **fields), folder)
     text = question_text(item)
     assert "(B) <image 3>" in text
     prompt = item_prompt(vlm, item, text)
@@ -118,8 +118,8 @@ def test_a_prompt_is_what_the_model_makes_of_text_and_images(vlm, folder):
 
 def test_a_single_image_is_placed_only_if_it_is_in_a_list(vlm, folder):
     question = "What does <image 1> show?"
-    alone = item_of(dict(image="a.png", question=question, answer="1"), folder)
-    listed = item_of(line("a.png", question=question), folder)
+    alone = parse_item(dict(image="a.png", question=question, answer="1"), folder)
+    listed = parse_item(line("a.png", question=question), folder)
     text = question_text(alone)
     assert text == question_text(listed)
     first = item_prompt(vlm, alone, text)
@@ -130,7 +130,7 @@ def test_a_single_image_is_placed_only_if_it_is_in_a_list(vlm, folder):
 
 
 def test_images_that_no_text_names_come_first(vlm, folder):
-    item = item_of(line("a.png", "b.png", question="Which is red?"), folder)
+    item = parse_item(line("a.png", "b.png", question="Which is red?"), folder)
     prompt = item_prompt(vlm, item, "Which is red?")
     assert same(prompt, vlm.prompt("Which is red?", [image("a.png"), image("b.png")]))
 
@@ -144,8 +144,8 @@ MARKED = "<image 1>, <image 2> and <image 3>"
 @pytest.mark.parametrize("names", [["a.png"], [*SIZES]])
 def test_a_mark_in_an_answer_moves_no_image_before_the_judge(vlm, folder, question, names):
     """The answers, a model's and the true one, are read as text: all images stand before them."""
-    item = item_of(line(*names, question=question, answer=["x", MARKED]), folder)
-    plain = item_of(line(*names, question=question, answer=["x", "y"]), folder)
+    item = parse_item(line(*names, question=question, answer=["x", MARKED]), folder)
+    plain = parse_item(line(*names, question=question, answer=["x", "y"]), folder)
     marked, other = judge_prompt(vlm, item, MARKED), judge_prompt(vlm, plain, "z")
     assert torch.equal(marked.places, other.places)
     assert all(torch.equal(i.pixels, j.pixels) for i, j in zip(marked.images, other.images))
@@ -156,7 +156,7 @@ def test_a_mark_in_an_answer_moves_no_image_before_the_judge(vlm, folder, questi
 
 
 def test_before_the_judge_a_single_image_stands_first(vlm, folder):
-    item = item_of(dict(image="a.png", question="Is <image 1> red?", answer="<image 1>"), folder)
+    item = parse_item(dict(image="a.png", question="Is <image 1> red?", answer="<image 1>"), folder)
     text = JUDGE.format(question=item.question, truth="<image 1>", answer="<image 1>")
     assert same(judge_prompt(vlm, item, "<image 1>"), vlm.prompt(text, image("a.png")))
 
@@ -227,7 +227,7 @@ def test_from_the_published_record_to_the_prompt(checkpoint, vlm, tmp_path, monk
     """Records of one and of three images go through both commands; the prompts are those of `VLM.prompt`."""
     records = [MMMU, THREE, OFFICIAL | dict(problem="Is <image> like <image>?", images=[OTHER, IMAGE])]
     readers = [benchmarks.mmmu, benchmarks.mmmu, benchmarks.official]
-    lines = [benchmarks.line_of(read, record) for read, record in zip(readers, records)]
+    lines = [benchmarks.convert(read, record) for read, record in zip(readers, records)]
     write_questions(lines, tmp_path, 9)
     prompts, generate = [], outcomes_module.generate
     monkeypatch.setattr(
@@ -250,7 +250,7 @@ def test_from_the_published_record_to_the_prompt(checkpoint, vlm, tmp_path, monk
 
 def test_an_item_of_many_images_does_not_fill_the_memory(vlm, folder, monkeypatch):
     """Patches are made for as many images as fit into a batch, then asked about."""
-    items = [item_of(line(*[*SIZES] * 2, question="Which?"), folder) for _ in range(5)]
+    items = [parse_item(line(*[*SIZES] * 2, question="Which?"), folder) for _ in range(5)]
     sizes = []
 
     def answered(vlm, prompts, n, *limit, **sampling):

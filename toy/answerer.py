@@ -1,7 +1,8 @@
-"""The exact answerer: what the true answer to a question about a toy scene is.
+"""The exact answerer: it knows the true answer to a question about a toy scene.
 
-It understands the six kinds of question below and nothing else. Only what measures and `toy/build.py` (which
-teaches the base checkpoint) import it; self-play never does, and `tests/test_loop.py` proves it.
+It understands the six kinds of question below and nothing else. Only `measure/`, `report.py` and
+`toy/build.py`, which teaches the base checkpoint, import it. Self-play never does, and `tests/test_loop.py`
+proves it.
 """
 
 import random
@@ -10,7 +11,9 @@ from dataclasses import dataclass
 
 from training.scenes import COLOURS, PLURALS, SHAPES, Scene, Thing
 
-_colour, _shape, _shapes = (f"({'|'.join(words)})" for words in (COLOURS, SHAPES, PLURALS.values()))
+_colour = f"({'|'.join(COLOURS)})"
+_shape = f"({'|'.join(SHAPES)})"
+_shapes = f"({'|'.join(PLURALS.values())})"
 _SINGULAR = {plural: shape for shape, plural in PLURALS.items()}
 PATTERNS = {
     "count colour shape": re.compile(rf"How many {_colour} {_shapes} are there\?"),
@@ -36,33 +39,30 @@ class Fact:
 
 
 def understand(question: str, scene: Scene) -> Fact | None:
-    """The true answer to `question` about `scene`, or None if it is not one of the six kinds."""
+    """Returns the true answer to `question` about `scene`, or None if it is not one of the six kinds."""
     for kind, pattern in PATTERNS.items():
-        if match := pattern.fullmatch(question.strip()):
-            words = tuple(_SINGULAR.get(word, word) for word in match.groups())
-            if kind == "more" and words[0] == words[1]:
-                return None
-            return _answer(kind, words, scene)
+        match = pattern.fullmatch(question.strip())
+        if match and not (kind == "more" and match[1] == match[2]):
+            return _answer(kind, match.groups(), scene)
     return None
 
 
 def _answer(kind: str, words: tuple[str, ...], scene: Scene) -> Fact:
-    colours, shapes = [w for w in words if w in COLOURS], [w for w in words if w in SHAPES]
-    things = tuple(
-        t for t in scene if (not colours or t.colour in colours) and (not shapes or t.shape in shapes)
-    )
+    # The things that have one of the colours and one of the shapes, where any is named
+    colours = [word for word in words if word in COLOURS] or COLOURS
+    shapes = [_SINGULAR.get(word, word) for word in words if word not in COLOURS] or SHAPES
+    things = tuple(thing for thing in scene if thing.colour in colours and thing.shape in shapes)
     if kind == "exists":
-        things, answer = things[:1], "yes" if things else "no"  # the first one decides
-    elif kind == "more":
-        first, second = (sum(t.colour == colour for t in things) for colour in words)
-        answer = "yes" if first > second else "no"
-    else:
-        answer = str(len(things))
-    return Fact(kind, things, answer)
+        first = things[:1]  # decides
+        return Fact(kind, first, "yes" if first else "no")
+    if kind == "more":
+        found = [thing.colour for thing in things]
+        return Fact(kind, things, "yes" if found.count(words[0]) > found.count(words[1]) else "no")
+    return Fact(kind, things, str(len(things)))
 
 
 def ask(scene: Scene, rng: random.Random) -> str:
-    """A random question about a scene, mostly about something that is there."""
+    """Draws a question about a scene, mostly about something that is there."""
     (kind,) = rng.choices(list(WEIGHTS), WEIGHTS.values())
     seen = rng.choice(scene)
     colour = seen.colour if rng.random() < 0.8 else rng.choice(list(COLOURS))
@@ -77,6 +77,6 @@ def ask(scene: Scene, rng: random.Random) -> str:
         return "How many shapes are there?"
     if kind == "exists":
         return f"Does it show a {colour} {shape}, yes or no?"
-    other = rng.choice([c for c in COLOURS if c != colour])
+    other = rng.choice([another for another in COLOURS if another != colour])
     first, second = rng.sample([colour, other], 2)
     return f"Does it show more {first} than {second} shapes, yes or no?"
