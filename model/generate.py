@@ -67,14 +67,14 @@ def generate(
         top_k=top_k,
         generator=generator,
     )
-    while waiting := [i for i, samples in enumerate(results) if None in samples]:
-        try:
+
+    def attempt() -> None:
+        waiting = [i for i, samples in enumerate(results) if None in samples]
+        if waiting:
             with vlm.on_device():
                 schedule(vlm, prompts, waiting, n, max_new_tokens, draw, results)
-            break
-        except torch.OutOfMemoryError:
-            pass  # out of this block first: the exception holds the rows
-        vlm.use_less_memory()
+
+    vlm.retry(attempt)
     return results
 
 

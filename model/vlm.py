@@ -1,11 +1,10 @@
-"""A vision-language model of a family in families/: load, save, turn an image and a text into a prompt, and
-give
+"""A vision-language model: load, save, turn images and a text into a prompt, and give
 
     log pi_theta(y_t | image, x, y_<t)        for every token t of a completion y,
 
-differentiably: the quantity that GRPO is made of. The transformer itself is transformers' module; everything
-around it that usually goes wrong is here, in the open: where image features go, which 3-D position each token
-has, and (in packing.py) which token may see which.
+differentiably: the quantity that GRPO is made of. The layers are transformers' own. What usually goes wrong
+around them is here in the open: where image features go (forward.py), which 3-D position each token has
+(prompt.py), and which token may see which (packing.py).
 """
 
 import copy
@@ -85,9 +84,10 @@ class VLM:
         checkpoint.save(self, Path(path))
 
     def copy(self) -> "VLM":
-        """Independent weights; what is frozen is shared, as are tokenizer and image processor."""
+        """Returns a copy with its own trained weights; what is frozen is shared, and so is the tokenizer."""
         twin = copy.copy(self)
-        twin.model, twin.offloaded = copy_model(self.model), False
+        twin.model = copy_model(self.model)
+        twin.offloaded = False
         if self.offloaded:
             twin.offload()
         return twin
@@ -123,29 +123,27 @@ class VLM:
             self.offloaded = True
 
     def trained_weights(self) -> dict[str, Tensor]:
-        """All that training changes, by name."""
+        """Returns all that training changes, by name."""
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def use_less_memory(self) -> None:
-        """After the GPU ran out of memory: from now on half as many tokens at a time. Raises OutOfMemoryError
-        at the end.
+        """Halves the batches from now on, after the GPU ran out of memory.
 
-        Roles that are copies of one another share this: they share the GPU, too.
+        Roles that are copies of one another share this, as they share the GPU. Raises OutOfMemoryError if the
+        batches are the smallest already.
         """
-        if max(self.fallbacks.batch_scale, self.fallbacks.row_scale) <= 1 / 64:
+        fallbacks = self.fallbacks
+        if max(fallbacks.batch_scale, fallbacks.row_scale) <= 1 / 64:
             raise torch.OutOfMemoryError("the smallest batches are still too large")
-        self.fallbacks.batch_scale, self.fallbacks.row_scale = (
-            self.fallbacks.batch_scale / 2,
-            self.fallbacks.row_scale / 2,
-        )
+        fallbacks.batch_scale /= 2
+        fallbacks.row_scale /= 2
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     # ---- Text and image -> prompt --------------------------------------------------------------------------
 
     def patches(self, image: Image.Image) -> Patches:
-        """Scales an image and cuts it into patches. Do it once and give it to `prompt` to ask many
-        questions."""
+        """Scales an image and cuts it into patches: done once, they serve many prompts about it."""
         made = self.image_processor(images=[image.convert("RGB")], size=self.image_size, return_tensors="pt")
         return Patches(made["pixel_values"], made["image_grid_thw"])
 
@@ -155,23 +153,34 @@ class VLM:
         image: Image.Image | Patches | Sequence[Image.Image | Patches],
         system: str | None = None,
     ) -> Prompt:
-        """Encodes a user turn, the image and then the text, with the checkpoint's own chat template.
+        """Encodes a user turn with the checkpoint's own chat template: the image, then the text.
 
         Of a list of images each stands where the text says <image 1>, <image 2>, ... (see `arrange`).
         `text` is data: a control token spelled out in it (`<|im_end|>`, `<|image_pad|>`) is encoded as plain
         characters and cannot forge a turn or an image. Raises ValueError for an image more than 200 times as
         wide as high or the other way round.
         """
-        several = isinstance(image, Sequence)
-        images, parts = (image, arrange(text, len(image))) if several else ([image], [0, text])
-        numbers = [part for part in parts if isinstance(part, int)]
+        # The turn in order: texts, and images by their number.
+        if isinstance(image, Sequence):
+            images = list(image)
+            parts = arrange(text, len(images))
+        else:
+            images = [image]
+            parts = [0, text]
+
+        # Its tokens, with one image token for each image.
+        is_image = [isinstance(part, int) for part in parts]
+        rendered = prompt_module.render(self.tokenizer, system, is_image)
         texts = [part for part in parts if isinstance(part, str)]
-        rendered = checkpoint.render(self.tokenizer, system, [isinstance(part, int) for part in parts])
         ids = prompt_module.encode_turn(self.tokenizer, rendered, texts)
-        patches = [image if isinstance(image, Patches) else self.patches(image) for image in images]
+
+        # As many image tokens as each image has features.
+        patches = []
+        for number in (part for part in parts if isinstance(part, int)):
+            each = images[number]
+            patches.append(each if isinstance(each, Patches) else self.patches(each))
         config = self.model.config
-        merge = config.vision_config.spatial_merge_size
-        return make_prompt(ids, config.image_token_id, [patches[n] for n in numbers], merge)
+        return make_prompt(ids, config.image_token_id, patches, config.vision_config.spatial_merge_size)
 
     def decode(self, ids: list[int]) -> str:
         """Returns the text of token ids, without control tokens."""

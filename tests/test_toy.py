@@ -18,6 +18,7 @@ from measure import truth as measure
 from measure.outcomes import Outcome, answer_all
 from model.forward import embed
 from model.prompt import Picture
+from model.sampling import Sampling
 from toy import answerer
 from training.scenes import COLOURS, Thing, is_held_out, read_truth, render, sample_scene, write_scenes
 
@@ -279,7 +280,7 @@ def test_the_base_asks_valid_questions_mostly_easy_ones(toy):
     scenes = [sample_scene(rng) for _ in range(64)]
     pictures = [Picture("", render(scene, rng)) for scene in scenes]
     generator = torch.Generator().manual_seed(0)
-    asked = questioner.ask(toy, pictures, 4, **SAMPLING, generator=generator)
+    asked = questioner.ask(toy, pictures, 4, Sampling(**SAMPLING), generator)
     proposals = [(question, scene) for a, scene in zip(asked, scenes) for question in a.questions]
     facts = [question and answerer.understand(question.text, scene) for question, scene in proposals]
     assert sum(fact is not None for fact in facts) > 0.97 * len(facts)
