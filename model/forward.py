@@ -23,12 +23,12 @@ def embed(model, ids: Tensor, prompts: list[Prompt]) -> Tensor:
         layer 1    0      h_0      h_1      0      0
     """
     device = ids.device
-    embeds = model.get_input_embeddings()(ids)
     # The features of each image, encoded once however many prompts show it.
     images = list(chain.from_iterable(prompt.images for prompt in prompts))
     unique = list(dict.fromkeys(images))
     features = dict(zip(unique, image_features(model.model.visual, unique, device)))
     values = torch.cat([features[image] for image in images])
+    embeds = model.get_input_embeddings()(ids)
     # Where they go.
     counts = torch.tensor([prompt.image_tokens for prompt in prompts])
     row = torch.repeat_interleave(counts)

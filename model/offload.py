@@ -35,8 +35,8 @@ def offloadable(model) -> list[Tensor]:
 def move_to_cpu(tensors: list[Tensor], pinned: bool) -> None:
     """Moves tensors into one buffer in CPU memory, pinned or not; each stays the same object.
 
-    One buffer, as pinned memory, which a GPU reads fastest, is rounded up to a power of two each time it is
-    asked for. Two tensors of 400 and 100 bytes, each at a multiple of 256, where any dtype may start:
+    A GPU reads pinned memory fastest, but each request for it is rounded up to a power of two: hence one
+    buffer. Two tensors of 400 and 100 bytes, each at a multiple of 256, where any dtype may start:
 
         byte      0           400     512        612     768
         buffer    | tensor 0  | free  | tensor 1 | free  |
@@ -50,7 +50,7 @@ def move_to_cpu(tensors: list[Tensor], pinned: bool) -> None:
 
 @contextmanager
 def copied_to(device: torch.device, tensors: list[Tensor]) -> Iterator[None]:
-    """Has tensors on a device for the length of a `with` block, then where they were, as they were there."""
+    """Has tensors on a device for the length of a `with` block; then they are what they were before."""
     home = [tensor.data for tensor in tensors]
     try:
         for tensor in tensors:
