@@ -86,11 +86,11 @@ def parse_item(fields: object, folder: Path) -> Item:
     """
     if not isinstance(fields, dict):
         raise ValueError('it is not an object {"image": ..., "question": ..., "answer": ...}')
-    images = [str(folder / path) for path in _image_paths(fields)]
+    images = [str(folder / path) for path in _read_image_paths(fields)]
     question = fields.get("question")
     if not _is_text(question):
         raise ValueError(f"question is not text but {_shorten(question)}")
-    choices = _choices(fields.get("choices"))
+    choices = _read_choices(fields.get("choices"))
     answer = fields.get("answer")
     item = Item(
         images[0],
@@ -106,7 +106,7 @@ def parse_item(fields: object, folder: Path) -> Item:
     return item
 
 
-def _image_paths(fields: dict) -> list[str]:
+def _read_image_paths(fields: dict) -> list[str]:
     """Returns the paths in "image" or "images". Raises ValueError with a sentence."""
     image = fields.get("image")
     images = fields.get("images")
@@ -128,7 +128,7 @@ def _image_paths(fields: dict) -> list[str]:
     return images
 
 
-def _choices(choices: object) -> list:
+def _read_choices(choices: object) -> list:
     """Returns the choices as a list, also those of {"A": ..., "B": ...}. Raises ValueError for others."""
     if choices is None or choices == "":
         return []

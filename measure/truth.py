@@ -48,7 +48,7 @@ def held_out_questions(folder: Path, count: int, seed: int, size: int) -> list[I
     """
     rng = random.Random(f"held out {seed}")
     # Scenes and questions about them, until every rung is full
-    wanted = Counter(itertools.islice(itertools.cycle(RUNGS), count))
+    wanted = Counter(itertools.islice(itertools.cycle(RUNGS), count))  # 6: 2, 2, 1, 1
     scenes: list[Scene] = []
     asked: list[dict[str, Fact]] = []  # of each scene
     while any(wanted.values()):
