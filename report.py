@@ -26,10 +26,10 @@ from measure.charts import CHARTS, Proposed, chart, finite, histogram, ladder, n
 from measure.page import LADDER, PAGE, STYLE
 from rewards import same_answer
 from toy.answerer import understand
-from training.folder import printable, read_examples
+from training.folder import read_examples
 from training.images import ImageError, load_image
 from training.scenes import read_truth
-from training.settings import OneLineParser
+from training.settings import OneLineParser, printable
 
 GALLERY = 12  # images
 QUESTIONS = 2  # of an image and iteration

@@ -15,9 +15,8 @@ from measure.items import Item
 from measure.outcomes import Outcome
 from rewards import answer_reward
 from toy.answerer import Fact, ask, understand
-from training.scenes import draw_scenes, read_truth, sample_scene
+from training.scenes import RUNGS, draw_scenes, read_truth, sample_scene
 
-RUNGS = {"1-2": (1, 2), "3-4": (3, 4), "5-6": (5, 6), "7-9": (7, 8, 9)}
 QUESTIONS_A_SCENE = 4  # at most, of the held-out ones
 
 

@@ -12,7 +12,7 @@ from checkpoints import noise_image
 from PIL import Image, ImageOps
 
 from training.distributed import Ranks
-from training.images import Found, ImageError, Pictures, find_images, load_image, nothing_of
+from training.images import Found, ImageError, Pictures, find_images, load_image, say_why_none
 
 
 def test_every_mode_becomes_rgb(tmp_path):
@@ -115,7 +115,7 @@ def test_a_truncated_image_is_skipped_when_it_is_read(tmp_path):
         ImageError, match="none of the 1 images can be read, the last is .*cut.png: .*to its end"
     ):
         Pictures(Found([str(tmp_path / "cut.png")], []), "0").take(1, Ranks())
-    said = nothing_of(Found([], [("a\x1b[31m\nb.png", "of no known format")]))
+    said = say_why_none(Found([], [("a\x1b[31m\nb.png", "of no known format")]))
     assert said.isprintable() and "of no known format" in said
 
 

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from model.prompt import Picture
 from training.distributed import Ranks
-from training.folder import printable
+from training.settings import printable
 
 # What Pillow itself decodes; not EPS, for which it starts Ghostscript.
 Image.init()
@@ -306,7 +306,7 @@ def _grey(values: np.ndarray, white: float | None) -> np.ndarray:
     return ((values - low) / (high - low) * 255).clip(0, 255).round().astype(np.uint8)
 
 
-def nothing_of(found: Found) -> str:
+def say_why_none(found: Found) -> str:
     """That there is no image, and why the last one cannot be used."""
     if not found.skipped:
         return "there is no image"
@@ -353,7 +353,7 @@ class Pictures:
         left_out, paths, passed = {path for path, _ in self.found.skipped}, [], 0
         while len(paths) < count:
             if passed == 2 * len(self.found.paths):  # a whole pass, wherever this began
-                raise ImageError(nothing_of(self.found))
+                raise ImageError(say_why_none(self.found))
             path, self.position, passed = self._path(self.position), self.position + 1, passed + 1
             if path not in left_out:
                 paths.append(path)

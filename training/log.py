@@ -30,7 +30,7 @@ class Console:
         if self.speaks:
             tqdm.write(message, file=sys.stderr)
 
-    def now(self, doing: str) -> None:
+    def begin(self, doing: str) -> None:
         """Something else begins."""
         self.doing, self.began = doing, time.monotonic()
 
@@ -39,13 +39,13 @@ class Console:
         hidden = None if self.speaks else True
         bar = tqdm(range(done + 1, steps + 1), what, leave=False, disable=hidden, initial=done, total=steps)
         for step in bar:
-            self.now(f"{what}, step {step} of {steps}")
+            self.begin(f"{what}, step {step} of {steps}")
             if not bar.disable:
                 self.spoke = time.monotonic()
             yield step
 
     @contextmanager
-    def alive(self):
+    def break_silence(self):
         """In a `with` block it says what it is doing whenever it has been silent for long."""
         over = threading.Event()
 

@@ -26,6 +26,8 @@ from model.generate import PREFILL_TOKENS
 from model.logprobs import LOGITS
 from model.packing import BATCH_IMAGE_TOKENS, BATCH_TOKENS, ROW_TOKENS
 
+USABLE = 0.95  # of a GPU's memory: a twentieth is left for what nobody planned
+
 
 @dataclass(frozen=True)
 class Work:
@@ -136,25 +138,25 @@ def memory_plan(
     ]
 
 
-USABLE = 0.95  # of a GPU's memory: a twentieth is left for what nobody planned
+def fits(device_bytes: int, config: PreTrainedConfig, dtype: torch.dtype, work: Work, **flags) -> bool:
+    """Returns true if every moment fits. flags: the other arguments of `memory_plan`."""
+    moments = memory_plan(config, dtype, device_bytes, work, **flags)
+    return max(moment.total for moment in moments) <= USABLE * device_bytes
 
 
-def fitting_budget(device_bytes: int | None, *what, **flags) -> float:
-    """The share of the token budgets with which every moment fits: 1, 1/2, ... 1/64; 1 on a CPU.
+def fit_batches(device_bytes: int | None, *inputs, **flags) -> float:
+    """Returns the fraction of the usual batch size with which every moment fits: 1, 1/2, ... 1/64.
 
     A GPU with less memory forwards and differentiates fewer tokens at a time. device_bytes: what is free of
-    it. what, flags: the other arguments of `memory_plan`.
-    1/64 if nothing fits.
+    it; None on a CPU, where it is 1. inputs, flags: see `fits`. It is 1/64, too, if nothing fits.
     """
     if device_bytes is None:
         return 1.0
-    config, dtype, work = what
-
-    def fits(batch_scale: float) -> bool:
-        moments = memory_plan(config, dtype, device_bytes, work, **flags, batch_scale=batch_scale)
-        return max(moment.total for moment in moments) <= USABLE * device_bytes
-
-    return next((0.5**halvings for halvings in range(7) if fits(0.5**halvings)), 1 / 64)
+    for halvings in range(7):
+        batch_scale = 0.5**halvings
+        if fits(device_bytes, *inputs, **flags, batch_scale=batch_scale):
+            break
+    return batch_scale
 
 
 def update_parts(

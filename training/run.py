@@ -38,7 +38,7 @@ from training.folder import cut_records, read_records, replace_folder, replace_t
 from training.images import Found, ImageError, Pictures, images_in, load_image
 from training.log import Console
 from training.policy import Trained
-from training.settings import UNKNOWN_INSTRUCTIONS, Settings, knows
+from training.settings import UNKNOWN_INSTRUCTIONS, Settings, knows, printable
 from training.state import State, copy_tensors, entry, lock, read_tensors, recover, write_state, write_tensors
 
 PHASES = ("questioner", "curation", "reasoner", "measure")
@@ -105,7 +105,7 @@ class Run:
         found = None
         if self.ranks.is_main:
             self.locked = self.locked or lock(self.folder)
-            self.console.now(f"reading the state of {self.folder}")
+            self.console.begin(f"reading the state of {self.folder}")
             number, state, complaints = recover(self.folder)
             for complaint in complaints:
                 self.console.say(f"{complaint}; going on from the state before it")
@@ -143,7 +143,7 @@ class Run:
     def at(self, k: int, phase: str) -> bool:
         """Whether this phase of iteration k is what comes next."""
         self.started = time.monotonic()
-        self.console.now(f"iteration {k}: {phase}")
+        self.console.begin(f"iteration {k}: {phase}")
         return (self.state.iteration, self.state.phase) == (k, phase)
 
     def steps(self, k: int, role: str, count: int) -> Iterator[int]:
@@ -389,7 +389,7 @@ class Run:
         new = self.images.skipped[self.skips_told :]
         self.skips_told += len(new)
         for path, reason in new:
-            self.console.say(f"skipped {folder_module.printable(path)}: {reason}")
+            self.console.say(f"skipped {printable(path)}: {reason}")
         if new and self.ranks.is_main:
-            lines = [f"{folder_module.printable(path)}\t{why}\n" for path, why in self.images.skipped]
+            lines = [f"{printable(path)}\t{why}\n" for path, why in self.images.skipped]
             replace_text(self.folder / "skipped.txt", "".join(lines))
