@@ -35,7 +35,7 @@ from training import folder as folder_module
 from training import log as records
 from training.distributed import Ranks
 from training.folder import cut_records, read_records, replace_folder, replace_text
-from training.images import Found, ImageError, Pictures, images_in, load_image
+from training.images import Found, ImageError, Pictures, load_image, make_relative
 from training.log import Console
 from training.policy import Trained
 from training.settings import UNKNOWN_INSTRUCTIONS, Settings, knows, printable
@@ -207,7 +207,7 @@ class Run:
 
     def next_images(self, count: int) -> list[Picture]:
         """The next images; of several processes this one's share of them."""
-        return images_in(self.folder, self.pictures.take(count, self.ranks))
+        return make_relative(self.folder, self.pictures.load_next(count, self.ranks))
 
     def image_batches(self, k: int, phase: str, count: int, size: int) -> Iterator[list[Picture]]:
         """The next `count` images, `size` at a time: decoded images are large."""
@@ -305,7 +305,7 @@ class Run:
     def probe_images(self, count: int) -> list[Picture]:
         """Images for the fixed questions; of several processes this one's share."""
         order = self.in_order("probes")
-        return images_in(self.folder, order.take(min(count, len(self.images.paths)), self.ranks))
+        return make_relative(self.folder, order.load_next(min(count, len(self.images.paths)), self.ranks))
 
     def readable(self, examples: list[VotedQuestion]) -> list[tuple[VotedQuestion, Image.Image]]:
         """Questions with their images. What can no longer be read is listed with the skipped, and left
@@ -353,7 +353,7 @@ class Run:
         """The record of this GRPO step, of what `grpo.update` gave and was given, and more."""
         step, seconds = self.state.step + 1, time.monotonic() - self.started
         place = dict(iteration=self.state.iteration, phase=self.state.phase, step=step)
-        written = records.of_groups(groups, self.questioner.end_ids, seconds, self.ranks)
+        written = records.group_metrics(groups, self.questioner.end_ids, seconds, self.ranks)
         self.write(place | written | self.ranks.mean(metrics) | more | dict(seconds=seconds))
         if not more["validity"]:
             self.console.say(f"step {step}: not one output was valid")
@@ -382,7 +382,7 @@ class Run:
         if not self.header_printed:
             print(records.HEADER)
             self.header_printed = True
-        print(records.row(k, results, [r for r in self.records if r["iteration"] == k]), flush=True)
+        print(records.table_row(k, results, [r for r in self.records if r["iteration"] == k]), flush=True)
 
     def tell_skips(self) -> None:
         """Names the images that were skipped since the last call."""
