@@ -12,6 +12,7 @@ import math
 import shutil
 import sys
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -156,6 +157,15 @@ def _has_any(folder: Path, files: tuple[str, ...]) -> bool:
     return any((folder / file).is_file() for file in files)
 
 
+@contextmanager
+def explained(sentence: str):
+    """Turns any error in a `with` block into a CheckpointError: the sentence, and the error's first line."""
+    try:
+        yield
+    except Exception as error:  # those of transformers, safetensors, JSON and jinja have no common ancestor
+        raise CheckpointError(f"{sentence}: {first_line(error)}") from error
+
+
 def first_line(error: Exception) -> str:
     """Returns what an error says on its first line, and on the second if the first ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -223,10 +233,8 @@ def _parse_config(name: str, fields: dict) -> PreTrainedConfig:
         for key in ("quantization_config", "compression_config"):
             if isinstance(part, dict) and part.get(key):
                 raise CheckpointError(f"{name} is quantised ({key} in config.json) and so cannot be trained")
-    try:
+    with explained(f"the config.json of {name} is not valid"):
         config = FAMILIES[kind].MODEL.config_class.from_dict(_without_texts(fields))
-    except Exception as error:
-        raise CheckpointError(f"the config.json of {name} is not valid: {first_line(error)}") from error
     if getattr(config.text_config, "use_sliding_window", False):
         raise CheckpointError(f"{name} uses sliding-window attention, which is not supported")
     return config
@@ -265,13 +273,9 @@ def _load_processors(name: str, folder: Path, config: PreTrainedConfig) -> tuple
     inside = (read_json(folder, "processor_config.json") or {}).get("image_processor")
     if not inside and not (folder / "preprocessor_config.json").is_file():
         raise CheckpointError(f"{name} has no settings of an image processor (preprocessor_config.json)")
-    try:
+    with explained(f"{name} has no usable tokenizer or image processor"):
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    except Exception as error:
-        raise CheckpointError(
-            f"{name} has no usable tokenizer or image processor: {first_line(error)}"
-        ) from error
     if image_processor.patch_size * image_processor.merge_size != token_side(config):
         raise CheckpointError(
             f"the image processor of {name} cuts patches of {image_processor.patch_size} pixels,"
@@ -289,11 +293,9 @@ def _check_template(name: str, tokenizer, image_token: int) -> None:
     """Raises CheckpointError unless the chat template writes one image token and the user's text once."""
     if tokenizer.chat_template is None:
         raise CheckpointError(f"{name} has no chat template")
-    try:
+    with explained(f"the chat template of {name} cannot be used"):
         rendered = render(tokenizer)
         images = tokenizer(rendered, add_special_tokens=False)["input_ids"].count(image_token)
-    except Exception as error:
-        raise CheckpointError(f"the chat template of {name} cannot be used: {first_line(error)}") from error
     if rendered.count(USER_TEXT) != 1:
         raise CheckpointError(f"the chat template of {name} drops or repeats the user's text")
     if images != 1:
@@ -429,13 +431,9 @@ def find_weights(checkpoint: Checkpoint) -> Path:
     # The file of each weight, by name.
     files: dict[str, Path] = {}
     for file in find_weight_files(folder):
-        try:
+        with explained(f"the weights of {folder} cannot be loaded: {file.name}"):
             with safe_open(file, "pt") as tensors:
                 files |= dict.fromkeys(tensors.keys(), file)
-        except Exception as error:
-            raise CheckpointError(
-                f"the weights of {folder} cannot be loaded: {file.name}: {first_line(error)}"
-            ) from error
     # A tied output matrix may be in a file, too.
     embeddings = [name for name in files if name.endswith("embed_tokens.weight")]
     if checkpoint.config.tie_word_embeddings and embeddings and "lm_head.weight" in files:
@@ -519,15 +517,11 @@ def prove_export(vlm, folder: Path) -> None:
     Writes everything but the weights under `folder`, reads it as plain transformers would, and removes it.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix="export-", suffix=".new") as place:
-        try:
+        with explained(f"what is trained from {vlm.source} could not be saved"):
             for name, data in exported_files(vlm).items():
                 (Path(place) / name).write_bytes(data)
             stored_dtype(vlm.source)
             saved = open_checkpoint(place)
-        except Exception as error:
-            raise CheckpointError(
-                f"what is trained from {vlm.source} could not be saved: {first_line(error)}"
-            ) from error
         same = (
             render(saved.tokenizer) == render(vlm.tokenizer)
             and saved.end_ids == vlm.end_ids

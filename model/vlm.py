@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model import checkpoint
 from model import prompt as prompt_module
-from model.checkpoint import Checkpoint, CheckpointError, find_weights, first_line, open_checkpoint
+from model.checkpoint import Checkpoint, CheckpointError, explained, find_weights, open_checkpoint
 from model.logprobs import PackedForward
 from model.offload import Fallbacks, _padded_bytes, copy_model
 from model.packing import lay_out, pack
@@ -57,7 +57,7 @@ class VLM:
         dtype = checkpoint.find_dtype(dtype, device)
         opened = name_or_path if isinstance(name_or_path, Checkpoint) else open_checkpoint(name_or_path)
         folder = find_weights(opened)
-        try:
+        with explained(f"the weights of {opened.name} cannot be loaded"):
             model, report = opened.family.MODEL.from_pretrained(
                 folder,
                 config=opened.config,
@@ -66,10 +66,6 @@ class VLM:
                 attn_implementation="sdpa",
                 output_loading_info=True,
             )
-        except Exception as error:  # safetensors, JSON and hub errors have no common ancestor
-            raise CheckpointError(
-                f"the weights of {opened.name} cannot be loaded: {first_line(error)}"
-            ) from error
         if missing := sorted(report["missing_keys"]):
             raise CheckpointError(f"{opened.name} lacks {len(missing)} weights, {missing[0]} among them")
         model = model.to(device).eval()

@@ -55,10 +55,11 @@ def test_smaller_batches_take_what_is_planned_for_them(batch_scale, monkeypatch)
     measured = peak_extra_bytes(lambda: grpo.backward(policy, groups), "cpu")
     work = plan.Work(prompt.image_tokens, len(prompt) - prompt.image_tokens, 40, 4, 8, 1)
     config = vlm.model.config
-    what = (work, False, "cpu", plan.parameter_sizes(config))
-    planned = max(plan.batch_moments(config, torch.float32, *what, batch_scale).values())
+    sizes = plan.parameter_sizes(config)
+    case = plan.Case(config, torch.float32, work, sizes, False, "cpu", batch_scale=batch_scale)
+    planned = max(plan.batch_moments(case).values())
     assert planned == pytest.approx(measured, rel=0.15)
-    assert planned <= max(plan.activation_moments(config, torch.float32, *what, batch_scale).values())
+    assert planned <= max(plan.activation_moments(case).values())
 
 
 def test_less_memory_means_smaller_batches():

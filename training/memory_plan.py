@@ -51,6 +51,28 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Case:
+    """What is planned for: a model, what of it is trained, and the work of one rank."""
+
+    config: PreTrainedConfig
+    dtype: torch.dtype  # that it computes in
+    work: Work
+    sizes: dict[str, int]  # elements of each parameter that is trained, by name
+    checkpointing: bool
+    device: str  # "cpu" or "cuda"
+    shards: int | None = None  # ranks that share the role in training; None: its plain copy is trained
+    batch_scale: float = 1.0  # fraction of the usual batch size
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Returns the bytes of the matrix that embeds tokens, 0 if it is not trained."""
+        if not any("embed_tokens" in name for name in self.sizes):
+            return 0
+        text = self.config.text_config
+        return text.vocab_size * text.hidden_size * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
 class Moment:
     """A moment of the loop, and what is in memory then."""
 
@@ -121,7 +143,8 @@ def memory_plan(
     # The role in training; with offload it is in the computer's memory.
     device = "cuda" if on_gpu else "cpu"
     shards = ranks if sharded else None
-    update = update_parts(config, dtype, sizes, work, checkpointing, device, shards, batch_scale)
+    case = Case(config, dtype, work, sizes, checkpointing, device, shards, batch_scale)
+    update = update_parts(case)
     if on_gpu and offload:
         in_training = {}
         update["gradients"] = 0
@@ -142,7 +165,9 @@ def memory_plan(
         parts = stays | in_training if training else base
         if "trained role" not in parts or not name.startswith(role.title()):
             parts = parts | {role: copy}
-        cache = cache_bytes(config, dtype, work, rows, n, device_bytes, sum(parts.values()), batch_scale)
+        # Half of what is free, but enough for one prompt's n rows.
+        free = max(0, device_bytes - sum(parts.values())) // 2 if on_gpu else CPU_CACHE_BYTES
+        cache = max(rollout_bytes(case, n, n), min(rollout_bytes(case, rows, n), free))
         return Moment(name, parts | {"cache": cache})
 
     questions = work.questions
@@ -177,44 +202,30 @@ def fit_batches(device_bytes: int | None, *inputs, **flags) -> float:
     return batch_scale
 
 
-def update_parts(
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    sizes: dict[str, int],
-    work: Work,
-    checkpointing: bool,
-    device: str,
-    ranks: int | None,
-    batch_scale: float = 1.0,
-) -> dict[str, int]:
-    """Returns what an update takes besides weights, gradients and moments, where it takes most.
-
-    sizes: of what is trained. ranks: how many share it; None: the plain copy is trained.
-    """
-    activations = activation_moments(config, dtype, work, checkpointing, device, sizes, batch_scale)
+def update_parts(case: Case) -> dict[str, int]:
+    """Returns what an update takes besides weights, gradients and moments, where it takes most."""
+    activations = activation_moments(case)
     activations["end"] = 0
-    whole = whole_layers(config, dtype, sizes, ranks) if ranks else dict.fromkeys(activations, 0)
+    whole = whole_layers(case) if case.shards else dict.fromkeys(activations, 0)
     most = max(activations, key=lambda name: activations[name] + whole[name])
     return {"whole layers": whole[most], "activations": activations[most]}
 
 
-def whole_layers(
-    config: PreTrainedConfig, dtype: torch.dtype, sizes: dict[str, int], ranks: int
-) -> dict[str, int]:
+def whole_layers(case: Case) -> dict[str, int]:
     """Returns the weights and gradients that FSDP2 holds in whole, in bytes, by moment.
 
     After a layer's backward pass its gradients are copied into a float32 buffer, which is summed over the
     ranks into another. The first buffer stays until the next layer gets that far. With several ranks the next
     layer's weights are fetched meanwhile. What is in no layer stays throughout, and is reduced last.
     """
-    rest, layer = layer_sizes(sizes)
-    size = dtype.itemsize
-    text = config.text_config
-    weights = (rest + layer * (1 if ranks == 1 else 2)) * size
+    rest, layer = layer_sizes(case.sizes)
+    size = case.dtype.itemsize
+    text = case.config.text_config
+    weights = (rest + layer * (1 if case.shards == 1 else 2)) * size
     buffer = 4 * layer
-    matrix = embedding_bytes(config, dtype, sizes)
+    matrix = case.embedding_bytes
     # The plain copy adds the gradient of an output matrix of its own at once; here it waits for the end.
-    waiting = buffer if config.tie_word_embeddings else buffer + matrix
+    waiting = buffer if case.config.tie_word_embeddings else buffer + matrix
     first_gradient = min(layer, text.hidden_size * text.intermediate_size) * size
     return {
         "logits": rest * size,
@@ -222,32 +233,8 @@ def whole_layers(
         "end of a text layer": weights + layer * size + waiting,
         "embeddings": rest * size + waiting,
         "image layer": weights + matrix + waiting,
-        "end": rest * max(size + 4, 4 + _divide_up(4, ranks)),
+        "end": rest * max(size + 4, 4 + _divide_up(4, case.shards)),
     }
-
-
-def embedding_bytes(config: PreTrainedConfig, dtype: torch.dtype, sizes: dict[str, int]) -> int:
-    """Returns the bytes of the matrix that embeds tokens, 0 if it is not trained."""
-    if not any("embed_tokens" in name for name in sizes):
-        return 0
-    return config.text_config.vocab_size * config.text_config.hidden_size * dtype.itemsize
-
-
-def cache_bytes(
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    work: Work,
-    rows: int,
-    n: int,
-    device_bytes: int | None,
-    taken: int,
-    batch_scale: float = 1.0,
-) -> int:
-    """Returns what rollouts take beside weights: half of what is free, but enough for one prompt's n rows."""
-    free = CPU_CACHE_BYTES if device_bytes is None else max(0, device_bytes - taken) // 2
-    least = rollout_bytes(config, dtype, work, n, n, batch_scale)
-    most = rollout_bytes(config, dtype, work, rows, n, batch_scale)
-    return max(least, min(most, free))
 
 
 def host_plan(
@@ -323,19 +310,18 @@ def layer_sizes(sizes: dict[str, int]) -> tuple[int, int]:
     return rest, max(layers.values())
 
 
-def rollout_bytes(
-    config: PreTrainedConfig, dtype: torch.dtype, work: Work, rows: int, n: int, batch_scale: float = 1.0
-) -> int:
+def rollout_bytes(case: Case, rows: int, n: int) -> int:
     """Returns the bytes of a rollout: the KV cache, what sampling needs, and one layer of a prefill.
 
     rows: completions that are sampled together, n of each prompt.
     """
-    text = config.text_config
+    text = case.config.text_config
+    work = case.work
     prompt_tokens = rows // n * work.prompt_tokens
-    cache = (prompt_tokens + rows * work.new_tokens) * cache_token_bytes(config, dtype)
+    cache = (prompt_tokens + rows * work.new_tokens) * cache_token_bytes(case.config, case.dtype)
     sampling = rows * text.vocab_size * SAMPLING_BYTES
-    layer = (6 * text.hidden_size + 3 * text.intermediate_size) * dtype.itemsize  # of a token
-    prefilled = min(prompt_tokens, max(int(PREFILL_TOKENS * batch_scale), work.prompt_tokens))
+    layer = (6 * text.hidden_size + 3 * text.intermediate_size) * case.dtype.itemsize  # of a token
+    prefilled = min(prompt_tokens, max(int(PREFILL_TOKENS * case.batch_scale), work.prompt_tokens))
     return cache + sampling + prefilled * layer
 
 
@@ -349,54 +335,37 @@ def largest_batch(work: Work, batch_scale: float = 1.0) -> tuple[int, int]:
     return min(rows, work.questions), row
 
 
-def activation_moments(
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    work: Work,
-    checkpointing: bool,
-    device: str,
-    sizes: dict[str, int],
-    batch_scale: float = 1.0,
-) -> dict[str, int]:
+def activation_moments(case: Case) -> dict[str, int]:
     """Returns the most that each moment of a batch takes; shorter completions put more images in a batch."""
     most: dict[str, int] = {}
-    lengths = {max(1, work.new_tokens * i // 32) for i in range(1, 33)}
+    lengths = {max(1, case.work.new_tokens * i // 32) for i in range(1, 33)}
     for length in sorted(lengths):
-        shorter = replace(work, new_tokens=length)
-        moments = batch_moments(config, dtype, shorter, checkpointing, device, sizes, batch_scale)
+        moments = batch_moments(replace(case, work=replace(case.work, new_tokens=length)))
         most = {name: max(value, most.get(name, 0)) for name, value in moments.items()}
     return most
 
 
-def batch_moments(
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    work: Work,
-    checkpointing: bool,
-    device: str,
-    sizes: dict[str, int],
-    batch_scale: float = 1.0,
-) -> dict[str, int]:
+def batch_moments(case: Case) -> dict[str, int]:
     """Returns the bytes of activations and their gradients at the moments of the largest batch.
 
-    All completions have `work.new_tokens` tokens. sizes: of what is trained. A frozen image encoder is done
-    with before, and a frozen embedding has no gradient.
+    All completions have `work.new_tokens` tokens. A frozen image encoder is done with before, and a frozen
+    embedding has no gradient.
     """
-    rows, row = largest_batch(work, batch_scale)
-    text = config.text_config
-    vision = config.vision_config
-    size = dtype.itemsize
-    encoder = any("visual" in name for name in sizes)
+    rows, row = largest_batch(case.work, case.batch_scale)
+    text = case.config.text_config
+    vision = case.config.vision_config
+    size = case.dtype.itemsize
+    encoder = any("visual" in name for name in case.sizes)
     tokens = rows * row
-    patches = vision.spatial_merge_size**2 * rows * work.image_tokens if encoder else 0
-    text_layer, image_layer, merged = kept_bytes(config, dtype, sizes)
+    patches = vision.spatial_merge_size**2 * rows * case.work.image_tokens if encoder else 0
+    text_layer, image_layer, merged = kept_bytes(case)
     states = tokens * text.hidden_size * size
     patch_states = patches * vision.hidden_size * size
     later = len(getattr(vision, "deepstack_visual_indexes", ()))  # features besides the last layer's
 
     # Kept until the backward pass has come by: of the image encoder, and of the text model.
-    kept_text = states if checkpointing else tokens * text_layer
-    kept_image = patch_states if checkpointing else patches * image_layer
+    kept_text = states if case.checkpointing else tokens * text_layer
+    kept_image = patch_states if case.checkpointing else patches * image_layer
     pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     seen = vision.depth * kept_image + patches * (pixels * size + merged)
     mask = tokens * row * (1 + size)  # of what sees what, and what is added to scores
@@ -406,18 +375,17 @@ def batch_moments(
     in_text = states + 2 * tokens * text.intermediate_size * size
     in_image = patch_states + 2 * patches * vision.intermediate_size * size
     ended = read + states
-    if checkpointing:
+    if case.checkpointing:
         in_text += tokens * text_layer
         in_image += patches * image_layer
     else:
         ended -= tokens * text_layer
 
     # An output matrix that embeds tokens, too, waits for its second gradient, and is added to in place.
-    matrix = embedding_bytes(config, dtype, sizes)
-    waiting = matrix if config.tie_word_embeddings else 0
-    logits = logits_bytes(config, dtype, work, tokens, row, device, matrix, batch_scale)
+    matrix = case.embedding_bytes
+    waiting = matrix if case.config.tie_word_embeddings else 0
     moments = {
-        "logits": read + logits,
+        "logits": read + logits_bytes(case, tokens, row),
         "text layer": read + in_text + waiting,
         "end of a text layer": ended + waiting,
         "embeddings": seen + matrix + waiting + (1 + later) * states,
@@ -427,35 +395,27 @@ def batch_moments(
     return moments
 
 
-def kept_bytes(config: PreTrainedConfig, dtype: torch.dtype, sizes: dict[str, int]) -> list[int]:
+def kept_bytes(case: Case) -> list[int]:
     """Returns the bytes that autograd keeps of a token in a text layer, of a patch in a layer and beyond."""
-    kept = FAMILIES[config.model_type].kept(config)
-    if not any("language_model" in name and "norm" in name for name in sizes):
+    kept = FAMILIES[case.config.model_type].kept(case.config)
+    if not any("language_model" in name and "norm" in name for name in case.sizes):
         # A frozen norm keeps its input, but not what it multiplies with its weight.
         plain, norms = kept["text layer"]
         kept["text layer"] = (plain - norms, norms)
-    return [plain * dtype.itemsize + 4 * norms for plain, norms in kept.values()]
+    return [plain * case.dtype.itemsize + 4 * norms for plain, norms in kept.values()]
 
 
-def logits_bytes(
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    work: Work,
-    tokens: int,
-    row: int,
-    device: str,
-    matrix: int,
-    batch_scale: float,
-) -> int:
+def logits_bytes(case: Case, tokens: int, row: int) -> int:
     """Returns what stands between the last layer and the loss (see `packing.TargetLogprobs`)."""
-    width = config.text_config.hidden_size
-    words = config.text_config.vocab_size
-    size = dtype.itemsize
-    predicted = tokens // row * min(work.group_size * work.new_tokens, row)  # tokens of completions
-    made = min(predicted * words, max(int(LOGITS[device] * batch_scale), words))
+    width = case.config.text_config.hidden_size
+    words = case.config.text_config.vocab_size
+    size = case.dtype.itemsize
+    completions = case.work.group_size * case.work.new_tokens
+    predicted = tokens // row * min(completions, row)  # tokens of completions
+    made = min(predicted * words, max(int(LOGITS[case.device] * case.batch_scale), words))
     # Forward: logits in float32 and their exponentials. Backward: their gradient, and a cast of it.
     forward = made * (4 + 4)
-    backward = made * (4 if dtype == torch.float32 else 4 + size) + matrix
+    backward = made * (4 if case.dtype == torch.float32 else 4 + size) + case.embedding_bytes
     # The last norm's input in float32, its result before and after its weight, and the states that predict.
     states = tokens * width * (4 + 2 * size) + 2 * predicted * width * size
     return states + max(forward, backward)

@@ -132,9 +132,7 @@ class Settings:
     def check(self) -> None:
         """Raises ValueError, with a sentence for the user, for a value out of range or of another type."""
         for field in dataclasses.fields(self):
-            self._check_type(field)
-        for field in dataclasses.fields(self):
-            self._check_limits(field)
+            self._check_field(field)
         if not self.tau_low <= self.tau_high <= 1:
             raise ValueError(
                 f"--tau-low ({self.tau_low}) must not be above --tau-high ({self.tau_high}), nor that above 1"
@@ -154,16 +152,13 @@ class Settings:
         if self.seed >= HELD_OUT_SEED:
             raise ValueError(f"--seed must be below {HELD_OUT_SEED}, the seed of the held-out scenes")
 
-    def _check_type(self, field: dataclasses.Field) -> None:
-        """Raises ValueError for a value of another type: flags have theirs, but files may hold anything."""
+    def _check_field(self, field: dataclasses.Field) -> None:
+        """Raises ValueError for a value of another type, or outside its field's limits."""
         value = getattr(self, field.name)
+        # A flag has its type, but a file may hold anything.
         kind = float | int if field.type is float else field.type
         if not isinstance(value, kind) or isinstance(value, bool) != (field.type is bool):
             raise ValueError(f"{flag(field.name)} cannot be {value!r}")
-
-    def _check_limits(self, field: dataclasses.Field) -> None:
-        """Raises ValueError for a number outside its field's limits."""
-        value = getattr(self, field.name)
         least = field.metadata["least"]
         most = field.metadata["most"]
         if least is not None and not least <= value < math.inf:  # a NaN is not, either
