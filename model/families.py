@@ -7,7 +7,7 @@
                     to its states after the first layer, the second, ... (see `vlm.hidden_states`)
     kept            (config) -> how many numbers autograd keeps, in the model's dtype and in float32: of a
                     token in a "text layer", of a patch in an "image layer", and of a patch behind the last
-                    layer and beside them, where patches are "merged" into tokens (engine/plan.py)
+                    layer and beside them, where patches are "merged" into tokens (training/memory_plan.py)
 
 All else is the same code for all of them. What sets a decode step apart is seen from its layers (cache.py).
 """

@@ -124,37 +124,26 @@ def memory_plan(
 
     device_bytes: of the GPU; None on a CPU. work: of all ranks. batch_scale: see `fit_batches`.
     """
+    on_gpu = device_bytes is not None
     sizes = trained_sizes(config, lora_rank, freeze_vision)
     work = replace(work, questions=_divide_up(work.questions, ranks))
-    trained = sum(sizes.values())
-    own = _divide_up(trained, ranks)  # this rank's part of it
     copy_dtype = torch.float32 if lora_rank else dtype
     sharded = ranks > 1 or offload or copy_dtype != torch.float32
-    on_gpu = device_bytes is not None
+    device = "cuda" if on_gpu else "cpu"
+    shards = ranks if sharded else None
+    case = Case(config, dtype, work, sizes, checkpointing, device, shards, batch_scale)
+    in_training, update = training_parts(case, offloaded=on_gpu and offload)
 
     # A plain copy is what is trained; what is frozen is there once, for all of them.
-    copy = trained * copy_dtype.itemsize
+    copy = sum(sizes.values()) * copy_dtype.itemsize
     frozen = sum(parameter_sizes(config).values()) * dtype.itemsize
     if not lora_rank:
         frozen -= copy
     base = {"frozen weights": frozen} if frozen else {}
-    copies = {"questioner": copy, "reasoner": copy}
-
-    # The role in training; with offload it is in the computer's memory.
-    device = "cuda" if on_gpu else "cpu"
-    shards = ranks if sharded else None
-    case = Case(config, dtype, work, sizes, checkpointing, device, shards, batch_scale)
-    update = update_parts(case)
-    if on_gpu and offload:
-        in_training = {}
-        update["gradients"] = 0
-    else:
-        in_training = {"float32 masters": 4 * own if sharded else 0, "AdamW's moments": 8 * own}
-        update["gradients"] = 4 * own
 
     # What stays while nothing works: on a CPU all copies, on a GPU the one that is trained itself.
     if not on_gpu:
-        base = base | copies
+        base = base | {"questioner": copy, "reasoner": copy}
         stays = base | {"reference": copy}
     elif sharded:
         stays = base
@@ -200,6 +189,19 @@ def fit_batches(device_bytes: int | None, *inputs, **flags) -> float:
         if fits(device_bytes, *inputs, **flags, batch_scale=batch_scale):
             break
     return batch_scale
+
+
+def training_parts(case: Case, offloaded: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """Returns what the role in training takes throughout its phase, and what an update takes besides.
+
+    offloaded: masters, gradients and moments are in the computer's memory.
+    """
+    update = update_parts(case)
+    if offloaded:
+        return {}, update | {"gradients": 0}
+    own = _divide_up(sum(case.sizes.values()), case.shards or 1)  # elements of this rank
+    masters = 4 * own if case.shards else 0
+    return {"float32 masters": masters, "AdamW's moments": 8 * own}, update | {"gradients": 4 * own}
 
 
 def update_parts(case: Case) -> dict[str, int]:

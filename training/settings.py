@@ -126,7 +126,7 @@ class Settings:
 
     @property
     def base_model(self) -> str:
-        """The folder or hub id of the model that both roles start from."""
+        """Returns the folder or hub id of the model that both roles start from."""
         return str(TOY) if self.model is None else self.model
 
     def check(self) -> None:
@@ -320,6 +320,7 @@ def continue_settings(given: Settings) -> tuple[Settings, dict]:
 
 
 def _add_flag(group, field: dataclasses.Field) -> None:
+    """Adds a field's flag to its group of the help."""
     text = field.metadata["help"].replace("%", "%%")
     if field.type is bool:
         group.add_argument(flag(field.name), action="store_true", default=None, help=text)
