@@ -39,7 +39,7 @@ from measure.choices import read_choice
 from measure.items import Item, read_answer, read_lines, right  # noqa: F401  other programs import them here
 from measure.outcomes import Outcome, answer_all, judge_all
 from measure.scores import compare, full_report, judge_scores
-from model.checkpoint import check_max_pixels, find_weights, open_checkpoint, token_side
+from model.checkpoint import find_weights, open_checkpoint
 from model.vlm import VLM
 from training.images import ImageError, load_image
 from training.settings import OneLineParser, printable
@@ -148,7 +148,7 @@ def answer_items(args: argparse.Namespace) -> dict[str, list[Outcome]]:
     opened = {}
     for name in filter(None, [*args.model, args.judge]):  # before the first one answers for hours
         opened[name] = open_checkpoint(name)
-        check_max_pixels(args.max_pixels, token_side(opened[name].config))
+        opened[name].check_max_pixels(args.max_pixels)
         find_weights(opened[name])
     outcomes = {}
     for name in dict.fromkeys(args.model):

@@ -78,6 +78,63 @@ class Checkpoint:
     family: ModuleType  # see families.py
     end_ids: list[int]  # every token that ends a turn
 
+    @property
+    def vision_ids(self) -> list[int]:
+        """Returns the tokens that stand for image data: sampled, they would claim an image that is not there."""
+        ids = {
+            self.config.image_token_id,
+            self.config.video_token_id,
+            self.config.vision_start_token_id,
+            self.config.vision_end_token_id,
+        }
+        padding = self.tokenizer.get_added_vocab().get("<|vision_pad|>")
+        return sorted(ids if padding is None else ids | {padding})
+
+    @property
+    def token_side(self) -> int:
+        """Returns the pixels along one side of an image token: 28 for Qwen2.5-VL, 32 for Qwen3-VL."""
+        return self.config.vision_config.patch_size * self.config.vision_config.spatial_merge_size
+
+    def pixel_limits(self, max_pixels: int | None = None) -> dict[str, int]:
+        """Returns the least and most pixels of an image, as shortest_edge and longest_edge.
+
+        max_pixels lowers the most. Where it is below the least, a small image is scaled up to one token only.
+        """
+        limits = dict(self.image_processor.size)
+        if max_pixels is None:
+            return limits
+        if max_pixels < limits["shortest_edge"]:
+            limits["shortest_edge"] = (self.image_processor.patch_size * self.image_processor.merge_size) ** 2
+        limits["longest_edge"] = min(max_pixels, limits["longest_edge"])
+        return limits
+
+    def check_max_pixels(self, max_pixels: int) -> None:
+        """Raises ValueError if an image of so many pixels has not one token."""
+        side = self.token_side
+        if max_pixels < side**2:
+            token = f"one token of {side} x {side} pixels"
+            raise ValueError(f"--max-pixels must be at least {side**2}, {token}, not {max_pixels}")
+
+    def scene_side(self, max_pixels: int) -> int:
+        """Returns the width of a built-in scene in pixels: 3 x 3 cells, each of whole image tokens.
+
+        A scene is made so large that the image processor does not scale it. A cell is one token for the toy,
+        and up to 4 x 4 tokens for a real model:
+
+            tokens of 28 pixels, at most  12,544 pixels    3 x 3 cells of 1 x 1 tokens     84 pixels
+            tokens of 28 pixels, at most 802,816 pixels    3 x 3 cells of 4 x 4 tokens    336 pixels
+
+        Where only a size between them is not scaled, the borders of cells cut tokens.
+        """
+        limits = self.pixel_limits(max_pixels)
+        cells = 3 * self.token_side
+        largest = min(4 * cells, math.isqrt(limits["longest_edge"]))
+        side = max(cells, largest // cells * cells)
+        if side**2 < limits["shortest_edge"]:
+            tokens = math.isqrt(limits["shortest_edge"] - 1) // self.token_side + 1
+            side = tokens * self.token_side
+        return side
+
 
 def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
     """Opens and checks a local folder or a hub id. Raises CheckpointError with a sentence for the user.
@@ -276,10 +333,14 @@ def _load_processors(name: str, folder: Path, config: PreTrainedConfig) -> tuple
     with explained(f"{name} has no usable tokenizer or image processor"):
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    if image_processor.patch_size * image_processor.merge_size != token_side(config):
+    vision = config.vision_config
+    if (
+        image_processor.patch_size * image_processor.merge_size
+        != vision.patch_size * vision.spatial_merge_size
+    ):
         raise CheckpointError(
-            f"the image processor of {name} cuts patches of {image_processor.patch_size} pixels,"
-            f" the model reads patches of {config.vision_config.patch_size}"
+            f"the image processor of {name} cuts patches of {patch} pixels,"
+            f" the model reads patches of {vision.patch_size}"
         )
     # AutoTokenizer reads the template from its own files only.
     for file in ("chat_template.json", "processor_config.json"):
@@ -327,67 +388,6 @@ def _read_end_ids(folder: Path, config: dict, tokenizer) -> list[int]:
     if not ids:
         raise CheckpointError(f"{folder} names no token that ends a turn (eos_token_id)")
     return ids
-
-
-def vision_ids(config: PreTrainedConfig, tokenizer) -> list[int]:
-    """Returns the tokens that stand for image data; sampling one would claim an image that is not there."""
-    ids = {
-        config.image_token_id,
-        config.video_token_id,
-        config.vision_start_token_id,
-        config.vision_end_token_id,
-    }
-    padding = tokenizer.get_added_vocab().get("<|vision_pad|>")
-    return sorted(ids if padding is None else ids | {padding})
-
-
-# ---- Sizes of images ---------------------------------------------------------------------------------------
-
-
-def token_side(config: PreTrainedConfig) -> int:
-    """Returns the pixels along one side of an image token: 28 for Qwen2.5-VL, 32 for Qwen3-VL."""
-    return config.vision_config.patch_size * config.vision_config.spatial_merge_size
-
-
-def pixel_limits(image_processor, max_pixels: int | None = None) -> dict[str, int]:
-    """Returns the least and most pixels of an image, as shortest_edge and longest_edge.
-
-    max_pixels lowers the most. Below the checkpoint's least, a small image is scaled up to one token only.
-    """
-    limits = dict(image_processor.size)
-    if max_pixels is None:
-        return limits
-    if max_pixels < limits["shortest_edge"]:
-        limits["shortest_edge"] = (image_processor.patch_size * image_processor.merge_size) ** 2
-    limits["longest_edge"] = min(max_pixels, limits["longest_edge"])
-    return limits
-
-
-def check_max_pixels(max_pixels: int, token_side: int) -> None:
-    """Raises ValueError if an image of so many pixels has not one token."""
-    if max_pixels < token_side**2:
-        token = f"one token of {token_side} x {token_side} pixels"
-        raise ValueError(f"--max-pixels must be at least {token_side**2}, {token}, not {max_pixels}")
-
-
-def scene_side(limits: dict[str, int], token_side: int) -> int:
-    """Returns the width of a built-in scene in pixels: 3 x 3 cells, each of whole image tokens.
-
-    A scene is made so large that the image processor (of these `pixel_limits`) does not scale it. A cell is
-    one token for the toy, and up to 4 x 4 tokens for a real model:
-
-        tokens of 28 pixels, at most  12,544 pixels    3 x 3 cells of 1 x 1 tokens     84 pixels
-        tokens of 28 pixels, at most 802,816 pixels    3 x 3 cells of 4 x 4 tokens    336 pixels
-
-    Where only a size between them is not scaled, the borders of cells cut tokens.
-    """
-    cells = 3 * token_side
-    largest = min(4 * cells, math.isqrt(limits["longest_edge"]))
-    side = max(cells, largest // cells * cells)
-    if side**2 < limits["shortest_edge"]:
-        tokens = math.isqrt(limits["shortest_edge"] - 1) // token_side + 1
-        side = tokens * token_side
-    return side
 
 
 # ---- Weights -----------------------------------------------------------------------------------------------

@@ -35,9 +35,9 @@ class VLM:
         self.image_processor = opened.image_processor
         self.source = opened.folder  # a saved folder keeps its files
         self.end_ids = opened.end_ids  # tokens that end a turn
-        self.image_size = checkpoint.pixel_limits(opened.image_processor, max_pixels)
-        self.token_side = checkpoint.token_side(model.config)  # pixels along one side of an image token
-        self.vision_ids = checkpoint.vision_ids(model.config, opened.tokenizer)  # never sampled
+        self.image_size = opened.pixel_limits(max_pixels)
+        self.token_side = opened.token_side  # pixels along one side of an image token
+        self.vision_ids = opened.vision_ids  # never sampled
         self.opened_thought = prompt_module.opened_thought(opened.tokenizer)
         self.device = model.device  # where it computes
         self.offloaded = False

@@ -22,7 +22,7 @@ import loop
 import questioner
 from measure import truth as measure
 from measure import watch
-from model import forward
+from model import checkpoint, forward
 from model import generate as generate_module
 from model import logprobs as logprobs_module
 from model.vlm import VLM
@@ -655,10 +655,10 @@ def test_export_is_proven_at_the_start(published, workplace, capsys):
     """A source whose template is gone by the end would lose a run: it is said before the first step."""
     shutil.copytree(published, workplace / "m")
     image_folder(workplace / "images")
-    save = command.checkpoint_module.exported_files
+    save = checkpoint.exported_files
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            command.checkpoint_module,
+            checkpoint,
             "exported_files",
             lambda vlm: {k: v for k, v in save(vlm).items() if "token" not in k},
         )

@@ -3,6 +3,8 @@
 The widths of 4B and 8B take minutes and 15 GiB: `pytest tests/test_qwen3_vl.py --all-widths`.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from checkpoints import load_lively, noise_image, plain_logprobs, publish
@@ -116,7 +118,7 @@ def wide(request, tmp_path_factory) -> VLM:
     model.tie_weights()
     fill(model)
     restore_frequencies(model)
-    return VLM(model, opened)
+    return VLM(model, replace(opened, config=config))
 
 
 def restore_frequencies(model) -> None:

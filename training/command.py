@@ -24,9 +24,15 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from model import checkpoint as checkpoint_module
 from model import lora
-from model.checkpoint import Checkpoint, first_line, open_checkpoint, token_side
+from model.checkpoint import (
+    Checkpoint,
+    find_device,
+    find_dtype,
+    first_line,
+    open_checkpoint,
+    prove_export,
+)
 from model.prompt import Picture
 from model.vlm import VLM
 from training import dry_run
@@ -189,7 +195,7 @@ def find_training_device(name: str | None, ranks: Ranks) -> torch.device:
     if ranks.size > 1 and (name or "").startswith("cuda:"):
         why = "under torchrun each process takes its own GPU; say --device cuda, or nothing"
         raise ValueError(f"--device {name}: {why}")
-    device = checkpoint_module.find_device(name)
+    device = find_device(name)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {name}: cpu and cuda are known here")
     return device
@@ -203,9 +209,8 @@ def resolve(settings: Settings, checkpoint: Checkpoint, device: torch.device) ->
     width = checkpoint.config.text_config.hidden_size
     if settings.lora_rank > width:
         raise ValueError(f"--lora-rank must be at most {width}, the model's width, not {settings.lora_rank}")
-    checkpoint_module.check_max_pixels(settings.max_pixels, token_side(checkpoint.config))
-    limits = checkpoint_module.pixel_limits(checkpoint.image_processor, settings.max_pixels)
-    dtype = checkpoint_module.find_dtype(settings.dtype, device)
+    checkpoint.check_max_pixels(settings.max_pixels)
+    dtype = find_dtype(settings.dtype, device)
     # Folders by their absolute paths; a hub id stays.
     model, images = settings.model, settings.images
     if model is not None and Path(model).expanduser().is_dir():
@@ -217,7 +222,7 @@ def resolve(settings: Settings, checkpoint: Checkpoint, device: torch.device) ->
         model=model,
         images=images,
         dtype=str(dtype).removeprefix("torch."),
-        max_pixels=limits["longest_edge"],
+        max_pixels=checkpoint.pixel_limits(settings.max_pixels)["longest_edge"],
     )
 
 
@@ -232,9 +237,8 @@ def new_run(settings: Settings, folder: Path, checkpoint: Checkpoint, ranks: Ran
         images = find_images(settings.images)
         if not images.paths:
             raise ValueError(f"--images {settings.images}: {say_why_none(images)}")
-    side = token_side(checkpoint.config)
-    limits = checkpoint_module.pixel_limits(checkpoint.image_processor, settings.max_pixels)
-    return Run(folder, images, checkpoint_module.scene_side(limits, side), side, settings, ranks)
+    scene_side = checkpoint.scene_side(settings.max_pixels)
+    return Run(folder, images, scene_side, checkpoint.token_side, settings, ranks)
 
 
 def check_same_settings(settings: Settings, folder: Path) -> dict:
@@ -271,7 +275,7 @@ def reopen_run(
         images = Found(found["paths"], [(path, why) for path, why in found["skipped"]])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}/images.json, the list of the run's images, cannot be read") from error
-    run = Run(folder, images, saved["scene_size"], token_side(checkpoint.config), settings, ranks)
+    run = Run(folder, images, saved["scene_size"], checkpoint.token_side, settings, ranks)
     run.reopen(dataclasses.asdict(settings) | saved)
     return run
 
@@ -312,7 +316,7 @@ def begin_run(setup: Setup, program: str | None = None) -> tuple[VLM, VLM]:
         run.images.paths[:] = run.ranks.broadcast([str(path) for path in drawn])
     # What a run needs at its end is proven at its start.
     if run.ranks.is_main:
-        checkpoint_module.prove_export(roles[0], run.folder)
+        prove_export(roles[0], run.folder)
     return roles
 
 
