@@ -80,7 +80,7 @@ class Checkpoint:
 
     @property
     def vision_ids(self) -> list[int]:
-        """Returns the tokens that stand for image data: sampled, they would claim an image that is not there."""
+        """Returns the tokens that stand for image data; sampled, they would claim an image that is none."""
         ids = {
             self.config.image_token_id,
             self.config.video_token_id,
@@ -334,10 +334,8 @@ def _load_processors(name: str, folder: Path, config: PreTrainedConfig) -> tuple
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
     vision = config.vision_config
-    if (
-        image_processor.patch_size * image_processor.merge_size
-        != vision.patch_size * vision.spatial_merge_size
-    ):
+    patch = image_processor.patch_size
+    if patch * image_processor.merge_size != vision.patch_size * vision.spatial_merge_size:
         raise CheckpointError(
             f"the image processor of {name} cuts patches of {patch} pixels,"
             f" the model reads patches of {vision.patch_size}"
