@@ -42,9 +42,9 @@ UNREAD = (RAW | OTHERS | frozenset(Image.registered_extensions())) - SUFFIXES - 
 MAX_RATIO = 200  # width / height and height / width that the image processor of Qwen2.5-VL accepts
 MAX_PIXELS = 89_478_485  # a larger image is taken for a decompression bomb (Pillow's own limit)
 HEADROOM = 2  # times the pixels that the model takes: it scales such an image as it would the whole one
-# Sets upright what an EXIF orientation of 2, 3, ... 8 describes. ImageOps.exif_transpose would do it before
-# the values are scaled to 8 bits, and lose the tags which say how.
-ORIENTATION = 0x0112
+ORIENTATION = 0x0112  # the tag in EXIF
+# Sets upright what an orientation of 2, 3, ... 8 describes. ImageOps.exif_transpose would have to come before
+# values are scaled to 8 bits, and loses the tags that say how.
 TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
 PNG = b"\x89PNG\r\n\x1a\n"  # how such a file starts
 JPEG = b"\xff\xd8"
