@@ -22,8 +22,6 @@ How the paper's benchmarks become such lines is in docs/evaluation.md.
 
 import signal
 
-from training.folder import printable
-
 if __name__ == "__main__":  # during the imports, which take seconds, Ctrl-C leaves no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -41,17 +39,10 @@ from measure.choices import read_choice
 from measure.items import Item, read_answer, read_lines, right  # noqa: F401  other programs import them here
 from measure.outcomes import Outcome, answer_all, judge_all
 from measure.scores import compare, full_report, judge_scores
-from model.checkpoint import (
-    check_max_pixels,
-    check_weights,
-    load_config,
-    load_processors,
-    resolve,
-    token_side,
-)
+from model.checkpoint import find_weights, open_checkpoint
 from model.vlm import VLM
 from training.images import ImageError, load_image
-from training.settings import OneLineParser
+from training.settings import OneLineParser, printable
 
 chosen = read_choice  # its name in earlier versions
 LEAST_PIXELS = 28 * 28  # the smallest image token of any family; a checkpoint may want more
@@ -216,20 +207,20 @@ def answer_items(args: argparse.Namespace) -> dict[str, list[Outcome]]:
     items, skipped = read_items(args.data)
     for image, reason in skipped:
         print(f"skipped {printable(image)}: {printable(reason)}", file=sys.stderr)
-    models = dict.fromkeys(args.model)
-    for name in filter(None, [*models, args.judge]):  # before the first one answers for hours
-        config, _ = load_config(name), load_processors(name)
-        check_max_pixels(args.max_pixels, token_side(config))
-        check_weights(resolve(name, weights=True), config.tie_word_embeddings)
+    opened = {}
+    for name in filter(None, [*args.model, args.judge]):  # before the first one answers for hours
+        opened[name] = open_checkpoint(name)
+        opened[name].check_max_pixels(args.max_pixels)
+        find_weights(opened[name])
     outcomes = {}
-    for name in models:
-        vlm = VLM.load(name, args.device, args.dtype, args.max_pixels)
+    for name in dict.fromkeys(args.model):
+        vlm = VLM.load(opened[name], args.device, args.dtype, args.max_pixels)
         sampling = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
         generator = torch.Generator(vlm.device).manual_seed(args.seed)
         outcomes[name] = answer_all(vlm, items, args.answers, **sampling, generator=generator)
         del vlm  # before the next one is loaded
     if args.judge:
-        judge = VLM.load(args.judge, args.device, args.dtype, args.max_pixels)
+        judge = VLM.load(opened[args.judge], args.device, args.dtype, args.max_pixels)
         for answered in outcomes.values():
             judge_all(judge, answered, args.max_new_tokens)
     return outcomes

@@ -34,10 +34,10 @@ from measure.charts import (
 )
 from measure.page import LADDER, PAGE, STYLE
 from toy.answerer import Fact, understand
-from training.folder import printable, read_examples
+from training.folder import read_examples
 from training.images import ImageError, load_image
 from training.scenes import Scene, read_truth
-from training.settings import OneLineParser
+from training.settings import OneLineParser, printable
 
 GALLERY = 12  # images
 QUESTIONS = 2  # of an image and iteration

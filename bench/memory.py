@@ -49,9 +49,8 @@ def gpus_needed(size: str, gib: float, checkpointing: bool, offload: bool, rank:
     def fits(count: int) -> bool:
         what = (config, torch.bfloat16)
         how = dict(checkpointing=checkpointing, offload=offload, ranks=count, lora_rank=rank)
-        batch_scale = plan.fitting_budget(available, *what, WORK, **how)
-        moments = plan.memory_plan(*what, available, WORK, **how, batch_scale=batch_scale)
-        return max(moment.total for moment in moments) <= plan.USABLE * available
+        batch_scale = plan.fit_batches(available, *what, WORK, **how)
+        return plan.fits(available, *what, WORK, **how, batch_scale=batch_scale)
 
     return next(filter(fits, COUNTS), None)
 

@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import grpo
-from model.checkpoint import load_processors
+from model.checkpoint import open_checkpoint
 from model.families import FAMILIES
 from model.prompt import Patches, Prompt, rope_positions
 from model.vlm import VLM
@@ -116,9 +117,9 @@ def random_vlm(size: str, device: str, dtype: str, vocab_size: int = 0) -> VLM:
     finally:
         torch.set_default_dtype(default)
     model.generation_config.eos_token_id = config.text_config.eos_token_id
-    vlm = VLM(model.eval(), *load_processors(ROOT / "toy"))
-    vlm.end_ids = [config.text_config.eos_token_id]  # as `model.generate` has it
-    return vlm
+    ends = [config.text_config.eos_token_id]  # as `model.generate` has it
+    opened = replace(open_checkpoint(ROOT / "toy"), config=config, end_ids=ends)
+    return VLM(model.eval(), opened)
 
 
 def patch_pixels(vision: PreTrainedConfig) -> int:

@@ -36,7 +36,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
 
 import grpo
-from model.checkpoint import load_config, load_processors
+from model.checkpoint import open_checkpoint
 from model.generate import generate
 from model.vlm import VLM
 from training.policy import Trained
@@ -90,7 +90,7 @@ def write_checkpoint(folder: Path, args) -> None:
     """A random model with the toy's tokenizer, whose control tokens it gets; its images may be large."""
     model, toy = (
         random_vlm(args.size, args.device, args.dtype, args.vocab_size).model,
-        load_config(ROOT / "toy"),
+        open_checkpoint(ROOT / "toy").config,
     )
     for name in SPECIAL:
         setattr(model.config, name, getattr(toy, name))
@@ -183,7 +183,8 @@ class Theirs:
             folder, dtype=dtype, attn_implementation="sdpa"
         ).to(args.device)
         model.load_state_dict(ours.vlm.model.state_dict())
-        tokenizer, image_processor, _ = load_processors(folder)
+        opened = open_checkpoint(folder)
+        tokenizer, image_processor = opened.tokenizer, opened.image_processor
         tokenizer.padding_side = "left"
         self.optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=WEIGHT_DECAY, fused=True)
         asked = [dict(prompt=[dict(role="user", content=ours.text)], image=image) for image in ours.images]

@@ -17,7 +17,7 @@ from measure.items import Item
 from measure.outcomes import Outcome
 from rewards import answer_reward
 from toy.answerer import Fact, ask, understand
-from training import log
+from training import scenes
 from training.scenes import Scene, draw_scenes, read_truth, sample_scene
 
 QUESTIONS_A_SCENE = 4  # at most, of the held-out ones
@@ -29,7 +29,7 @@ def _numbers(name: str) -> range:
     return range(int(first), int(last) + 1)
 
 
-RUNGS = {name: _numbers(name) for name in log.RUNGS}
+RUNGS = {name: _numbers(name) for name in scenes.RUNGS}
 
 
 def rung(objects: int) -> str | None:

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from model import checkpoint
 from model import prompt as prompt_module
-from model.checkpoint import CheckpointError, end_ids, first_line, load_config, load_processors
-from model.families import FAMILIES
+from model.checkpoint import Checkpoint, CheckpointError, explained, find_weights, open_checkpoint
 from model.logprobs import PackedForward
 from model.offload import Fallbacks, copied_to, copy_model, move_to_cpu, offloadable, retry_with_less_memory
 from model.packing import Continuation, lay_out, pack
@@ -30,54 +29,51 @@ from model.prompt import Patches, Prompt, arrange, make_prompt
 class VLM:
     """The model with its tokenizer and image processor. `VLM.model` is the transformers module."""
 
-    def __init__(self, model, tokenizer, image_processor, source: Path, max_pixels: int | None = None):
+    def __init__(self, model, opened: Checkpoint, max_pixels: int | None = None):
         self.model = model
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
-        self.source = source  # the folder that it was loaded from, whose files a saved one keeps
-        self.image_size = checkpoint.pixel_limits(image_processor, max_pixels)
-        self.token_side = checkpoint.token_side(model.config)  # pixels along one side of an image token
+        self.tokenizer = opened.tokenizer
+        self.image_processor = opened.image_processor
+        self.source = opened.folder  # a saved folder keeps its files
+        self.end_ids = opened.end_ids  # tokens that end a turn
+        self.image_size = opened.pixel_limits(max_pixels)
+        self.token_side = opened.token_side  # pixels along one side of an image token
+        self.vision_ids = opened.vision_ids  # never sampled
+        self.opened_thought = prompt_module.opened_thought(opened.tokenizer)
         self.device = model.device  # where it computes
         self.offloaded = False
         self.fallbacks = Fallbacks()
-        self.end_ids = end_ids(source, tokenizer)
-        self.opened_thought = prompt_module.opened_thought(tokenizer)
-        self.vision_ids = checkpoint.vision_ids(model.config, tokenizer)
 
     @classmethod
-    def load(cls, name_or_path: str | Path, device=None, dtype=None, max_pixels: int | None = None) -> "VLM":
-        """Loads a local folder or a hub id; safetensors only, and no code from the checkpoint is ever run.
+    def load(
+        cls, name_or_path: str | Path | Checkpoint, device=None, dtype=None, max_pixels: int | None = None
+    ) -> "VLM":
+        """Loads a local folder, a hub id or an opened checkpoint: safetensors only, none of its code is run.
 
         device: default "cuda" if there is one, else "cpu". dtype: default bfloat16 on CUDA, else float32; a
         torch.dtype or its name. max_pixels: images are scaled down to so many pixels, if the checkpoint's own
         limit is not lower. Raises CheckpointError with a sentence for the user.
         """
-        device = checkpoint.check_device(device)
-        dtype = checkpoint.check_dtype(dtype, device)
-        config, processors = load_config(name_or_path), load_processors(name_or_path)
-        folder = checkpoint.resolve(name_or_path, weights=True)
-        checkpoint.check_weights(folder, config.tie_word_embeddings)
-        try:
-            model, report = FAMILIES[config.model_type].MODEL.from_pretrained(
+        device = checkpoint.find_device(device)
+        dtype = checkpoint.find_dtype(dtype, device)
+        opened = name_or_path if isinstance(name_or_path, Checkpoint) else open_checkpoint(name_or_path)
+        folder = find_weights(opened)
+        with explained(f"the weights of {opened.name} cannot be loaded"):
+            model, report = opened.family.MODEL.from_pretrained(
                 folder,
-                config=config,
+                config=opened.config,
                 dtype=dtype,
                 use_safetensors=True,
                 attn_implementation="sdpa",
                 output_loading_info=True,
             )
-        except Exception as error:  # safetensors, JSON and hub errors have no common ancestor
-            raise CheckpointError(
-                f"the weights of {name_or_path} cannot be loaded: {first_line(error)}"
-            ) from error
         if missing := sorted(report["missing_keys"]):
-            raise CheckpointError(f"{name_or_path} lacks {len(missing)} weights, {missing[0]} among them")
+            raise CheckpointError(f"{opened.name} lacks {len(missing)} weights, {missing[0]} among them")
         model = model.to(device).eval()
         if broken := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
             raise CheckpointError(
-                f"{name_or_path} has weights that are not finite numbers, in {broken[0]} for one"
+                f"{opened.name} has weights that are not finite numbers, in {broken[0]} for one"
             )
-        return cls(model, *processors, max_pixels)
+        return cls(model, opened, max_pixels)
 
     def save(self, path: str | Path) -> None:
         """Writes a Hugging Face checkpoint folder, which transformers 4 and 5 (and so vLLM) load."""

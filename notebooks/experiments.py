@@ -227,7 +227,7 @@ def one(experiment: str, seed: int, short: bool, bases: Path) -> dict:
     s.model = s.model and str(bases / s.model)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        run, start = command.ready(s), time.process_time()
+        run, start = command.prepare_run(s), time.process_time()
         loop.visplay(run.settings, run, loop.Rules(**changed(experiment, run)))
         result |= dict(cpu_seconds=round(time.process_time() - start))
         sizes = [file.stat().st_size for file in (run.folder / "state").iterdir()]

@@ -9,7 +9,7 @@ from checkpoints import edit, noise_image, plain_inputs, publish
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen2VLImageProcessorPil
 
-from model.checkpoint import CheckpointError, end_ids, load_processors
+from model.checkpoint import CheckpointError, open_checkpoint
 from model.vlm import VLM
 
 
@@ -256,7 +256,7 @@ def test_nothing_is_loaded_before_the_checks(published, tmp_path, change, word, 
 
 @pytest.mark.parametrize("device", ["cuda:7", "cuda:-1", "tpu", "gpu", "cpu:x", "0"])
 def test_a_device_that_is_not_there(published, device, monkeypatch):
-    monkeypatch.setattr("model.vlm.load_config", None)
+    monkeypatch.setattr("model.vlm.open_checkpoint", None)
     with pytest.raises(CheckpointError, match="no device"):
         VLM.load(published, device)
 
@@ -302,7 +302,7 @@ def test_end_tokens_are_those_of_all_places(tmp_path, generation, config, text, 
     if text is not ...:
         edit(folder, "config.json", text_config={"eos_token_id": number(text)})
     edit(folder, "tokenizer_config.json", eos_token=tokenizer)
-    found = end_ids(folder, load_processors(folder)[0])
+    found = open_checkpoint(folder).end_ids
     assert sorted(found) == sorted(ids[token] for token in want)
     if text is ...:
         assert VLM.load(folder, "cpu").end_ids == found

@@ -396,7 +396,7 @@ def test_lines_as_editors_and_other_systems_leave_them(data):
 
 def test_a_device_that_is_not_there_is_named_before_anything_is_loaded(data, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "read_items", None)
-    monkeypatch.setattr(evaluate, "load_config", None)
+    monkeypatch.setattr(evaluate, "open_checkpoint", None)
     with pytest.raises(SystemExit) as stop:
         evaluate.main(["--model", "x", "--data", str(data), "--device", "cuda:77"])
     assert stop.value.code == 2 and "there is no device cuda:77 here" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from checkpoints import noise_image
 from PIL import Image, ImageOps
 
 from training.distributed import Ranks
-from training.images import Found, ImageError, Pictures, find_images, load_image, nothing_of
+from training.images import Found, ImageError, Pictures, find_images, load_image, say_why_none
 
 
 def test_every_mode_becomes_rgb(tmp_path):
@@ -107,15 +107,15 @@ def test_a_truncated_image_is_skipped_when_it_is_read(tmp_path):
     assert len(found.paths) == 2, "its header is fine"
     with pytest.raises(ImageError, match="to its end"):
         load_image(str(tmp_path / "cut.png"))
-    assert {p.path for p in Pictures(found, "0").take(6, Ranks())} == {str(tmp_path / "whole.png")}
+    assert {p.path for p in Pictures(found, "0").load_next(6, Ranks())} == {str(tmp_path / "whole.png")}
     assert [path for path, _ in found.skipped] == [str(tmp_path / "cut.png")], (
         "once, however often it comes round"
     )
     with pytest.raises(
         ImageError, match="none of the 1 images can be read, the last is .*cut.png: .*to its end"
     ):
-        Pictures(Found([str(tmp_path / "cut.png")], []), "0").take(1, Ranks())
-    said = nothing_of(Found([], [("a\x1b[31m\nb.png", "of no known format")]))
+        Pictures(Found([str(tmp_path / "cut.png")], []), "0").load_next(1, Ranks())
+    said = say_why_none(Found([], [("a\x1b[31m\nb.png", "of no known format")]))
     assert said.isprintable() and "of no known format" in said
 
 
@@ -124,11 +124,13 @@ def test_pictures_go_round_in_an_order_that_the_seed_gives(tmp_path):
     for i in range(4):
         paths.append(str(tmp_path / f"{i}.png"))
         noise_image(30, 30, i).save(paths[-1])
-    draws = [[p.path for p in Pictures(Found(paths, []), seed).take(8, Ranks())] for seed in ("1", "1", "2")]
+    draws = [
+        [p.path for p in Pictures(Found(paths, []), seed).load_next(8, Ranks())] for seed in ("1", "1", "2")
+    ]
     assert draws[0] == draws[1] != draws[2]
     assert sorted(draws[0][:4]) == paths and sorted(draws[0][4:]) == paths and draws[0][:4] != draws[0][4:]
     later = Pictures(Found(paths, []), "1", position=3)
-    assert [p.path for p in later.take(2, Ranks()) + later.take(3, Ranks())] == draws[0][3:], (
+    assert [p.path for p in later.load_next(2, Ranks()) + later.load_next(3, Ranks())] == draws[0][3:], (
         "the position is all that has to be known"
     )
 

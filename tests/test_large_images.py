@@ -30,7 +30,7 @@ def test_a_large_photograph_is_held_no_larger_than_a_model_takes_it(tmp_path, su
     assert (height, width) == smart_resize(held.height, held.width, max_pixels=limit)
     a, b = (np.asarray(i.resize((width, height), Image.Resampling.BICUBIC), float) for i in (whole, held))
     assert abs(a - b).mean() < 1 and abs(a - b).max() < 12
-    (picture,) = Pictures(Found([path], []), "0", max_pixels=limit).take(1, Ranks())
+    (picture,) = Pictures(Found([path], []), "0", max_pixels=limit).load_next(1, Ranks())
     assert picture.image.tobytes() == held.tobytes()
 
 

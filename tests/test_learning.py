@@ -82,7 +82,7 @@ def test_random_rewards_teach_nothing(default_run, tmp_path, monkeypatch):
         s = parse_arguments(
             "", f"--iterations 1 --questioner-steps 1 --candidates 128 --device cpu {seeded}".split()
         )
-        run = command.ready(s)
+        run = command.prepare_run(s)
         rules = loop.Rules(answer_reward=lambda answer, question, coin=coin: float(coin.random() < 0.5))
         loop.visplay(s, run, rules)
         before, after = measured(run.folder)

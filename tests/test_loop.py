@@ -22,7 +22,7 @@ import loop
 import questioner
 from measure import truth as measure
 from measure import watch
-from model import forward
+from model import checkpoint, forward
 from model import generate as generate_module
 from model import logprobs as logprobs_module
 from model.vlm import VLM
@@ -335,7 +335,7 @@ def test_the_base_agrees_with_itself(workplace):
     s = parse_arguments(
         "", [*SMALL, "--iterations", "1", "--candidates", "60", "--answers", "30", "--lr", "0", "--name", "x"]
     )
-    run = command.ready(s)
+    run = command.prepare_run(s)
     loop.visplay(s, run)
     assert records(run.folder, "measure")[-1]["base_agreement"] > 0.75
 
@@ -359,7 +359,7 @@ def test_equal_rewards_and_a_gradient_that_is_not_finite(workplace, monkeypatch,
     """Every answer gets the same reward, then every log-probability is NaN: the Reasoner ends with finite
     weights."""
     s = parse_arguments("", [*SMALL, "--name", "x"])
-    run = command.ready(s)
+    run = command.prepare_run(s)
     before = [p.clone() for p in run.reasoner.model.parameters()]
     loop.visplay(s, run, loop.Rules(answer_reward=lambda answer, question: 1.0))
     steps = records(run.folder, "reasoner")
@@ -369,7 +369,7 @@ def test_equal_rewards_and_a_gradient_that_is_not_finite(workplace, monkeypatch,
     monkeypatch.setattr(logprobs_module, "token_logprobs", lambda *a: logprobs(*a) * float("nan"))
     # One step each: three in a row would stop the run.
     s = dataclasses.replace(s, name="y", questioner_steps=1, reasoner_steps=1)
-    run = command.ready(s)
+    run = command.prepare_run(s)
     loop.visplay(s, run)
     assert all(r["skipped"] == 1 for r in records(run.folder, "reasoner") + records(run.folder, "questioner"))
     assert all(torch.equal(a, b) for a, b in zip(before, run.reasoner.model.parameters()))
@@ -434,7 +434,7 @@ def test_a_finished_run_goes_on_for_more_iterations(workplace, capsys):
 def test_what_a_researcher_changes(workplace):
     """The three functions are asked for every reward and for every candidate, and nothing else decides."""
     s = parse_arguments("", [*SMALL, "--name", "x"])
-    run, seen = command.ready(s), []
+    run, seen = command.prepare_run(s), []
 
     def longest(votes, s):
         return [float(len(vote.question)) if vote else 0.0 for vote in votes]
@@ -655,11 +655,11 @@ def test_export_is_proven_at_the_start(published, workplace, capsys):
     """A source whose template is gone by the end would lose a run: it is said before the first step."""
     shutil.copytree(published, workplace / "m")
     image_folder(workplace / "images")
-    save = command.checkpoint.kept_files
+    save = checkpoint.exported_files
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            command.checkpoint,
-            "kept_files",
+            checkpoint,
+            "exported_files",
             lambda vlm: {k: v for k, v in save(vlm).items() if "token" not in k},
         )
         assert loop.main(["--model", "m", "--images", "images", "--name", "x", *SMALL]) == 2

@@ -70,7 +70,9 @@ def test_short_completions_take_no_more_than_was_planned_for_long_ones(small, mo
     work = plan.Work(prompts[0].image_tokens, 150 - prompts[0].image_tokens, 100, 8, 4, 1)
     config = small.model.config
     sizes = plan.parameter_sizes(config)
-    planned = max(plan.activation_moments(config, torch.float32, work, False, "cpu", sizes).values())
+    planned = max(
+        plan.activation_moments(plan.Case(config, torch.float32, work, sizes, False, "cpu")).values()
+    )
     completions = [random_completions(small, 8, 10, seed) for seed in range(4)]
     groups = [grpo.make_group(p, c, [float(i % 2) for i in range(8)]) for p, c in zip(prompts, completions)]
     grpo.add_reference(groups, small)
@@ -99,7 +101,7 @@ def test_rollouts_against_the_tensors_of_a_rollout(small):
     assert sum(x.nbytes for x in caches) == 3 * (300 + n * new_tokens) * token
     work = plan.Work(250, 50, new_tokens, n, 3, n)
     assert (
-        plan.rollout_bytes(vlm.model.config, vlm.model.dtype, work, 3 * n, n)
+        plan.rollout_bytes(plan.Case(vlm.model.config, vlm.model.dtype, work, {}, False, "cpu"), 3 * n, n)
         > 3 * (300 + n * new_tokens) * token
     )
 

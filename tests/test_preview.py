@@ -15,6 +15,7 @@ import grpo
 import loop
 from model import logprobs, packing
 from model import logprobs as logprobs_module
+from model.checkpoint import open_checkpoint
 from model.prompt import Picture
 from training import command, folder, state
 from training import dry_run as preview
@@ -22,7 +23,7 @@ from training import dry_run as rehearsal
 from training import memory_plan as plan
 from training import run as run_module
 from training.distributed import Ranks
-from training.dry_run import Rehearsal, duration, rehearse, sentence
+from training.dry_run import Rehearsal, describe, format_duration, rehearse
 from training.policy import Trained
 from training.settings import parse_arguments
 
@@ -54,22 +55,23 @@ def test_smaller_batches_take_what_is_planned_for_them(batch_scale, monkeypatch)
     measured = peak_extra_bytes(lambda: grpo.backward(policy, groups), "cpu")
     work = plan.Work(prompt.image_tokens, len(prompt) - prompt.image_tokens, 40, 4, 8, 1)
     config = vlm.model.config
-    what = (work, False, "cpu", plan.parameter_sizes(config))
-    planned = max(plan.batch_moments(config, torch.float32, *what, batch_scale).values())
+    sizes = plan.parameter_sizes(config)
+    case = plan.Case(config, torch.float32, work, sizes, False, "cpu", batch_scale=batch_scale)
+    planned = max(plan.batch_moments(case).values())
     assert planned == pytest.approx(measured, rel=0.15)
-    assert planned <= max(plan.activation_moments(config, torch.float32, *what, batch_scale).values())
+    assert planned <= max(plan.activation_moments(case).values())
 
 
 def test_less_memory_means_smaller_batches():
     """3B with LoRA and without checkpointing: by the plan 43.8 GiB, less with smaller batches."""
     what, flags, shares = (shape_config("3b"), torch.bfloat16, WORK), PLAIN | dict(lora_rank=16), []
     for gib in (50, 40, 30, 20, 12):
-        shares.append(plan.fitting_budget(gib * GIB, *what, **flags))
+        shares.append(plan.fit_batches(gib * GIB, *what, **flags))
         moments = plan.memory_plan(*what[:2], gib * GIB, WORK, **flags, batch_scale=shares[-1])
         fits = max(moment.total for moment in moments) <= 0.95 * gib * GIB
         assert fits == (gib > 12), gib
     assert shares == [1, 0.5, 0.5, 0.25, 1 / 64]
-    assert plan.fitting_budget(None, *what, **PLAIN) == 1
+    assert plan.fit_batches(None, *what, **PLAIN) == 1
 
 
 def test_all_token_budgets_shrink_together(monkeypatch):
@@ -105,8 +107,8 @@ def test_all_token_budgets_shrink_together(monkeypatch):
 )
 def test_advice(size, gib, flags, says, proposes):
     what, flags = (shape_config(size), torch.bfloat16, WORK), PLAIN | flags
-    batch_scale = plan.fitting_budget(gib * GIB, *what, **flags)
-    sentence = preview.advice(gib * GIB, batch_scale, what, flags)
+    batch_scale = plan.fit_batches(gib * GIB, *what, **flags)
+    sentence = preview.advise(gib * GIB, batch_scale, what, flags)
     assert says in sentence and all(p in sentence for p in proposes), sentence
     assert ("use" in sentence.split(":")[1].replace("usual", "")) == bool(proposes), sentence
 
@@ -122,18 +124,18 @@ def test_seconds_by_hand():
     # 1.5 s for the 10 answers to a question, so 1.2 s for 8 of them, and 2 s of update; 16 questions.
     assert measured.reasoner_step(s) == pytest.approx(51.2)
     assert measured.iteration(s) == pytest.approx(20 * 160 + 100 + 20 * 51.2)
-    text = sentence(s, measured, 2)
+    text = describe(s, measured, 2)
     assert "Questioner step takes about 80 s" in text and "an iteration 36 min, all 3 of them 108 min" in text
-    assert [duration(x) for x in (0.123, 3, 119, 121, 7300, 300_000)] == [
+    assert [format_duration(x) for x in (0.123, 3, 119, 121, 7300, 300_000)] == [
         *("0.1 s", "3 s", "119 s", "2 min", "2 h", "3 days")
     ]
 
 
 def test_a_rehearsal_changes_nothing_and_doubles_its_images(toy, monkeypatch):
     s = parse_arguments("", ["--group-size", "2", "--answers", "2", "--max-new-tokens", "32"])
-    roles, counts, step = (toy.copy(), toy.copy()), [], rehearsal.step_on
+    roles, counts, step = (toy.copy(), toy.copy()), [], rehearsal.time_step
     before = [p.clone() for p in roles[0].model.parameters()]
-    monkeypatch.setattr(rehearsal, "step_on", lambda *a: (counts.append(len(a[2])), step(*a))[1])
+    monkeypatch.setattr(rehearsal, "time_step", lambda *a: (counts.append(len(a[2])), step(*a))[1])
     monkeypatch.setattr(rehearsal, "ENOUGH", float("inf"))
     pictures = [Picture(str(i), noise_image(60, 60, i)) for i in range(3)]
     result = rehearse(s, roles, pictures, Ranks())
@@ -189,7 +191,7 @@ def test_the_disk_is_planned_as_it_is_used(every, more, workplace, monkeypatch):
     )
     assert loop.main(flags + more) == 0
     s = parse_arguments("", flags + more)
-    planned = preview.disk_plan(s, command.load_config(command.model_of(s)))
+    planned = preview.disk_plan(s, open_checkpoint(s.base_model).config)
     assert max(sizes) < 1.02 * planned.total, "2% for names and adapters"
     assert planned.total < (1.25 if every == "1" else 1.6) * max(sizes)
 
@@ -222,8 +224,8 @@ def test_the_disk_is_that_of_the_folder_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(preview.shutil, "disk_usage", usage)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "x").symlink_to(tmp_path / "elsewhere")
-    assert preview.room(tmp_path / "x") is None, "a drive of size 0 says nothing"
-    preview.room(tmp_path / "not" / "there")
+    assert preview.free_disk(tmp_path / "x") is None, "a drive of size 0 says nothing"
+    preview.free_disk(tmp_path / "not" / "there")
     assert asked == [tmp_path / "x", tmp_path]
 
 

@@ -3,6 +3,8 @@
 The widths of 4B and 8B take minutes and 15 GiB: `pytest tests/test_qwen3_vl.py --all-widths`.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from checkpoints import load_lively, noise_image, plain_logprobs, publish
@@ -10,7 +12,7 @@ from test_generate import reference
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from model import fused, qwen3_vl
-from model.checkpoint import load_processors
+from model.checkpoint import open_checkpoint
 from model.generate import generate
 from model.vlm import VLM
 
@@ -92,7 +94,8 @@ def wide(request, tmp_path_factory) -> VLM:
         pytest.skip("needs --all-widths")
     text, (vision_width, vision_mlp), tied = WIDTHS[request.param]
     folder = publish(tmp_path_factory.mktemp("wide"), "qwen3" if tied else "qwen3-untied")
-    tokenizer, image_processor, source = load_processors(folder)
+    opened = open_checkpoint(folder)
+    tokenizer = opened.tokenizer
     ids = {token: tokenizer.convert_tokens_to_ids(f"<|{token}|>") for token in ("image_pad", "video_pad")}
     ends = {end: tokenizer.convert_tokens_to_ids(f"<|vision_{end}|>") for end in ("start", "end")}
     text |= dict(vocab_size=VOCABULARY, num_hidden_layers=3, num_key_value_heads=8, head_dim=128)
@@ -115,7 +118,7 @@ def wide(request, tmp_path_factory) -> VLM:
     model.tie_weights()
     fill(model)
     restore_frequencies(model)
-    return VLM(model, tokenizer, image_processor, source)
+    return VLM(model, replace(opened, config=config))
 
 
 def restore_frequencies(model) -> None:

@@ -241,7 +241,7 @@ def zero_later(optimizer):
 def timed(ranks):
     s = parse_arguments("", "--dry-run --images-per-step 1 --group-size 2 --answers 2 --device cpu".split())
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        command.show_time(s, command.prepare(s, ranks), 1.0)
+        command.show_time(command.open_run(s, ranks))
     return said.getvalue()
 
 

@@ -17,7 +17,7 @@ import report
 from curate import VotedQuestion
 from measure import charts
 from training.folder import write_examples
-from training.log import row
+from training.log import table_row
 from training.scenes import read_truth, write_scenes
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -225,7 +225,7 @@ def test_your_own_images_have_no_truth(tmp_path):
 def test_the_console_shows_means_of_a_phase_s_first_and_last_third():
     values = [(0.1, 1.0, 8.0), (0.3, 1.0, 8.0), *[(0.9, 0.5, 1.0)] * 3, (0.8, 0.8, 5.0), (0.2, 1.0, 6.0)]
     steps = [dict(phase="questioner", r_unc=u, validity=v, clusters=c) for u, v, c in values]
-    shown = lambda records: row(2, {}, records).split("|")[1].split()  # noqa: E731
+    shown = lambda records: table_row(2, {}, records).split("|")[1].split()  # noqa: E731
     assert shown(steps) == ["0.900", "0.200", "-", "0.500", "5.5"], (
         "of 7 steps the first two and the last two"
     )

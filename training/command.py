@@ -1,5 +1,9 @@
-"""`python loop.py`: checks everything, says what will run, and turns what can stop a run into a sentence and
-a code.
+"""`python loop.py`: checks everything, says what will run, and runs it.
+
+    main        reads the command line; turns whatever stops a run into a sentence and an exit code
+    open_run    checks the settings, the model and the images, and finds the run's folder
+    begin_run   loads both roles and makes the folder
+    train       runs the loop
 
 Exit codes: 0 done, 2 a wrong argument or input, 1 anything else.
 """
@@ -20,99 +24,361 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from model import checkpoint, lora
-from model.checkpoint import load_config, load_processors
+from model import lora
+from model.checkpoint import (
+    Checkpoint,
+    find_device,
+    find_dtype,
+    first_line,
+    open_checkpoint,
+    prove_export,
+)
 from model.prompt import Picture
 from model.vlm import VLM
-from training import dry_run as preview
+from training import dry_run
 from training.distributed import Ranks, is_lost, join, leave
-from training.dry_run import rehearse, sentence
-from training.images import Found, ImageError, find_images, nothing_of
+from training.dry_run import Setup, describe, rehearse
+from training.images import Found, ImageError, find_images, say_why_none
 from training.log import Console
 from training.run import Run, RunError, Stopped
-from training.settings import MAY_CHANGE, TOY, Settings, flag, parse_arguments
+from training.scenes import write_scenes
+from training.settings import MAY_CHANGE, Settings, continue_settings, flag, parse_arguments, read_saved
 
 TOO_LITTLE_MEMORY = (
     "the GPU has too little memory: run again with the same --name and --gradient-checkpointing, --offload "
     "or both, which goes on where this stopped; or begin anew with a lower --max-new-tokens, --max-pixels or "
     "--group-size"
 )
-NO_MEMORY = "can't allocate memory"  # what torch says of the computer's; of a GPU's it is an OutOfMemoryError
+TOO_LITTLE_HOST_MEMORY = (
+    "the computer has too little memory: begin anew with a lower --images-per-step, --max-new-tokens, "
+    "--max-pixels or --group-size"
+)
+NO_MEMORY = "can't allocate memory"  # torch's words when the computer has none; a GPU's is OutOfMemoryError
 Loop = Callable[[Settings, Run], None]
+
+
+class UserError(Exception):
+    """Ends the command with a sentence for the user, and an exit code."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def main(loop: Loop, description: str, argv: list[str] | None = None) -> int:
     """Runs `loop` as the command line says; returns the exit code."""
-    # A mistyped model is our sentence, not the hub's retries; a strange image is used, or skipped and listed.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="PIL")
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    s = parse_arguments(description, argv)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a run need not be UTF-8
+    quiet_libraries()
+    settings = parse_arguments(description, argv)
+    program = name_program(loop)
+    ranks = Ranks()
+    go_on = None  # how to continue, once there is something to continue
     try:
         ranks = join()
         console = Console(ranks.is_main)
-        with console.alive():
-            code = start(loop, s, ranks, console)
-    except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except RuntimeError as error:
-        if NO_MEMORY in str(error):
-            less = "--images-per-step, --max-new-tokens, --max-pixels or --group-size"
-            print(
-                f"error: the computer has too little memory: begin anew with a lower {less}", file=sys.stderr
-            )
-            return 1
-        if "WORLD_SIZE" not in os.environ or not is_lost(error):
+        with console.break_silence():
+            setup = open_run(settings, ranks, program)
+            run = setup.run
+            run.console = console
+            if run.state.iteration > run.settings.iterations:
+                if ranks.is_main:
+                    count = run.settings.iterations
+                    print(f"{run.folder} is complete: all of its {count} iterations are done")
+            else:
+                dry_run.show(setup)
+                if settings.dry_run:
+                    show_time(setup)
+                else:
+                    roles = begin_run(setup, program)
+                    go_on = f"continue with: python {program} --resume {shlex.quote(str(run.folder))}"
+                    train(loop, run, roles)
+    except (Exception, KeyboardInterrupt) as error:
+        told = explain(error, go_on)
+        if told is None:
             raise
-        why = f"another process of this run has ended or cannot be reached ({str(error).splitlines()[0]})"
-        print(f"error: {why}; start them again to go on", file=sys.stderr)
-        return 1
-    if code == 0:
-        leave()
-    return code
+        if ranks.is_main or not isinstance(error, (Stopped, KeyboardInterrupt)):
+            sys.stderr.write(f"{told}\n")  # in one piece: several processes may say so at once
+        return told.exit_code
+    leave()
+    return 0
 
 
-def start(loop: Loop, s: Settings, ranks: Ranks, console: Console) -> int:
-    """Checks everything, then runs; returns the exit code."""
+def quiet_libraries() -> None:
+    """Silences what libraries print where a sentence of ours says it, or where nothing is wrong."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, for a mistyped model
+    warnings.filterwarnings("ignore", module="PIL")  # a strange image is used, or skipped and listed
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a run need not be UTF-8
+
+
+def explain(error: BaseException, go_on: str | None) -> UserError | None:
+    """Returns what to tell the user about what has stopped the command; None for a mistake in the program.
+
+    go_on: how to continue the run; None before there is anything to continue.
+    """
+    if go_on is not None:
+        if isinstance(error, Stopped):
+            return UserError(f"stopped, its state is saved; {go_on}", 1)
+        if isinstance(error, KeyboardInterrupt):
+            return UserError(f"interrupted; {go_on}", 1)
+        if isinstance(error, ImageError):
+            return UserError(f"error: {error}; when they are back, {go_on}", 2)
+        if isinstance(error, OSError):  # a full disk
+            return UserError(f"error: {error}; when that is mended, {go_on}", 1)
+    if isinstance(error, RunError):
+        return UserError(f"error: {error}", 1)
+    if isinstance(error, torch.OutOfMemoryError):
+        return UserError(f"error: {TOO_LITTLE_MEMORY}", 1)
+    if is_out_of_memory(error):
+        return UserError(f"error: {TOO_LITTLE_HOST_MEMORY}", 1)
+    if isinstance(error, RuntimeError) and "WORLD_SIZE" in os.environ and is_lost(error):
+        why = f"another process of this run has ended or cannot be reached ({first_line(error)})"
+        return UserError(f"error: {why}; start them again to go on", 1)
+    if isinstance(error, (ValueError, OSError)):
+        return UserError(f"error: {error}", 2)
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns true if the GPU or the computer has too little memory."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and NO_MEMORY in str(error)
+    )
+
+
+def name_program(loop: Loop) -> str:
+    """Returns the name of the file that a loop is written in: loop.py, or somebody's own.
+
+    Of what is no plain function (functools.partial), it is the file that was started.
+    """
+    code = getattr(loop, "__code__", None)
+    return Path(code.co_filename if code else sys.argv[0]).name
+
+
+# ---- Opening a run -----------------------------------------------------------------------------------------
+
+
+def open_run(settings: Settings, ranks: Ranks, program: str | None = None) -> Setup:
+    """Checks the settings, the model and the images, and returns the run: a new one, or one that goes on.
+
+    Writes nothing for a new run. program: see `name_program`; None in a notebook. Raises ValueError and
+    OSError for the user.
+    """
+    saved = None  # of a run that goes on: what its config.json says besides the settings
+    if settings.resume is not None:
+        folder = Path(settings.resume)
+        settings, saved = continue_settings(settings)
+    settings.check()
+    device = find_training_device(settings.device, ranks)
+    checkpoint = open_checkpoint(settings.base_model)
+    # A run of this name may be there already, and then goes on.
+    if saved is None:
+        settings = resolve(settings, checkpoint, device)
+        default = f"{Path(settings.base_model).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = Path("runs") / ranks.broadcast(settings.name or default)
+        exists = ranks.any((folder / "config.json").exists())  # asked before any rank makes it
+        if exists and not settings.dry_run:
+            saved = check_same_settings(settings, folder)
+    if saved is None:
+        run = new_run(settings, folder, checkpoint, ranks)
+    else:
+        run = reopen_run(settings, folder, saved, program, checkpoint, ranks)
+    # Batches that fit into the memory, of the same size on all ranks.
+    setup = Setup(run, checkpoint, device)
+    batch_scale = min(ranks.all_gather([dry_run.fit_batches(setup)]))
+    return dataclasses.replace(setup, batch_scale=batch_scale)
+
+
+def find_training_device(name: str | None, ranks: Ranks) -> torch.device:
+    """Returns the device. Raises ValueError if torch has none of this name, or all ranks would share it."""
+    if ranks.size > 1 and (name or "").startswith("cuda:"):
+        why = "under torchrun each process takes its own GPU; say --device cuda, or nothing"
+        raise ValueError(f"--device {name}: {why}")
+    device = find_device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: cpu and cuda are known here")
+    return device
+
+
+def resolve(settings: Settings, checkpoint: Checkpoint, device: torch.device) -> Settings:
+    """Returns the settings of a new run, with what the model, the device and the current folder decide.
+
+    A run goes on with the same, from any folder and on any device. Raises ValueError for the user.
+    """
+    width = checkpoint.config.text_config.hidden_size
+    if settings.lora_rank > width:
+        raise ValueError(f"--lora-rank must be at most {width}, the model's width, not {settings.lora_rank}")
+    checkpoint.check_max_pixels(settings.max_pixels)
+    dtype = find_dtype(settings.dtype, device)
+    # Folders by their absolute paths; a hub id stays.
+    model, images = settings.model, settings.images
+    if model is not None and Path(model).expanduser().is_dir():
+        model = os.path.abspath(os.path.expanduser(model))
+    if images is not None:
+        images = os.path.abspath(os.path.expanduser(images))
+    return dataclasses.replace(
+        settings,
+        model=model,
+        images=images,
+        dtype=str(dtype).removeprefix("torch."),
+        max_pixels=checkpoint.pixel_limits(settings.max_pixels)["longest_edge"],
+    )
+
+
+def new_run(settings: Settings, folder: Path, checkpoint: Checkpoint, ranks: Ranks) -> Run:
+    """Returns a run that begins, with its images. Raises ValueError if its folder is something else's."""
+    begun = ("state", "lock", "images.json")  # all there is of a run that was killed before it was there
+    if folder.exists() and not settings.dry_run:
+        if any(path.name not in begun and path.suffix != ".new" for path in folder.iterdir()):
+            raise ValueError(f"{folder} exists already and is not the folder of a run; choose another --name")
+    images = Found([], [])  # built-in scenes are drawn when the run begins
+    if settings.images is not None:
+        images = find_images(settings.images)
+        if not images.paths:
+            raise ValueError(f"--images {settings.images}: {say_why_none(images)}")
+    scene_side = checkpoint.scene_side(settings.max_pixels)
+    return Run(folder, images, scene_side, checkpoint.token_side, settings, ranks)
+
+
+def check_same_settings(settings: Settings, folder: Path) -> dict:
+    """Raises ValueError naming the first setting that is not what the run in `folder` was started with.
+
+    What only decides where and in how much memory the same numbers are computed may change, and a run may
+    go on for more iterations. Returns what config.json says besides.
+    """
+    before, saved = read_saved(folder)
+    for field in dataclasses.fields(Settings):
+        was = getattr(before, field.name)
+        now = getattr(settings, field.name)
+        further = field.name == "iterations" and now > was
+        if field.name not in MAY_CHANGE and was != now and not further:
+            raise ValueError(
+                f"{folder} was started with {flag(field.name)} {was}, not {now}; "
+                f"--resume {folder} goes on with its own settings, another --name starts a new run"
+            )
+    return saved
+
+
+def reopen_run(
+    settings: Settings, folder: Path, saved: dict, program: str | None, checkpoint: Checkpoint, ranks: Ranks
+) -> Run:
+    """Returns a run that goes on with the images that it began with. saved: see `settings.read_saved`.
+
+    Raises ValueError if another program started it, with rewards of its own, or its files are damaged.
+    """
+    started = saved["program"]  # None: by a notebook, or an earlier version
+    if None not in (started, program) and started != program:
+        raise ValueError(f"{folder} was started by {started}, not by {program}, and only goes on with that")
     try:
-        check_program(s, program_of(loop))
-        if s.resume is not None:
-            s, run = resume(s, ranks)
-        else:
-            run = prepare(s, ranks)
-        run.console = console
-        if run.state.iteration > s.iterations:
-            if ranks.is_main:
-                print(f"{run.folder} is complete: all of its {s.iterations} iterations are done")
-            return 0
-        config, batch_scale = load_config(model_of(s)), token_budget(s, run)
-        if ranks.is_main:
-            preview.show(s, run, config, device_of(s), batch_scale)
-        if s.dry_run:
-            show_time(s, run, batch_scale)
-            return 0
-        preview.check_disk(s, run, config)
-        console.now("loading the model")
-        roles = load_roles(s, batch_scale)
-        preview.check_disk(s, run, config)  # again, as weights may have been downloaded
-        start_run(s, run, program_of(loop))
-        if ranks.is_main:  # what a run needs at its end is proven at its start
-            checkpoint.prove_export(roles[0], run.folder)
-    except (ValueError, OSError) as error:  # CheckpointError and ImageError are ValueErrors
-        sys.stderr.write(f"error: {error}\n")  # in one piece: several processes may say so at once
-        return 2
-    except torch.OutOfMemoryError:
-        print(f"error: {TOO_LITTLE_MEMORY}", file=sys.stderr)
-        return 1
-    return carry_out(loop, s, run, roles)
+        found = json.loads((folder / "images.json").read_text())
+        images = Found(found["paths"], [(path, why) for path, why in found["skipped"]])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/images.json, the list of the run's images, cannot be read") from error
+    run = Run(folder, images, saved["scene_size"], checkpoint.token_side, settings, ranks)
+    run.reopen(dataclasses.asdict(settings) | saved)
+    return run
 
 
-def carry_out(loop: Loop, s: Settings, run: Run, roles: tuple[VLM, VLM]) -> int:
-    """Runs the loop; returns the exit code."""
+# ---- Beginning ---------------------------------------------------------------------------------------------
+
+
+def prepare_run(settings: Settings, ranks: Ranks | None = None) -> Run:
+    """Returns a run that the loop can go on with, for notebooks and experiments.
+
+    Its `settings` are the ones given, resolved. Raises ValueError and OSError.
+    """
+    setup = open_run(settings, ranks or Ranks())
+    setup.run.load_roles(*begin_run(setup))
+    return setup.run
+
+
+def begin_run(setup: Setup, program: str | None = None) -> tuple[VLM, VLM]:
+    """Loads both roles and makes the run's folder, with the built-in scenes if there are no other images.
+
+    program: see `name_program`. Raises ValueError and OSError.
+    """
+    run = setup.run
+    dry_run.check_disk(setup)
+    run.console.begin("loading the model")
+    roles = load_roles(setup)
+    dry_run.check_disk(setup)  # again, as weights may have been downloaded
+    is_new = run.number == 0
+    if is_new:
+        run.create(dataclasses.asdict(run.settings) | {"scene_size": run.scene_size, "program": program})
+    # Rank 0 draws the scenes for all. What the answers are, only toy/answerer.py knows.
+    if run.settings.images is None:
+        drawn = []
+        if run.ranks.is_main:
+            drawn = write_scenes(run.folder / "images", dry_run.SCENES, run.settings.seed, run.scene_size)
+            if is_new:
+                print(f"no --images given: built-in scenes are in {run.folder / 'images'}")
+        run.images.paths[:] = run.ranks.broadcast([str(path) for path in drawn])
+    # What a run needs at its end is proven at its start.
+    if run.ranks.is_main:
+        prove_export(roles[0], run.folder)
+    return roles
+
+
+def load_roles(setup: Setup) -> tuple[VLM, VLM]:
+    """Loads the base model, and returns both roles as copies of it."""
+    settings = setup.run.settings
+    if setup.device.index is not None:
+        torch.cuda.set_device(setup.device)
+    base = VLM.load(setup.checkpoint, setup.device, settings.dtype, settings.max_pixels)
+    base.fallbacks.batch_scale = setup.batch_scale
+    if settings.lora_rank:
+        lora.add_lora(base.model, settings.lora_rank, settings.seed)
+    if settings.freeze_vision:
+        base.model.model.visual.requires_grad_(False)
+    base.offload()
+    return base, base.copy()
+
+
+def show_time(setup: Setup) -> None:
+    """Prints how long an iteration takes, measured with the weights and a few images, or why it does not."""
+    run = setup.run
+    tell = print if run.ranks.is_main else lambda _: None
+    if not any(setup.checkpoint.folder.glob("*.safetensors")):
+        tell("time     not measured: the weights are not on this machine yet")
+        return
+    fits, needed = dry_run.check_host_memory(setup)
+    if run.ranks.any(not fits):
+        tell(f"time     not measured: {needed}")
+        return
+    run.console.begin("measuring how long a step takes")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # so that Ctrl-C takes the folder away
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            roles = load_roles(setup)
+            rehearsal = rehearse(run.settings, roles, few_pictures(run, Path(folder)), run.ranks)
+        if run.ranks.is_main:  # another one may have no image
+            print(f"time     {describe(run.settings, rehearsal, run.ranks.size)}")
+    except KeyboardInterrupt:
+        tell("time     not measured: interrupted")
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        tell(f"time     not measured: {first_line(error)}")
+
+
+def few_pictures(run: Run, folder: Path) -> list[Picture]:
+    """Returns the first images of a step: the run's own, or scenes that are drawn in `folder`."""
+    count = run.settings.images_per_step
+    if run.settings.images is None:
+        scenes = write_scenes(folder, count, run.settings.seed, run.scene_size)
+        run.images.paths[:] = [str(path) for path in scenes]
+    return run.next_images(count)
+
+
+# ---- Running -----------------------------------------------------------------------------------------------
+
+
+def train(loop: Loop, run: Run, roles: tuple[VLM, VLM]) -> None:
+    """Runs the loop to its end. Ctrl-C, or a polite kill, stops it after the step; a second one at once.
+
+    Raises Stopped and KeyboardInterrupt, RunError, ImageError, OSError and OutOfMemoryError (see `explain`).
+    """
 
     def stop(signum, frame):
         run.stopping = True
@@ -121,260 +387,12 @@ def carry_out(loop: Loop, s: Settings, run: Run, roles: tuple[VLM, VLM]) -> int:
 
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, stop)
-    go_on = f"continue with: python {program_of(loop)} --resume {shlex.quote(str(run.folder))}"
     try:
         run.load_roles(*roles)
-        loop(s, run)
-    except ImageError as error:
-        print(f"error: {error}; when they are back, {go_on}", file=sys.stderr)
-        return 2
-    except (Stopped, KeyboardInterrupt) as reason:
-        if run.ranks.is_main:
-            how = "stopped, its state is saved" if isinstance(reason, Stopped) else "interrupted"
-            print(f"{how}; {go_on}", file=sys.stderr)
-        return 1
-    except OSError as error:  # a full disk
-        print(f"error: {error}; when that is mended, {go_on}", file=sys.stderr)
-        return 1
-    except (RunError, torch.OutOfMemoryError) as error:
-        print(f"error: {error if isinstance(error, RunError) else TOO_LITTLE_MEMORY}", file=sys.stderr)
-        return 1
+        loop(run.settings, run)
     finally:
         run.unlock()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if run.ranks.is_main:
         print(f"done: metrics, curated questions and both checkpoints are in {run.folder}")
-    return 0
-
-
-def ready(s: Settings, ranks: Ranks | None = None) -> Run:
-    """A run that the loop can go on with, for notebooks and experiments. Raises ValueError and OSError."""
-    run = prepare(s, ranks or Ranks())
-    roles = load_roles(s, token_budget(s, run))
-    start_run(s, run)
-    run.load_roles(*roles)
-    return run
-
-
-# ---- A new run ---------------------------------------------------------------------------------------------
-
-
-def prepare(s: Settings, ranks: Ranks) -> Run:
-    """Checks the settings and finds the images; writes nothing. Raises ValueError for the user."""
-    s.check()
-    check_device(s.device, ranks)
-    if s.images is not None:
-        s.images = os.path.abspath(os.path.expanduser(s.images))  # so that a run can be resumed from anywhere
-    if s.model is not None and Path(s.model).expanduser().is_dir():
-        s.model = os.path.abspath(os.path.expanduser(s.model))
-    dtype = checkpoint.check_dtype(s.dtype, device_of(s))
-    s.dtype = str(dtype).removeprefix("torch.")  # a resumed run has the same, on whatever device
-    config = load_config(model_of(s))
-    width = config.text_config.hidden_size
-    if s.lora_rank > width:
-        raise ValueError(f"--lora-rank must be at most {width}, the model's width, not {s.lora_rank}")
-    _, image_processor, _ = load_processors(model_of(s))
-    token_side = checkpoint.token_side(config)
-    checkpoint.check_max_pixels(s.max_pixels, token_side)
-    name = s.name or f"{Path(model_of(s)).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path("runs") / ranks.broadcast(name)  # the first rank's clock counts
-    limits = checkpoint.pixel_limits(image_processor, s.max_pixels)
-    s.max_pixels = limits["longest_edge"]
-    scene_size = checkpoint.scene_side(limits, token_side)
-    exists = ranks.any((folder / "config.json").exists())  # asked before any rank makes it
-    if exists and not s.dry_run:
-        return reopened(s, folder, check_same_settings(s, folder), ranks)
-    begun = ("state", "lock", "images.json")  # all there is of a run that was killed before it was there
-    if folder.exists() and not s.dry_run:
-        if any(p.name not in begun and p.suffix != ".new" for p in folder.iterdir()):
-            raise ValueError(f"{folder} exists already and is not the folder of a run; choose another --name")
-    return Run(folder, find(s), scene_size, token_side, s, ranks)
-
-
-def check_device(name: str | None, ranks: Ranks) -> None:
-    """Raises ValueError if torch has no such device here, or if all ranks would be on one GPU."""
-    if ranks.size > 1 and (name or "").startswith("cuda:"):
-        why = "under torchrun each process takes its own GPU; say --device cuda, or nothing"
-        raise ValueError(f"--device {name}: {why}")
-    if checkpoint.check_device(name).type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: cpu and cuda are known here")
-
-
-def find(s: Settings) -> Found:
-    """The user's images; nothing for the built-in scenes, which are rendered when the run starts."""
-    if s.images is None:
-        return Found([], [])
-    found = find_images(s.images)
-    if not found.paths:
-        raise ValueError(f"--images {s.images}: {nothing_of(found)}")
-    return found
-
-
-def model_of(s: Settings) -> str:
-    """The folder or hub id of the base model."""
-    return str(TOY) if s.model is None else s.model
-
-
-def device_of(s: Settings) -> torch.device:
-    """Where it computes."""
-    return checkpoint.check_device(s.device)
-
-
-def token_budget(s: Settings, run: Run) -> float:
-    """The share of the token budgets that fits, the same for all ranks (see `plan.fitting_budget`)."""
-    batch_scale = preview.batch_scale(s, run, load_config(model_of(s)), device_of(s))
-    return min(run.ranks.all_gather([batch_scale]))
-
-
-def load_roles(s: Settings, batch_scale: float) -> tuple[VLM, VLM]:
-    """Both roles, as copies of the base model. budget: see `token_budget`."""
-    device = device_of(s)
-    if device.index is not None:
-        torch.cuda.set_device(device)
-    base = VLM.load(model_of(s), device, s.dtype, s.max_pixels)
-    base.fallbacks.batch_scale = batch_scale
-    if s.lora_rank:
-        lora.add_lora(base.model, s.lora_rank, s.seed)
-    if s.freeze_vision:
-        base.model.model.visual.requires_grad_(False)
-    base.offload()
-    return base, base.copy()
-
-
-def show_time(s: Settings, run: Run, batch_scale: float) -> None:
-    """Prints how long an iteration takes, measured with the weights and a few images, or why it does not."""
-    say = print if run.ranks.is_main else lambda _: None
-    if not checkpoint.has_weights(model_of(s)):
-        say("time     not measured: the weights are not on this machine yet")
-        return
-    fits, needed = preview.in_the_computer(s, run, load_config(model_of(s)), device_of(s), batch_scale)
-    if run.ranks.any(not fits):
-        say(f"time     not measured: {needed}")
-        return
-    run.console.now("measuring how long a step takes")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # so that Ctrl-C takes the folder away
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            rehearsal = rehearse(s, load_roles(s, batch_scale), few_pictures(s, run, Path(folder)), run.ranks)
-        if run.ranks.is_main:  # another one may have no image
-            print(f"time     {sentence(s, rehearsal, run.ranks.size)}")
-    except KeyboardInterrupt:
-        say("time     not measured: interrupted")
-    except (ValueError, OSError, RuntimeError) as error:
-        full = isinstance(error, torch.OutOfMemoryError) or NO_MEMORY in str(error)
-        if isinstance(error, RuntimeError) and not full:
-            raise
-        say(f"time     not measured: {checkpoint.first_line(error)}")
-
-
-def few_pictures(s: Settings, run: Run, folder: Path) -> list[Picture]:
-    """The first images of a step, of the run's own, or of scenes that are drawn in `folder`."""
-    if s.images is None:
-        from training.scenes import write_scenes
-
-        scenes = write_scenes(folder, s.images_per_step, s.seed, run.scene_size)
-        run.images.paths[:] = map(str, scenes)
-    return run.next_images(s.images_per_step)
-
-
-def start_run(s: Settings, run: Run, program: str | None = None) -> None:
-    """Makes the run folder if it is new, and renders the built-in scenes if there are no other images.
-
-    program: see `program_of`.
-    """
-    if run.number == 0:
-        run.create(dataclasses.asdict(s) | {"scene_size": run.scene_size, "program": program})
-    if s.images is not None:
-        return
-    from training.scenes import write_scenes  # draws; what the answers are, only toy/answerer.py knows
-
-    drawn = []
-    if run.ranks.is_main:
-        drawn = write_scenes(run.folder / "images", preview.SCENES, s.seed, run.scene_size)
-    run.images.paths[:] = run.ranks.broadcast([str(path) for path in drawn])
-    if run.number == 0 and run.ranks.is_main:
-        print(f"no --images given: built-in scenes are in {run.folder / 'images'}")
-
-
-# ---- A run that goes on ------------------------------------------------------------------------------------
-
-
-def resume(given: Settings, ranks: Ranks) -> tuple[Settings, Run]:
-    """The settings and the run in the folder `given.resume`; what may change is as given, where it is given.
-
-    Raises ValueError with a sentence for the user.
-    """
-    folder = Path(given.resume)
-    s, more = saved_settings(folder)
-    if "iterations" in given.given and given.iterations < s.iterations:
-        raise ValueError(f"--iterations must be at least the {s.iterations} that {folder} was started with")
-    for name in given.given:
-        if name != "resume":
-            setattr(s, name, getattr(given, name))
-    s.check()
-    check_device(s.device, ranks)
-    return s, reopened(s, folder, more, ranks)
-
-
-def saved_settings(folder: Path) -> tuple[Settings, dict]:
-    """The settings of the run in `folder`, and what its config.json says besides: `scene_size`, its scenes'
-    width, and `program`, which started it. Raises ValueError for the user."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        more = dict(scene_size=config.pop("scene_size"), program=config.pop("program", None))
-        return Settings(**config), more
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder} is not the folder of a run: its config.json cannot be read") from error
-
-
-def program_of(loop: Loop) -> str:
-    """The name of the file that a loop is written in: of loop.py, or of somebody's own.
-
-    Of what is no plain function (functools.partial), the file that was started.
-    """
-    code = getattr(loop, "__code__", None)
-    return Path(code.co_filename if code else sys.argv[0]).name
-
-
-def check_program(s: Settings, program: str) -> None:
-    """Raises ValueError if the run that goes on was started by another program, with rewards of its own."""
-    folder = Path(s.resume) if s.resume is not None else Path("runs") / (s.name or "")
-    if s.dry_run or not (folder / "config.json").is_file():
-        return
-    started = saved_settings(folder)[1]["program"]
-    if started not in (None, program):  # None: by a notebook, or an earlier version
-        raise ValueError(f"{folder} was started by {started}, not by {program}, and only goes on with that")
-
-
-def check_same_settings(s: Settings, folder: Path) -> dict:
-    """Raises ValueError naming the first setting that is not what the run in `folder` was started with.
-
-    Returns what its config.json says besides.
-
-    What only decides where and in how much memory the same numbers are computed may change, and a run may
-    go on for more iterations.
-    """
-    before, more = saved_settings(folder)
-    for field in dataclasses.fields(Settings):
-        was, now = getattr(before, field.name), getattr(s, field.name)
-        further = field.name == "iterations" and now > was  # a run may go on for longer
-        if field.name not in MAY_CHANGE and was != now and not further:
-            raise ValueError(
-                f"{folder} was started with {flag(field.name)} {was}, not {now}; "
-                f"--resume {folder} goes on with its own settings, another --name starts a new run"
-            )
-    return more
-
-
-def reopened(s: Settings, folder: Path, more: dict, ranks: Ranks) -> Run:
-    """A run that goes on with the images that it began with. more: see `saved_settings`."""
-    try:
-        found = json.loads((folder / "images.json").read_text())
-        images = Found(found["paths"], [(path, why) for path, why in found["skipped"]])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/images.json, the list of the run's images, cannot be read") from error
-    token_side = checkpoint.token_side(load_config(model_of(s)))
-    run = Run(folder, images, more["scene_size"], token_side, s, ranks)
-    run.reopen(dataclasses.asdict(s) | more)
-    return run

@@ -15,12 +15,14 @@ import hashlib
 import json
 import os
 from datetime import timedelta
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
 from torch.nn.functional import pad
 
 TIMEOUT = timedelta(hours=2)  # one rank waits this long for another, whose completions may be far longer
+MISSING = object()  # where a rank has fewer items than another
 
 
 class Ranks:
@@ -47,8 +49,8 @@ class Ranks:
         if self.size == 1:
             return items
         parts = self._exchange(items)
-        longest = max(len(part) for part in parts)
-        return [part[i] for i in range(longest) for part in parts if i < len(part)]
+        rounds = zip_longest(*parts, fillvalue=MISSING)
+        return [item for one_round in rounds for item in one_round if item is not MISSING]
 
     def broadcast(self, value):
         """Returns rank 0's value (what JSON can hold) on all ranks."""
@@ -64,13 +66,16 @@ class Ranks:
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
         """Averages each named value over all ranks; a name that a rank lacks counts as 0 there."""
-        parts = self.all_gather([values])
-        names = {name: None for part in parts for name in part}
-        return {name: sum(part.get(name, 0.0) for part in parts) / self.size for name in names}
+        sums: dict[str, float] = {}
+        for part in self.all_gather([values]):
+            for name, value in part.items():
+                sums[name] = sums.get(name, 0.0) + value
+        return {name: total / self.size for name, total in sums.items()}
 
     def seed(self, *words) -> int:
         """Hashes the words, and the rank, into a seed of 63 bits."""
-        words = [*words] + ([f"rank {self.rank}"] if self.rank else [])
+        if self.rank:
+            words += (f"rank {self.rank}",)
         digest = hashlib.sha256(" ".join(map(str, words)).encode()).digest()
         return int.from_bytes(digest[:8], "big") >> 1
 
@@ -80,10 +85,13 @@ class Ranks:
         lengths = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(mine)]))
         # Texts of one length: shorter ones are padded, and cut again.
-        longest = max(int(length) for length in lengths)
+        longest = int(max(lengths))
         texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
         dist.all_gather(texts, pad(mine, (0, longest - len(mine))))
-        return [json.loads(text[: int(length)].numpy().tobytes()) for text, length in zip(texts, lengths)]
+        values = []
+        for text, length in zip(texts, lengths):
+            values.append(json.loads(text[: int(length)].numpy().tobytes()))
+        return values
 
 
 def join() -> Ranks:

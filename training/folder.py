@@ -1,4 +1,4 @@
-"""The files of a run's folder that a person opens: questions with their votes, one JSON line each."""
+"""Reads and writes the plain files of a run's folder, among them questions with their votes as JSON lines."""
 
 import json
 import os
@@ -11,35 +11,51 @@ from safetensors import SafetensorError
 
 from curate import VotedQuestion
 
-
-def printable(path: str) -> str:
-    """A path on one line: line ends, control characters and bytes that are not UTF-8 spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in path)
+# The bytes of a path that are not UTF-8 are kept.
+TEXT = dict(encoding="utf-8", errors="surrogateescape")
 
 
 def write_examples(path: Path, examples: Iterable[VotedQuestion]) -> None:
-    """Writes examples as JSON lines; the bytes of a path that are not UTF-8 are kept."""
+    """Writes voted questions as JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in examples]
-    path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+    lines = [json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples]
+    path.write_text("".join(lines), **TEXT)
 
 
 def read_examples(path: Path) -> list[VotedQuestion]:
     """Reads what `write_examples` wrote."""
-    text = path.read_text(encoding="utf-8", errors="surrogateescape")
-    return [VotedQuestion(**json.loads(line)) for line in text.split("\n") if line]
+    return [VotedQuestion(**fields) for fields in _read_json_lines(path)]
+
+
+def read_records(folder: Path) -> list[dict]:
+    """Reads all of metrics.jsonl; it may not be there yet."""
+    path = folder / "metrics.jsonl"
+    return _read_json_lines(path) if path.exists() else []
+
+
+def _read_json_lines(path: Path) -> list[dict]:
+    """Reads JSON lines. Only a line feed ends a line: a text may hold U+2028."""
+    return [json.loads(line) for line in path.read_text(**TEXT).split("\n") if line]
+
+
+def cut_records(folder: Path, size: int) -> None:
+    """Cuts metrics.jsonl off behind its first `size` bytes, if it is there."""
+    path = folder / "metrics.jsonl"
+    if path.exists():
+        os.truncate(path, size)
 
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a file so that, whatever happens, it is there in full or as it was before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
-    with open(new, "w", encoding="utf-8", errors="surrogateescape") as file:
+    with open(new, "w", **TEXT) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
-    try:  # the rename itself is on the disk only when its folder is; Windows opens no folders
+    # The rename is on the disk only when its folder is; Windows opens no folders.
+    try:
         descriptor = os.open(path.parent, os.O_RDONLY)
     except OSError:
         return
@@ -50,10 +66,11 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes a folder beside the old one, then puts it in its place. Raises OSError."""
-    new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Writes a folder beside the old one, then moves it into its place. Raises OSError."""
+    new = path.with_name(path.name + ".new")
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     try:
         write(new)
     except SafetensorError as error:
@@ -62,16 +79,3 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(path, old)
     os.replace(new, path)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def cut_records(folder: Path, size: int) -> None:
-    """Forgets what metrics.jsonl has beyond its first `size` bytes."""
-    if (folder / "metrics.jsonl").exists():
-        os.truncate(folder / "metrics.jsonl", size)
-
-
-def read_records(folder: Path) -> list[dict]:
-    """All of metrics.jsonl."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    return [json.loads(line) for line in lines if line]

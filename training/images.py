@@ -1,4 +1,6 @@
-"""Images: from what the user points at to readable RGB pictures, with a reason for each file left out.
+"""Finds the user's images and reads them as RGB pictures, with a reason for each file that is left out.
+
+    --images WHERE --find_images--> Found --Pictures--> paths in random order --load_image--> RGB
 
 Image collections hold everything: transparency, palettes, CMYK, 16-bit greys, animations, photographs
 stored lying on their side, files cut off in the middle, text named .png. Headers are checked when a run
@@ -20,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from model.prompt import Picture
 from training.distributed import Ranks
-from training.folder import printable
+from training.settings import printable
 
 # What Pillow itself decodes; not EPS, for which it starts Ghostscript.
 Image.init()
@@ -32,20 +34,20 @@ RAW = frozenset(
     " .srw .x3f".split()
 )
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
-UNREAD = (
-    RAW
-    | frozenset(Image.registered_extensions())
-    | frozenset(
-        ".heic .heif .heics .hif .jxl .jxr .avif .avifs .svg .svgz .ai .psb .xcf .exr .hdr .bpg .djvu".split()
-    )
+OTHERS = frozenset(
+    ".heic .heif .heics .hif .jxl .jxr .avif .avifs .svg .svgz .ai .psb .xcf .exr .hdr .bpg .djvu".split()
 )
-UNREAD -= SUFFIXES | frozenset(".pdf .mpg .mpeg .h5 .hdf .grib .bufr .iim".split())  # films, documents, data
+NO_IMAGES = frozenset(".pdf .mpg .mpeg .h5 .hdf .grib .bufr .iim".split())  # films, documents, data
+UNREAD = (RAW | OTHERS | frozenset(Image.registered_extensions())) - SUFFIXES - NO_IMAGES
 MAX_RATIO = 200  # width / height and height / width that the image processor of Qwen2.5-VL accepts
 MAX_PIXELS = 89_478_485  # a larger image is taken for a decompression bomb (Pillow's own limit)
 HEADROOM = 2  # times the pixels that the model takes: it scales such an image as it would the whole one
-# Sets upright what an EXIF orientation of 2, 3, ... 8 describes.
+ORIENTATION = 0x0112  # the tag in EXIF
+# Sets upright what an orientation of 2, 3, ... 8 describes. ImageOps.exif_transpose would have to come before
+# values are scaled to 8 bits, and loses the tags that say how.
 TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
 PNG = b"\x89PNG\r\n\x1a\n"  # how such a file starts
+JPEG = b"\xff\xd8"
 
 
 class ImageError(ValueError):
@@ -54,14 +56,14 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class Found:
-    """The images found, and (path, reason) for each that was skipped."""
+    """The images that were found."""
 
     paths: list[str]
-    skipped: list[tuple[str, str]]
+    skipped: list[tuple[str, str]]  # (path, reason) of those that cannot be used
 
 
 def find_images(where: str) -> Found:
-    """The images in a folder (with its subfolders), matching a glob, or listed in a .txt or .jsonl file.
+    """Finds the images in a folder and its subfolders, matching a glob, or listed in a .txt or .jsonl file.
 
     A .jsonl line is a path in quotes or an object with an "image" or "path", or with several "images". Listed
     paths may be relative to the list.
@@ -76,15 +78,8 @@ def find_images(where: str) -> Found:
         paths = _read_list(place)
     elif place.is_file():
         paths = [str(place)]
-    else:  # follows no links: no loops
-        pattern = str(place.relative_to(place.anchor))
-        pattern += "/*" if place.name == "**" else ""  # by itself it matches folders, before Python 3.13
-        try:
-            paths = sorted(map(str, Path(place.anchor).glob(pattern)))
-        except ValueError as error:
-            raise ValueError(f"--images {where}: {error}") from error
-        if not paths:
-            raise ValueError(f"--images: there is no folder, file or match of {where}")
+    else:
+        paths = _match(where, place)
     good, skipped = [], []
     for path in paths:
         try:
@@ -95,26 +90,47 @@ def find_images(where: str) -> Found:
     return Found(good, skipped)
 
 
+def _match(where: str, place: Path) -> list[str]:
+    """Returns the paths that match a glob. Follows no links: no loops. Raises ValueError."""
+    pattern = str(place.relative_to(place.anchor))
+    if place.name == "**":
+        pattern += "/*"  # by itself it matches folders, before Python 3.13
+    try:
+        paths = sorted(map(str, Path(place.anchor).glob(pattern)))
+    except ValueError as error:
+        raise ValueError(f"--images {where}: {error}") from error
+    if not paths:
+        raise ValueError(f"--images: there is no folder, file or match of {where}")
+    return paths
+
+
 def _read_list(place: Path) -> list[str]:
-    """The paths in a list, absolute. Only a line feed ends a line: a name may hold U+2028 or U+0085."""
+    """Returns the paths in a list, absolute. Raises ValueError.
+
+    Only a line feed ends a line: a name may hold U+2028 or U+0085.
+    """
+    names = []
     try:
         data = place.read_bytes()
         if b"\0" in data or data.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise ValueError("it is in UTF-16 or no text; save it as UTF-8")
         lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-        named = []
         for number, line in enumerate(lines, start=1):
-            named += _listed(number, line, place.suffix.lower())
+            names += _parse_line(number, line, place.suffix.lower())
     except (OSError, ValueError) as error:
         raise ValueError(f"--images: {place} is not a list of image paths: {error}") from error
-    paths = [Path(os.path.expanduser(name)) for name in named]
-    beside = [place.absolute().parent / path for path in paths]  # the list's neighbours come first
-    return [
-        str(b if os.path.exists(b) or not os.path.exists(p) else p.absolute()) for p, b in zip(paths, beside)
-    ]
+    # What lies beside the list comes before what lies in the current folder.
+    folder = place.absolute().parent
+    paths = []
+    for name in names:
+        path = Path(os.path.expanduser(name))
+        beside = folder / path
+        is_here = os.path.exists(path) and not os.path.exists(beside)
+        paths.append(str(path.absolute() if is_here else beside))
+    return paths
 
 
-def _listed(number: int, line: bytes, suffix: str) -> list[str]:
+def _parse_line(number: int, line: bytes, suffix: str) -> list[str]:
     """Reads the paths on a line, none on an empty one. Raises ValueError with the line's number."""
     try:
         text = line.decode("utf-8").strip(" \t\r")
@@ -127,10 +143,10 @@ def _listed(number: int, line: bytes, suffix: str) -> list[str]:
         raise ValueError(f"line {number} is not JSON") from error
     paths = [entry]
     if isinstance(entry, dict):
+        one = entry.get("image") or entry.get("path")
         several = entry.get("images")
-        paths = [entry.get("image") or entry.get("path")]
-        if paths == [None] and isinstance(several, list) and several:
-            paths = several
+        use_several = one is None and isinstance(several, list) and several
+        paths = several if use_several else [one]
     for path in paths:
         if not isinstance(path, str) or not path.strip():
             raise ValueError(f'line {number} is no path and no object with the path as its "image" or "path"')
@@ -138,20 +154,12 @@ def _listed(number: int, line: bytes, suffix: str) -> list[str]:
 
 
 def _open(path: str) -> Image.Image:
-    """Opens an image and checks its header; the pixels are not read yet."""
+    """Opens an image and checks its header; the pixels are not read yet. Raises ImageError."""
     suffix = Path(path).suffix.lower()
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a named pipe would be waited for
             raise ImageError("not a file")
-        # Camera raws are TIFF files whose first image is a thumbnail.
-        formats = [name for name in FORMATS if name != "TIFF" or suffix not in RAW]
-        try:
-            image = Image.open(path, formats=formats)
-        except Image.DecompressionBombError:
-            raise
-        except Exception as error:
-            if getattr(error, "errno", None) or (image := _bare(path)) is None:
-                raise
+        image = _open_known(path, suffix)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -170,45 +178,83 @@ def _open(path: str) -> Image.Image:
     return image
 
 
+def _open_known(path: str, suffix: str) -> Image.Image:
+    """Opens a file of one of FORMATS; if its metadata are broken, without them. Raises Pillow's errors."""
+    # Camera raws are TIFF files whose first image is a thumbnail.
+    formats = [name for name in FORMATS if name != "TIFF" or suffix not in RAW]
+    try:
+        return Image.open(path, formats=formats)
+    except Image.DecompressionBombError:
+        raise
+    except Exception as error:
+        from_disk = getattr(error, "errno", None)
+        bare = None if from_disk else _open_bare(path)
+        if bare is None:
+            raise
+        return bare
+
+
 def _reason(error: Exception) -> str:
-    """What went wrong, on one line and without the path, which Pillow repeats."""
+    """Says what went wrong, on one line and without the path, which Pillow repeats."""
     if isinstance(error, UnidentifiedImageError):
         return "of no known format"
-    if said := getattr(error, "strerror", None):
+    said = getattr(error, "strerror", None)
+    if said:
         return said
-    text = str(error).splitlines()
-    return f"{type(error).__name__} {text[0][:100] if text else ''}".removeprefix("OSError ").strip()
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__} {lines[0][:100]}".removeprefix("OSError ").strip()
 
 
-def _bare(path: str) -> Image.Image | None:
-    """A PNG or JPEG image read with nothing but what its pixels need; None if it is broken all the same."""
+def _open_bare(path: str) -> Image.Image | None:
+    """Opens a PNG or JPEG image with nothing but what its pixels need; None if it is broken all the same."""
     try:
-        with open(path, "rb") as file:
-            start = file.read(8)
-            if not start.startswith((PNG, b"\xff\xd8")):
-                return None
-            return Image.open(io.BytesIO(_without_metadata(start + file.read())), formats=("PNG", "JPEG"))
+        data = Path(path).read_bytes()
+        if data.startswith(PNG):
+            bare = _strip_png(data)
+        elif data.startswith(JPEG):
+            bare = _strip_jpeg(data)
+        else:
+            return None
+        return Image.open(io.BytesIO(bare), formats=("PNG", "JPEG"))
     except Exception:
         return None
 
 
-def _without_metadata(data: bytes) -> bytes:
-    """A PNG or JPEG file with nothing in it but what its pixels need."""
-    if data.startswith(PNG):
-        kept, at = [data[:8]], 8
-        while at < len(data):
-            end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-            if data[at + 4 : at + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
-                kept.append(data[at:end])
-            at = end
-    else:
-        kept, at = [data[:2]], 2
-        while data[at : at + 1] == b"\xff" and data[at + 1] != 0xDA:  # until the pixels start
-            end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-            if data[at + 1] not in (*range(0xE1, 0xEE), 0xEF, 0xFE):  # APP14 says what the colours mean
-                kept.append(data[at:end])
-            at = end
-    return b"".join(kept) + data[at:]
+def _strip_png(data: bytes) -> bytes:
+    """Drops the chunks of a PNG file that its pixels do not need.
+
+        signature (8 bytes), then chunks: length (4), name (4), content (length), checksum (4)
+
+    Raises what it may if the file is broken.
+    """
+    kept = [PNG]
+    start = len(PNG)
+    while start < len(data):
+        length = int.from_bytes(data[start : start + 4], "big")
+        end = start + 12 + length
+        if data[start + 4 : start + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+            kept.append(data[start:end])
+        start = end
+    return b"".join(kept)
+
+
+def _strip_jpeg(data: bytes) -> bytes:
+    """Drops the segments of a JPEG file that its pixels do not need.
+
+        FF D8, then segments: FF, kind (1 byte), length of itself and the content (2), content
+
+    The pixels begin with the segment of kind DA. Raises what it may if the file is broken.
+    """
+    kept = [JPEG]
+    start = len(JPEG)
+    while data[start : start + 1] == b"\xff" and data[start + 1] != 0xDA:
+        length = int.from_bytes(data[start + 2 : start + 4], "big")
+        end = start + 2 + length
+        is_metadata = data[start + 1] in (*range(0xE1, 0xEE), 0xEF, 0xFE)  # APP14 tells what colours mean
+        if not is_metadata:
+            kept.append(data[start:end])
+        start = end
+    return b"".join(kept) + data[start:]
 
 
 def load_image(path: str, max_pixels: int | None = None, token_side: int = 28) -> Image.Image:
@@ -227,7 +273,8 @@ def load_image(path: str, max_pixels: int | None = None, token_side: int = 28) -
             except ImageError:
                 raise
             except Exception:  # without its metadata the image may be whole
-                if (bare := _bare(path)) is None:
+                bare = _open_bare(path)
+                if bare is None:
                     raise
                 return _rgb(bare, most, token_side)
     except ImageError:
@@ -237,39 +284,44 @@ def load_image(path: str, max_pixels: int | None = None, token_side: int = 28) -
 
 
 def _rgb(image: Image.Image, most: int | None, token_side: int) -> Image.Image:
-    """The pixels of an opened image, `most` at most, upright, on white."""
+    """Reads the pixels of an opened image, `most` at most, upright, on white."""
     size = _scaled_down(image.size, most, token_side)
     if size != image.size:  # a JPEG is read at a half, a quarter or an eighth, if that is still twice as wide
         image.draft(None, (2 * size[0], 2 * size[1]))
-    raw = str(image.tile[0].args) if image.tile else ""  # how the file packs them, known until they are read
+    packing = str(image.tile[0].args) if image.tile else ""  # known until the pixels are read
     image.load()
-    turned = _numbers(image) if image.mode.startswith("I") or image.mode == "F" else _on_white(image, raw)
-    if size != turned.size:
-        turned = turned.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    has_numbers = image.mode.startswith("I") or image.mode == "F"
+    result = _numbers_to_grey(image) if has_numbers else _on_white(image, packing)
+    if size != result.size:
+        result = result.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     try:
-        turn = image.getexif().get(0x0112)
+        orientation = image.getexif().get(ORIENTATION)
     except Exception:  # broken metadata; the pixels are there
-        turn = None
-    if isinstance(turn, int) and 2 <= turn <= 8:
-        turned = turned.transpose(Image.Transpose[TURNS[turn - 2]])
-    return turned.convert("RGB")
+        orientation = None
+    if isinstance(orientation, int) and 2 <= orientation <= 8:
+        result = result.transpose(Image.Transpose[TURNS[orientation - 2]])
+    return result.convert("RGB")
 
 
 def _scaled_down(size: tuple[int, int], most: int | None, token_side: int = 28) -> tuple[int, int]:
-    """The same shape with about `most` pixels, or the size itself if it has not more."""
-    if most is None or size[0] * size[1] <= most:
+    """Returns a size of the same shape with about `most` pixels, or the size itself if it has not more.
+
+    The shorter side stays as long as one image token, so that the shape becomes no longer (see MAX_RATIO).
+    """
+    width, height = size
+    if most is None or width * height <= most:
         return size
-    shorter = min(size)  # it stays as long as one image token, and the shape becomes no longer: MAX_RATIO
-    scale = min(1.0, max(math.sqrt(most / (size[0] * size[1])), token_side / shorter))
-    width, height = (math.ceil(side * scale) if side == shorter else int(side * scale) for side in size)
-    return width, height
+    shorter = min(size)
+    scale = min(1.0, max(math.sqrt(most / (width * height)), token_side / shorter))
+    scaled = [math.ceil(side * scale) if side == shorter else int(side * scale) for side in size]
+    return scaled[0], scaled[1]
 
 
-def _on_white(image: Image.Image, raw: str) -> Image.Image:
-    """An image of 8 bits, what is transparent in white."""
+def _on_white(image: Image.Image, packing: str) -> Image.Image:
+    """Lays an image of 8 bits on white, if it is transparent. packing: how the file packs pixels."""
     key = image.info.get("transparency")
     if isinstance(key, int) and image.format == "PNG" and image.mode != "P":  # packed in 1, 2 or 4 bits
-        image.info["transparency"] = key * {"1": 255, "L;2": 85, "L;4": 17}.get(raw, 1)
+        image.info["transparency"] = key * {"1": 255, "L;2": 85, "L;4": 17}.get(packing, 1)
     if isinstance(key, tuple) and max(key) > 255:  # 16 bits a channel, of which Pillow keeps 8
         image.info["transparency"] = tuple(value >> 8 for value in key)
     if not image.has_transparency_data:
@@ -278,36 +330,44 @@ def _on_white(image: Image.Image, raw: str) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
-def _numbers(image: Image.Image) -> Image.Image:
-    """An image of 16-bit, 32-bit or float values as 8 bits, what is transparent in white."""
-    values, tags, white = np.asarray(image), getattr(image, "tag_v2", {}), None
+def _numbers_to_grey(image: Image.Image) -> Image.Image:
+    """Converts an image of 16-bit, 32-bit or float values to 8 bits, with what is transparent in white."""
+    values = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})  # of a TIFF file
+    # The value of white, where the format says it; unsigned values, of which Pillow knows only signed ones.
+    white = None
     if image.mode.startswith("I;16"):
-        white = 2.0 ** tags.get(258, (16,))[0] - 1  # a TIFF file may have 12 bits
+        bits = tags.get(258, (16,))[0]  # a TIFF file may have 12
+        white = 2.0**bits - 1
     elif image.mode == "I" and image.format == "PPM":
         white = 65535.0
     elif image.mode == "I" and tags.get(258) == (32,) and tags.get(339, (1,)) == (1,):
-        values = values.view(np.uint32)  # Pillow has signed ones only
-    grey, key = _grey(values, white), image.info.get("transparency")
+        values = values.view(np.uint32)
+    grey = _scale_to_grey(values, white)
+    key = image.info.get("transparency")
     if isinstance(key, int):  # one of the values, before they were scaled
         grey[values == key] = 255
     return Image.fromarray(grey)
 
 
-def _grey(values: np.ndarray, white: float | None) -> np.ndarray:
-    """Any numbers as 8 bits: from 0 to `white`, or else from their least to their largest. NaN is black."""
+def _scale_to_grey(values: np.ndarray, white: float | None) -> np.ndarray:
+    """Scales numbers to 0 .. 255: from 0 to `white`, else from their least to their largest. NaN is black."""
     finite = values[np.isfinite(values)].astype(np.float64)
     if not finite.size:
         raise ImageError("none of its values is a finite number")
-    low, high = (0.0, white) if white else (finite.min(), finite.max())
-    if low == high:  # one value: a share of 1, of 8 bits or of 16, as it may be
+    low = 0.0 if white else finite.min()
+    high = white or finite.max()
+    if low == high:  # one value: a part of 1, of 8 bits or of 16, as it may be
         scales = (1.0, 255.0, 65535.0) if values.dtype.kind == "f" else (255.0, 65535.0)
-        low, high = 0.0, next((scale for scale in scales if high <= scale), high)
+        low = 0.0
+        high = next((scale for scale in scales if high <= scale), high)
     values = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
-    return ((values - low) / (high - low) * 255).clip(0, 255).round().astype(np.uint8)
+    scaled = (values - low) / (high - low) * 255
+    return scaled.clip(0, 255).round().astype(np.uint8)
 
 
-def nothing_of(found: Found) -> str:
-    """That there is no image, and why the last one cannot be used."""
+def say_why_none(found: Found) -> str:
+    """Says that there is no image, and why the last one cannot be used."""
     if not found.skipped:
         return "there is no image"
     path, why = found.skipped[-1]
@@ -318,62 +378,75 @@ def nothing_of(found: Found) -> str:
 class Pictures:
     """The images in random order, over and over.
 
-    Each pass over the paths is a permutation that depends on `seed` and the number of the pass alone, so
-    `position`, how many places have been passed, is all that an interrupted run has to remember.
-    `max_pixels` and `token_side`: what the model takes of an image (see `load_image`).
+        pass 0    C A B D
+        pass 1    B D A C    at position 5 D is next
+
+    Each pass is a permutation of the paths, which depends on `seed` and the number of the pass alone. So the
+    position is all that an interrupted run has to remember.
     """
 
     found: Found
     seed: str
     position: int = 0
-    max_pixels: int | None = None
+    max_pixels: int | None = None  # that the model takes of an image (see `load_image`)
     token_side: int = 28
 
-    def take(self, count: int, ranks: Ranks) -> list[Picture]:
-        """The next `count` pictures, of several ranks this one's share of them.
+    def load_next(self, count: int, ranks: Ranks) -> list[Picture]:
+        """Loads the next `count` pictures; of several ranks each loads its part of them.
 
         A file that turns out unreadable is added to `found.skipped`, on all ranks, and the next one takes
         its place. Raises ImageError when no file is readable.
         """
-        pictures, missing = [], count
+        pictures = []
+        missing = count
         while missing:
-            good, bad = [], []
+            bad = []
             for path in ranks.shard(self._next_paths(missing)):
                 try:
-                    good.append(Picture(path, load_image(path, self.max_pixels, self.token_side)))
+                    pictures.append(Picture(path, load_image(path, self.max_pixels, self.token_side)))
                 except ImageError as error:
                     bad.append((path, str(error)))
-            bad = [tuple(b) for b in ranks.all_gather(bad)]
+            bad = [(path, why) for path, why in ranks.all_gather(bad)]
             self.found.skipped.extend(dict.fromkeys(bad))
-            pictures, missing = pictures + good, len(bad)
+            missing = len(bad)
         return pictures
 
     def _next_paths(self, count: int) -> list[str]:
-        """The next `count` paths that are not known to be unreadable."""
-        left_out, paths, passed = {path for path, _ in self.found.skipped}, [], 0
+        """Returns the next `count` paths that are not known to be unreadable. Raises ImageError."""
+        skipped = {path for path, _ in self.found.skipped}
+        paths = []
+        passed = 0  # unreadable ones in a row
         while len(paths) < count:
             if passed == 2 * len(self.found.paths):  # a whole pass, wherever this began
-                raise ImageError(nothing_of(self.found))
-            path, self.position, passed = self._path(self.position), self.position + 1, passed + 1
-            if path not in left_out:
+                raise ImageError(say_why_none(self.found))
+            path = self._path(self.position)
+            self.position += 1
+            if path in skipped:
+                passed += 1
+            else:
                 paths.append(path)
                 passed = 0
         return paths
 
     def _path(self, position: int) -> str:
+        """Returns the path at a position of the random order."""
         number, place = divmod(position, len(self.found.paths))
-        return self.found.paths[_permutation(len(self.found.paths), f"{self.seed} {number}")[place]]
+        permutation = _permute(len(self.found.paths), f"{self.seed} {number}")
+        return self.found.paths[permutation[place]]
 
 
 @lru_cache(maxsize=2)
-def _permutation(length: int, seed: str) -> list[int]:
+def _permute(length: int, seed: str) -> list[int]:
     return random.Random(seed).sample(range(length), length)
 
 
-def images_in(folder: Path, pictures: list[Picture]) -> list[Picture]:
-    """The pictures, with paths inside the folder relative to it, so that the folder can be moved."""
-    inside, places = folder.absolute(), [Path(picture.path).absolute() for picture in pictures]
-    return [
-        Picture(place.relative_to(inside).as_posix(), p.image) if place.is_relative_to(inside) else p
-        for p, place in zip(pictures, places)
-    ]
+def make_relative(folder: Path, pictures: list[Picture]) -> list[Picture]:
+    """Makes paths inside the folder relative to it, so that the folder can be moved; others stay."""
+    folder = folder.absolute()
+    relative = []
+    for picture in pictures:
+        path = Path(picture.path).absolute()
+        if path.is_relative_to(folder):
+            picture = Picture(path.relative_to(folder).as_posix(), picture.image)
+        relative.append(picture)
+    return relative

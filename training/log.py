@@ -1,4 +1,4 @@
-"""What a run says and writes down: lines, a bar, the table with a row an iteration, the record of a step."""
+"""Lines, a progress bar and a table for people; numbers as they are written to metrics.jsonl."""
 
 import math
 import sys
@@ -13,46 +13,51 @@ from tqdm import tqdm
 
 from grpo import Group, group_advantages
 from training.distributed import Ranks
+from training.scenes import RUNGS
 
 SILENCE = 25  # seconds after which it says what it is doing
 
 
 class Console:
-    """The voice of a run; of several processes only the first speaks. doing: what it is at, in words."""
+    """Speaks for a run on standard error; of several ranks only the main one does."""
 
     def __init__(self, speaks: bool):
-        self.speaks, self.doing = speaks, "starting"
-        self.spoke = self.began = time.monotonic()
+        self.speaks = speaks
+        self.doing = "starting"  # what the run is at, in words
+        self.began = time.monotonic()  # when it began that
+        self.spoke = self.began  # when it last said something
 
     def say(self, message: str) -> None:
-        """A line that does not break a progress bar."""
+        """Prints a line that does not break a progress bar."""
         self.spoke = time.monotonic()
         if self.speaks:
             tqdm.write(message, file=sys.stderr)
 
-    def now(self, doing: str) -> None:
-        """Something else begins."""
-        self.doing, self.began = doing, time.monotonic()
+    def begin(self, doing: str) -> None:
+        """Notes what the run does from now on."""
+        self.doing = doing
+        self.began = time.monotonic()
 
     def progress(self, done: int, steps: int, what: str) -> Iterator[int]:
-        """The steps done + 1 to `steps`, with a bar if standard error is a terminal."""
-        hidden = None if self.speaks else True
+        """Yields the steps done + 1 to `steps`, with a bar if standard error is a terminal."""
+        hidden = None if self.speaks else True  # None: unless it is a terminal
         bar = tqdm(range(done + 1, steps + 1), what, leave=False, disable=hidden, initial=done, total=steps)
         for step in bar:
-            self.now(f"{what}, step {step} of {steps}")
+            self.begin(f"{what}, step {step} of {steps}")
             if not bar.disable:
                 self.spoke = time.monotonic()
             yield step
 
     @contextmanager
-    def alive(self):
-        """In a `with` block it says what it is doing whenever it has been silent for long."""
+    def break_silence(self):
+        """Says, in a `with` block, what the run is doing whenever it has been silent for SILENCE seconds."""
         over = threading.Event()
 
         def watch():
             while not over.wait(1):
-                if time.monotonic() - self.spoke > SILENCE:
-                    self.say(f"... {self.doing}, for {time.monotonic() - self.began:.0f} s")
+                now = time.monotonic()
+                if now - self.spoke > SILENCE:
+                    self.say(f"... {self.doing}, for {now - self.began:.0f} s")
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()
@@ -63,8 +68,7 @@ class Console:
             thread.join()
 
 
-RUNGS = ("1-2", "3-4", "5-6", "7-9")  # objects that a question about built-in scenes asks to list
-
+# ---- The table ---------------------------------------------------------------------------------------------
 
 HEADER = (
     f"iteration greedy sampled  {'  '.join(RUNGS)} | valid  r_unc first-last clusters"
@@ -72,69 +76,86 @@ HEADER = (
 )
 
 
-def row(k: int, results: dict, records: list[dict]) -> str:
-    """A row of the console's table. records: those of iteration k."""
-    asking = [r for r in records if r["phase"] == "questioner"]
-    curation = next((r for r in records if r["phase"] == "curation"), {})
-    third = max(1, len(asking) // 3)  # single steps may fall where a phase rises
-    seconds = sum(r.get("seconds", 0.0) for r in records) if k else None
-    rungs = results.get("sampled_by_objects", {})
-    cells = [f"{k or 'base':>9}", _cell(results.get("greedy_accuracy"), 6)]
-    cells += [_cell(results.get("sampled_accuracy"), 7), *(_cell(rungs.get(name), 4, 2) for name in RUNGS)]
+def table_row(k: int, results: dict, records: list[dict]) -> str:
+    """Writes a row of the console's table, below HEADER. records: those of iteration k."""
+    # A phase may rise while single steps fall: its first third is compared with its last.
+    asking = [record for record in records if record["phase"] == "questioner"]
+    third = max(1, len(asking) // 3)
     first, last = asking[:third], asking[-third:]
-    cells += ["|", _cell(_mean_of("validity", last), 5), _cell(_mean_of("r_unc", first), 8), "-"]
-    cells += [_cell(_mean_of("r_unc", last), 6), _cell(_mean_of("clusters", last), 8, 1)]
-    cells += ["|", f"{curation.get('curated', '-'):>7}", _cell(results.get("objects"), 7, 1)]
-    return " ".join([*cells, _cell(results.get("silver_accuracy"), 5, 2), _cell(seconds, 7, 0)])
+    curation = next((record for record in records if record["phase"] == "curation"), {})
+    rungs = results.get("sampled_by_objects", {})
+    seconds = sum(record.get("seconds", 0.0) for record in records) if k else None
+    cells = [
+        f"{k or 'base':>9}",
+        _cell(results.get("greedy_accuracy"), 6),
+        _cell(results.get("sampled_accuracy"), 7),
+        *(_cell(rungs.get(name), 4, 2) for name in RUNGS),
+        "|",
+        _cell(_mean_field("validity", last), 5),
+        _cell(_mean_field("r_unc", first), 8),
+        "-",
+        _cell(_mean_field("r_unc", last), 6),
+        _cell(_mean_field("clusters", last), 8, 1),
+        "|",
+        f"{curation.get('curated', '-'):>7}",
+        _cell(results.get("objects"), 7, 1),
+        _cell(results.get("silver_accuracy"), 5, 2),
+        _cell(seconds, 7, 0),
+    ]
+    return " ".join(cells)
 
 
-def mean(values: list) -> float:
-    """0.0 if there are none."""
-    return sum(values) / len(values) if values else 0.0
-
-
-def _mean_of(name: str, records: list[dict]) -> float | None:
-    """The mean of a number in the records that have it; None if none has."""
+def _mean_field(name: str, records: list[dict]) -> float | None:
+    """Averages a number over the records that have it; None if none has."""
     values = [record[name] for record in records if record.get(name) is not None]
     return mean(values) if values else None
 
 
 def _cell(value: float | None, width: int, digits: int = 3) -> str:
-    return f"{'-' if value is None else format(value, f'.{digits}f'):>{width}}"
+    return "-".rjust(width) if value is None else f"{value:{width}.{digits}f}"
+
+
+# ---- Records -----------------------------------------------------------------------------------------------
+
+
+def mean(values: list) -> float:
+    """Averages numbers; 0.0 if there are none."""
+    return sum(values) / len(values) if values else 0.0
 
 
 def plain(value):
-    """A number as JSON has it: rounded, null for what is not finite."""
+    """Returns a number as JSON has it: rounded, null for what is not finite. Anything else stays."""
     if not isinstance(value, float):
         return value
     return round(value, 6) if math.isfinite(value) else None
 
 
 def skipped_in_a_row(records: list[dict]) -> int:
-    """How many of the last GRPO steps were skipped."""
+    """Counts how many of the last GRPO steps were skipped without one between them that was not."""
     skipped = [record["skipped"] for record in records if "skipped" in record]
     return len(list(takewhile(bool, reversed(skipped))))
 
 
 def rollout_metrics(groups: list[Group], end_ids: list[int], seconds: float, ranks: Ranks) -> dict:
-    """Returns what the completions of a GRPO step look like, over the groups of all processes."""
+    """Returns the metrics of what a GRPO step sampled, over the groups of all ranks."""
+    # Of each group its rewards, and the length of each completion and if it was cut off.
     mine = []
     for group in groups:
         rewards = [completion.reward for completion in group]
         lengths = [len(completion.tokens) for completion in group]
-        truncated = [not c.tokens or c.tokens[-1] not in end_ids for c in group]
-        mine.append([rewards, lengths, truncated])
-    rewards, lengths, truncated = zip(*(ranks.all_gather(mine) or [([], [], [])]))
-    lengths = [length for group in lengths for length in group]
+        cut_off = [not c.tokens or c.tokens[-1] not in end_ids for c in group]
+        mine.append([rewards, lengths, cut_off])
+    everywhere = ranks.all_gather(mine)
+    lengths = [length for _, lengths, _ in everywhere for length in lengths]
     return dict(
-        reward=mean([reward for group in rewards for reward in group]),
-        equal_groups=mean([all_equal(group) for group in rewards]),
+        reward=mean([reward for rewards, _, _ in everywhere for reward in rewards]),
+        equal_groups=mean([all_equal(rewards) for rewards, _, _ in everywhere]),
         length=mean(lengths),
-        truncated=mean([cut for group in truncated for cut in group]),
+        truncated=mean([cut for _, _, cut_off in everywhere for cut in cut_off]),
         tokens_per_second=sum(lengths) / max(seconds, 1e-9),
     )
 
 
 def all_equal(rewards: list[float]) -> bool:
-    """Whether these rewards of a group teach nothing: 0.1 and 1 - 0.9 are the same to GRPO."""
+    """Returns true if the rewards of a group teach nothing: 0.1 and 1 - 0.9 are the same to GRPO."""
     return bool(rewards) and not group_advantages(torch.tensor([rewards])).any()

@@ -38,17 +38,16 @@ from model.vlm import VLM
 from training.distributed import Ranks
 from training.folder import (
     cut_records,
-    printable,
     read_examples,
     read_records,
     replace_folder,
     replace_text,
     write_examples,
 )
-from training.images import Found, ImageError, Pictures, images_in, load_image
-from training.log import HEADER, Console, plain, rollout_metrics, row, skipped_in_a_row
+from training.images import Found, ImageError, Pictures, load_image, make_relative
+from training.log import HEADER, Console, plain, rollout_metrics, skipped_in_a_row, table_row
 from training.policy import Trained
-from training.settings import UNKNOWN_INSTRUCTIONS, Settings, knows
+from training.settings import UNKNOWN_INSTRUCTIONS, Settings, knows, printable
 from training.state import State, copy_tensors, entry, lock, read_tensors, recover, write_state, write_tensors
 
 PHASES = ("questioner", "curation", "reasoner", "measure")
@@ -125,7 +124,7 @@ class Run:
         found = None
         if self.ranks.is_main:
             self.locked = self.locked or lock(self.folder)
-            self.console.now(f"reading the state of {self.folder}")
+            self.console.begin(f"reading the state of {self.folder}")
             number, state, complaints = recover(self.folder)
             for complaint in complaints:
                 self.console.say(f"{complaint}; going on from the state before it")
@@ -172,7 +171,7 @@ class Run:
         if asked > next_one:
             raise RunError(f"iteration {self.state.iteration}: {self.state.phase} comes before {k}: {phase}")
         self.started = time.monotonic()
-        self.console.now(f"iteration {k}: {phase}")
+        self.console.begin(f"iteration {k}: {phase}")
         return asked < next_one
 
     @contextmanager
@@ -246,7 +245,7 @@ class Run:
 
         The run cycles through the images, in a new random order each time.
         """
-        return images_in(self.folder, self.pictures.take(count, self.ranks))
+        return make_relative(self.folder, self.pictures.load_next(count, self.ranks))
 
     def image_batches(self, k: int, phase: str, count: int, size: int) -> Iterator[list[Picture]]:
         """Yields the next `count` images, `size` at a time, as decoded images are large. Seeds each batch."""
@@ -362,7 +361,7 @@ class Run:
     def probe_images(self, count: int) -> list[Picture]:
         """Returns the images of the fixed questions; of several processes this one's part."""
         pictures = self.in_order("probes")
-        return images_in(self.folder, pictures.take(min(count, len(self.images.paths)), self.ranks))
+        return make_relative(self.folder, pictures.load_next(min(count, len(self.images.paths)), self.ranks))
 
     def load_images(self, questions: list[VotedQuestion]) -> list[tuple[VotedQuestion, Image.Image]]:
         """Returns questions with their images. Those that can no longer be read join the skipped ones."""
@@ -444,7 +443,7 @@ class Run:
         if not self.header_printed:
             print(HEADER)
             self.header_printed = True
-        print(row(k, results, [r for r in self.records if r["iteration"] == k]), flush=True)
+        print(table_row(k, results, [r for r in self.records if r["iteration"] == k]), flush=True)
 
     def tell_skips(self) -> None:
         """Names the images that were skipped since the last call."""

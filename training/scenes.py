@@ -11,8 +11,8 @@ scenes can be drawn larger for a real model.
 One scene in sixteen, by a checksum of what is on it, is held out: it is drawn for measuring and never for
 lessons or self-play, whatever the seeds.
 
-This file knows nothing of questions or answers: training sees the PNG files and nothing else. What was drawn
-is written beside them, in `scenes.jsonl`, for `toy/measure.py` alone.
+This file knows nothing of answers: training sees the PNG files and nothing else. What was drawn is written
+beside them, in `scenes.jsonl`, for measuring alone (measure/truth.py).
 """
 
 import json
@@ -24,20 +24,28 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-COLOURS = {"red": (214, 40, 40), "green": (42, 157, 66), "blue": (38, 84, 214), "yellow": (240, 196, 25)}
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (42, 157, 66),
+    "blue": (38, 84, 214),
+    "yellow": (240, 196, 25),
+}
 SHAPES = ("disc", "ring", "cross")
 PLURALS = {"disc": "discs", "ring": "rings", "cross": "crosses"}
-BOARD = 3
-LED = 0.5  # share of scenes with a leading colour (or shape)
-LEAD = 0.7  # how likely an object is to follow it
+BOARD = 3  # cells along one side
+LED = 0.5  # fraction of scenes with a leading colour (or shape)
+LEAD = 0.7  # probability that an object follows it
+BACKGROUND = (250, 250, 247)
+# The ladder of questions: how many objects one asks to list.
+RUNGS = {"1-2": (1, 2), "3-4": (3, 4), "5-6": (5, 6), "7-9": (7, 8, 9)}
 TRUTH_FILE = "scenes.jsonl"
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: the cell it stands in (0 to 8, row by row), its colour and its shape."""
+    """One object of a scene."""
 
-    cell: int
+    cell: int  # 0 to 8, row by row
     colour: str
     shape: str
 
@@ -46,23 +54,30 @@ Scene = tuple[Thing, ...]  # in reading order
 
 
 def sample_scene(rng: random.Random, held_out: bool = False) -> Scene:
-    """A random scene of 2 to 9 objects: one of those held out, or one of the others."""
+    """Draws a random scene of 2 to 9 objects: one of those held out, or one of the others."""
+    cells = BOARD * BOARD
     while True:
-        cells = sorted(rng.sample(range(BOARD * BOARD), rng.randint(2, BOARD * BOARD)))
-        colours, shapes = (_draw(rng, words, len(cells)) for words in (tuple(COLOURS), SHAPES))
-        scene = tuple(Thing(*thing) for thing in zip(cells, colours, shapes))
+        count = rng.randint(2, cells)
+        places = sorted(rng.sample(range(cells), count))
+        colours = _draw_words(rng, tuple(COLOURS), count)
+        shapes = _draw_words(rng, SHAPES, count)
+        scene = tuple(map(Thing, places, colours, shapes))
         if is_held_out(scene) == held_out:
             return scene
 
 
-def _draw(rng: random.Random, words: tuple[str, ...], count: int) -> list[str]:
-    """`count` random words; in some scenes most of them are the same one."""
+def _draw_words(rng: random.Random, words: tuple[str, ...], count: int) -> list[str]:
+    """Draws `count` random words; in some scenes most of them are the same one."""
     leader = rng.choice(words) if rng.random() < LED else None
-    return [leader if leader and rng.random() < LEAD else rng.choice(words) for _ in range(count)]
+    drawn = []
+    for _ in range(count):
+        follows = leader is not None and rng.random() < LEAD
+        drawn.append(leader if follows else rng.choice(words))
+    return drawn
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether a scene is kept for measuring."""
+    """Returns true if a scene is kept for measuring: one in sixteen, by its checksum."""
     drawn = " ".join(f"{thing.cell} {thing.colour} {thing.shape}" for thing in scene)
     return zlib.crc32(drawn.encode()) % 16 == 0
 
@@ -70,20 +85,24 @@ def is_held_out(scene: Scene) -> bool:
 def render(scene: Scene, rng: random.Random, size: int = 84) -> Image.Image:
     """Draws a scene as an RGB image of `size` x `size` pixels; `rng` shifts objects by 1/28 of a cell."""
     cell = size // BOARD
-    unit = cell / 28
-    image = Image.new("RGB", (size, size), (250, 250, 247))
+    unit = cell / 28  # the toy's pixel
+    image = Image.new("RGB", (size, size), BACKGROUND)
     draw = ImageDraw.Draw(image)
     for thing in scene:
-        x = (thing.cell % BOARD + 0.5) * cell + rng.randint(-1, 1) * unit
-        y = (thing.cell // BOARD + 0.5) * cell + rng.randint(-1, 1) * unit
-        r, colour = 9 * unit, COLOURS[thing.colour]
+        row, column = divmod(thing.cell, BOARD)
+        x = (column + 0.5) * cell + rng.randint(-1, 1) * unit
+        y = (row + 0.5) * cell + rng.randint(-1, 1) * unit
+        colour = COLOURS[thing.colour]
+        long = 9 * unit  # a radius, or half the length of a bar of a cross
+        short = 2.5 * unit  # half its width
+        circle = (x - long, y - long, x + long, y + long)
         if thing.shape == "disc":
-            draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+            draw.ellipse(circle, fill=colour)
         elif thing.shape == "ring":
-            draw.ellipse((x - r, y - r, x + r, y + r), outline=colour, width=max(1, round(4 * unit)))
+            draw.ellipse(circle, outline=colour, width=max(1, round(4 * unit)))
         else:
-            draw.rectangle((x - r, y - 2.5 * unit, x + r, y + 2.5 * unit), fill=colour)
-            draw.rectangle((x - 2.5 * unit, y - r, x + 2.5 * unit, y + r), fill=colour)
+            draw.rectangle((x - long, y - short, x + long, y + short), fill=colour)
+            draw.rectangle((x - short, y - long, x + short, y + long), fill=colour)
     return image
 
 
@@ -96,17 +115,22 @@ def write_scenes(folder: Path, count: int, seed: int, size: int = 84) -> list[Pa
 def draw_scenes(folder: Path, scenes: Iterable[Scene], rng: random.Random, size: int = 84) -> list[Path]:
     """Renders scenes into `folder` as PNG files, with the truth beside them; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths, records = [], []
+    paths = []
+    lines = []
     for i, scene in enumerate(scenes):
-        paths.append(folder / f"scene-{i:05d}.png")
-        render(scene, rng, size).save(paths[-1])
-        records.append({"image": paths[-1].name, "things": [asdict(thing) for thing in scene]})
-    (folder / TRUTH_FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
+        path = folder / f"scene-{i:05d}.png"
+        render(scene, rng, size).save(path)
+        record = {"image": path.name, "things": [asdict(thing) for thing in scene]}
+        paths.append(path)
+        lines.append(json.dumps(record) + "\n")
+    (folder / TRUTH_FILE).write_text("".join(lines))
     return paths
 
 
 def read_truth(folder: Path) -> dict[str, Scene]:
-    """What was drawn in each image of a folder of scenes: file name -> scene. For measuring only."""
-    lines = (folder / TRUTH_FILE).read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return {r["image"]: tuple(Thing(**thing) for thing in r["things"]) for r in records}
+    """Reads what was drawn in each image of a folder: file name -> scene. For measuring only."""
+    scenes = {}
+    for line in (folder / TRUTH_FILE).read_text().splitlines():
+        record = json.loads(line)
+        scenes[record["image"]] = tuple(Thing(**thing) for thing in record["things"])
+    return scenes

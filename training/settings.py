@@ -1,4 +1,7 @@
-"""Every setting of a run: one field and one flag each, with the paper's symbol and value."""
+"""Every setting of a run: one field and one flag each, with the paper's symbol and value.
+
+This file imports nothing that takes long, so that --help and a wrong flag are answered at once.
+"""
 
 import argparse
 import dataclasses
@@ -13,14 +16,23 @@ from pathlib import Path
 
 TOY = Path(__file__).parent.parent / "toy"
 BESIDE = "visplay.json"  # beside a checkpoint: settings that fit it, and the instructions that it knows
-HELD_OUT_QUESTIONS, HELD_OUT_SEED = 512, 1_000_000  # about scenes of this seed; no run's seed is that large
+HELD_OUT_QUESTIONS = 512
+HELD_OUT_SEED = 1_000_000  # of the scenes that they are about; no run's seed is that large
 MOST = 1_000_000  # completions, answers, tokens of one: a larger number is a slip
 MAY_CHANGE = ("name", "resume", "dry_run", "device", "gradient_checkpointing", "offload", "save_every")
 
 
-def setting(default, help: str):
-    """A field of `Settings`, with the help text of its flag."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def setting(default, help: str, group: str, least: float | None = None, most: float | None = None):
+    """Makes a field of `Settings`: its flag's help text and group, and the limits of its value, inclusive."""
+    return dataclasses.field(default=default, metadata=dict(help=help, group=group, least=least, most=most))
+
+
+# The groups of `python loop.py --help`.
+RUN = "what runs"
+LOOP = "the loop"
+GRPO = "GRPO"
+SAMPLING = "prompts and sampling"
+MEMORY = "memory"
 
 
 @dataclass
@@ -28,84 +40,99 @@ class Settings:
     """Every setting of a run: one flag each, the paper's values as defaults."""
 
     model: str | None = setting(
-        None, "folder or hub id of a Qwen2.5-VL, MiMo-VL or Qwen3-VL checkpoint (default: the toy here)"
+        None, "folder or hub id of a Qwen2.5-VL, MiMo-VL or Qwen3-VL checkpoint (default: the toy here)", RUN
     )
     images: str | None = setting(
-        None, "folder (with subfolders), glob, or .txt/.jsonl list of images (default: built-in scenes)"
+        None, "folder (with subfolders), glob, or .txt/.jsonl list of images (default: built-in scenes)", RUN
     )
-    name: str | None = setting(None, "the run's folder under runs/ (default: the model's name and the time)")
+    name: str | None = setting(
+        None, "the run's folder under runs/ (default: the model's name and the time)", RUN
+    )
     resume: str | None = setting(
-        None, "continue the run in this folder where it was stopped or killed, also with more --iterations"
+        None,
+        "continue the run in this folder where it was stopped or killed, also with more --iterations",
+        RUN,
     )
-    seed: int = setting(0, "seed of everything random")
-    device: str | None = setting(None, "cpu, cuda or cuda:N (default: cuda if there is one)")
-    dtype: str | None = setting(None, "float32 or bfloat16 (default: bfloat16 on cuda, float32 on cpu)")
-    iterations: int = setting(3, "iterations of the loop, the paper's K")
+    seed: int = setting(0, "seed of everything random", RUN, least=0)
+    device: str | None = setting(None, "cpu, cuda or cuda:N (default: cuda if there is one)", RUN)
+    dtype: str | None = setting(None, "float32 or bfloat16 (default: bfloat16 on cuda, float32 on cpu)", RUN)
+    iterations: int = setting(3, "iterations of the loop, the paper's K", LOOP, least=1)
     questioner_steps: int = setting(
-        20, "GRPO steps of a Questioner phase, the paper's S_Q (20 for 3B, 10 for 7B)"
+        20, "GRPO steps of a Questioner phase, the paper's S_Q (20 for 3B, 10 for 7B)", LOOP, least=1
     )
     reasoner_steps: int = setting(
-        20, "GRPO steps of a Reasoner phase, the paper's S_R (20 for 3B, 10 for 7B)"
+        20, "GRPO steps of a Reasoner phase, the paper's S_R (20 for 3B, 10 for 7B)", LOOP, least=1
     )
-    images_per_step: int = setting(128, "images (Questioner) or curated questions (Reasoner) in a step")
-    group_size: int = setting(8, "completions of one prompt that GRPO compares, the paper's G")
-    answers: int = setting(10, "answers the Reasoner votes with on a question, the paper's m")
-    candidates: int = setting(1000, "questions proposed for curation, the paper's N")
-    tau_low: float = setting(0.25, "lowest confidence of a curated question, the paper's tau_low, inclusive")
+    images_per_step: int = setting(
+        128, "images (Questioner) or curated questions (Reasoner) in a step", LOOP, least=1
+    )
+    group_size: int = setting(
+        8, "completions of one prompt that GRPO compares, the paper's G", LOOP, least=2, most=MOST
+    )
+    answers: int = setting(
+        10, "answers the Reasoner votes with on a question, the paper's m", LOOP, least=1, most=MOST
+    )
+    candidates: int = setting(1000, "questions proposed for curation, the paper's N", LOOP, least=1)
+    tau_low: float = setting(
+        0.25, "lowest confidence of a curated question, the paper's tau_low, inclusive", LOOP, least=0.0
+    )
     tau_high: float = setting(
-        0.75, "highest confidence of a curated question, the paper's tau_high, inclusive"
+        0.75, "highest confidence of a curated question, the paper's tau_high, inclusive", LOOP
     )
-    diversity_weight: float = setting(1.0, "weight of the diversity penalty, the paper's lambda")
-    lr: float = setting(1e-6, "learning rate of AdamW in both phases")
-    weight_decay: float = setting(1e-2, "weight decay of AdamW")
-    beta: float = setting(1e-2, "weight of the KL to the role at the start of its phase, the paper's beta")
+    diversity_weight: float = setting(
+        1.0, "weight of the diversity penalty, the paper's lambda", LOOP, least=0.0
+    )
+    lr: float = setting(1e-6, "learning rate of AdamW in both phases", GRPO, least=0.0)
+    weight_decay: float = setting(1e-2, "weight decay of AdamW", GRPO, least=0.0)
+    beta: float = setting(
+        1e-2, "weight of the KL to the role at the start of its phase, the paper's beta", GRPO, least=0.0
+    )
     clip: float = setting(
-        0.2, "clipping range of the ratio, the paper's epsilon; idle with one update a rollout, as here"
+        0.2, "clipping range of the ratio, the paper's epsilon; idle with one update a rollout, as here", GRPO
     )
-    temperature: float = setting(1.0, "sampling temperature; divides the logits in training too")
-    top_p: float = setting(0.99, "nucleus sampling: the smallest set of tokens with this probability")
-    max_new_tokens: int = setting(1024, "longest completion, in tokens")
+    temperature: float = setting(1.0, "sampling temperature; divides the logits in training too", SAMPLING)
+    top_p: float = setting(
+        0.99, "nucleus sampling: the smallest set of tokens with this probability", SAMPLING
+    )
+    max_new_tokens: int = setting(1024, "longest completion, in tokens", SAMPLING, least=1, most=MOST)
     max_pixels: int = setting(
         802_816,
         "larger images are scaled down to this: 1024 tokens of 28 x 28 pixels (Qwen2.5-VL, MiMo-VL), 784 of "
         "32 x 32 (Qwen3-VL)",
+        SAMPLING,
+        least=1,
     )
     gradient_checkpointing: bool = setting(
-        False, "recompute activations in the backward pass: less memory, more time"
+        False, "recompute activations in the backward pass: less memory, more time", MEMORY
     )
     offload: bool = setting(
-        False, "keep float32 master weights and AdamW's moments in CPU memory, for a GPU that is too small"
+        False,
+        "keep float32 master weights and AdamW's moments in CPU memory, for a GPU that is too small",
+        MEMORY,
     )
     lora_rank: int = setting(
-        0, "train only a low-rank change of the text model, R; needs a higher --lr, as 2e-5 (0: all weights)"
+        0,
+        "train only a low-rank change of the text model, R; needs a higher --lr, as 2e-5 (0: all weights)",
+        GRPO,
+        least=0,
     )
-    freeze_vision: bool = setting(False, "leave the image encoder as it is; --lora-rank always does")
+    freeze_vision: bool = setting(False, "leave the image encoder as it is; --lora-rank always does", GRPO)
     save_every: int = setting(
-        5, "steps between two saved states of a run; a state is also saved when a phase ends"
+        5, "steps between two saved states of a run; a state is also saved when a phase ends", RUN, least=1
     )
     dry_run: bool = setting(
-        False, "print what would run, how much memory it takes and how long (measured), then stop"
+        False, "print what would run, how much memory it takes and how long (measured), then stop", RUN
     )
+
+    @property
+    def base_model(self) -> str:
+        """Returns the folder or hub id of the model that both roles start from."""
+        return str(TOY) if self.model is None else self.model
 
     def check(self) -> None:
         """Raises ValueError, with a sentence for the user, for a value out of range or of another type."""
-        for field in dataclasses.fields(self):  # flags have their types; files may hold anything
-            value, kind = getattr(self, field.name), {float: float | int}.get(field.type, field.type)
-            if not isinstance(value, kind) or isinstance(value, bool) != (field.type is bool):
-                raise ValueError(f"{flag(field.name)} cannot be {value!r}")
-        least = dict(
-            iterations=1, questioner_steps=1, reasoner_steps=1, images_per_step=1, group_size=2, answers=1
-        )
-        least |= dict(candidates=1, max_new_tokens=1, max_pixels=1, seed=0, lr=0.0, weight_decay=0.0)
-        least |= dict(beta=0.0, diversity_weight=0.0, tau_low=0.0, save_every=1, lora_rank=0)
-        for name, value in least.items():
-            if not getattr(self, name) >= value or math.isinf(getattr(self, name)):
-                raise ValueError(
-                    f"{flag(name)} must be a number of at least {value}, not {getattr(self, name)}"
-                )
-        for name, most in dict(max_new_tokens=MOST, group_size=MOST, answers=MOST).items():
-            if getattr(self, name) > most:
-                raise ValueError(f"{flag(name)} must be at most {most}, not {getattr(self, name)}")
+        for field in dataclasses.fields(self):
+            self._check_field(field)
         if not self.tau_low <= self.tau_high <= 1:
             raise ValueError(
                 f"--tau-low ({self.tau_low}) must not be above --tau-high ({self.tau_high}), nor that above 1"
@@ -117,12 +144,27 @@ class Settings:
         if not 0 < self.top_p <= 1 or not 0 < self.clip < 1:
             raise ValueError("--top-p must be above 0 and at most 1, and --clip between 0 and 1")
         for name in ("model", "images"):
-            if getattr(self, name) is not None and not getattr(self, name).strip():
+            text = getattr(self, name)
+            if text is not None and not text.strip():
                 raise ValueError(f"{flag(name)} is empty")
         if self.name is not None and (not self.name.strip(". ") or Path(self.name).name != self.name):
             raise ValueError(f"--name {self.name!r} is not the name of a folder")
         if self.seed >= HELD_OUT_SEED:
             raise ValueError(f"--seed must be below {HELD_OUT_SEED}, the seed of the held-out scenes")
+
+    def _check_field(self, field: dataclasses.Field) -> None:
+        """Raises ValueError for a value of another type, or outside its field's limits."""
+        value = getattr(self, field.name)
+        # A flag has its type, but a file may hold anything.
+        kind = float | int if field.type is float else field.type
+        if not isinstance(value, kind) or isinstance(value, bool) != (field.type is bool):
+            raise ValueError(f"{flag(field.name)} cannot be {value!r}")
+        least = field.metadata["least"]
+        most = field.metadata["most"]
+        if least is not None and not least <= value < math.inf:  # a NaN is not, either
+            raise ValueError(f"{flag(field.name)} must be a number of at least {least}, not {value}")
+        if most is not None and value > most:
+            raise ValueError(f"{flag(field.name)} must be at most {most}, not {value}")
 
     def check_useful(self) -> None:
         """Raises ValueError for settings of a new run with which nothing can be learnt."""
@@ -134,8 +176,21 @@ class Settings:
             raise ValueError(f"no share of {m} --answers lies {band}, so that no question would be kept")
 
 
-def beside(model: str | Path) -> dict:
-    """What a local checkpoint's folder says for this program: {"settings": {..}, "instructions": [..]}.
+def flag(name: str) -> str:
+    """Returns a field's name as it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def printable(text: str) -> str:
+    """Spells out line ends, control characters and bytes that are not UTF-8, so that a text is one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# ---- Beside a checkpoint, and in the folder of a run -------------------------------------------------------
+
+
+def read_beside(model: str | Path) -> dict:
+    """Reads what lies beside a checkpoint for this program: {"settings": {..}, "instructions": [..]}.
 
     Each may be missing. Raises ValueError for the user.
     """
@@ -144,10 +199,11 @@ def beside(model: str | Path) -> dict:
         said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
-    parts = dict(settings=dict, instructions=list)
-    if not isinstance(said, dict) or any(type(said[n]) is not kind for n, kind in parts.items() if n in said):
-        raise ValueError(f"{file} is not an object of settings (an object) and instructions (a list)")
-    return said
+    if isinstance(said, dict):
+        settings, instructions = said.get("settings", {}), said.get("instructions", [])
+        if isinstance(settings, dict) and isinstance(instructions, list):
+            return said
+    raise ValueError(f"{file} is not an object of settings (an object) and instructions (a list)")
 
 
 UNKNOWN_INSTRUCTIONS = (
@@ -157,42 +213,44 @@ UNKNOWN_INSTRUCTIONS = (
 
 
 def knows(model: str | Path, instructions: Iterable[str]) -> bool:
-    """Whether a checkpoint that lists the instructions it knows lists these; True if it lists none."""
-    known = beside(model).get("instructions")
+    """Returns true if a checkpoint lists these among the instructions that it knows, or lists none."""
+    known = read_beside(model).get("instructions")
     return known is None or all(text in known for text in instructions)
 
 
 # The paper's hyper-parameters fit models of billions of parameters; these fit the toy.
-TOY_DEFAULTS = beside(TOY)["settings"]
+TOY_DEFAULTS = read_beside(TOY)["settings"]
 
 
-def flag(name: str) -> str:
-    """A field's name as it is written on the command line."""
-    return "--" + name.replace("_", "-")
+def read_saved(folder: Path) -> tuple[Settings, dict]:
+    """Reads a run's config.json: its settings, and what else is there.
+
+    That is `scene_size`, the width of its scenes, and `program`, which started it. Raises ValueError for the
+    user.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        more = dict(scene_size=config.pop("scene_size"), program=config.pop("program", None))
+        return Settings(**config), more
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder} is not the folder of a run: its config.json cannot be read") from error
 
 
-GROUPS = {
-    "what runs": ("model", "images", "name", "resume", "seed", "device", "dtype", "dry_run", "save_every"),
-    "the loop": (
-        *("iterations", "questioner_steps", "reasoner_steps", "images_per_step", "group_size", "answers"),
-        *("candidates", "tau_low", "tau_high", "diversity_weight"),
-    ),
-    "GRPO": ("lr", "weight_decay", "beta", "clip", "lora_rank", "freeze_vision"),
-    "prompts and sampling": ("temperature", "top_p", "max_new_tokens", "max_pixels"),
-    "memory": ("gradient_checkpointing", "offload"),
-}
+# ---- The command line --------------------------------------------------------------------------------------
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says in one sentence what is wrong."""
+    """Is argparse's parser, but says in one sentence what is wrong."""
 
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """As argparse's, but a mistyped flag is told which one is meant."""
+        """Parses as argparse does, but tells a mistyped flag which one is meant."""
         words = sys.argv[1:] if argv is None else argv
-        names = [word.split("=")[0] for word in takewhile(lambda word: word != "--", words)]
-        for name in (name for name in names if name.startswith("--") and " " not in name):
-            if not any(known.startswith(name) for known in self._option_string_actions):
-                self.no_flag(name)  # before one that is missing, which may be the one that is meant
+        # A mistyped flag comes before one that is missing, which may be the one that is meant.
+        for word in takewhile(lambda word: word != "--", words):
+            name = word.split("=")[0]
+            is_flag = name.startswith("--") and " " not in name
+            if is_flag and not any(known.startswith(name) for known in self._option_string_actions):
+                self.no_flag(name)
         given, unknown = self.parse_known_args(words)
         unknown = [word for word in unknown if word != "--"]
         if unknown and not unknown[0].startswith("-"):
@@ -202,37 +260,41 @@ class OneLineParser(argparse.ArgumentParser):
         return given
 
     def no_flag(self, name: str):
-        """Exits with 2, and names the flag that is nearest."""
+        """Exits with code 2, and names the flag that is nearest."""
         near = difflib.get_close_matches(name, self._option_string_actions, 1)
-        self.error(f"{name} is no flag of this" + (f"; did you mean {near[0]}?" if near else ""))
+        meant = f"; did you mean {near[0]}?" if near else ""
+        self.error(f"{name} is no flag of this{meant}")
 
     def error(self, message: str):
-        """Exits with 2."""
-        shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-        self.exit(2, f"error: {''.join(shown)}\n")
+        """Exits with code 2 and the message on one line."""
+        self.exit(2, f"error: {printable(message)}\n")
 
 
 def parse_arguments(description: str, argv: list[str] | None = None) -> Settings:
-    """The settings of a command line; exits with 2 and one sentence if it is wrong.
+    """Returns the settings of a command line; exits with code 2 and one sentence if it is wrong.
 
-    With --resume all other settings are those of the run, but for what may change (see `command.resume`).
+    Settings that are not given are those beside the checkpoint, else the defaults. With --resume they are the
+    run's (see `continue_settings`). `given` lists the names of those that are given.
     """
-    form = argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser(description=description, formatter_class=form, allow_abbrev=False)
-    fields = {field.name: field for field in dataclasses.fields(Settings)}
-    for title, names in GROUPS.items():
-        group = parser.add_argument_group(title)
-        for name in names:
-            _add_flag(group, fields[name])
-    given = vars(parser.parse_args(argv))
-    given = {name: value for name, value in given.items() if value is not None}
+    parser = OneLineParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    # A flag for each field, in the groups of the help.
+    groups = {}
+    for field in dataclasses.fields(Settings):
+        title = field.metadata["group"]
+        groups[title] = groups.get(title) or parser.add_argument_group(title)
+        _add_flag(groups[title], field)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    # A run that goes on keeps its settings, but for a few.
     if "resume" in given:
         allowed = {*MAY_CHANGE, "iterations"} - {"name", "dry_run"}
-        if wrong := [name for name in given if name not in allowed]:
-            parser.error(f"--resume takes the settings of the run it continues, not {flag(wrong[0])}")
+        for name in given:
+            if name not in allowed:
+                parser.error(f"--resume takes the settings of the run it continues, not {flag(name)}")
     try:
-        fitting = {} if "resume" in given else beside(given.get("model", TOY)).get("settings", {})
-        settings = Settings(**(fitting | given))
+        beside = {} if "resume" in given else read_beside(given.get("model", TOY)).get("settings", {})
+        settings = Settings(**(beside | given))
         settings.given = tuple(given)  # a value that happens to be the default is given, too
         settings.check()
         if "resume" not in given:
@@ -242,7 +304,23 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> Settings
         parser.error(str(error))
 
 
+def continue_settings(given: Settings) -> tuple[Settings, dict]:
+    """Returns the settings of the run in the folder `given.resume`, with those that are given, and the rest.
+
+    The rest: see `read_saved`. Raises ValueError with a sentence for the user.
+    """
+    folder = Path(given.resume)
+    saved, more = read_saved(folder)
+    changed = {name: getattr(given, name) for name in given.given if name != "resume"}
+    if changed.get("iterations", math.inf) < saved.iterations:
+        raise ValueError(
+            f"--iterations must be at least the {saved.iterations} that {folder} was started with"
+        )
+    return dataclasses.replace(saved, **changed), more
+
+
 def _add_flag(group, field: dataclasses.Field) -> None:
+    """Adds a field's flag to its group of the help."""
     text = field.metadata["help"].replace("%", "%%")
     if field.type is bool:
         group.add_argument(flag(field.name), action="store_true", default=None, help=text)
@@ -250,7 +328,10 @@ def _add_flag(group, field: dataclasses.Field) -> None:
     if field.default is not None:
         toy = f"; the toy's {TOY_DEFAULTS[field.name]}" if field.name in TOY_DEFAULTS else ""
         text += f" (default: {field.default}{toy})"
-    kind = field.type if field.type in (int, float) else str
-    choices = ("float32", "bfloat16") if field.name == "dtype" else None
-    name = field.name.upper()
-    group.add_argument(flag(field.name), type=kind, choices=choices, metavar=name, help=text)
+    group.add_argument(
+        flag(field.name),
+        type=field.type if field.type in (int, float) else str,
+        choices=("float32", "bfloat16") if field.name == "dtype" else None,
+        metavar=field.name.upper(),
+        help=text,
+    )

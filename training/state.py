@@ -27,62 +27,56 @@ from torch import Tensor
 
 from training.folder import replace_text
 
+Part = tuple[str, int, int]  # a file's path in the run's folder, its length in bytes, its checksum
 KEPT = 2  # states
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged file may look like
 
 
 @dataclass
 class State:
-    """Where a run stands: `step` steps of this phase of this iteration are done.
+    """Where a run stands.
 
-    pictures: the position in the images. metrics: bytes of metrics.jsonl. skipped: images that proved
-    unreadable, and why. files: a name ("questioner", "moments", "curated", ...) -> the parts that hold it,
-    each a path in the run's folder with its length and checksum.
+    files: a name ("questioner", "moments", "curated", ...) -> the parts that hold it.
     """
 
     iteration: int = 0
     phase: str = "measure"
-    step: int = 0
-    pictures: int = 0
-    metrics: int = 0
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    files: dict[str, list[tuple[str, int, int]]] = field(default_factory=dict)
+    step: int = 0  # so many steps of the phase are done
+    pictures: int = 0  # position in the order of the images
+    metrics: int = 0  # bytes of metrics.jsonl
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # images that proved unreadable, and why
+    files: dict[str, list[Part]] = field(default_factory=dict)
 
 
 def write_state(folder: Path, number: int, state: State) -> None:
     """Makes `state` the newest of the run in `folder`, and deletes what no kept state needs."""
+    states = folder / "state"
     body = json.dumps(asdict(state))
     text = json.dumps({"checksum": zlib.crc32(body.encode()), "state": json.loads(body)}, indent=1)
-    replace_text(folder / "state" / f"{number:06}.json", text + "\n")
-    kept = sorted((folder / "state").glob("*.json"))[-KEPT:]
+    replace_text(states / f"{number:06}.json", text + "\n")
+    # The files of the newest states stay.
+    kept = sorted(states.glob("*.json"))[-KEPT:]
     needed = {path.name for path in kept}
     for path in kept:
         try:
-            needed |= {Path(part[0]).name for parts in _body(path)["files"].values() for part in parts}
+            needed |= {Path(name).name for name, _, _ in _parts(_read_body(path))}
         except UNREADABLE:
             continue  # the older one has been damaged since: it needs nothing any more
-    for path in (folder / "state").iterdir():
+    for path in states.iterdir():
         if path.name not in needed:
             path.unlink()
 
 
 def recover(folder: Path) -> tuple[int, State | None, list[str]]:
-    """The number and the content of the newest state that is whole; newer ones are deleted, with a sentence
-    for each.
+    """Finds the newest state that is whole; returns its number, the state, and a sentence for each newer one.
 
-    (0, None, ...) of a run that has not written any. Call it only while no other process can write. Raises
-    ValueError if all are damaged, or gone.
+    The newer ones are damaged, and deleted. (0, None, []) for a run that has not written any. Call it only
+    while no other process can write. Raises ValueError if all are damaged, or gone.
     """
     damaged: dict[Path, str] = {}
     for path in sorted((folder / "state").glob("*.json"), reverse=True):
         try:
-            state = State(**_body(path))
-            for parts in state.files.values():
-                for name, size, checksum in parts:
-                    if (folder / name).stat().st_size != size or _checksum(folder / name) != checksum:
-                        raise ValueError(f"{name} is damaged")
-            if state.metrics and (folder / "metrics.jsonl").stat().st_size < state.metrics:
-                raise ValueError("metrics.jsonl is cut off")
+            state = _read_state(folder, path)
         except UNREADABLE as error:
             damaged[path] = f"{path} cannot be used: {error}"
             continue
@@ -96,29 +90,48 @@ def recover(folder: Path) -> tuple[int, State | None, list[str]]:
     return 0, None, []
 
 
-def _body(path: Path) -> dict:
+def _read_state(folder: Path, path: Path) -> State:
+    """Reads a state, after checking its files. Raises one of UNREADABLE if it is not whole."""
+    body = _read_body(path)
+    for name, size, checksum in _parts(body):
+        file = folder / name
+        if file.stat().st_size != size or _checksum(file) != checksum:
+            raise ValueError(f"{name} is damaged")
+    state = State(**body)
+    if state.metrics and (folder / "metrics.jsonl").stat().st_size < state.metrics:
+        raise ValueError("metrics.jsonl is cut off")
+    return state
+
+
+def _read_body(path: Path) -> dict:
+    """Reads the fields of a state, after comparing them with their checksum."""
     whole = json.loads(path.read_text())
     if zlib.crc32(json.dumps(whole["state"]).encode()) != whole["checksum"]:
         raise ValueError("its checksum is wrong")
     return whole["state"]
 
 
+def _parts(body: dict) -> list[Part]:
+    """Lists all files that a state needs."""
+    return [part for parts in body["files"].values() for part in parts]
+
+
 def lock(folder: Path) -> FileLock:
-    """Raises ValueError if another process works on the run in `folder`. Its lock ends with a process."""
+    """Locks the run in `folder`, until this process ends. Raises ValueError if another one works on it."""
     (folder / "state").mkdir(parents=True, exist_ok=True)
-    taken = FileLock(folder / "lock")
+    file = FileLock(folder / "lock")
     try:
-        taken.acquire(blocking=False)
+        file.acquire(blocking=False)
     except Timeout as error:
         raise ValueError(f"another process is working on {folder}") from error
-    return taken
+    return file
 
 
 # ---- Files -------------------------------------------------------------------------------------------------
 
 
-def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> tuple[str, int, int]:
-    """Writes state/NAME.safetensors to the disk; returns its entry for `State.files`. Raises OSError."""
+def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> Part:
+    """Writes state/NAME.safetensors to the disk; returns its part of `State.files`. Raises OSError."""
     path = folder / "state" / f"{name}.safetensors"
     try:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
@@ -127,29 +140,36 @@ def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> tuple[
     return entry(folder, path)
 
 
-def entry(folder: Path, path: Path) -> tuple[str, int, int]:
-    """Brings a file that has been written to the disk; returns its entry for `State.files`."""
-    with open(path, "r+b") as file:  # Windows brings only what may be written to the disk
+def entry(folder: Path, path: Path) -> Part:
+    """Syncs a file that has been written to the disk; returns its part of `State.files`."""
+    with open(path, "r+b") as file:  # Windows syncs only what may be written
         os.fsync(file.fileno())
     return path.relative_to(folder).as_posix(), path.stat().st_size, _checksum(path)
 
 
-def read_tensors(folder: Path, parts: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in these parts, by name, one after the other.
+def read_tensors(folder: Path, parts: Iterable[Part]) -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensors in these parts, one after the other, as (name, tensor).
 
-    What is in several parts is a tensor's slices along dimension 0, in the order of the parts (numbers, as
-    AdamW's step counts, are the same in each).
+    Each part has a slice of a tensor along dimension 0; a rank with no row of it has none:
+
+        part of rank 0    weight [2, 8]    bias [1]     step []
+        part of rank 1    weight [1, 8]                 step []
+        yielded           weight [3, 8]    bias [1]     step []     numbers are the same in each
     """
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(folder / name, framework="pt")) for name, _, _ in parts]
-        for key in dict.fromkeys(key for file in files for key in file.keys()):
-            slices = [file.get_tensor(key) for file in files if key in file.keys()]
-            yield key, slices[0] if slices[0].dim() == 0 or len(slices) == 1 else torch.cat(slices)
+        names = {}  # in the order of the files
+        for file in files:
+            names |= dict.fromkeys(file.keys())
+        for name in names:
+            slices = [file.get_tensor(name) for file in files if name in file.keys()]
+            is_number = slices[0].dim() == 0
+            yield name, slices[0] if is_number or len(slices) == 1 else torch.cat(slices)
 
 
 @torch.no_grad()
 def copy_tensors(parameters: Iterable[tuple[str, Tensor]], tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Puts tensors by name into parameters, rounded to their dtype."""
+    """Copies tensors into the parameters of the same names, rounded to their dtype."""
     parameters = dict(parameters)
     for name, tensor in tensors:
         parameters[name].copy_(tensor)
