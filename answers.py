@@ -145,14 +145,17 @@ _EMPHASIS = re.compile(  # Markdown's stars around a word, but not 2*3 or 2**3
     r"(?<![^\s(])(\*{1,3})(?=[^\s*])([^*]+)(?<=\S)\1(?![\w*])"
 )
 _THOUSANDS = re.compile(  # 1,000 anywhere, but in brackets only what cannot be two numbers: (1,050)
-    r"(?<![\d.,(\[{])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|(?<=[(\[{])[1-9]\d{0,2}(?:,0\d\d)+(?![\d,])", re.ASCII
+    r"(?<![\d.,(\[{])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|(?<=[(\[{])[1-9]\d{0,2}(?:,0\d\d)+(?![\d,])",
+    re.ASCII,
 )
 _LETTER = re.compile(  # "b", "b. cat", "(b) cat", "option b: cat"; but not (a)(b), (a) + 1 or a : b
     r"(?:option|choice|选项)? ?:? ?"
     r"(?:[(\[] ?([a-j]) ?[)\]](?! ?[=(]|[+*/^-]| [+*/^-] )"
     r"|([a-j])(?: ?[.)、](?= |[^\x00-\x7f])| ?:(?= \S\S| ?[^\x00-\x7f])|[.:](?=[a-z]{2})|\)|$))"
 )
-NEXT_LETTER = re.compile(r"(?<![\w.'(])(?:\( ?[a-j] ?\)|[a-j] ?(?:[.:)](?= \S)|\)$))", re.IGNORECASE)
+NEXT_LETTER = re.compile(
+    r"(?<![\w.'(])(?:\( ?[a-j] ?\)|[a-j] ?(?:[.:)](?= \S)|\)$))", re.IGNORECASE
+)
 _PREFACE = re.compile(r"(?:the )?(?:correct |final )?answer(?: is ?:?| ?[:=])|答案(?:是|为)? ?:?")
 
 

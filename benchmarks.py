@@ -113,7 +113,9 @@ def remove_marks(question: str) -> str:
     return question
 
 
-def number_marks(question: str, choices: list[str], numbers: Sequence[int]) -> tuple[str, list[str]]:
+def number_marks(
+    question: str, choices: list[str], numbers: Sequence[int]
+) -> tuple[str, list[str]]:
     """Renames the images in a question and its choices as a prompt does: <image 1>, <image 2>, ...
 
         numbers 2, 5    "<image 5> or <image 2>?"  ->  "<image 2> or <image 1>?"
@@ -345,7 +347,9 @@ def mm_vet(record: dict) -> dict:
 def visnumbench(record: dict) -> dict:
     """Reads VisNumBench: the choices are a list, its text, or "(a) 0.5 (b) 1"."""
     try:
-        choices = [re.sub(r"^\(?[a-jA-J]\)\s*", "", choice) for choice in read_list(record, "option")]
+        choices = [
+            re.sub(r"^\(?[a-jA-J]\)\s*", "", choice) for choice in read_list(record, "option")
+        ]
     except LeftOut:
         head, choices = split_choices(read_text(record, "option"))
         if head or not choices:
@@ -420,12 +424,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("name", metavar="NAME", help=f"{names}, or a hub id")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder that is written")
     parser.add_argument("--limit", type=int, metavar="N", help="stop after N questions")
-    parser.add_argument("--boxed", action="store_true", help="ask for steps and a box, as the paper does")
+    parser.add_argument(
+        "--boxed", action="store_true", help="ask for steps and a box, as the paper does"
+    )
     parser.add_argument("--source", help="another hub id, or a folder, with the same columns")
     parser.add_argument("--split", help="another split")
     args = parser.parse_args(argv)
     if args.name not in BENCHMARKS and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.name):
-        parser.error(f"there is no benchmark {args.name!r}; there are {names}, and hub ids with a slash")
+        parser.error(
+            f"there is no benchmark {args.name!r}; there are {names}, and hub ids with a slash"
+        )
     if args.limit is not None and args.limit < 1:
         parser.error("--limit must be at least 1")
     if (args.out / "questions.jsonl").exists():

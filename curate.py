@@ -51,4 +51,8 @@ def curate(
     candidates: Iterable[VotedQuestion], is_kept: Callable[[VotedQuestion], bool]
 ) -> list[VotedQuestion]:
     """Returns the training set D: each question once, if it has a label and is kept."""
-    return [question for question in pool(candidates) if question.label is not None and is_kept(question)]
+    return [
+        question
+        for question in pool(candidates)
+        if question.label is not None and is_kept(question)
+    ]

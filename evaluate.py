@@ -104,7 +104,9 @@ def table(reports: dict[str, dict]) -> str:
     rows = [(printable(model), printable(name), numbers) for model, name, numbers in rows]
     width = max(len(model) for model, _, _ in rows)
     name_width = max(len(name) for _, name, _ in rows)
-    return "\n".join(f"{model:<{width}} {name:<{name_width}} {numbers}" for model, name, numbers in rows)
+    return "\n".join(
+        f"{model:<{width}} {name:<{name_width}} {numbers}" for model, name, numbers in rows
+    )
 
 
 def comparison_rows(model: str, report: dict, first: str) -> list[Row]:
@@ -112,7 +114,9 @@ def comparison_rows(model: str, report: dict, first: str) -> list[Row]:
     rows = []
     for name, change in report.get("against_first", {}).items():
         low, high = change["interval"]
-        numbers = f"{change['difference']:>+8.3f} against {printable(first)} [{low:+.3f}, {high:+.3f}]"
+        numbers = (
+            f"{change['difference']:>+8.3f} against {printable(first)} [{low:+.3f}, {high:+.3f}]"
+        )
         if "p" in change:
             p = change["p"]
             numbers += ", McNemar p < 0.0001" if p < 1e-4 else f", McNemar p = {p:.4f}"
@@ -147,7 +151,11 @@ def device(name: str) -> str:
     """Returns the name of a device that is there. Raises ArgumentTypeError for others."""
     try:
         found = torch.device(name)
-        known = found.type == "cpu" or found.type == "cuda" and (found.index or 0) < torch.cuda.device_count()
+        known = (
+            found.type == "cpu"
+            or found.type == "cuda"
+            and (found.index or 0) < torch.cuda.device_count()
+        )
     except RuntimeError:
         known = False
     if not known:
@@ -169,22 +177,39 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(description=__doc__, formatter_class=layout)
     add = parser.add_argument
-    add("--model", action="append", required=True, help="folder or hub id; give it again to compare several")
+    add(
+        "--model",
+        action="append",
+        required=True,
+        help="folder or hub id; give it again to compare several",
+    )
     add("--data", type=Path, required=True, help="labelled questions, JSON lines")
     add("--answers", type=int, default=10, help="sampled answers a question, m (default: 10)")
     add("--temperature", type=float, default=1.0, help="sampling temperature (default: 1.0)")
     add("--top-p", type=float, default=0.99, help="nucleus sampling (default: 0.99)")
     add("--max-new-tokens", type=int, default=1024, help="longest answer in tokens (default: 1024)")
-    add("--max-pixels", type=int, default=802_816, help="larger images are scaled down (default: 802816)")
+    add(
+        "--max-pixels",
+        type=int,
+        default=802_816,
+        help="larger images are scaled down (default: 802816)",
+    )
     add("--seed", type=int, default=0, help="seed of the sampled answers (default: 0)")
     add("--device", type=device, help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on cuda, float32 on cpu")
-    add("--judge", help="checkpoint that judges, beside the rules, greedy answers to free-form questions")
+    add(
+        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on cuda, float32 on cpu"
+    )
+    add(
+        "--judge",
+        help="checkpoint that judges, beside the rules, greedy answers to free-form questions",
+    )
     add("--json", type=Path, help="write everything here, each answer too")
     args = parser.parse_args(argv)
     # Values; NaN fails these comparisons
     if args.answers < 1 or args.max_new_tokens < 1 or args.max_pixels < LEAST_PIXELS:
-        parser.error(f"--answers and --max-new-tokens must be at least 1, --max-pixels {LEAST_PIXELS}")
+        parser.error(
+            f"--answers and --max-new-tokens must be at least 1, --max-pixels {LEAST_PIXELS}"
+        )
     if not 1e-6 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         parser.error("--temperature must be at least 0.000001, --top-p in (0, 1]")
     if not 0 <= args.seed < 2**63:
@@ -215,7 +240,9 @@ def answer_items(args: argparse.Namespace) -> dict[str, list[Outcome]]:
     outcomes = {}
     for name in dict.fromkeys(args.model):
         vlm = VLM.load(opened[name], args.device, args.dtype, args.max_pixels)
-        sampling = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
+        sampling = dict(
+            max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p
+        )
         generator = torch.Generator(vlm.device).manual_seed(args.seed)
         outcomes[name] = answer_all(vlm, items, args.answers, **sampling, generator=generator)
         del vlm  # before the next one is loaded

@@ -54,7 +54,9 @@ class Policy(Protocol):
         """Returns attempt(). Tries again with smaller batches whenever memory runs out."""
 
 
-def make_group(prompt: Any, completions: Iterable[list[int]], rewards: Sequence[float] = ()) -> Group:
+def make_group(
+    prompt: Any, completions: Iterable[list[int]], rewards: Sequence[float] = ()
+) -> Group:
     """Returns the completions (token ids) of one prompt as a group, with their rewards if they are known."""
     group = [Completion(prompt, tokens) for tokens in completions]
     if rewards:
@@ -113,7 +115,9 @@ def grpo_loss(
     policy_loss, kl, clip_share (tokens whose ratio is clipped), ratio.
     """
     # Padding becomes 0 before it can spread a NaN.
-    logp, old_logp, ref_logp = (torch.where(mask.bool(), x, 0.0) for x in (logp, old_logp, ref_logp))
+    logp, old_logp, ref_logp = (
+        torch.where(mask.bool(), x, 0.0) for x in (logp, old_logp, ref_logp)
+    )
     mask = mask.bool().to(logp.dtype)
     advantage = advantages[:, None].to(logp.dtype)
 
@@ -184,7 +188,11 @@ def update(
 
 
 def backward(
-    policy: Policy, groups: list[Group], clip: float = 0.2, beta: float = 0.01, temperature: float = 1.0
+    policy: Policy,
+    groups: list[Group],
+    clip: float = 0.2,
+    beta: float = 0.01,
+    temperature: float = 1.0,
 ) -> dict[str, float]:
     """Adds the gradient of the loss of all groups, a batch at a time; returns the loss's metrics.
 
@@ -205,7 +213,9 @@ def backward(
         logp, mask = pad(logps)
         old_logp, _ = pad([completion.old_logp for completion in batch])
         ref_logp, _ = pad([completion.ref_logp for completion in batch])
-        advantages = torch.tensor([completion.advantage for completion in batch], device=logp.device)
+        advantages = torch.tensor(
+            [completion.advantage for completion in batch], device=logp.device
+        )
 
         loss, metrics = grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip, beta)
         (loss * weight).backward()

@@ -19,7 +19,9 @@ the random numbers of each step and the files. Several processes may share a run
 the images, and `all_gather` gives every process the results of all.
 """
 
-if __name__ == "__main__":  # a first parse: --help, a wrong flag and Ctrl-C need not wait for torch's import
+if (
+    __name__ == "__main__"
+):  # a first parse: --help, a wrong flag and Ctrl-C need not wait for torch's import
     import signal
 
     from training.settings import parse_arguments
@@ -71,7 +73,9 @@ def reward_answer(answer: str | None, question: VotedQuestion) -> float:
 class Rules:
     """The three functions that a researcher may replace; the paper's by default."""
 
-    question_reward: Callable[[list[VotedQuestion | None], Settings], list[float]] = reward_questions
+    question_reward: Callable[[list[VotedQuestion | None], Settings], list[float]] = (
+        reward_questions
+    )
     keep: Callable[[VotedQuestion, Settings], bool] = is_middling
     answer_reward: Callable[[str | None, VotedQuestion], float] = reward_answer
 
@@ -99,7 +103,9 @@ def train_questioner(s: Settings, run: Run, k: int, rules: Rules) -> None:
         for step in run.steps("questioner", s.questioner_steps):
             # Take images, and ask G questions about each.
             images = run.next_images(s.images_per_step)
-            asked = questioner.ask(run.questioner, images, s.group_size, run.sampling, run.generator)
+            asked = questioner.ask(
+                run.questioner, images, s.group_size, run.sampling, run.generator
+            )
             # Vote: the Reasoner answers each valid question m times.
             voted = reasoner.vote(run.reasoner, asked, s.answers, run.sampling, run.generator)
             # Reward the questions, and measure what the rewards are made of.
@@ -121,7 +127,9 @@ def curate_questions(s: Settings, run: Run, k: int, rules: Rules) -> None:
         # Ask one question about each image, and vote on it.
         asked = questioner.ask(run.questioner, images, 1, run.sampling, run.generator)
         voted = reasoner.vote(run.reasoner, asked, s.answers, run.sampling, run.generator)
-        candidates += [question for (question,) in run.all_gather_votes(voted) if question is not None]
+        candidates += [
+            question for (question,) in run.all_gather_votes(voted) if question is not None
+        ]
     # Keep those of middling confidence: the majority is the silver label.
     curated = curate.curate(candidates, lambda question: rules.keep(question, s))
     run.write_record(watch.curation_metrics(s, k, candidates, curated, time.monotonic() - start))
@@ -143,12 +151,18 @@ def train_reasoner(s: Settings, run: Run, k: int, rules: Rules) -> None:
         for step in run.steps("reasoner", s.reasoner_steps):
             # Take curated questions with their images, and answer each G times.
             questions = run.next_questions(order, step)
-            prompts = [reasoner.answer_prompt(run.reasoner, image, q.question) for q, image in questions]
-            answered = reasoner.answer(run.reasoner, prompts, s.group_size, run.sampling, run.generator)
+            prompts = [
+                reasoner.answer_prompt(run.reasoner, image, q.question) for q, image in questions
+            ]
+            answered = reasoner.answer(
+                run.reasoner, prompts, s.group_size, run.sampling, run.generator
+            )
             # Reward the answers by the silver labels, and measure.
             answer_rewards = []
             for each, (question, _) in zip(answered, questions):
-                answer_rewards.append([rules.answer_reward(answer, question) for answer in each.answers])
+                answer_rewards.append(
+                    [rules.answer_reward(answer, question) for answer in each.answers]
+                )
             metrics = watch.answer_metrics(run.all_gather([each.answers for each in answered]))
             # Make one GRPO step, and log it.
             groups = [each.completions for each in answered]

@@ -53,7 +53,11 @@ class Asked:
 
 
 def ask(
-    vlm: VLM, pictures: list[Picture], n: int, sampling: Sampling, generator: torch.Generator | None = None
+    vlm: VLM,
+    pictures: list[Picture],
+    n: int,
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
 ) -> list[Asked]:
     """Samples n questions about each picture."""
     patches = [vlm.patches(picture.image) for picture in pictures]

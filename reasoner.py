@@ -42,7 +42,11 @@ def answer_prompt(vlm: VLM, image: Image.Image | Patches, question: str) -> Prom
 
 
 def answer(
-    vlm: VLM, prompts: list[Prompt], n: int, sampling: Sampling, generator: torch.Generator | None = None
+    vlm: VLM,
+    prompts: list[Prompt],
+    n: int,
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
 ) -> list[Answered]:
     """Samples n answers to each prompt."""
     outputs = generate(vlm, prompts, n, **vars(sampling), generator=generator)
@@ -54,7 +58,11 @@ def answer(
 
 
 def vote(
-    vlm: VLM, asked: list[Asked], m: int, sampling: Sampling, generator: torch.Generator | None = None
+    vlm: VLM,
+    asked: list[Asked],
+    m: int,
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
 ) -> list[list[VotedQuestion | None]]:
     """Answers every valid question m times; returns each with its silver label and confidence.
 

@@ -53,7 +53,9 @@ def read_config(folder: Path) -> dict:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return config | {"iterations": int(config["iterations"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is not the folder of a run: it has no readable config.json") from error
+        raise ValueError(
+            f"{folder} is not the folder of a run: it has no readable config.json"
+        ) from error
 
 
 def read_records(folder: Path) -> list[dict]:
@@ -104,7 +106,9 @@ def is_well_formed(example: VotedQuestion) -> bool:
         return False
     if not isinstance(example.answers, list) or not example.answers:
         return False
-    return all(answer is None or isinstance(answer, str) for answer in [example.label, *example.answers])
+    return all(
+        answer is None or isinstance(answer, str) for answer in [example.label, *example.answers]
+    )
 
 
 def read_scenes(folder: Path) -> dict[str, Scene]:
@@ -174,7 +178,9 @@ def question_card(example: VotedQuestion, kept: bool, fact: Fact | None) -> str:
         kind = "bar label" if answer is not None and answer == label else "bar"
         width = 100 * count / len(example.answers)
         bar = f'<div class="{kind}" style="width: {width:.0f}%"></div>'
-        bars += f'<div class="vote"><span title="{name}">{word}</span>{bar}<span>{count}</span></div>'
+        bars += (
+            f'<div class="vote"><span title="{name}">{word}</span>{bar}<span>{count}</span></div>'
+        )
     # A line of facts
     confidence = finite(example.confidence)
     told = [
@@ -193,7 +199,9 @@ def question_card(example: VotedQuestion, kept: bool, fact: Fact | None) -> str:
     return f'<div class="question"><div>{escape(example.question)}</div>{bars}{line}</div>'
 
 
-def image_card(path: str, questions: dict[int, list[Proposed]], folder: Path, scene: Scene | None) -> str:
+def image_card(
+    path: str, questions: dict[int, list[Proposed]], folder: Path, scene: Scene | None
+) -> str:
     """Shows an image, with the questions of each iteration side by side."""
     name = escape(split_path(path)[-1] or "?")
     source = thumbnail(find_picture(folder, path))
@@ -275,7 +283,9 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0: done, 2: a wrong argument."""
     parser = OneLineParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a run, runs/NAME")
-    parser.add_argument("--out", type=Path, help="where the page goes (default: report.html in that folder)")
+    parser.add_argument(
+        "--out", type=Path, help="where the page goes (default: report.html in that folder)"
+    )
     args = parser.parse_args(argv)
     out = args.out or args.run / "report.html"
     if out.is_file() and out.suffix != ".html" and out.resolve().is_relative_to(args.run.resolve()):

@@ -43,7 +43,9 @@ def written_tokens(vlm: VLM) -> str:
     prompts, same, count = prompts_for(vlm), 0, 0
     for prompt, (ours,) in zip(prompts, generate(vlm, prompts, 1, NEW_TOKENS, temperature=0.0)):
         vlm.model.model.rope_deltas = None
-        plain = dict(do_sample=False, max_new_tokens=NEW_TOKENS, temperature=None, repetition_penalty=1.0)
+        plain = dict(
+            do_sample=False, max_new_tokens=NEW_TOKENS, temperature=None, repetition_penalty=1.0
+        )
         inputs = checkpoints.plain_inputs(prompt)
         theirs = vlm.model.generate(**inputs, **plain, suppress_tokens=vlm.vision_ids)
         theirs = theirs[0, len(prompt) :].tolist()
@@ -95,10 +97,15 @@ def update_gradient(vlm: VLM, **how) -> torch.Tensor:
     policy = Trained(vlm.copy(), 1e-4, 0.0, **how)
     prompts = prompts_for(vlm)
     rewards = [0.0, 1.0, 0.3, 0.9]
-    groups = [grpo.make_group(prompt, completions_of(4, n), rewards) for n, prompt in enumerate(prompts)]
+    groups = [
+        grpo.make_group(prompt, completions_of(4, n), rewards) for n, prompt in enumerate(prompts)
+    ]
     grpo.add_reference(groups, vlm)
     grpo.backward(policy, groups)
-    whole = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in policy.parameters()]
+    whole = [
+        p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        for p in policy.parameters()
+    ]
     return torch.cat([gradient.flatten() for gradient in whole])
 
 
@@ -114,7 +121,9 @@ def merged_lora(folder: Path) -> float:
     with tempfile.TemporaryDirectory() as merged:
         vlm.save(merged)
         again = VLM.load(merged, "cpu", torch.float32)
-        pairs = zip(vlm.logprobs(prompt, completions_of(4, 0)), again.logprobs(prompt, completions_of(4, 0)))
+        pairs = zip(
+            vlm.logprobs(prompt, completions_of(4, 0)), again.logprobs(prompt, completions_of(4, 0))
+        )
         return max(float((a - b).abs().max()) for a, b in pairs)
 
 
@@ -146,7 +155,9 @@ def column(folder: Path) -> dict[str, str]:
         "logits of an exported folder in transformers 5": exported_logits(vlm),
     }
     shown = {name: f"{value:.1e}" if value else "0" for name, value in apart.items()}
-    return {f"greedy tokens equal to `generate` (6 prompts x {NEW_TOKENS})": written_tokens(vlm)} | shown
+    return {
+        f"greedy tokens equal to `generate` (6 prompts x {NEW_TOKENS})": written_tokens(vlm)
+    } | shown
 
 
 def main() -> None:

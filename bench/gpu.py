@@ -74,7 +74,10 @@ def decode(args) -> dict:
     A step must read all weights of the text model and, of each layer, the keys and values of every prompt
     once and of every row.
     """
-    vlm, rng = random_vlm(args.size, args.device, args.dtype), torch.Generator(args.device).manual_seed(0)
+    vlm, rng = (
+        random_vlm(args.size, args.device, args.dtype),
+        torch.Generator(args.device).manual_seed(0),
+    )
     vlm.end_ids, prompts = [-1], random_prompts(vlm, args)
 
     def rollout(new_tokens: int) -> float:
@@ -126,14 +129,18 @@ def peaks(args, size: str, offload: bool) -> dict[str, int]:
 
     update()  # so that the moments are there
     there = torch.cuda.memory_allocated() if args.device == "cuda" else 0
-    return {work.__name__: there + peak_extra_bytes(work, args.device) for work in (rollouts, update)}
+    return {
+        work.__name__: there + peak_extra_bytes(work, args.device) for work in (rollouts, update)
+    }
 
 
 def planned_peaks(args, size: str, offload: bool) -> dict[str, int]:
     """The same by the memory plan."""
     image_tokens = image_side(args.prompt_tokens) ** 2
     text_tokens, questions = args.prompt_tokens - image_tokens, args.prompts * args.group_size
-    work = plan.Work(image_tokens, text_tokens, args.new_tokens, args.group_size, questions, answers=1)
+    work = plan.Work(
+        image_tokens, text_tokens, args.new_tokens, args.group_size, questions, answers=1
+    )
     total = torch.cuda.get_device_properties(0).total_memory if args.device == "cuda" else None
     dtype = getattr(torch, args.dtype)
     moments = plan.memory_plan(shape_config(size), dtype, total, work, True, offload)
@@ -144,8 +151,16 @@ def planned_peaks(args, size: str, offload: bool) -> dict[str, int]:
 
 def learn(args) -> dict:
     """`python loop.py` on this device; on a CPU at its smallest, as the tests have the whole one."""
-    small = "--iterations 1 --questioner-steps 1 --reasoner-steps 1 --images-per-step 4 --candidates 8"
-    flags = ["--device", args.device, "--name", "x", *(small.split() if args.device == "cpu" else [])]
+    small = (
+        "--iterations 1 --questioner-steps 1 --reasoner-steps 1 --images-per-step 4 --candidates 8"
+    )
+    flags = [
+        "--device",
+        args.device,
+        "--name",
+        "x",
+        *(small.split() if args.device == "cpu" else []),
+    ]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "loop.py"), *flags]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
@@ -183,7 +198,9 @@ def run_part(part: str, args) -> dict:
         sizes["prompts"] = min(args.prompts, 4)  # the plain side takes long
     flags = ["--size", args.size, "--device", args.device, "--dtype", args.dtype, "--json"]
     flags += [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
-    file, extra = (f"{part}.py", ["--repeats=1"]) if part in OTHERS else ("gpu.py", [f"--part={part}"])
+    file, extra = (
+        (f"{part}.py", ["--repeats=1"]) if part in OTHERS else ("gpu.py", [f"--part={part}"])
+    )
     command = [sys.executable, str(BENCH / file), *flags, *extra]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS[part])
@@ -198,17 +215,24 @@ def run_part(part: str, args) -> dict:
 def update_share(args, sizes: dict[str, int], spent: float) -> dict:
     """6 operations a weight and token (2 forward, 4 backward), without attention and the image encoder."""
     parameters = plan.parameter_sizes(shape_config(args.size)).items()
-    weights = sum(n for name, n in parameters if "visual" not in name and "embed_tokens" not in name)
+    weights = sum(
+        n for name, n in parameters if "visual" not in name and "embed_tokens" not in name
+    )
     row = sizes["prompt_tokens"] + sizes["group_size"] * (sizes["new_tokens"] - 1)
     tflops = 6 * weights * sizes["prompts"] * row / spent / 1e12
-    return {"ours_tflops": tflops, "share_of_matrix_peak": tflops / bandwidth(args)["matrix_tflops"]}
+    return {
+        "ours_tflops": tflops,
+        "share_of_matrix_peak": tflops / bandwidth(args)["matrix_tflops"],
+    }
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     cuda, style = torch.cuda.is_available(), argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    parser.add_argument("--part", choices=[*SECONDS], help="one part; in this process if it is measured here")
+    parser.add_argument(
+        "--part", choices=[*SECONDS], help="one part; in this process if it is measured here"
+    )
     add_model_flags(parser, *(("3b", "cuda") if cuda else ("tiny", "cpu")))
     add_counts(parser, SIZES if cuda else TINY_SIZES)
     args = parser.parse_args()

@@ -25,7 +25,12 @@ class Stopwatch:
     """Adds up the seconds that are spent in the watched functions, each second in the innermost of them."""
 
     def __init__(self, device: str):
-        self.device, self.parts, self.spent, self.last = device, ["other"], Counter(), time.perf_counter()
+        self.device, self.parts, self.spent, self.last = (
+            device,
+            ["other"],
+            Counter(),
+            time.perf_counter(),
+        )
 
     def lap(self) -> None:
         """What has passed since the last lap was spent in the innermost function."""

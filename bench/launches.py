@@ -27,7 +27,15 @@ from model import fused, generate
 # As counted by --schedule with torch 2.13 and Triton 3.9; matrix products included.
 KERNELS = dict(begin=4, add_norm=1, rotate_and_write=2, attend=8, swiglu=1, write_logits=1)
 KERNELS |= dict(likelihoods=6, draw=3, likelier=1, draw_again=4)
-NO_KERNEL = {"empty", "empty_like", "new_empty", "empty_strided", "_unsafe_view", "detach", "scalar_tensor"}
+NO_KERNEL = {
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "_unsafe_view",
+    "detach",
+    "scalar_tensor",
+}
 PROMPTS, GROUP, PROMPT_TOKENS, NEW_TOKENS, WRITTEN = 32, 8, 1100, 512, 128
 
 
@@ -83,7 +91,9 @@ def launches(compiled: bool, size: str = "3b") -> tuple[Launches, Launches]:
             (sampling, lambda: generate.sample(rows.logits, 1.0, 0.99, 0, None, rows.pieces)),
         ):
             if compiled:
-                rows.pieces = SimpleNamespace(**{f.__name__: counting.piece(f) for f in fused.CHANGING})
+                rows.pieces = SimpleNamespace(
+                    **{f.__name__: counting.piece(f) for f in fused.CHANGING}
+                )
             with counting:
                 work()
     return step, sampling
@@ -145,7 +155,9 @@ def scheduled(arguments: dict) -> dict[str, int]:
             FakeTensorMode(shape_env=ShapeEnv()),
         ):
             fake = [
-                torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if isinstance(x, torch.Tensor) else x
+                torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+                if isinstance(x, torch.Tensor)
+                else x
                 for x in args
             ]
             try:
@@ -175,18 +187,28 @@ def pretend_h100() -> None:
     memory |= dict(shared_memory_per_block_optin=227 << 10, regs_per_multiprocessor=65536)
     size = dict(multi_processor_count=132, max_threads_per_multi_processor=2048, warp_size=32)
     card = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, **memory, **size)
-    functions = dict(is_available=True, device_count=1, current_device=0, get_device_capability=(9, 0))
-    functions |= dict(get_device_properties=card, _get_device_properties=card, is_bf16_supported=True)
-    functions |= dict(_lazy_init=None, synchronize=None, get_device_name=card.name, set_rng_state=None)
+    functions = dict(
+        is_available=True, device_count=1, current_device=0, get_device_capability=(9, 0)
+    )
     functions |= dict(
-        get_rng_state=torch.zeros(16, dtype=torch.uint8), _exchange_device=0, _maybe_exchange_device=0
+        get_device_properties=card, _get_device_properties=card, is_bf16_supported=True
+    )
+    functions |= dict(
+        _lazy_init=None, synchronize=None, get_device_name=card.name, set_rng_state=None
+    )
+    functions |= dict(
+        get_rng_state=torch.zeros(16, dtype=torch.uint8),
+        _exchange_device=0,
+        _maybe_exchange_device=0,
     )
     for name, value in functions.items():
         setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
     torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
     torch.version.cuda = "13.0"
-    driver = dict(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
+    driver = dict(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0
+    )
     triton.runtime.driver.set_active(SimpleNamespace(**driver, is_active=lambda: True))
     joint.lazy_init = post.lazy_init = lambda *_: None  # patterns that are traced on a true GPU
     helpers.set_driver_to_gpu = lambda: None
@@ -198,7 +220,9 @@ def translate(module: str) -> None:
     """Triton translates every kernel in it to an H100's machine code, or raises."""
     from torch._inductor.codecache import PyCodeCache
 
-    for name, source in re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", module, re.DOTALL):
+    for name, source in re.findall(
+        r"async_compile\.triton\('(\w+)', '''(.*?)'''", module, re.DOTALL
+    ):
         getattr(PyCodeCache.load(source), name).precompile(warm_cache_only=False)
 
 
@@ -207,8 +231,12 @@ def translate(module: str) -> None:
 
 def main() -> None:
     """Prints both totals, and what each compiled function launches."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--schedule", action="store_true", help="ask torch.compile for an H100 again")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--schedule", action="store_true", help="ask torch.compile for an H100 again"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     plain, fast = launches(False), launches(True)

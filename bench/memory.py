@@ -58,7 +58,10 @@ def gpus_needed(size: str, gib: float, checkpointing: bool, offload: bool, rank:
 def table() -> list[str]:
     """The lines of the table, in Markdown."""
     names = [f"{gb} GB" for gb in GPUS]
-    lines = ["| model | flags | " + " | ".join(names) + " |", "| --- | --- |" + " --- |" * len(GPUS)]
+    lines = [
+        "| model | flags | " + " | ".join(names) + " |",
+        "| --- | --- |" + " --- |" * len(GPUS),
+    ]
     for size, model in MODELS.items():
         for flags, how in FLAGS.items():
             cells = [str(gpus_needed(size, gib, *how) or "-") for gib in GPUS.values()]
@@ -81,10 +84,21 @@ def update_table() -> list[str]:
             frozen = update.get("frozen weights", 0)
             known = ("frozen weights", "whole layers", "activations")
             trained = sum(value for name, value in update.items() if name not in known)
-            sizes = [trained, frozen, update["whole layers"], update["activations"], moments[2].total]
-            sizes += [answering["reasoner"] + frozen, plan.host_plan(config, torch.bfloat16, *how[1:]).total]
+            sizes = [
+                trained,
+                frozen,
+                update["whole layers"],
+                update["activations"],
+                moments[2].total,
+            ]
+            sizes += [
+                answering["reasoner"] + frozen,
+                plan.host_plan(config, torch.bfloat16, *how[1:]).total,
+            ]
             sizes += [plan.disk_plan(config, torch.bfloat16, SAVES, rank).total]
-            lines.append(f"| {model} | {flags} | " + " | ".join(f"{s / 2**30:.1f}" for s in sizes) + " |")
+            lines.append(
+                f"| {model} | {flags} | " + " | ".join(f"{s / 2**30:.1f}" for s in sizes) + " |"
+            )
     return lines
 
 
@@ -101,7 +115,10 @@ WAYS = {  # README's rows: what is tried, in this order, and what the table call
 def table_by_gpu() -> list[str]:
     """README's: with which flags a model fits on one GPU, and what it takes besides, in Markdown."""
     heads = [f"{gb} GB" for gb in GPUS] + ["GiB of the computer's memory", "GiB on the disk"]
-    lines = ["| model | trained | " + " | ".join(heads) + " |", "| --- | --- |" + " --- |" * len(heads)]
+    lines = [
+        "| model | trained | " + " | ".join(heads) + " |",
+        "| --- | --- |" + " --- |" * len(heads),
+    ]
     for size, model in MODELS.items():
         for name, ways in WAYS.items():
             cells = [first_fitting(size, gib, ways) for gib in GPUS.values()]
@@ -120,7 +137,9 @@ def host_gibs(size: str, ways: dict) -> str:
     config, gibs = shape_config(size), {}
     whole = 2 * sum(plan.parameter_sizes(config).values())
     for words, (_, offload, rank) in ways.items():
-        most = plan.host_plan(config, torch.bfloat16, offload, 1, rank).total + (whole if rank else 0)
+        most = plan.host_plan(config, torch.bfloat16, offload, 1, rank).total + (
+            whole if rank else 0
+        )
         gibs[f"{most / 2**30:.0f}"] = words.partition(", ")[2]
     return ", ".join(f"{gib} with {words}" if words else gib for gib, words in gibs.items())
 
@@ -184,7 +203,11 @@ def measured_table() -> list[str]:
                 case = Case(sharded, checkpointing)
                 planned, measured = planned_and_measured(vlm, case)
                 cells = [size, trained, "yes" if checkpointing else "no"]
-                cells += [f"{planned / 1e6:.1f}", f"{measured / 1e6:.1f}", f"{planned / measured:.3f}"]
+                cells += [
+                    f"{planned / 1e6:.1f}",
+                    f"{measured / 1e6:.1f}",
+                    f"{planned / measured:.3f}",
+                ]
                 lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -193,7 +216,9 @@ def main() -> None:
     """Prints the tables of the plan, or with --measure the one that a CPU can check."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    parser.add_argument("--measure", action="store_true", help="the plan of an update against its peak")
+    parser.add_argument(
+        "--measure", action="store_true", help="the plan of an update against its peak"
+    )
     if parser.parse_args().measure:
         print("\n".join(measured_table()))
         return

@@ -21,7 +21,9 @@ def main() -> None:
     style = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     add_counts(parser, dict(questions=512, repeats=5))
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of a table"
+    )
     args = parser.parse_args()
     args.device = "cpu"
     texts = random_questions(args.questions)
@@ -35,7 +37,11 @@ def main() -> None:
 
 def nltk_pairs(texts: list[str]) -> np.ndarray:
     """The similarities by nltk, a pair at a time."""
-    words, similarity, smooth = [t.split() for t in texts], np.eye(len(texts)), SmoothingFunction().method1
+    words, similarity, smooth = (
+        [t.split() for t in texts],
+        np.eye(len(texts)),
+        SmoothingFunction().method1,
+    )
     for i, j in itertools.combinations(range(len(texts)), 2):
         there = sentence_bleu([words[i]], words[j], smoothing_function=smooth)
         back = sentence_bleu([words[j]], words[i], smoothing_function=smooth)

@@ -24,7 +24,10 @@ def main() -> None:
         groups = generate(vlm, prompts, args.group_size, args.new_tokens, top_p=0.99, generator=rng)
         assert all(len(ids) == args.new_tokens for group in groups for ids in group)
 
-    results, tokens = compare(ours, theirs, args.device, args.repeats), len(prompts) * args.group_size
+    results, tokens = (
+        compare(ours, theirs, args.device, args.repeats),
+        len(prompts) * args.group_size,
+    )
     for name, work in dict(ours=ours, theirs=theirs).items():
         results[f"{name}_tokens_per_s"] = tokens * args.new_tokens / results[f"{name}_s"]
         results[f"{name}_peak_mb"] = peak_extra_bytes(work, args.device) / 1e6
@@ -37,12 +40,16 @@ def plain(vlm, prompts, args):
     inputs = dict(
         input_ids=torch.stack([p.ids for p in prompts]),
         attention_mask=torch.ones(len(prompts), args.prompt_tokens, dtype=torch.long),
-        mm_token_type_ids=torch.stack([(p.ids == model.config.image_token_id).int() for p in prompts]),
+        mm_token_type_ids=torch.stack(
+            [(p.ids == model.config.image_token_id).int() for p in prompts]
+        ),
         pixel_values=torch.cat([p.images[0].pixels for p in prompts]).to(model.dtype),
         image_grid_thw=torch.cat([p.images[0].grid for p in prompts]),
     )
     inputs = {name: value.to(args.device) for name, value in inputs.items()}
-    length = dict(max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens, eos_token_id=vlm.end_ids)
+    length = dict(
+        max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens, eos_token_id=vlm.end_ids
+    )
     sampling = dict(do_sample=True, temperature=1.0, top_k=0, top_p=0.99)
 
     @torch.no_grad()

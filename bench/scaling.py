@@ -23,7 +23,9 @@ def main() -> None:
     results = {}
     for setting in ("prompts", "group_size", "new_tokens"):
         for work in (rollout, update):
-            spent = {factor: median_seconds(work, vlm, args, setting, factor) for factor in (1, 2, 4)}
+            spent = {
+                factor: median_seconds(work, vlm, args, setting, factor) for factor in (1, 2, 4)
+            }
             for factor, value in spent.items():
                 name = f"{work.__name__}, {setting} x {factor}"
                 results |= {f"{name} (s)": value, f"{name}: times the first": value / spent[1]}
@@ -34,13 +36,17 @@ def median_seconds(work, vlm, args, setting: str, factor: int) -> float:
     """Of the work with this setting so many times as large, after one warm-up."""
     args = argparse.Namespace(**vars(args) | {setting: getattr(args, setting) * factor})
     work(vlm, args)
-    return statistics.median(seconds(lambda: work(vlm, args), args.device) for _ in range(args.repeats))
+    return statistics.median(
+        seconds(lambda: work(vlm, args), args.device) for _ in range(args.repeats)
+    )
 
 
 def rollout(vlm, args) -> None:
     """Samples a group for each prompt."""
     rng = torch.Generator(args.device).manual_seed(0)
-    generate(vlm, random_prompts(vlm, args), args.group_size, args.new_tokens, top_p=0.99, generator=rng)
+    generate(
+        vlm, random_prompts(vlm, args), args.group_size, args.new_tokens, top_p=0.99, generator=rng
+    )
 
 
 def update(vlm, args) -> None:

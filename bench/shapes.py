@@ -92,11 +92,17 @@ def shape_config(size: str, vocab_size: int = 0) -> PreTrainedConfig:
         rope = dict(rope_theta=5e6, mrope_section=sections, mrope_interleaved=True)
         patches = dict(patch_size=16, num_position_embeddings=2304)
     else:
-        sections = [head_dim // 8, head_dim // 16 * 3, head_dim // 16 * 3]  # 16, 24, 24 of 64, as published
+        sections = [
+            head_dim // 8,
+            head_dim // 16 * 3,
+            head_dim // 16 * 3,
+        ]  # 16, 24, 24 of 64, as published
         rope = dict(rope_theta=1e6, mrope_section=sections)
         patches = dict(patch_size=14, window_size=112)
     text = text | dict(vocab_size=vocab_size, rope_parameters=dict(rope_type="default") | rope)
-    text |= dict(eos_token_id=end, bos_token_id=end, pad_token_id=end, max_position_embeddings=32768)
+    text |= dict(
+        eos_token_id=end, bos_token_id=end, pad_token_id=end, max_position_embeddings=32768
+    )
     vision = vision | patches | dict(spatial_merge_size=2, out_hidden_size=text["hidden_size"])
     ids = dict(zip(SPECIAL, special))
     kind = FAMILIES["qwen3_vl" if third else "qwen2_5_vl"].MODEL.config_class
@@ -165,7 +171,8 @@ def random_groups(vlm: VLM, args: argparse.Namespace) -> list[grpo.Group]:
     """As many and as large as the flags say; every other completion has the reward 1, the rest 0."""
     rewards = [float(i % 2) for i in range(args.group_size)]
     completions = [
-        random_completions(vlm, args.group_size, args.new_tokens, seed) for seed in range(args.prompts)
+        random_completions(vlm, args.group_size, args.new_tokens, seed)
+        for seed in range(args.prompts)
     ]
     return [grpo.make_group(p, c, rewards) for p, c in zip(random_prompts(vlm, args), completions)]
 
@@ -187,7 +194,8 @@ def random_questions(count: int, seed: int = 0) -> list[str]:
     """Questions made of a few templates and words: some alike, some not."""
     rng = random.Random(seed)
     return [
-        rng.choice(TEMPLATES).format(**{k: rng.choice(v) for k, v in WORDS.items()}) for _ in range(count)
+        rng.choice(TEMPLATES).format(**{k: rng.choice(v) for k, v in WORDS.items()})
+        for _ in range(count)
     ]
 
 
@@ -214,8 +222,12 @@ def add_model_flags(parser: argparse.ArgumentParser, size: str, device: str) -> 
     dtype = "bfloat16" if device == "cuda" else "float32"
     parser.add_argument("--size", choices=SIZES, default=size, help="shape of the random model")
     parser.add_argument("--device", default=device, help="cpu or cuda")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=dtype, help="of the weights")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default=dtype, help="of the weights"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of a table"
+    )
 
 
 def add_counts(parser: argparse.ArgumentParser, defaults: dict[str, int]) -> None:
@@ -287,7 +299,9 @@ def show(title: str, args: argparse.Namespace, results: dict) -> None:
     versions = dict(torch=torch.__version__, transformers=transformers.__version__)
     machine = dict(device=device) | versions | dict(date=time.strftime("%Y-%m-%d"))
     if args.json:
-        print(json.dumps(dict(benchmark=title, settings=vars(args), machine=machine, results=results)))
+        print(
+            json.dumps(dict(benchmark=title, settings=vars(args), machine=machine, results=results))
+        )
         return
     print(f"{title}: {' '.join(f'{k}={v}' for k, v in vars(args).items() if k != 'json')}")
     named = ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -9,7 +9,15 @@ the mean of geometric lengths.
 from contextlib import contextmanager
 
 import torch
-from shapes import arguments, compare, peak_extra_bytes, random_groups, random_prompts, random_vlm, show
+from shapes import (
+    arguments,
+    compare,
+    peak_extra_bytes,
+    random_groups,
+    random_prompts,
+    random_vlm,
+    show,
+)
 
 import grpo
 from model import decode as cache
@@ -47,7 +55,9 @@ def rollout_tricks(args, vlm) -> dict[str, float]:
 def geometric_lengths(count: int, mean: int) -> list[int]:
     """As answers have them: most are short, one is four times the mean."""
     rng = torch.Generator().manual_seed(0)
-    drawn = torch.empty(count).geometric_(1 / mean, generator=rng).clamp(max=4 * mean).int().tolist()
+    drawn = (
+        torch.empty(count).geometric_(1 / mean, generator=rng).clamp(max=4 * mean).int().tolist()
+    )
     return [4 * mean, *drawn[1:]]
 
 
@@ -74,7 +84,9 @@ def update_tricks(args, vlm) -> dict[str, float]:
     """A group in one row, and several rows in a batch."""
     update = update_of(args, vlm)
     results = ratio("a group in one row", update, changed(update, packing, ROW_TOKENS=1), args)
-    return results | ratio("rows in batches", update, changed(update, packing, BATCH_TOKENS=1), args)
+    return results | ratio(
+        "rows in batches", update, changed(update, packing, BATCH_TOKENS=1), args
+    )
 
 
 def vocabulary_trick(args) -> dict[str, float]:

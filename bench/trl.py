@@ -33,7 +33,9 @@ from shapes import ROOT, SPECIAL, arguments, image_side, peak_extra_bytes, rando
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, TrainerCallback
 
 # Else `import trl`, here and in what is imported, would find this file.
-sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
+sys.path[:] = [
+    folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent
+]
 
 import grpo
 from model.checkpoint import open_checkpoint
@@ -111,7 +113,9 @@ def questions(vlm: VLM, args) -> tuple[str, list[Image.Image]]:
     side = image_side(args.prompt_tokens - frame)
     words = args.prompt_tokens - frame - side * side
     if words < 0:
-        sys.exit(f"--prompt-tokens must be at least {frame + side * side}: the chat template and an image")
+        sys.exit(
+            f"--prompt-tokens must be at least {frame + side * side}: the chat template and an image"
+        )
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (args.prompts, 28 * side, 28 * side, 3), dtype=np.uint8)
     return " red" * words, [Image.fromarray(image) for image in pixels]
@@ -164,7 +168,9 @@ class Ours:
 
     def update(self, groups: list[grpo.Group]) -> float:
         """Returns the gradient's norm before clipping."""
-        return grpo.update(self.policy, self.policy.optimizer, groups, CLIP, BETA, 1.0, MAX_NORM)["grad_norm"]
+        return grpo.update(self.policy, self.policy.optimizer, groups, CLIP, BETA, 1.0, MAX_NORM)[
+            "grad_norm"
+        ]
 
 
 # ---- Theirs ------------------------------------------------------------------------------------------------
@@ -186,8 +192,13 @@ class Theirs:
         opened = open_checkpoint(folder)
         tokenizer, image_processor = opened.tokenizer, opened.image_processor
         tokenizer.padding_side = "left"
-        self.optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=WEIGHT_DECAY, fused=True)
-        asked = [dict(prompt=[dict(role="user", content=ours.text)], image=image) for image in ours.images]
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), LR, weight_decay=WEIGHT_DECAY, fused=True
+        )
+        asked = [
+            dict(prompt=[dict(role="user", content=ours.text)], image=image)
+            for image in ours.images
+        ]
         self.trainer = GRPOTrainer(
             model=model,
             reward_funcs=self.rewards,
@@ -237,9 +248,15 @@ def their_settings(folder: str, args):
     if rows % at_once:
         sys.exit(f"--trl-rows must divide {rows}, the number of completions")
     sampling = dict(temperature=1.0, top_p=TOP_P, top_k=0, max_completion_length=args.new_tokens)
-    sampling |= dict(num_generations=args.group_size, generation_kwargs=dict(min_new_tokens=args.new_tokens))
+    sampling |= dict(
+        num_generations=args.group_size, generation_kwargs=dict(min_new_tokens=args.new_tokens)
+    )
     loss = dict(
-        loss_type="grpo", scale_rewards="group", beta=BETA, epsilon=CLIP, use_bias_correction_kl=False
+        loss_type="grpo",
+        scale_rewards="group",
+        beta=BETA,
+        epsilon=CLIP,
+        use_bias_correction_kl=False,
     )
     training = dict(max_steps=1, per_device_train_batch_size=at_once, shuffle_dataset=False, seed=0)
     training |= dict(gradient_accumulation_steps=rows // at_once, max_grad_norm=MAX_NORM)

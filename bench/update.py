@@ -57,7 +57,9 @@ class Plain:
     def batches(self, completions, temperature):
         """See grpo.py; a batch is a group, whose completions are equally long."""
         model = self.vlm.model
-        for _, batch in itertools.groupby(completions, key=lambda completion: id(completion.prompt)):
+        for _, batch in itertools.groupby(
+            completions, key=lambda completion: id(completion.prompt)
+        ):
             group = list(batch)
             prompt = group[0].prompt
             n, length = len(group), len(group[0].tokens)

@@ -25,10 +25,16 @@ class Chart:
     phase: str  # of the records that it shows: questioner, curation, reasoner or measure
     names: dict[str, str]  # a curve's label -> its number in a record, see `number`
     is_share: bool = False  # drawn from 0 to 1
-    bands: dict[str, tuple[float, float]] = field(default_factory=dict)  # label -> lower and upper edge
+    bands: dict[str, tuple[float, float]] = field(
+        default_factory=dict
+    )  # label -> lower and upper edge
 
 
-ACCURACIES = {"greedy": "greedy_accuracy", "sampled": "sampled_accuracy", "silver labels": "silver_accuracy"}
+ACCURACIES = {
+    "greedy": "greedy_accuracy",
+    "sampled": "sampled_accuracy",
+    "silver labels": "silver_accuracy",
+}
 AGREEMENT = {"agreement": "base_agreement", "confidence": "probe_confidence"}
 CHARTS = (
     Chart("Share that is right", "measure", ACCURACIES, is_share=True),
@@ -187,7 +193,9 @@ def draw_curve(points: Points, starts: Sequence[int], colour: str, x: Scale, y: 
         drawn += f'<polyline class="curve" style="stroke: {colour}" points="{spots}"/>'
     if len(points) < 4 * (len(starts) + 3):
         for place, value in points:
-            drawn += f'<circle cx="{x(place):.1f}" cy="{y(value):.1f}" r="3" style="fill: {colour}"/>'
+            drawn += (
+                f'<circle cx="{x(place):.1f}" cy="{y(value):.1f}" r="3" style="fill: {colour}"/>'
+            )
     return drawn
 
 
@@ -238,7 +246,10 @@ def draw_histogram(title: str, asked: list[Proposed]) -> str:
 
     Returns "" if no confidence is known.
     """
-    counts = {"pale": Counter(), "c0": Counter()}  # of all questions, and in front of them of the kept ones
+    counts = {
+        "pale": Counter(),
+        "c0": Counter(),
+    }  # of all questions, and in front of them of the kept ones
     for question, kept in asked:
         if finite(question.confidence) is not None:
             tenth = int(10 * question.confidence + 0.5)
@@ -280,7 +291,10 @@ def draw_ladder(records: list[dict]) -> str:
         if ends := re.findall(r"\d+", rung):
             bands[rung] = (int(ends[0]) - 0.5, int(ends[-1]) + 0.5)
     drawn = ""
-    for title, kind in (("Accuracy by rung", "sampled"), ("Silver labels that are right, by rung", "silver")):
+    for title, kind in (
+        ("Accuracy by rung", "sampled"),
+        ("Silver labels that are right, by rung", "silver"),
+    ):
         names = {f"{rung} objects": f"{kind}_by_objects/{rung}" for rung in rungs}
         drawn += draw_chart(records, Chart(title, "measure", names, is_share=True))
     if not drawn:

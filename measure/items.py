@@ -64,7 +64,9 @@ class Item:
 def read_lines(path: Path) -> list[Item]:
     """Reads the items of a JSONL file. Raises ValueError with a sentence, which names the line."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 may stand in a text
+        lines = path.read_text(encoding="utf-8-sig").split(
+            "\n"
+        )  # not splitlines: U+2028 may stand in a text
     except (OSError, ValueError) as error:
         raise ValueError(f"--data {path} cannot be read: {error}") from error
     items = []
@@ -73,7 +75,9 @@ def read_lines(path: Path) -> list[Item]:
             try:
                 items.append(parse_item(json.loads(line), path.parent))
             except json.JSONDecodeError as error:
-                raise ValueError(f"--data {path}, line {number} is not JSON: {error.msg}") from error
+                raise ValueError(
+                    f"--data {path}, line {number} is not JSON: {error.msg}"
+                ) from error
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"--data {path}, line {number}: {error}") from error
     return items

@@ -33,7 +33,9 @@ class Outcome:
     item: Item
     greedy: str | None
     samples: list[str | None]
-    judged: bool | None = None  # the judge's verdict on the greedy answer, None if not asked or not clear
+    judged: bool | None = (
+        None  # the judge's verdict on the greedy answer, None if not asked or not clear
+    )
 
     @property
     def greedy_right(self) -> bool:
@@ -58,7 +60,9 @@ class Outcome:
         return asdict(self) | {"greedy_right": self.greedy_right}
 
 
-def answer_all(vlm: VLM, items: Sequence[Item], samples: int, batch: int = 64, **sampling) -> list[Outcome]:
+def answer_all(
+    vlm: VLM, items: Sequence[Item], samples: int, batch: int = 64, **sampling
+) -> list[Outcome]:
     """Asks every item once greedily and `samples` times at random; `sampling` goes to `generate.generate`.
 
     batch: the most images that are in memory at a time.
@@ -66,7 +70,9 @@ def answer_all(vlm: VLM, items: Sequence[Item], samples: int, batch: int = 64, *
     parts = list(batches(items, batch))
     outcomes = []
     # The bar hides where there is no terminal, and where it would have one step
-    for part in tqdm(parts, desc="answering", leave=False, disable=None if len(parts) > 1 else True):
+    for part in tqdm(
+        parts, desc="answering", leave=False, disable=None if len(parts) > 1 else True
+    ):
         some = items[part]
         prompts = [item_prompt(vlm, item, question_text(item)) for item in some]
         greedy = generate(vlm, prompts, 1, **sampling | {"temperature": 0.0})
@@ -77,7 +83,9 @@ def answer_all(vlm: VLM, items: Sequence[Item], samples: int, batch: int = 64, *
     return outcomes
 
 
-def judge_all(judge: VLM, outcomes: Sequence[Outcome], max_new_tokens: int, batch: int = 64) -> None:
+def judge_all(
+    judge: VLM, outcomes: Sequence[Outcome], max_new_tokens: int, batch: int = 64
+) -> None:
     """Asks a model whether the greedy answers to free-form questions are right, and sets `judged`."""
     free_form = [o for o in outcomes if not find_choices(o.item) and o.greedy is not None]
     for part in batches([o.item for o in free_form], batch):

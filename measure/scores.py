@@ -113,7 +113,9 @@ def compare(first: Sequence[Outcome], second: Sequence[Outcome]) -> dict[str, di
     return result
 
 
-def bootstrap(values: Sequence[float], images: Sequence[str] = (), seed: int = 0) -> tuple[float, float]:
+def bootstrap(
+    values: Sequence[float], images: Sequence[str] = (), seed: int = 0
+) -> tuple[float, float]:
     """Returns the 95% interval of the mean, by the bootstrap over images.
 
     Images are drawn anew RESAMPLES times, with replacement and with all their questions: questions about one

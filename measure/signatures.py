@@ -100,7 +100,9 @@ def question_collapse(first: dict, now: dict) -> str | None:
     return f"{'; '.join(signs)}. The Questioner repeats what is rewarded: {advice}"
 
 
-def label_drift(before: Sequence[float], now: Sequence[float], surer: bool, what: str) -> str | None:
+def label_drift(
+    before: Sequence[float], now: Sequence[float], surer: bool, what: str
+) -> str | None:
     """Warns of majorities that get less accurate on the same questions. Returns a sentence, or None.
 
     Drift is a fall of the mean whose 95% interval excludes 0, on at least 10 questions.

@@ -17,7 +17,7 @@ from measure.items import Item
 from measure.outcomes import Outcome
 from rewards import answer_reward
 from toy.answerer import Fact, ask, understand
-from training import scenes
+from training.scenes import RUNGS as RUNG_NAMES
 from training.scenes import Scene, draw_scenes, read_truth, sample_scene
 
 QUESTIONS_A_SCENE = 4  # at most, of the held-out ones
@@ -29,7 +29,7 @@ def _numbers(name: str) -> range:
     return range(int(first), int(last) + 1)
 
 
-RUNGS = {name: _numbers(name) for name in scenes.RUNGS}
+RUNGS = {name: _numbers(name) for name in RUNG_NAMES}
 
 
 def rung(objects: int) -> str | None:
@@ -83,7 +83,9 @@ def held_out_questions(folder: Path, count: int, seed: int, size: int) -> list[I
     return items
 
 
-def measure(outcomes: list[Outcome], curated: list[VotedQuestion], held_out: Path, images: Path) -> dict:
+def measure(
+    outcomes: list[Outcome], curated: list[VotedQuestion], held_out: Path, images: Path
+) -> dict:
     """Returns all that the truth tells of an iteration; held_out, images: the folders of the scenes."""
     return accuracy_by_objects(outcomes, held_out) | silver_label_accuracy(curated, images)
 

@@ -47,18 +47,26 @@ def question_metrics(s: Settings, votes: list[list[VotedQuestion | None]]) -> di
         "confidence": mean([vote.confidence for vote in valid]),
         "clusters": mean(clusters),
     }
-    return metrics | signatures.variety([vote.question for vote in valid], [vote.kind for vote in valid])
+    return metrics | signatures.variety(
+        [vote.question for vote in valid], [vote.kind for vote in valid]
+    )
 
 
 def answer_metrics(answers: list[list[str | None]]) -> dict:
     """Returns how many of the Reasoner's outputs have an answer, and the mean share of the majorities."""
     outputs = [answer for group in answers for answer in group]
     validity = mean([answer is not None for answer in outputs])
-    return dict(validity=validity, confidence=mean([rewards.confidence(group)[1] for group in answers]))
+    return dict(
+        validity=validity, confidence=mean([rewards.confidence(group)[1] for group in answers])
+    )
 
 
 def curation_metrics(
-    s: Settings, k: int, candidates: list[VotedQuestion], curated: list[VotedQuestion], seconds: float
+    s: Settings,
+    k: int,
+    candidates: list[VotedQuestion],
+    curated: list[VotedQuestion],
+    seconds: float,
 ) -> dict:
     """Returns the record of a curation: how many questions were proposed, valid and kept."""
     return dict(
@@ -95,7 +103,9 @@ def vote_on_probes(s: Settings, run: Run, k: int) -> list[VotedQuestion]:
     voted = []
     for (probe, _), each in zip(mine, answered):
         label, c = rewards.confidence(each.answers)
-        voted.append([VotedQuestion(probe.image, probe.question, probe.kind, label, c, each.answers)])
+        voted.append(
+            [VotedQuestion(probe.image, probe.question, probe.kind, label, c, each.answers)]
+        )
     return [vote for (vote,) in run.all_gather_votes(voted)]
 
 

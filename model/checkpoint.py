@@ -104,7 +104,9 @@ class Checkpoint:
         if max_pixels is None:
             return limits
         if max_pixels < limits["shortest_edge"]:
-            limits["shortest_edge"] = (self.image_processor.patch_size * self.image_processor.merge_size) ** 2
+            limits["shortest_edge"] = (
+                self.image_processor.patch_size * self.image_processor.merge_size
+            ) ** 2
         limits["longest_edge"] = min(max_pixels, limits["longest_edge"])
         return limits
 
@@ -190,7 +192,9 @@ def _find_in_hub(name: str, weights: bool, cache_dir: str) -> Path:
         wanted = [*SMALL, "*.safetensors"] if weights else [*SMALL]
         return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=wanted))
     except HFValidationError as error:
-        raise CheckpointError(f"there is no model folder {name}, and a hub id does not look so") from error
+        raise CheckpointError(
+            f"there is no model folder {name}, and a hub id does not look so"
+        ) from error
     except Exception as error:  # of the network, the hub or the disk: they have no common ancestor
         if cached:  # whoever needs a file that it lacks says so
             return cached
@@ -219,7 +223,9 @@ def explained(sentence: str):
     """Turns any error in a `with` block into a CheckpointError: the sentence, and the error's first line."""
     try:
         yield
-    except Exception as error:  # those of transformers, safetensors, JSON and jinja have no common ancestor
+    except (
+        Exception
+    ) as error:  # those of transformers, safetensors, JSON and jinja have no common ancestor
         raise CheckpointError(f"{sentence}: {first_line(error)}") from error
 
 
@@ -239,8 +245,12 @@ def find_device(name) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
-    except Exception as error:  # torch raises RuntimeError, AssertionError or AttributeError, as it happens
-        raise CheckpointError(f"there is no device {name} here, such as cpu, cuda or cuda:0") from error
+    except (
+        Exception
+    ) as error:  # torch raises RuntimeError, AssertionError or AttributeError, as it happens
+        raise CheckpointError(
+            f"there is no device {name} here, such as cpu, cuda or cuda:0"
+        ) from error
     return device
 
 
@@ -263,13 +273,17 @@ def _read_config(name: str, folder: Path) -> dict:
     if fields is None:
         if adapter is not None:
             base = adapter.get("base_model_name_or_path")
-            raise CheckpointError(f"{name} is an adapter, no whole model: merge it into its base, {base}")
+            raise CheckpointError(
+                f"{name} is an adapter, no whole model: merge it into its base, {base}"
+            )
         raise CheckpointError(f"the folder {name} is no checkpoint: it has no config.json")
     for file in READ:
         content = read_json(folder, file) or {}
         parts = [part for part in (content, *content.values()) if isinstance(part, dict)]
         if any("auto_map" in part for part in parts):
-            raise CheckpointError(f"{name} asks to run code of its own (auto_map in {file}): never done here")
+            raise CheckpointError(
+                f"{name} asks to run code of its own (auto_map in {file}): never done here"
+            )
     if fields.get("model_type") is None and (folder / "reasoner").is_dir():
         raise CheckpointError(
             f"{name} is the folder of a run: its models are {name}/questioner and /reasoner"
@@ -289,7 +303,9 @@ def _parse_config(name: str, fields: dict) -> PreTrainedConfig:
     for part in (fields, fields.get("text_config")):
         for key in ("quantization_config", "compression_config"):
             if isinstance(part, dict) and part.get(key):
-                raise CheckpointError(f"{name} is quantised ({key} in config.json) and so cannot be trained")
+                raise CheckpointError(
+                    f"{name} is quantised ({key} in config.json) and so cannot be trained"
+                )
     with explained(f"the config.json of {name} is not valid"):
         config = FAMILIES[kind].MODEL.config_class.from_dict(_without_texts(fields))
     if getattr(config.text_config, "use_sliding_window", False):
@@ -304,7 +320,9 @@ def read_json(folder: Path, file: str) -> dict | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / file} cannot be read as JSON: {first_line(error)}") from error
+        raise CheckpointError(
+            f"{folder / file} cannot be read as JSON: {first_line(error)}"
+        ) from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{folder / file} is no JSON object")
     return fields
@@ -326,10 +344,14 @@ def _without_texts(fields: dict) -> dict:
 def _load_processors(name: str, folder: Path, config: PreTrainedConfig) -> tuple:
     """Returns (tokenizer, image processor), after checking them. Raises CheckpointError."""
     if not _has_any(folder, TOKENIZER):
-        raise CheckpointError(f"{name} has no tokenizer (tokenizer.json)")  # transformers makes an empty one
+        raise CheckpointError(
+            f"{name} has no tokenizer (tokenizer.json)"
+        )  # transformers makes an empty one
     inside = (read_json(folder, "processor_config.json") or {}).get("image_processor")
     if not inside and not (folder / "preprocessor_config.json").is_file():
-        raise CheckpointError(f"{name} has no settings of an image processor (preprocessor_config.json)")
+        raise CheckpointError(
+            f"{name} has no settings of an image processor (preprocessor_config.json)"
+        )
     with explained(f"{name} has no usable tokenizer or image processor"):
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
@@ -411,7 +433,9 @@ def find_weight_files(folder: Path) -> list[Path]:
         files = sorted(set(index["weight_map"].values()))
         missing = [file for file in files if not (folder / file).is_file()]
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"the weights of {folder} cannot be loaded: {INDEX} is no index") from error
+        raise CheckpointError(
+            f"the weights of {folder} cannot be loaded: {INDEX} is no index"
+        ) from error
     if missing or not files:
         raise CheckpointError(
             f"the weights of {folder} cannot be loaded: {INDEX} names {len(missing)} files that are not "
@@ -474,7 +498,9 @@ def exported_files(vlm) -> dict[str, bytes]:
             if path.is_file() and not path.name.endswith(".index.json"):
                 files[path.name] = path.read_bytes()
     files.setdefault("chat_template.jinja", vlm.tokenizer.get_chat_template().encode())
-    if "preprocessor_config.json" not in files:  # transformers 5 keeps it inside processor_config.json
+    if (
+        "preprocessor_config.json" not in files
+    ):  # transformers 5 keeps it inside processor_config.json
         inside = read_json(source, "processor_config.json")["image_processor"]
         processor = FAMILIES[vlm.model.config.model_type].PROCESSOR
         names = dict(image_processor_type="Qwen2VLImageProcessor", processor_class=processor)
@@ -526,4 +552,6 @@ def prove_export(vlm, folder: Path) -> None:
             and saved.image_processor.to_dict() == vlm.image_processor.to_dict()
         )
         if not same:
-            raise CheckpointError(f"what is trained from {vlm.source} would be saved with other settings")
+            raise CheckpointError(
+                f"what is trained from {vlm.source} would be saved with other settings"
+            )

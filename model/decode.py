@@ -21,8 +21,12 @@ from model import fused
 from model.prompt import Prompt
 from model.vlm import VLM
 
-CPU_CACHE_BYTES = 1 << 29  # memory for keys and values on a CPU; on CUDA it is derived from what is free
-SAMPLING_BYTES = 32  # per row and vocabulary entry: logits, probabilities and their sums, in all their copies
+CPU_CACHE_BYTES = (
+    1 << 29
+)  # memory for keys and values on a CPU; on CUDA it is derived from what is free
+SAMPLING_BYTES = (
+    32  # per row and vocabulary entry: logits, probabilities and their sums, in all their copies
+)
 # Rows, slots, prompt tokens and new tokens of a step are rounded up to multiples of these, so that a GPU
 # captures few graphs.
 BUCKETS = {"cpu": (1, 1, 1, 1), "cuda": (64, 8, 256, 128)}
@@ -102,7 +106,9 @@ class Rows:
         self.count = torch.arange(max(prompt_tokens, new_tokens), device=vlm.device)  # 0, 1, 2, ...
         merge = can_merge_qkv(vlm)
         blocks = vlm.model.model.language_model.layers
-        self.project = [project_qkv(block.self_attn, merge) for block in blocks]  # [layers] functions
+        self.project = [
+            project_qkv(block.self_attn, merge) for block in blocks
+        ]  # [layers] functions
         self.pieces = fused.compiled(vlm.fallbacks) if vlm.device.type == "cuda" else fused
 
         # What the host knows without asking the GPU.

@@ -33,7 +33,9 @@ PREFILL_TOKENS = 16384  # prompts are forwarded so many tokens at a time
 # on writing, in a column that nobody reads.
 CHECK_EVERY = {"cpu": 1, "cuda": 16}
 REFILL_BELOW = 0.75  # waiting prompts are prefilled when this share of the slots is in use, or less
-LEAVE_BELOW = 0.8  # finished rows leave when less than this share is being written: leaving copies the cache
+LEAVE_BELOW = (
+    0.8  # finished rows leave when less than this share is being written: leaving copies the cache
+)
 
 
 @torch.no_grad()
@@ -58,7 +60,9 @@ def generate(
     whole_numbers = n >= 1 and max_new_tokens >= 1 and top_k >= 0
     fractions = 0 <= temperature < math.inf and 0 < top_p <= 1  # False for NaN
     if not (whole_numbers and fractions):
-        raise ValueError("need n, max_new_tokens >= 1, 0 <= temperature < inf, 0 < top_p <= 1, top_k >= 0")
+        raise ValueError(
+            "need n, max_new_tokens >= 1, 0 <= temperature < inf, 0 < top_p <= 1, top_k >= 0"
+        )
     results: list[list] = [[None] * n for _ in prompts]
     draw = functools.partial(
         sample,

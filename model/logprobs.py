@@ -54,7 +54,9 @@ class PackedForward(torch.nn.Module):
         # Those that predict a token of a completion.
         predicting = hidden[batch.where.to(device)]
         targets = batch.targets.to(device)
-        return token_logprobs(predicting, output_matrix, targets, temperature, self.fallbacks.batch_scale)
+        return token_logprobs(
+            predicting, output_matrix, targets, temperature, self.fallbacks.batch_scale
+        )
 
 
 def token_logprobs(

@@ -21,9 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-ROW_TOKENS = 8192  # a longer group is split into several rows: a row's mask takes its length squared
+ROW_TOKENS = (
+    8192  # a longer group is split into several rows: a row's mask takes its length squared
+)
 BATCH_TOKENS = 8192  # a batch of rows has at most so many tokens
-BATCH_IMAGE_TOKENS = 2048  # and so many image tokens: each is four patches, and costs more than text
+BATCH_IMAGE_TOKENS = (
+    2048  # and so many image tokens: each is four patches, and costs more than text
+)
 
 
 class Continuation(NamedTuple):

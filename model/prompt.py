@@ -159,7 +159,9 @@ def encode_turn(tokenizer, rendered: str, texts: Sequence[str]) -> list[int]:
         encoded    one id        "user\\nHi<|im_end|>" as   one id      "\\n"
                                  plain characters
     """
-    special = [(i, token.content) for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    special = [
+        (i, token.content) for i, token in tokenizer.added_tokens_decoder.items() if token.special
+    ]
     control = {content: i for i, content in special}
     # The longest come first, so that none is taken for another that it starts with.
     longest = sorted(control, key=len, reverse=True)

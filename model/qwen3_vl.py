@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
-from model.vision import Segments, embed_patches, group_lengths, rotations, run_block, sort_into_units
+from model.vision import (
+    Segments,
+    embed_patches,
+    group_lengths,
+    rotations,
+    run_block,
+    sort_into_units,
+)
 
 MODEL = Qwen3VLForConditionalGeneration
 PROCESSOR = "Qwen3VLProcessor"

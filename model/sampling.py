@@ -66,7 +66,9 @@ def sample(
         if on_cpu and not outside.any():
             break
         left = pieces.likelier(left, drawn)
-        drawn = pieces.draw_again(which, left, left.cumsum(dim=1), token, outside, next(numbers), bound)
+        drawn = pieces.draw_again(
+            which, left, left.cumsum(dim=1), token, outside, next(numbers), bound
+        )
     return torch.where(outside, likeliest, token)[:, 0]
 
 

@@ -21,7 +21,14 @@ from model import checkpoint
 from model import prompt as prompt_module
 from model.checkpoint import Checkpoint, CheckpointError, explained, find_weights, open_checkpoint
 from model.logprobs import PackedForward
-from model.offload import Fallbacks, copied_to, copy_model, move_to_cpu, offloadable, retry_with_less_memory
+from model.offload import (
+    Fallbacks,
+    copied_to,
+    copy_model,
+    move_to_cpu,
+    offloadable,
+    retry_with_less_memory,
+)
 from model.packing import Continuation, lay_out, pack
 from model.prompt import Patches, Prompt, arrange, make_prompt
 
@@ -45,7 +52,11 @@ class VLM:
 
     @classmethod
     def load(
-        cls, name_or_path: str | Path | Checkpoint, device=None, dtype=None, max_pixels: int | None = None
+        cls,
+        name_or_path: str | Path | Checkpoint,
+        device=None,
+        dtype=None,
+        max_pixels: int | None = None,
     ) -> "VLM":
         """Loads a local folder, a hub id or an opened checkpoint: safetensors only, none of its code is run.
 
@@ -55,7 +66,9 @@ class VLM:
         """
         device = checkpoint.find_device(device)
         dtype = checkpoint.find_dtype(dtype, device)
-        opened = name_or_path if isinstance(name_or_path, Checkpoint) else open_checkpoint(name_or_path)
+        opened = (
+            name_or_path if isinstance(name_or_path, Checkpoint) else open_checkpoint(name_or_path)
+        )
         folder = find_weights(opened)
         with explained(f"the weights of {opened.name} cannot be loaded"):
             model, report = opened.family.MODEL.from_pretrained(
@@ -67,9 +80,13 @@ class VLM:
                 output_loading_info=True,
             )
         if missing := sorted(report["missing_keys"]):
-            raise CheckpointError(f"{opened.name} lacks {len(missing)} weights, {missing[0]} among them")
+            raise CheckpointError(
+                f"{opened.name} lacks {len(missing)} weights, {missing[0]} among them"
+            )
         model = model.to(device).eval()
-        if broken := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
+        if broken := [
+            name for name, parameter in model.named_parameters() if not parameter.isfinite().all()
+        ]:
             raise CheckpointError(
                 f"{opened.name} has weights that are not finite numbers, in {broken[0]} for one"
             )
@@ -140,7 +157,9 @@ class VLM:
 
     def patches(self, image: Image.Image) -> Patches:
         """Scales an image and cuts it into patches: done once, they serve many prompts about it."""
-        made = self.image_processor(images=[image.convert("RGB")], size=self.image_size, return_tensors="pt")
+        made = self.image_processor(
+            images=[image.convert("RGB")], size=self.image_size, return_tensors="pt"
+        )
         return Patches(made["pixel_values"], made["image_grid_thw"])
 
     def prompt(
@@ -176,11 +195,15 @@ class VLM:
             each = images[number]
             patches.append(each if isinstance(each, Patches) else self.patches(each))
         config = self.model.config
-        return make_prompt(ids, config.image_token_id, patches, config.vision_config.spatial_merge_size)
+        return make_prompt(
+            ids, config.image_token_id, patches, config.vision_config.spatial_merge_size
+        )
 
     def decode(self, ids: list[int]) -> str:
         """Returns the text of token ids, without control tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
     def output_text(self, ids: list[int]) -> str:
         """Returns the text of a completion, behind the <think> that the chat template may have begun it with.

@@ -56,7 +56,9 @@ TEMPLATE = (  # does what Qwen's does: a default system turn, then the turns wit
 )
 
 # Qwen3-VL's has no default system turn, and that of a Thinking model opens the thought.
-TEMPLATE_3 = TEMPLATE[: TEMPLATE.index("{% if loop.first")] + TEMPLATE[TEMPLATE.index("<|im_start|>{{") :]
+TEMPLATE_3 = (
+    TEMPLATE[: TEMPLATE.index("{% if loop.first")] + TEMPLATE[TEMPLATE.index("<|im_start|>{{") :]
+)
 THINKING_3 = TEMPLATE_3.replace("assistant\n", "assistant\n<think>\n")
 
 
@@ -67,12 +69,16 @@ def publish(folder: Path, style: str) -> Path:
     third = style.startswith("qwen3")
     config = _config_3(tokenizer, style) if third else _config(tokenizer, style)
     torch.manual_seed(0)
-    model = (Qwen3VLForConditionalGeneration if third else Qwen2_5_VLForConditionalGeneration)(config)
+    model = (Qwen3VLForConditionalGeneration if third else Qwen2_5_VLForConditionalGeneration)(
+        config
+    )
     _write_weights(folder, model, shards=2 if config.tie_word_embeddings else 1)
     _write_nested_config(folder, config) if third else _write_flat_config(folder, config, style)
     _write_tokenizer(folder, tokenizer, style)
     end_ids = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")]
-    generation = dict(bos_token_id=end_ids[1], pad_token_id=end_ids[1], eos_token_id=end_ids, do_sample=True)
+    generation = dict(
+        bos_token_id=end_ids[1], pad_token_id=end_ids[1], eos_token_id=end_ids, do_sample=True
+    )
     (folder / "generation_config.json").write_text(
         json.dumps(generation | dict(repetition_penalty=1.05, temperature=1e-6))
     )
@@ -80,11 +86,17 @@ def publish(folder: Path, style: str) -> Path:
         min_pixels=3136, max_pixels=28 * 28 * 24, patch_size=14, temporal_patch_size=2, merge_size=2
     )
     images |= dict(image_mean=[0.48, 0.46, 0.41], image_std=[0.27, 0.26, 0.28])
-    images |= dict(image_processor_type="Qwen2VLImageProcessor", processor_class="Qwen2_5_VLProcessor")
+    images |= dict(
+        image_processor_type="Qwen2VLImageProcessor", processor_class="Qwen2_5_VLProcessor"
+    )
     if third:  # published: 65,536 to 16,777,216 pixels
         images = dict(size=dict(shortest_edge=4096, longest_edge=32 * 32 * 24), patch_size=16)
-        images |= dict(temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-        images |= dict(image_processor_type="Qwen2VLImageProcessorFast", processor_class="Qwen3VLProcessor")
+        images |= dict(
+            temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        )
+        images |= dict(
+            image_processor_type="Qwen2VLImageProcessorFast", processor_class="Qwen3VLProcessor"
+        )
     (folder / "preprocessor_config.json").write_text(json.dumps(images))
     return folder
 
@@ -149,16 +161,29 @@ def _tokenizer(extra: list[str]) -> Tokenizer:
 
 def _config(tokenizer, style: str) -> Qwen2_5_VLConfig:
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in CONTROL}
-    text = dict(vocab_size=len(tokenizer) + 37, hidden_size=64, intermediate_size=96, num_hidden_layers=3)
-    text |= dict(
-        num_attention_heads=4, num_key_value_heads=4 if style == "mimo" else 2, max_position_embeddings=4096
+    text = dict(
+        vocab_size=len(tokenizer) + 37, hidden_size=64, intermediate_size=96, num_hidden_layers=3
     )
     text |= dict(
-        rope_theta=1e6, rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]}, use_sliding_window=False
+        num_attention_heads=4,
+        num_key_value_heads=4 if style == "mimo" else 2,
+        max_position_embeddings=4096,
     )
-    text |= dict(rms_norm_eps=1e-6, bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"])
+    text |= dict(
+        rope_theta=1e6,
+        rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]},
+        use_sliding_window=False,
+    )
+    text |= dict(
+        rms_norm_eps=1e-6, bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"]
+    )
     vision = dict(
-        depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, window_size=56
+        depth=3,
+        hidden_size=32,
+        intermediate_size=48,
+        num_heads=2,
+        out_hidden_size=64,
+        window_size=56,
     )
     return Qwen2_5_VLConfig(
         text_config=text,
@@ -175,16 +200,26 @@ def _config_3(tokenizer, style: str) -> Qwen3VLConfig:
     """Heads wider together than the states; as many deepstack features as fit three layers, and one less."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in CONTROL}
     tied = style == "qwen3"
-    text = dict(vocab_size=len(tokenizer) + 37, hidden_size=64, intermediate_size=96, num_hidden_layers=3)
-    text |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=4096)
+    text = dict(
+        vocab_size=len(tokenizer) + 37, hidden_size=64, intermediate_size=96, num_hidden_layers=3
+    )
+    text |= dict(
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=4096
+    )
     text |= dict(rope_theta=5e6, rms_norm_eps=1e-6, attention_bias=False, tie_word_embeddings=tied)
     text |= dict(
-        rope_scaling={"mrope_interleaved": True, "mrope_section": [6, 5, 5], "rope_type": "default"},
+        rope_scaling={
+            "mrope_interleaved": True,
+            "mrope_section": [6, 5, 5],
+            "rope_type": "default",
+        },
         bos_token_id=ids["<|endoftext|>"],
         eos_token_id=ids["<|im_end|>"],
     )
     vision = dict(depth=4, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64)
-    vision |= dict(num_position_embeddings=36, deepstack_visual_indexes=[0, 2] if tied else [0, 1, 2])
+    vision |= dict(
+        num_position_embeddings=36, deepstack_visual_indexes=[0, 2] if tied else [0, 1, 2]
+    )
     return Qwen3VLConfig(
         text_config=text,
         vision_config=vision,
@@ -199,7 +234,9 @@ def _config_3(tokenizer, style: str) -> Qwen3VLConfig:
 def _write_nested_config(folder: Path, config: Qwen3VLConfig) -> None:
     """config.json as Qwen3-VL's was published, by transformers 4.57."""
     text, vision = config.text_config.to_dict(), config.vision_config.to_dict()
-    keep = "attention_bias attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size"
+    keep = (
+        "attention_bias attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size"
+    )
     keep += " initializer_range intermediate_size max_position_embeddings model_type num_attention_heads"
     keep += " num_hidden_layers num_key_value_heads rms_norm_eps use_cache vocab_size"
     rope = dict(text["rope_parameters"])
@@ -223,7 +260,9 @@ def _write_weights(folder: Path, model, shards: int) -> None:
     for name, value in model.state_dict().items():
         if name != "lm_head.weight" or not model.config.tie_word_embeddings:
             if model.config.model_type == "qwen2_5_vl":
-                name = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+                name = name.replace("model.visual.", "visual.").replace(
+                    "model.language_model.", "model."
+                )
             weights[name] = value.clone()
     if shards == 1:
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -257,7 +296,9 @@ def _write_flat_config(folder: Path, config: Qwen2_5_VLConfig, style: str) -> No
         "bos_token_id",
         "eos_token_id",
     ]
-    flat = {name: text[name] for name in keep} | dict(rope_theta=1e6, hidden_act="silu", max_window_layers=3)
+    flat = {name: text[name] for name in keep} | dict(
+        rope_theta=1e6, hidden_act="silu", max_window_layers=3
+    )
     flat |= dict(
         rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]},
         sliding_window=32768,
@@ -272,8 +313,15 @@ def _write_flat_config(folder: Path, config: Qwen2_5_VLConfig, style: str) -> No
         "window_size",
         "patch_size",
     ]
-    keep += ["fullatt_block_indexes", "spatial_merge_size", "temporal_patch_size", "tokens_per_second"]
-    flat["vision_config"] = {name: vision[name] for name in keep} | dict(model_type="qwen2_5_vl", in_chans=3)
+    keep += [
+        "fullatt_block_indexes",
+        "spatial_merge_size",
+        "temporal_patch_size",
+        "tokens_per_second",
+    ]
+    flat["vision_config"] = {name: vision[name] for name in keep} | dict(
+        model_type="qwen2_5_vl", in_chans=3
+    )
     keep = [
         "image_token_id",
         "video_token_id",
@@ -295,7 +343,9 @@ def _write_tokenizer(folder: Path, tokenizer, style: str) -> None:
         model_max_length=131072,
     )
     config |= dict(
-        add_prefix_space=False, clean_up_tokenization_spaces=False, additional_special_tokens=CONTROL
+        add_prefix_space=False,
+        clean_up_tokenization_spaces=False,
+        additional_special_tokens=CONTROL,
     )
     if style == "mimo":
         config["chat_template"] = TEMPLATE
@@ -322,7 +372,9 @@ def load_lively(folder: Path) -> VLM:
 
 
 def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
-    return Image.frombytes("RGB", (width, height), random.Random(seed).randbytes(width * height * 3))
+    return Image.frombytes(
+        "RGB", (width, height), random.Random(seed).randbytes(width * height * 3)
+    )
 
 
 def processor_of(vlm: VLM, monkeypatch):
@@ -338,11 +390,15 @@ def plain_inputs(prompt: Prompt, completion: list[int] = ()) -> dict:
     types = torch.zeros_like(ids, dtype=torch.int)
     types[0, prompt.places] = 1
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types)
-    pixels, grids = (torch.cat([getattr(i, name) for i in prompt.images]) for name in ("pixels", "grid"))
+    pixels, grids = (
+        torch.cat([getattr(i, name) for i in prompt.images]) for name in ("pixels", "grid")
+    )
     return inputs | dict(pixel_values=pixels, image_grid_thw=grids)
 
 
-def plain_logprobs(vlm: VLM, prompt: Prompt, completion: list[int], temperature: float) -> torch.Tensor:
+def plain_logprobs(
+    vlm: VLM, prompt: Prompt, completion: list[int], temperature: float
+) -> torch.Tensor:
     """Log-probabilities by transformers' plain forward of prompt and completion."""
     vlm.model.model.rope_deltas = None
     logits = vlm.model(**plain_inputs(prompt, completion)).logits[0, len(prompt) - 1 : -1]
@@ -361,7 +417,11 @@ def teach(folder: Path, style: str) -> None:
     think = {"mimo": "<think>look</think>", "qwen3-untied": "look</think>"}.get(style, "")
     questions = ["How many are there?", "How many of three?", "What image?"]
     prompts = [vlm.prompt(questioner.INSTRUCTION, noise_image(60, 60, seed=i)) for i in range(4)]
-    asked = [reasoner.answer_prompt(vlm, noise_image(60, 60, seed=i), q) for i in range(2) for q in questions]
+    asked = [
+        reasoner.answer_prompt(vlm, noise_image(60, 60, seed=i), q)
+        for i in range(2)
+        for q in questions
+    ]
     optimizer = torch.optim.AdamW(vlm.model.parameters(), lr=5e-3)
     for _ in range(120):
         batch, texts = [], []
@@ -372,7 +432,8 @@ def teach(folder: Path, style: str) -> None:
             batch.append(rng.choice(asked))
             texts.append(f"{think}\\boxed{{{rng.randint(1, 2)}}}")
         completions = [
-            vlm.tokenizer(t, add_special_tokens=False)["input_ids"] + [vlm.end_ids[0]] for t in texts
+            vlm.tokenizer(t, add_special_tokens=False)["input_ids"] + [vlm.end_ids[0]]
+            for t in texts
         ]
         loss = supervised_loss(vlm, batch, completions)
         loss.backward()

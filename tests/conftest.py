@@ -59,4 +59,6 @@ def published(request, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session", params=["qwen", "qwen3"])
 def random_vlm(request, tmp_path_factory) -> VLM:
     """A tiny random model of either family whose greedy choices are varied and far apart."""
-    return checkpoints.load_lively(checkpoints.publish(tmp_path_factory.mktemp("random"), request.param))
+    return checkpoints.load_lively(
+        checkpoints.publish(tmp_path_factory.mktemp("random"), request.param)
+    )

@@ -146,13 +146,17 @@ def sampled_rollout():
         with GPU() as gpu:
             twin, results = lent(vlm), []
             for twin.fallbacks.graphs in (True, False):
-                settings = dict(top_p=top_p, top_k=top_k, generator=torch.Generator("cuda").manual_seed(0))
+                settings = dict(
+                    top_p=top_p, top_k=top_k, generator=torch.Generator("cuda").manual_seed(0)
+                )
                 results.append(generate(twin, prompts, 2, 10, **settings))
             generate(twin, prompts, 2, 3, top_p=top_p, generator=torch.Generator().manual_seed(0))
         assert results[0] == results[1] and gpu.recordings and gpu.replays
         assert set(gpu.waits) <= {"evict", "compact"}, set(gpu.waits)
         # A copy that is not "goes on" waits, too: where prompts come in and rows leave, and nowhere else.
-        waiting = {who for how, who in gpu.copies if how.endswith("waits")} - {"uniform_numbers"}  # asked for
+        waiting = {who for how, who in gpu.copies if how.endswith("waits")} - {
+            "uniform_numbers"
+        }  # asked for
         inside = {"image_features", "encode", "prefill", "_assign"}
         may = {"__init__", "add", "embed", "_move_up", "evict", "a test", *inside}
         assert waiting <= may, waiting - may
@@ -176,7 +180,9 @@ def goes_on_without(vlm, prompts, sentence, **broken):
 @case
 def a_capture_that_fails():
     """It is done eagerly, is not tried again, and memory can be freed after it."""
-    gpu = goes_on_without(tiny(lively=True), prompts_of(tiny(), 3), "without a CUDA graph", breaks=True)
+    gpu = goes_on_without(
+        tiny(lively=True), prompts_of(tiny(), 3), "without a CUDA graph", breaks=True
+    )
     assert gpu.recordings == 1 and gpu.replays == 0
 
 
@@ -198,12 +204,18 @@ def nucleus():
     probs = torch.tensor([0.4, 0.25, 0.0, 0.15, 0.1, 0.06, 0.04])
     for top_p, kept in ((0.85, [0, 1, 3, 4]), (0.7, [0, 1, 3]), (0.99, [0, 1, 3, 4, 5, 6])):
         with GPU() as gpu:
-            logits, rng = probs.log().expand(64, -1).to("cuda"), torch.Generator("cuda").manual_seed(0)
+            logits, rng = (
+                probs.log().expand(64, -1).to("cuda"),
+                torch.Generator("cuda").manual_seed(0),
+            )
             draws = [sample(logits, 1.0, top_p, 0, rng).cpu() for _ in range(150)]
         assert not gpu.waits and 0 < _rows_outside(64, top_p) <= 64
         counts, want = torch.cat(draws).bincount(minlength=7), probs[kept].double()
         assert counts[kept].sum() == counts.sum() == 64 * 150, "nothing outside the nucleus"
-        assert chisquare(counts[kept].tolist(), (counts.sum() * want / want.sum()).tolist()).pvalue > 1e-4
+        assert (
+            chisquare(counts[kept].tolist(), (counts.sum() * want / want.sum()).tolist()).pvalue
+            > 1e-4
+        )
 
 
 @both_families
@@ -224,7 +236,11 @@ def out_of_memory_in_a_rollout():
         with GPU() as again:
             twin, again.fails_at = lent(vlm), int(moment * gpu.done)
             assert generate(twin, prompts, 2, 12, temperature=0.0) == want
-            assert twin.fallbacks.batch_scale == 0.5 and twin.fallbacks.graphs and again.stream == "main"
+            assert (
+                twin.fallbacks.batch_scale == 0.5
+                and twin.fallbacks.graphs
+                and again.stream == "main"
+            )
             torch.cuda.empty_cache()
 
 
@@ -248,7 +264,9 @@ def offloaded_roles():
         assert {how for how, _ in gpu.copies} == {"to GPU pinned goes on"}
         assert {plain(t).untyped_storage().data_ptr() for t in tensors_of(vlm)} == {buffer}
         twin = vlm.copy()
-        assert twin.offloaded and twin.model.lm_head.weight is twin.model.get_input_embeddings().weight
+        assert (
+            twin.offloaded and twin.model.lm_head.weight is twin.model.get_input_embeddings().weight
+        )
         twin.load_to_device()
         assert all(map(on_gpu, tensors_of(twin))) and vlm.model.lm_head.weight is head is table
         assert twin.model.lm_head.weight is twin.model.get_input_embeddings().weight
@@ -284,7 +302,8 @@ def same_updates(vlm, near, apart):
             assert abs(a["grad_norm"] / b["grad_norm"] - 1) < near, (a, b)
         assert ours.keys() == trained.keys()
         off, way = (
-            [(x[name] - y[name]).norm() for name in ours] for x, y in ((ours, trained), (ours, start))
+            [(x[name] - y[name]).norm() for name in ours]
+            for x, y in ((ours, trained), (ours, start))
         )
         assert torch.stack(off).norm() < apart * torch.stack(way).norm()
         assert set(gpu.waits) <= {"grpo_loss", "update"}, set(gpu.waits)
@@ -315,7 +334,10 @@ def moments_come_back():
             policy.optimizer.step()
             return {name: w.cpu() for name, w in policy.weights().items()}
 
-        weights, moments = step(policy), {name: m.cpu() for name, m in policy.optimizer_state().items()}
+        weights, moments = (
+            step(policy),
+            {name: m.cpu() for name, m in policy.optimizer_state().items()},
+        )
         resumed = Trained(lent(tiny("bfloat16", rank=2)), 1e-3, 1e-2)
         resumed.load_weights(iter(weights.items()))
         resumed.load_optimizer_state(iter(moments.items()))
@@ -339,7 +361,10 @@ def out_of_memory_in_an_update():
             assert twin.fallbacks.batch_scale == 0.5
         places.add(again.failed)
         for a, b in zip(want, got):
-            assert abs(a["loss"] - b["loss"]) < 1e-5 and abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-4
+            assert (
+                abs(a["loss"] - b["loss"]) < 1e-5
+                and abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-4
+            )
 
 
 @case
@@ -376,18 +401,22 @@ def lora_export():
     base = load_file(ROOT / "toy" / "model.safetensors")
     for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
         here, there = (load_file(folder / device / name) for device in ("cpu", "cuda"))
-        assert here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in here)
+        assert here.keys() == there.keys() and all(
+            torch.equal(here[key], there[key]) for key in here
+        )
         assert (
-            any(not torch.equal(here[key], base[key].to(here[key].dtype)) for key in here if key in base)
+            any(
+                not torch.equal(here[key], base[key].to(here[key].dtype))
+                for key in here
+                if key in base
+            )
             or "adapter" in name
         )
 
 
 # ---- Whole runs --------------------------------------------------------------------------------------------
 
-FLAGS = (
-    "--device cuda --iterations 1 --questioner-steps 2 --reasoner-steps 1 --images-per-step 2 --candidates 2"
-)
+FLAGS = "--device cuda --iterations 1 --questioner-steps 2 --reasoner-steps 1 --images-per-step 2 --candidates 2"
 FLAGS += " --group-size 2 --answers 2 --max-new-tokens 18 --save-every 1 --tau-low 0 --tau-high 1 --lr 1e-3"
 
 

@@ -36,7 +36,15 @@ PROJECT = str(Path(TESTS).parent)
 CUDA, CPU, ALIAS = torch.device("cuda", 0), torch.device("cpu"), "lazy"
 
 # The host needs a number, or a size that depends on numbers.
-ASKING = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "bincount"}
+ASKING = {
+    "_local_scalar_dense",
+    "item",
+    "is_nonzero",
+    "equal",
+    "nonzero",
+    "masked_select",
+    "bincount",
+}
 ASKING |= {"_unique2", "unique_dim", "unique_consecutive"}
 RANDOM = {"rand", "randn", "randint", "randperm", "multinomial", "bernoulli", "native_dropout"}
 RANDOM |= {"uniform_", "normal_", "exponential_", "random_", "bernoulli_"}
@@ -55,7 +63,9 @@ class OnGPU(torch.Tensor):
 
     @staticmethod
     def __new__(cls, numbers):
-        shape = dict(strides=numbers.stride(), storage_offset=numbers.storage_offset(), dtype=numbers.dtype)
+        shape = dict(
+            strides=numbers.stride(), storage_offset=numbers.storage_offset(), dtype=numbers.dtype
+        )
         return torch.Tensor._make_wrapper_subclass(cls, numbers.size(), **shape, device=ALIAS)
 
     def __init__(self, numbers):
@@ -81,7 +91,9 @@ class OnGPU(torch.Tensor):
 
     @data.setter
     def data(self, new):
-        assert new.shape == self.shape and new.dtype == self.dtype, "torch would change it; here nobody does"
+        assert new.shape == self.shape and new.dtype == self.dtype, (
+            "torch would change it; here nobody does"
+        )
         self.numbers, self.at_home = plain(new), not on_gpu(new)
 
     def cpu(self):
@@ -147,9 +159,13 @@ class GPU(TorchDispatchMode):
         self.free, self.breaks, self.compiles = free, breaks, compiles
         self.compiled: dict[str, int] = {}  # how often each function was compiled
         self.waits: list[str] = []  # the functions of the project that waited for a number,
-        self.copies: list[tuple[str, str]] = []  # and those that copied between the devices: (how, who)
+        self.copies: list[
+            tuple[str, str]
+        ] = []  # and those that copied between the devices: (how, who)
         self.recordings = self.replays = self.done = 0
-        self.fails_at = self.failed = None  # memory runs out when so many operations are done; who did it
+        self.fails_at = self.failed = (
+            None  # memory runs out when so many operations are done; who did it
+        )
         self.tape: list | None = None  # of the recording that goes on
         self.stream, self.underway = "main", False  # underway: what the allocator believes
         self.pinned: dict[int, torch.UntypedStorage] = {}
@@ -178,7 +194,9 @@ class GPU(TorchDispatchMode):
         patches = [mock.patch.object(torch.cuda, name, new) for name, new in functions.items()]
         patches += [mock.patch.object(torch, name, new) for name, new in constructors().items()]
         end = dict(_cuda_endAllocateToPool=lambda index, pool: setattr(self, "underway", False))
-        patches += [mock.patch.object(torch._C, name, new, create=True) for name, new in end.items()]
+        patches += [
+            mock.patch.object(torch._C, name, new, create=True) for name, new in end.items()
+        ]
         patches += [mock.patch.object(torch.Tensor, "to", moved)]
         patches += [mock.patch.object(torch, "compile", self.compile)]
         for patch in patches:
@@ -218,7 +236,11 @@ class GPU(TorchDispatchMode):
             self.tape.append((func, args_, kwargs_, tensors_in(made)))
         if (written := written_argument(func)) is not None:
             return kwargs[written[1]] if written[1] in kwargs else args[written[0]]
-        return each(lambda x: OnGPU(x) if isinstance(x, torch.Tensor) else x, made) if made_there else made
+        return (
+            each(lambda x: OnGPU(x) if isinstance(x, torch.Tensor) else x, made)
+            if made_there
+            else made
+        )
 
     def check(self, func, name, args, kwargs, there, here, made_there) -> None:
         """The rules."""
@@ -232,7 +254,9 @@ class GPU(TorchDispatchMode):
                 host = source if target else args[0] if name == "copy_" else None
                 self.copy(host, target, kwargs.get("non_blocking", len(args) > 2 and args[2]))
             return
-        masks = [x for x in tensors_in(args[1]) if x.dtype == torch.bool] if name in INDEXING else []
+        masks = (
+            [x for x in tensors_in(args[1]) if x.dtype == torch.bool] if name in INDEXING else []
+        )
         sizes = name == "repeat_interleave" and func._overloadname == "Tensor"
         if there and (name in ASKING or masks or (sizes and kwargs.get("output_size") is None)):
             self.wait(name)
@@ -242,13 +266,17 @@ class GPU(TorchDispatchMode):
             for index in indices:
                 self.copy(index, True, False)
         if there and any(x.dim() for x in here):
-            raise Refused(f"{name}: expected all tensors to be on the same device, found cuda:0 and cpu")
+            raise Refused(
+                f"{name}: expected all tensors to be on the same device, found cuda:0 and cpu"
+            )
 
     def copy(self, host, to_gpu: bool, non_blocking: bool) -> None:
         """host: the tensor on the CPU's side; None: it is about to be made."""
         pinned = host is not None and plain(host).untyped_storage().data_ptr() in self.pinned
         if self.tape is not None and not (pinned and non_blocking):
-            raise Refused("a copy between CPU and CUDA in a recording, and the CPU's memory is not pinned")
+            raise Refused(
+                "a copy between CPU and CUDA in a recording, and the CPU's memory is not pinned"
+            )
         how = ["to GPU" if to_gpu else "to CPU", "pinned" if pinned else "pageable"]
         self.copies.append((" ".join([*how, "waits" if not non_blocking else "goes on"]), caller()))
 
@@ -269,7 +297,9 @@ class GPU(TorchDispatchMode):
         try:
             yield
             if self.breaks:
-                raise RuntimeError("operation failed due to a previous error during capture (pretended)")
+                raise RuntimeError(
+                    "operation failed due to a previous error during capture (pretended)"
+                )
         finally:
             self.tape = None
         self.underway, self.stream = False, "main"
@@ -317,7 +347,9 @@ def compute(func, args, kwargs):
     if func is torch.ops.aten.bmm.dtype:
         (a, b, dtype), half = args, (torch.bfloat16, torch.float16)
         if a.dtype not in half or b.dtype != a.dtype or dtype not in (a.dtype, torch.float32):
-            raise Refused("bmm: out_dtype must be the dtype of the inputs, or float32 for half ones")
+            raise Refused(
+                "bmm: out_dtype must be the dtype of the inputs, or float32 for half ones"
+            )
         return torch.bmm(a.to(dtype), b.to(dtype))
     return func(*args, **kwargs)
 

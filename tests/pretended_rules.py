@@ -12,7 +12,9 @@ def rules_at_any_time():
         assert x.is_cuda and x.device.type == "cuda" and not here.is_cuda
         assert refused(lambda: x + here) and refused(lambda: torch.cat([x, here]))
         assert refused(lambda: here[torch.tensor([0], device="cuda")]) and refused(x.pin_memory)
-        assert refused(lambda: torch.rand(3, device="cuda", generator=torch.Generator().manual_seed(0)))
+        assert refused(
+            lambda: torch.rand(3, device="cuda", generator=torch.Generator().manual_seed(0))
+        )
         assert refused(lambda: torch.bmm(x[None], x.T[None], out_dtype=torch.float32))
         assert (x * torch.tensor(2.0)).is_cuda, "a number may be on the CPU"
         assert not gpu.waits and x[:, 1].tolist() == [1, 4] and (x > 2).any() and len(x[x > 2]) == 3
@@ -44,7 +46,9 @@ def rules_of_a_recording():
                     work(x)
 
             assert refused(recording, RuntimeError), what
-            assert refused(torch.cuda.empty_cache, RuntimeError), "the allocator believes that it goes on"
+            assert refused(torch.cuda.empty_cache, RuntimeError), (
+                "the allocator believes that it goes on"
+            )
     with GPU():
         x, pinned, calls = torch.zeros(2, device="cuda"), torch.ones(2, pin_memory=True), []
         with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
@@ -53,5 +57,7 @@ def rules_of_a_recording():
         calls.append(1)
         before = old.tolist()
         graph.replay()
-        assert old.tolist() == [before[0] + 1] * 2 and x.tolist() == [0, 0], "old numbers, old address"
+        assert old.tolist() == [before[0] + 1] * 2 and x.tolist() == [0, 0], (
+            "old numbers, old address"
+        )
         torch.cuda.empty_cache()

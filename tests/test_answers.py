@@ -134,7 +134,9 @@ COMMANDS = (
 @given(st.integers(0, 99), st.sampled_from(COMMANDS), st.integers(0, 99))
 def test_no_command_joins_what_stood_on_its_two_sides(left, command, right):
     for a, b in ((left, right), ("ab", "cd"), (left, "ab")):
-        assert not same_answer(f"{a}{command}{b}", f"{a}{b}") or (a, b) == (left, "ab"), "5\\,cm is 5cm"
+        assert not same_answer(f"{a}{command}{b}", f"{a}{b}") or (a, b) == (left, "ab"), (
+            "5\\,cm is 5cm"
+        )
         assert not same_answer(f"{a}{command}{{{b}}}", f"{a}{b}") or (a, b) == (left, "ab")
 
 
@@ -170,7 +172,9 @@ def test_a_fraction_in_all_its_spellings(value, whole):
     assert len({canonical(spelling) for spelling in spellings}) == 1
     if 0 < n < d:
         assert (
-            canonical(rf"{whole}\frac{{{n}}}{{{d}}}") == canonical(f"{whole} {n}/{d}") == whole + abs(value)
+            canonical(rf"{whole}\frac{{{n}}}{{{d}}}")
+            == canonical(f"{whole} {n}/{d}")
+            == whole + abs(value)
         )
 
 
@@ -304,7 +308,9 @@ CHOICES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("text, choices, letter", [case for cases in CHOICES.values() for case in cases])
+@pytest.mark.parametrize(
+    "text, choices, letter", [case for cases in CHOICES.values() for case in cases]
+)
 def test_choices(text, choices, letter):
     assert read_choice(text, choices) == letter
 
@@ -375,7 +381,9 @@ def test_ten_thousand_hostile_characters_take_under_5_ms(piece):
             text = (before + piece * size)[:size]
             for function in (canonical, extract_answer, says_something, options_in, read_yes_no):
                 assert quickest(function, text) < 0.005, (function, before, size)
-            assert quickest(read_choice, text, ("a black cat", "yes", "no", "is", "1", "12")) < 0.005
+            assert (
+                quickest(read_choice, text, ("a black cat", "yes", "no", "is", "1", "12")) < 0.005
+            )
 
 
 @settings(max_examples=300, deadline=None)

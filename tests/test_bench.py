@@ -18,7 +18,15 @@ SMALLEST = {
     "tricks": f"{SMALL} --prompts 2 --repeats 1 --vocab-size 600",
     "rewards": "--questions 20 --repeats 1",
 }
-PARTS = ("encode images", "prefill", "decode", "sampling", "log-probabilities", "backward", "optimizer")
+PARTS = (
+    "encode images",
+    "prefill",
+    "decode",
+    "sampling",
+    "log-probabilities",
+    "backward",
+    "optimizer",
+)
 
 
 def run(name: str, *flags: str) -> str:
@@ -49,7 +57,9 @@ def test_benchmarks(name):
 @pytest.mark.parametrize("part", ["bandwidth", "decode", "memory"])
 def test_parts_of_the_gpu_benchmark(part):
     """At its tiny CPU sizes; the parts that are other benchmarks are tested as those."""
-    flags = "--device cpu --dtype float32 --size tiny --prompt-tokens 60 --group-size 2 --new-tokens 8"
+    flags = (
+        "--device cpu --dtype float32 --size tiny --prompt-tokens 60 --group-size 2 --new-tokens 8"
+    )
     printed = json.loads(run("gpu", "--part", part, *flags.split(), "--prompts", "2", "--json"))
     results = printed["results"]
     assert results and all(value > 0 for value in results.values())
@@ -62,7 +72,9 @@ def test_a_part_that_fails_does_not_stop_the_others(monkeypatch, capsys):
     import gpu
 
     monkeypatch.setattr(gpu, "SECONDS", dict(rollout=0.01, tests=9, bandwidth=60))
-    monkeypatch.setattr(sys, "argv", "gpu.py --device cpu --dtype float32 --size tiny --json".split())
+    monkeypatch.setattr(
+        sys, "argv", "gpu.py --device cpu --dtype float32 --size tiny --json".split()
+    )
     monkeypatch.setattr(gpu, "OTHERS", ("rollout", "tests"))  # there is no bench/tests.py
     gpu.main()
     results = json.loads(capsys.readouterr().out)["results"]
@@ -83,7 +95,9 @@ def test_a_table_for_people():
     assert "ratio" in printed and "questions=20" in printed and not printed.startswith("{")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is in bench/requirements-trl.txt")
+@pytest.mark.skipif(
+    importlib.util.find_spec("trl") is None, reason="TRL is in bench/requirements-trl.txt"
+)
 @pytest.mark.parametrize("rows", ["", "--trl-rows 4"])
 def test_trl_and_ours_make_the_same_step(rows):
     """Given TRL's completions and rewards; TRL adds up the gradients of two batches, or has one."""
@@ -114,4 +128,6 @@ WRONG = ["--group-size 0", "--dtype int8", "--prompt-tokens 5", "--repeats x"]
 def test_wrong_arguments_get_a_sentence(wrong):
     command = [sys.executable, str(ROOT / "bench" / "rollout.py"), *wrong.split()]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and wrong.split()[0] in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and wrong.split()[0] in done.stderr and "Traceback" not in done.stderr
+    )

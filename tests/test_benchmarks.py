@@ -39,7 +39,9 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys):
     several, hidden = MMMU | dict(image_2=OTHER), MMMU | dict(answer="?")
     picture = MMMU | dict(image_1=Image.new("LA", (40, 40)))
     broken = MMMU | dict(image_1={"bytes": b"not an image", "path": None})
-    module = datasets_with(validation=[MMMU, several, second, hidden, several, MMMU, picture, broken])
+    module = datasets_with(
+        validation=[MMMU, several, second, hidden, several, MMMU, picture, broken]
+    )
     monkeypatch.setitem(sys.modules, "datasets", module)
     assert benchmarks.main(["mmmu", str(tmp_path / "out")]) == 0
     assert module.asked == [("lmms-lab-encoder/MMMU", None, "validation")]
@@ -53,8 +55,17 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys):
     assert len([*(tmp_path / "out" / "images").iterdir()]) == 3, "each image is written once"
     assert items[2].image.endswith(".jpg") and evaluate.right("A", items[2])
     assert items[1].images == (items[0].image, items[2].image) == items[3].images
-    fields = [json.loads(text) for text in (tmp_path / "out" / "questions.jsonl").read_text().splitlines()]
-    assert [isinstance(f.get("images"), list) for f in fields] == [False, True, False, True, False, False]
+    fields = [
+        json.loads(text) for text in (tmp_path / "out" / "questions.jsonl").read_text().splitlines()
+    ]
+    assert [isinstance(f.get("images"), list) for f in fields] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
     assert all(("image" in f) != ("images" in f) for f in fields)
 
 
@@ -83,11 +94,18 @@ def test_a_limit_boxes_and_other_sources(tmp_path, monkeypatch, capsys):
 
 def test_the_images_of_the_paper(tmp_path, monkeypatch, capsys):
     """Records of Vision-SR1-47K have the columns problem, answer and images; every image is written."""
-    rows = [OFFICIAL, OFFICIAL | dict(images=[IMAGE, OTHER]), OFFICIAL | dict(images=file_of("green"))]
+    rows = [
+        OFFICIAL,
+        OFFICIAL | dict(images=[IMAGE, OTHER]),
+        OFFICIAL | dict(images=file_of("green")),
+    ]
     rows += [OFFICIAL | dict(images=None), OFFICIAL | dict(images=["x.png"])]
     monkeypatch.setitem(sys.modules, "datasets", datasets_with(train=rows))
     assert benchmarks.main(["vision-sr1-47k", str(tmp_path)]) == 0
-    assert len(find_images(str(tmp_path / "images")).paths) == 3 and "1  no image" in capsys.readouterr().out
+    assert (
+        len(find_images(str(tmp_path / "images")).paths) == 3
+        and "1  no image" in capsys.readouterr().out
+    )
     assert not (tmp_path / "questions.jsonl").exists()
 
 
@@ -138,5 +156,7 @@ def test_wrong_arguments_get_one_sentence(tmp_path, monkeypatch, capsys):
 
 def test_the_command_imports_nothing_heavy():
     code = "import sys, benchmarks; print([*{'torch', 'datasets', 'transformers', 'PIL'} & {*sys.modules}])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert json.loads(done.stdout) == []

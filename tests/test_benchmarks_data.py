@@ -146,14 +146,27 @@ def test_the_other_forms_of_records():
     assert line("mmmu-pro-10")["choices"] == [*"klmnopqrst"] and is_right("J", item("mmmu-pro-10"))
     open_one = item("mmmu", question_type="open", options="[]", answer="['24/7', '3.429']")
     assert open_one.answer == ("24/7", "3.429") and open_one.ending == benchmarks.WORD
-    assert is_right("3.43", open_one) and is_right(r"\boxed{24/7}", open_one) and not is_right("3", open_one)
+    assert (
+        is_right("3.43", open_one)
+        and is_right(r"\boxed{24/7}", open_one)
+        and not is_right("3", open_one)
+    )
     chosen = line(
-        "mathvista", choices=["x", "y"], answer="y", precision=None, query="Hint.\nQ: ?\nChoices:\n(A) x"
+        "mathvista",
+        choices=["x", "y"],
+        answer="y",
+        precision=None,
+        query="Hint.\nQ: ?\nChoices:\n(A) x",
     )
     assert (
-        chosen["question"] == "Hint.\nQ: ?" and chosen["choices"] == ["x", "y"] and "precision" not in chosen
+        chosen["question"] == "Hint.\nQ: ?"
+        and chosen["choices"] == ["x", "y"]
+        and "precision" not in chosen
     )
-    assert line("mathvista", answer_type="integer", precision=float("nan"), answer="7")["precision"] == 0
+    assert (
+        line("mathvista", answer_type="integer", precision=float("nan"), answer="7")["precision"]
+        == 0
+    )
     assert "precision" not in line("mathvista", answer_type="list", answer="[1, 2]")
     assert line("mathverse", question_type="free-form", answer="14")["question"].endswith("C:1,5")
     in_the_image = item("mathverse", query_cot="According to the image, reason.", answer="D")
@@ -178,7 +191,11 @@ def test_the_official_records():
         assert convert(benchmarks.official, OFFICIAL | dict(images=images))["image"] == file_of()
     boxed = dict(answer=r"\boxed{B}", problem="Which? <image>\nA. x\nB. y", file_name="mathverse")
     made = convert(benchmarks.official, OFFICIAL | boxed)
-    assert made["answer"] == "B" and made["kind"] == "mathverse" and made["question"] == "Which?\nA. x\nB. y"
+    assert (
+        made["answer"] == "B"
+        and made["kind"] == "mathverse"
+        and made["question"] == "Which?\nA. x\nB. y"
+    )
     assert is_right(r"\boxed{y}", parse_item(made | dict(image="x"), ROOT))
     boxed |= dict(problem="Which? <image>\nA. <image>\nB. y", images=[IMAGE, OTHER])
     made = convert(benchmarks.official, OFFICIAL | boxed)
@@ -195,7 +212,10 @@ def test_the_official_records():
         ("Is <image 2> like <image1>?", "Is <image 2> like <image 1>?"),
         ("Which is red?", "Which is red?"),
         ("<image>, <image> and <image>?", "<image 1>, <image 2> and the image?"),
-        ("<image 1>: what is <image 1>, what <image 3>?", "<image 1>: what is <image 1>, what the image?"),
+        (
+            "<image 1>: what is <image 1>, what <image 3>?",
+            "<image 1>: what is <image 1>, what the image?",
+        ),
         ("a < b in <image>\n", "a < b in <image 1>"),
     ],
 )
@@ -210,7 +230,9 @@ def test_an_official_record_without_text_or_with_a_picture_that_has_no_bytes():
         (dict(images=[IMAGE, "x.png"]), "its image has no bytes"),
         (dict(images=[]), "no image"),
     ):
-        assert convert(benchmarks.official, OFFICIAL | dict(images=[IMAGE, OTHER]) | changes) == reason
+        assert (
+            convert(benchmarks.official, OFFICIAL | dict(images=[IMAGE, OTHER]) | changes) == reason
+        )
 
 
 THREE = MMMU | dict(
@@ -244,7 +266,9 @@ def test_mmmu_with_a_gap_in_its_columns():
 
 
 def test_an_open_question_of_mmmu_with_several_images():
-    made = convert(benchmarks.mmmu, THREE | dict(question_type="open", options="[]", answer="['x', 'y']"))
+    made = convert(
+        benchmarks.mmmu, THREE | dict(question_type="open", options="[]", answer="['x', 'y']")
+    )
     assert made["answer"] == ["x", "y"] and len(made["images"]) == 3 and "choices" not in made
     assert convert(benchmarks.mmmu, THREE | dict(question="<image 1> <image 2>")) == "no question"
 
@@ -292,8 +316,15 @@ def test_a_record_is_left_out_with_a_reason(name, changes, reason):
 
 
 anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.binary(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.binary(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
@@ -402,20 +433,42 @@ def test_we_math_by_hand():
     """Steps and whole: CM; IG; IK; rote by the strict rule, mastered by the loose; rote by both; IK."""
     groups = [([T, T], T), ([T, T], F), ([T, F], F), ([T, F], T), ([F, F], T), ([F, F, F], F)]
     made = we_math(groups)
-    assert [made[f"{way} strict"] for way in ("IK", "IG", "CM", "RM")] == [2 / 6, 1 / 6, 1 / 6, 2 / 6]
-    assert [made[f"{way} loose"] for way in ("IK", "IG", "CM", "RM")] == [2 / 6, 1 / 6, 2 / 6, 1 / 6]
-    assert made["score strict"] == pytest.approx((6 - 0.5 - 2 - 2) / 6) and made["RM_rate strict"] == 2 / 3
-    assert made["score loose"] == pytest.approx((6 - 0.5 - 1 - 2) / 6) and made["RM_rate loose"] == 1 / 3
+    assert [made[f"{way} strict"] for way in ("IK", "IG", "CM", "RM")] == [
+        2 / 6,
+        1 / 6,
+        1 / 6,
+        2 / 6,
+    ]
+    assert [made[f"{way} loose"] for way in ("IK", "IG", "CM", "RM")] == [
+        2 / 6,
+        1 / 6,
+        2 / 6,
+        1 / 6,
+    ]
+    assert (
+        made["score strict"] == pytest.approx((6 - 0.5 - 2 - 2) / 6)
+        and made["RM_rate strict"] == 2 / 3
+    )
+    assert (
+        made["score loose"] == pytest.approx((6 - 0.5 - 1 - 2) / 6)
+        and made["RM_rate loose"] == 1 / 3
+    )
     assert we_math([]) == {} and we_math([([T, F], F)])["RM_rate strict"] == 0
 
 
 def outcome(key, number, is_right):
-    return Outcome(Item("x", "?", ("1",), kind=key, question_id=number), "1" if is_right else "2", ["1"])
+    return Outcome(
+        Item("x", "?", ("1",), kind=key, question_id=number), "1" if is_right else "2", ["1"]
+    )
 
 
 def test_we_math_joins_steps_and_wholes():
     """The same ID with two and with three steps is two problems; one without all its parts does not count."""
-    two = [outcome("2steps_1", "1", T), outcome("2steps_multi", "1", T), outcome("2steps_2", "1", F)]
+    two = [
+        outcome("2steps_1", "1", T),
+        outcome("2steps_multi", "1", T),
+        outcome("2steps_2", "1", F),
+    ]
     three = [outcome(f"3steps_{part}", "1", T) for part in ("1", "2", "3", "multi")]
     lone = [outcome("2steps_1", "9", T), outcome("2steps_multi", "9", T)]
     assert we_math_scores(two + three + lone) == we_math([([T, F], T), ([T, T, T], T)])

@@ -18,7 +18,9 @@ def test_published_layout_loads_every_weight(published):
     stored = {k: v for file in published.glob("*.safetensors") for k, v in load_file(file).items()}
     loaded = dict(vlm.model.named_parameters())
     for ending in ("blocks.1.attn.qkv.weight", "layers.2.mlp.up_proj.weight"):
-        ours, theirs = ([v for k, v in some.items() if k.endswith(ending)] for some in (loaded, stored))
+        ours, theirs = (
+            [v for k, v in some.items() if k.endswith(ending)] for some in (loaded, stored)
+        )
         assert len(ours) == len(theirs) == 1 and torch.equal(ours[0], theirs[0])
     tied = "lm_head.weight" not in stored
     assert tied == (vlm.model.lm_head.weight is vlm.model.get_input_embeddings().weight)
@@ -37,7 +39,9 @@ def test_saved_folder_loads_in_plain_transformers(published, tmp_path):
     prompt = vlm.prompt("How many?", noise_image(120, 60))
     with torch.no_grad():
         vlm.model.model.rope_deltas = None
-        assert torch.equal(plain(**plain_inputs(prompt)).logits, vlm.model(**plain_inputs(prompt)).logits)
+        assert torch.equal(
+            plain(**plain_inputs(prompt)).logits, vlm.model(**plain_inputs(prompt)).logits
+        )
     assert plain.generation_config.eos_token_id == vlm.end_ids
     again = VLM.load(tmp_path / "out", "cpu", torch.float32)
     second = again.prompt("How many?", noise_image(120, 60))
@@ -46,7 +50,9 @@ def test_saved_folder_loads_in_plain_transformers(published, tmp_path):
         and torch.equal(second.images[0].pixels, prompt.images[0].pixels)
         and again.end_ids == vlm.end_ids
     )
-    assert Qwen2VLImageProcessorPil.from_pretrained(tmp_path / "out").size == vlm.image_processor.size
+    assert (
+        Qwen2VLImageProcessorPil.from_pretrained(tmp_path / "out").size == vlm.image_processor.size
+    )
 
 
 def broken(published, folder, change):
@@ -74,7 +80,9 @@ def write(name, data):
 
 
 def marked(name):
-    return lambda folder: (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    return lambda folder: (folder / name).write_bytes(
+        b"\xef\xbb\xbf" + (folder / name).read_bytes()
+    )
 
 
 def template(text):
@@ -90,7 +98,9 @@ def template(text):
 def adapter(folder):
     for file in list(folder.iterdir()):
         file.unlink()
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen2.5-VL-3B-Instruct"}')
+    (folder / "adapter_config.json").write_text(
+        '{"base_model_name_or_path": "Qwen/Qwen2.5-VL-3B-Instruct"}'
+    )
     save_file({"lora_A.weight": torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
 
 
@@ -98,7 +108,9 @@ def another_head(folder):
     """A tied configuration and an output matrix that is not the embedding."""
     edit(folder, "config.json", tie_word_embeddings=True)
     file = sorted(folder.glob("*.safetensors"))[-1]
-    table = next(v for f in folder.glob("*.safetensors") for k, v in load_file(f).items() if "embed_t" in k)
+    table = next(
+        v for f in folder.glob("*.safetensors") for k, v in load_file(f).items() if "embed_t" in k
+    )
     save_file(load_file(file) | {"lm_head.weight": table + 1}, file, {"format": "pt"})
     if (index := folder / "model.safetensors.index.json").exists():
         where = json.loads(index.read_text())["weight_map"] | {"lm_head.weight": file.name}
@@ -182,7 +194,10 @@ BAD = [
     (only_pickle, "pickle"),
     (remove("*.safetensors"), "no weights"),
     (lambda f: [p.rename(f / "a.gguf") for p in f.glob("*.safetensors")], "no weights"),
-    (lambda f: [p.rename(f / "consolidated.safetensors") for p in f.glob("model*.safetensors")], "weight"),
+    (
+        lambda f: [p.rename(f / "consolidated.safetensors") for p in f.glob("model*.safetensors")],
+        "weight",
+    ),
     (remove("config.json"), "config.json"),
     (remove("preprocessor_config.json"), "image processor"),
     (without_a_vocabulary, "tokenizer"),
@@ -194,8 +209,14 @@ BAD = [
     (a_run, "folder of a run"),
     (adapter, "merge it into its base, Qwen/Qwen2.5-VL-3B-Instruct"),
     (rewrite("config.json", auto_map={"AutoModel": "x.Y"}), "code of its own"),
-    (rewrite("tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]}), "code of its own"),
-    (rewrite("preprocessor_config.json", auto_map={"AutoImageProcessor": "x.Y"}), "code of its own"),
+    (
+        rewrite("tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]}),
+        "code of its own",
+    ),
+    (
+        rewrite("preprocessor_config.json", auto_map={"AutoImageProcessor": "x.Y"}),
+        "code of its own",
+    ),
     (write("processor_config.json", b'{"image_processor": {"auto_map": {}}}'), "code of its own"),
     (rewrite("config.json", use_sliding_window=True), "sliding"),
     (rewrite_text(hidden_size="wide"), "config.json"),
@@ -208,7 +229,10 @@ BAD = [
         (write("config.json", data), "config.json")
         for data in (b"{", b"", b"[1]", b"null", b"\xff\xfe{\0}\0")
     ],
-    *[(marked(name), name) for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json")],
+    *[
+        (marked(name), name)
+        for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json")
+    ],
     (write("config.json", b"[" * 100_000), "config.json"),
     (write("generation_config.json", b"{"), "generation_config.json"),
     (write("tokenizer.json", b"version https://git-lfs.github.com/spec/v1"), "tokenizer"),
@@ -232,7 +256,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("change, word", BAD, ids=[f"{i}-{word}"[:40] for i, (_, word) in enumerate(BAD)])
+@pytest.mark.parametrize(
+    "change, word", BAD, ids=[f"{i}-{word}"[:40] for i, (_, word) in enumerate(BAD)]
+)
 def test_a_bad_checkpoint_gets_one_sentence(published, tmp_path, change, word):
     if word == "sliding" and "qwen3_vl" in (published / "config.json").read_text():
         pytest.skip("Qwen3-VL knows no such attention")
@@ -241,14 +267,18 @@ def test_a_bad_checkpoint_gets_one_sentence(published, tmp_path, change, word):
     assert word in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("change, word", BAD, ids=[f"{i}-{word}"[:40] for i, (_, word) in enumerate(BAD)])
+@pytest.mark.parametrize(
+    "change, word", BAD, ids=[f"{i}-{word}"[:40] for i, (_, word) in enumerate(BAD)]
+)
 def test_nothing_is_loaded_before_the_checks(published, tmp_path, change, word, monkeypatch):
     if word.startswith(("lacks", "not finite")) or change is wrong_shape:
         pytest.skip("only seen once the weights are read")
     if word == "sliding" and "qwen3_vl" in (published / "config.json").read_text():
         pytest.skip("Qwen3-VL knows no such attention")
     calls = []
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *args, **kwargs: calls.append(args))
+    monkeypatch.setattr(
+        PreTrainedModel, "from_pretrained", lambda *args, **kwargs: calls.append(args)
+    )
     with pytest.raises(CheckpointError):
         VLM.load(broken(published, tmp_path / "bad", change), "cpu")
     assert not calls
@@ -295,7 +325,9 @@ def test_end_tokens_are_those_of_all_places(tmp_path, generation, config, text, 
     def number(value):
         if isinstance(value, list):
             return [number(v) for v in value]
-        return END if value == "text" else ids.get(value, value) if isinstance(value, str) else value
+        return (
+            END if value == "text" else ids.get(value, value) if isinstance(value, str) else value
+        )
 
     edit(folder, "generation_config.json", eos_token_id=number(generation))
     edit(folder, "config.json", eos_token_id=number(config))
@@ -336,9 +368,14 @@ def test_a_head_in_the_file_that_equals_the_embedding(published, tmp_path):
         another_head(folder)
         file = sorted(folder.glob("*.safetensors"))[-1]
         weights = load_file(file)
-        save_file(weights | {"lm_head.weight": weights["lm_head.weight"] - 1}, file, {"format": "pt"})
+        save_file(
+            weights | {"lm_head.weight": weights["lm_head.weight"] - 1}, file, {"format": "pt"}
+        )
         table = next(
-            v for f in folder.glob("*.safetensors") for k, v in load_file(f).items() if "embed_t" in k
+            v
+            for f in folder.glob("*.safetensors")
+            for k, v in load_file(f).items()
+            if "embed_t" in k
         )
         save_file(load_file(file) | {"lm_head.weight": table.clone()}, file, {"format": "pt"})
 

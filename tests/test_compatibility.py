@@ -31,7 +31,9 @@ def test_the_sources_files_are_kept_as_they_were(published, tmp_path):
     source.mkdir()
     for file in published.iterdir():
         (source / file.name).write_bytes(file.read_bytes())
-    edit(source, "config.json", rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]}, our_own=1)
+    edit(
+        source, "config.json", rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]}, our_own=1
+    )
     (source / "special_tokens_map.json").write_bytes(b'{ "eos_token":  "<|im_end|>"}\r\n')
     (source / "LICENSE.txt").write_bytes(b"\xff no UTF-8")
     (source / "README.md").write_text("not copied")
@@ -63,7 +65,10 @@ def test_a_source_as_transformers_5_saves_it(published, tmp_path):
     prove_export(vlm, tmp_path)
     vlm.save(tmp_path / "saved")
     kept = json.loads((tmp_path / "saved" / "preprocessor_config.json").read_text())
-    assert kept["image_processor_type"] == "Qwen2VLImageProcessor" and kept["patch_size"] in (14, 16)
+    assert kept["image_processor_type"] == "Qwen2VLImageProcessor" and kept["patch_size"] in (
+        14,
+        16,
+    )
     again = VLM.load(tmp_path / "saved", "cpu", torch.float32)
     assert torch.equal(again.model.lm_head.weight, vlm.model.lm_head.weight)
     assert again.image_processor.to_dict() == vlm.image_processor.to_dict()
@@ -76,7 +81,11 @@ def test_weights_are_saved_in_the_sources_type(tmp_path, said, stored):
     source = publish(tmp_path, "qwen")
     for file in source.glob("*.safetensors"):
         save_file({k: v.to(getattr(torch, stored)) for k, v in load_file(file).items()}, file)
-    edit(source, "config.json", **({"torch_dtype": ...} | ({} if said == "nothing" else {said: stored})))
+    edit(
+        source,
+        "config.json",
+        **({"torch_dtype": ...} | ({} if said == "nothing" else {said: stored})),
+    )
     vlm, config = stirred(source), (source / "config.json").read_bytes()
     vlm.save(source)
     assert not list(source.glob("*-of-*")) and not list(source.glob("*.index.json"))
@@ -84,7 +93,9 @@ def test_weights_are_saved_in_the_sources_type(tmp_path, said, stored):
     assert {value.dtype for value in weights.values()} == {getattr(torch, stored)}
     assert vlm.model.dtype == torch.float32 and (source / "config.json").read_bytes() == config
     name = "model.embed_tokens.weight"
-    assert torch.equal(weights[name], vlm.model.get_input_embeddings().weight.to(getattr(torch, stored)))
+    assert torch.equal(
+        weights[name], vlm.model.get_input_embeddings().weight.to(getattr(torch, stored))
+    )
 
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
@@ -113,7 +124,13 @@ def test_weights_that_lie_in_one_buffer_are_saved(published, tmp_path):
 def test_generation_settings_that_transformers_would_not_save(tmp_path):
     """A temperature without sampling, which `save_pretrained` refuses at the end of a run; ends as text."""
     source = publish(tmp_path, "mimo")
-    edit(source, "generation_config.json", do_sample=False, temperature=0.6, eos_token_id="<|im_end|>")
+    edit(
+        source,
+        "generation_config.json",
+        do_sample=False,
+        temperature=0.6,
+        eos_token_id="<|im_end|>",
+    )
     vlm = VLM.load(source, "cpu")
     vlm.save(tmp_path / "saved")
     for name in ("generation_config.json", "config.json"):
@@ -203,7 +220,9 @@ def saved_with_logits(folder, style):
     inputs = plain_inputs(vlm.prompt("How many?", image))
     with torch.no_grad():
         logits = vlm.model(**inputs).logits.numpy()
-    arrays = {k: v.numpy() for k, v in inputs.items()} | dict(logits=logits, image=np.asarray(image))
+    arrays = {k: v.numpy() for k, v in inputs.items()} | dict(
+        logits=logits, image=np.asarray(image)
+    )
     np.savez(folder / f"{style}.npz", **arrays)
     return folder / style, vlm
 

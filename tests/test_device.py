@@ -36,7 +36,10 @@ def on_device(device, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prompts(on_device):
-    return [on_device.prompt("How many?" * (1 + i), noise_image(*size, i)) for i, size in enumerate(SIZES)]
+    return [
+        on_device.prompt("How many?" * (1 + i), noise_image(*size, i))
+        for i, size in enumerate(SIZES)
+    ]
 
 
 def moved(inputs, device):
@@ -81,13 +84,19 @@ def test_packed_logprobs_and_gradients_against_the_plain_forward(on_device, prom
             0, len(prompt) - 1 : -1
         ]
         return (
-            (logits / 0.7).log_softmax(-1).gather(1, torch.tensor(completion, device=device)[:, None])[:, 0]
+            (logits / 0.7)
+            .log_softmax(-1)
+            .gather(1, torch.tensor(completion, device=device)[:, None])[:, 0]
         )
 
     def gradients(logps):
         on_device.model.zero_grad()
-        sum((logp * torch.arange(1, len(logp) + 1, device=device)).sum() for logp in logps).backward()
-        return [p.grad.to_dense().clone() for p in on_device.model.parameters() if p.grad is not None]
+        sum(
+            (logp * torch.arange(1, len(logp) + 1, device=device)).sum() for logp in logps
+        ).backward()
+        return [
+            p.grad.to_dense().clone() for p in on_device.model.parameters() if p.grad is not None
+        ]
 
     ours, theirs = on_device.logprobs(prompt, completions, 0.7), [plain(c) for c in completions]
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours, theirs))
@@ -102,14 +111,19 @@ def test_bfloat16_logprobs_are_near_float32(on_device, prompts, device):
     half, completions = on_device.copy(), [[300, 301, 302, 303], [350, 360]]
     half.model.to(torch.bfloat16)
     with torch.no_grad():
-        exact, rounded = on_device.logprobs(prompts[0], completions), half.logprobs(prompts[0], completions)
+        exact, rounded = (
+            on_device.logprobs(prompts[0], completions),
+            half.logprobs(prompts[0], completions),
+        )
     apart = torch.cat([a - b for a, b in zip(exact, rounded)]).abs()
     assert 0 < apart.max() < 0.6 and apart.mean() < 0.2
 
 
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_an_update_in_bfloat16_moves_the_masters(on_device, prompts, device, offload, checkpointing):
+def test_an_update_in_bfloat16_moves_the_masters(
+    on_device, prompts, device, offload, checkpointing
+):
     """Offloaded or not the masters move alike, by about lr; parked copies come back unchanged."""
     vlm = on_device.copy()
     vlm.model.to(torch.bfloat16)
@@ -122,19 +136,24 @@ def test_an_update_in_bfloat16_moves_the_masters(on_device, prompts, device, off
     start = [p.full_tensor().clone().cpu() for p in policy.parameters()]
     grpo.add_reference(groups, reference)
     metrics = grpo.update(policy, policy.optimizer, groups)
-    moved = [(p.full_tensor().cpu() - old).abs().flatten() for p, old in zip(policy.parameters(), start)]
+    moved = [
+        (p.full_tensor().cpu() - old).abs().flatten() for p, old in zip(policy.parameters(), start)
+    ]
     moved = torch.cat(moved)
     assert metrics["skipped"] == 0 and metrics["grad_norm"] > 0
     assert 0.5e-6 < moved[moved > 0].median() < 1.5e-6
     assert all(torch.equal(a, b) for a, b in zip(before, reference.model.parameters()))
     rounded = [p.full_tensor().bfloat16().cpu() for p in policy.parameters()]
-    assert all(torch.equal(a.cpu(), b) for a, b in zip(vlm.model.parameters(), rounded)), "the copy is fresh"
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(vlm.model.parameters(), rounded)), (
+        "the copy is fresh"
+    )
 
 
 def test_the_toy_asks_and_answers(device):
     toy = VLM.load(ROOT / "toy", device, "float32")
     prompt = toy.prompt("How many discs are there?", noise_image(84, 84))
     first, again = (
-        generate(toy, [prompt], 8, 24, generator=torch.Generator(device).manual_seed(3)) for _ in range(2)
+        generate(toy, [prompt], 8, 24, generator=torch.Generator(device).manual_seed(3))
+        for _ in range(2)
     )
     assert first == again and all(ids for ids in first[0])

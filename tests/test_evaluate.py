@@ -79,7 +79,9 @@ def test_rounding_is_for_plain_numbers(answer, truth, is_right):
 
 
 MMSTAR = Item("x", "Which?\nOptions: A: Haiti, B: Grenada, C: Cuba, D: Aruba", ("B",))
-REAL_WORLD = Item("x", "Where is it?\nA. Left\nB. Right\nPlease answer with only the letter.", ("A",))
+REAL_WORLD = Item(
+    "x", "Where is it?\nA. Left\nB. Right\nPlease answer with only the letter.", ("A",)
+)
 TEN = Item("x", "Which?", ("J",), tuple("klmnopqrst"))
 HALLUSION = Item("x", "Is it so?", ("yes",), question_id="1", figure_id="0")
 
@@ -155,17 +157,21 @@ def test_a_confidence_on_a_border_falls_into_the_bin_below(share):
 def test_bootstrap_interval():
     """Of N values 0 or 1 with mean p it is about p +- 1.96 sqrt(p (1 - p) / N); of equal ones a point."""
     low, high = bootstrap([1.0] * 300 + [0.0] * 700)
-    assert low == pytest.approx(0.3 - 1.96 * math.sqrt(0.21 / 1000), abs=0.004) and high == pytest.approx(
-        0.3 + 1.96 * math.sqrt(0.21 / 1000), abs=0.004
-    )
+    assert low == pytest.approx(
+        0.3 - 1.96 * math.sqrt(0.21 / 1000), abs=0.004
+    ) and high == pytest.approx(0.3 + 1.96 * math.sqrt(0.21 / 1000), abs=0.004)
     assert bootstrap([0.5] * 9) == (0.5, 0.5)
 
 
-@pytest.mark.parametrize("only_ours, only_theirs", [(0, 0), (1, 0), (5, 0), (3, 7), (6, 6), (20, 9)])
+@pytest.mark.parametrize(
+    "only_ours, only_theirs", [(0, 0), (1, 0), (5, 0), (3, 7), (6, 6), (20, 9)]
+)
 def test_mcnemar_against_scipy(only_ours, only_theirs):
     ours = [True] * only_ours + [False] * only_theirs + [True, False]
     theirs = [False] * only_ours + [True] * only_theirs + [True, False]
-    expected = binomtest(only_ours, only_ours + only_theirs).pvalue if only_ours + only_theirs else 1.0
+    expected = (
+        binomtest(only_ours, only_ours + only_theirs).pvalue if only_ours + only_theirs else 1.0
+    )
     assert mcnemar(ours, theirs) == pytest.approx(expected)
 
 
@@ -173,9 +179,13 @@ def test_two_models_by_hand():
     better = [outcome("1", ["1"] * 4) for _ in FOUR]
     result = compare(FOUR, better)
     assert (
-        result["greedy_accuracy"]["difference"] == 0.5 and result["greedy_accuracy"]["p"] == 2 * (1 / 2) ** 2
+        result["greedy_accuracy"]["difference"] == 0.5
+        and result["greedy_accuracy"]["p"] == 2 * (1 / 2) ** 2
     )
-    assert result["sampled_accuracy"]["difference"] == 1 - 7 / 16 and "p" not in result["sampled_accuracy"]
+    assert (
+        result["sampled_accuracy"]["difference"] == 1 - 7 / 16
+        and "p" not in result["sampled_accuracy"]
+    )
     low, high = result["sampled_accuracy"]["interval"]
     assert 0 <= low < 1 - 7 / 16 < high <= 1
 
@@ -215,7 +225,9 @@ def scripted(scripts, verdicts):
             return [[write(vlm, verdict)] for verdict in next(verdicts)]
         if temperature == 0:  # comes first for each model
             script.update(next(scripts))
-        given = [next(texts for question, texts in script.items() if question in text) for text in asked]
+        given = [
+            next(texts for question, texts in script.items() if question in text) for text in asked
+        ]
         return [
             [write(vlm, text) for text in ([greedy] if temperature == 0 else samples)]
             for greedy, samples in given
@@ -232,7 +244,8 @@ def test_a_whole_file_by_hand(data, monkeypatch, capsys):
         "Who?": (box("Ann"), [box("Bob")] * 4),
     }
     strong = {
-        q: ([box(2), "(B)", box("Anna")][i], [[box(2), "B", box("Ann")][i]] * 4) for i, q in enumerate(weak)
+        q: ([box(2), "(B)", box("Anna")][i], [[box(2), "B", box("Ann")][i]] * 4)
+        for i, q in enumerate(weak)
     }
     verdicts = [[box("no"), box("no")], [box("yes"), box("perhaps")]]  # on 3 and Ann, on 2 and Anna
     monkeypatch.setattr("measure.outcomes.generate", scripted([weak, strong], verdicts))
@@ -283,12 +296,16 @@ def test_a_whole_file_by_hand(data, monkeypatch, capsys):
         second["against_first"]["greedy_accuracy"]["difference"] == pytest.approx(2 / 3)
         and second["against_first"]["greedy_accuracy"]["p"] == 0.5
     )
-    assert (first["judged"], first["judged_right"], first["judge_disagreement"]) == (2 / 3, 0.0, 0.5), (
-        "rules: 3 is wrong, Ann is right"
-    )
-    assert (second["judged"], second["judged_right"], second["judge_disagreement"]) == (1 / 3, 1.0, 0.0), (
-        "perhaps is no verdict"
-    )
+    assert (first["judged"], first["judged_right"], first["judge_disagreement"]) == (
+        2 / 3,
+        0.0,
+        0.5,
+    ), "rules: 3 is wrong, Ann is right"
+    assert (second["judged"], second["judged_right"], second["judge_disagreement"]) == (
+        1 / 3,
+        1.0,
+        0.0,
+    ), "perhaps is no verdict"
     assert f" against {toy} [" in printed.out and "0.333" in printed.out
 
 
@@ -335,19 +352,49 @@ def test_it_runs_on_a_real_checkpoint(published, data):
             "line 1: there are both image and images",
         ),
         ('{"images": [], "question": "?", "answer": "E"}', "line 1: images is empty"),
-        ('{"images": "a.png", "question": "?", "answer": "E"}', "line 1: images is not a list but 'a.png'"),
-        ('{"images": {"1": "a.png"}, "question": "?", "answer": "E"}', "line 1: images is not a list but"),
-        ('{"images": ["a.png", 3], "question": "?", "answer": "E"}', "images holds what is not text but 3"),
-        ('{"images": ["a.png", " "], "question": "?", "answer": "E"}', "images holds what is not text"),
-        ('{"images": [["a.png"]], "question": "?", "answer": "E"}', "images holds what is not text"),
-        ('{"images": ["a.png", null], "question": "?", "answer": "E"}', "images holds what is not text"),
-        ('{"images": ["a.png", "b.png"], "question": "?", "answer": "E"}', "no question whose image can be"),
-        ('{"image": "a.png", "question": null, "answer": "E"}', "line 1: question is not text but None"),
+        (
+            '{"images": "a.png", "question": "?", "answer": "E"}',
+            "line 1: images is not a list but 'a.png'",
+        ),
+        (
+            '{"images": {"1": "a.png"}, "question": "?", "answer": "E"}',
+            "line 1: images is not a list but",
+        ),
+        (
+            '{"images": ["a.png", 3], "question": "?", "answer": "E"}',
+            "images holds what is not text but 3",
+        ),
+        (
+            '{"images": ["a.png", " "], "question": "?", "answer": "E"}',
+            "images holds what is not text",
+        ),
+        (
+            '{"images": [["a.png"]], "question": "?", "answer": "E"}',
+            "images holds what is not text",
+        ),
+        (
+            '{"images": ["a.png", null], "question": "?", "answer": "E"}',
+            "images holds what is not text",
+        ),
+        (
+            '{"images": ["a.png", "b.png"], "question": "?", "answer": "E"}',
+            "no question whose image can be",
+        ),
+        (
+            '{"image": "a.png", "question": null, "answer": "E"}',
+            "line 1: question is not text but None",
+        ),
         ('{"image": "a.png", "question": ["?"], "answer": "E"}', "line 1: question"),
-        ('\n{"image": "a.png", "question": "?", "answer": null}', "line 2: answer is not text or a number"),
+        (
+            '\n{"image": "a.png", "question": "?", "answer": null}',
+            "line 2: answer is not text or a number",
+        ),
         ('{"image": "a.png", "question": "?", "answer": []}', "line 1: answer is empty"),
         ('{"image": "a.png", "question": "?", "answer": ""}', "line 1: answer"),
-        ('{"image": "a.png", "question": "?", "answer": true}', "line 1: answer is not text or a number"),
+        (
+            '{"image": "a.png", "question": "?", "answer": true}',
+            "line 1: answer is not text or a number",
+        ),
         ('{"image": "a.png", "question": "?", "answer": NaN}', "line 1: answer is no readable"),
         (
             '{"image": "a.png", "question": "?", "answer": ["nan", 1e999]}',
@@ -355,7 +402,10 @@ def test_it_runs_on_a_real_checkpoint(published, data):
         ),
         ('{"image": "a.png", "question": "?", "answer": [["E"]]}', "line 1: answer"),
         ('{"image": "a.png", "question": "?", "answer": {"a": 1}}', "line 1: answer"),
-        ('{"image": "a.png", "question": "\\ud800?", "answer": "E"}', "line 1: question is no readable"),
+        (
+            '{"image": "a.png", "question": "\\ud800?", "answer": "E"}',
+            "line 1: question is no readable",
+        ),
         (
             '{"image": "a.png", "question": "?", "answer": "A", "choices": "[\'x\']"}',
             "line 1: choices is not a list",
@@ -364,16 +414,27 @@ def test_it_runs_on_a_real_checkpoint(published, data):
             '{"image": "a.png", "question": "?", "answer": "A", "choices": {"x": 1}}',
             "line 1: choices is not a list",
         ),
-        ('{"image": "a.png", "question": "?", "answer": "A", "choices": [null]}', "line 1: choices"),
+        (
+            '{"image": "a.png", "question": "?", "answer": "A", "choices": [null]}',
+            "line 1: choices",
+        ),
         ('{"image": "a.png", "question": "?", "answer": "E", "kind": ["k"]}', "line 1: kind"),
-        ('{"image": "a.png", "question": "?", "answer": "E", "choices": ["x", "y"]}', "none of the choices"),
+        (
+            '{"image": "a.png", "question": "?", "answer": "E", "choices": ["x", "y"]}',
+            "none of the choices",
+        ),
         ('{"image": "a.png", "question": "?", "answer": "E", "kind": "all"}', "overall scores"),
-        ('{"image": "b.png", "question": "?", "answer": "E"}', "no question whose image can be read"),
+        (
+            '{"image": "b.png", "question": "?", "answer": "E"}',
+            "no question whose image can be read",
+        ),
     ],
 )
 def test_wrong_data_gets_one_sentence(data, line, said, capsys):
     data.write_text(line)
-    assert evaluate.main(["--model", str(ROOT / "toy"), "--data", str(data), "--device", "cpu"]) == 2
+    assert (
+        evaluate.main(["--model", str(ROOT / "toy"), "--data", str(data), "--device", "cpu"]) == 2
+    )
     err = capsys.readouterr().err
     assert said in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: ")
 
@@ -382,13 +443,30 @@ def test_lines_as_editors_and_other_systems_leave_them(data):
     """A byte-order mark, CRLF, blank lines and U+2028 inside a text; numbers; choices under their letters."""
     lines = [
         dict(image="a.png", question="How\u2028many\u0085?", answer=5),
-        dict(image="a.png", question="Which?", answer="B", choices={"A": "red", "B": "blue"}, kind=None),
-        dict(image="a.png", question="Which?", answer=2, choices=[1, 2.5, 2], figure_id=0, question_id="q"),
+        dict(
+            image="a.png",
+            question="Which?",
+            answer="B",
+            choices={"A": "red", "B": "blue"},
+            kind=None,
+        ),
+        dict(
+            image="a.png",
+            question="Which?",
+            answer=2,
+            choices=[1, 2.5, 2],
+            figure_id=0,
+            question_id="q",
+        ),
     ]
     text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\r\n\r\n"
     data.write_bytes(b"\xef\xbb\xbf" + text.encode())
     items, skipped = evaluate.read_items(data)
-    assert not skipped and [item.question for item in items] == ["How\u2028many\u0085?", "Which?", "Which?"]
+    assert not skipped and [item.question for item in items] == [
+        "How\u2028many\u0085?",
+        "Which?",
+        "Which?",
+    ]
     assert [item.answer for item in items] == [("5",), ("B",), ("2",)]
     assert [item.choices for item in items] == [(), ("red", "blue"), ("1", "2.5", "2")]
     assert (items[1].kind, items[2].figure_id, items[2].question_id) == ("", "0", "q")

@@ -74,7 +74,13 @@ def test_what_was_not_answered_is_wrong_for_the_judge_too():
     assert judge_scores(none) == dict(judged=0.0, judged_right=0.0)
     choices = [judged(None, None, choices=("1", "2"))] * 3
     assert judge_scores(choices) == dict(judged=0.0), "the judge is not asked about choices"
-    mixed = [judged("1", True), judged("2", True), judged("3", None), judged(None, None), *choices[:1]]
+    mixed = [
+        judged("1", True),
+        judged("2", True),
+        judged("3", None),
+        judged(None, None),
+        *choices[:1],
+    ]
     scores = judge_scores(mixed)
     assert scores == dict(judged=2 / 5, judged_right=2 / 3, judge_disagreement=1 / 2)
 
@@ -85,7 +91,9 @@ def test_what_was_not_answered_is_wrong_for_the_judge_too():
 @pytest.fixture
 def data(tmp_path):
     noise_image(60, 60).save(tmp_path / "a.png")
-    (tmp_path / "data.jsonl").write_text('{"image": "a.png", "question": "How many?", "answer": "2"}\n')
+    (tmp_path / "data.jsonl").write_text(
+        '{"image": "a.png", "question": "How many?", "answer": "2"}\n'
+    )
     return tmp_path / "data.jsonl"
 
 
@@ -103,7 +111,9 @@ def broken(folder, how):
     elif how == "weights":
         (folder / "model.safetensors").unlink()
     elif how == "cut":
-        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+        (folder / "model.safetensors").write_bytes(
+            (folder / "model.safetensors").read_bytes()[:5000]
+        )
     else:
         (folder / how).unlink()
     return str(folder)
@@ -160,17 +170,36 @@ def test_names_and_kinds_are_printed_as_they_can_be_read():
 
 def test_images_questions_and_answers_do_not_reach_the_terminal_raw(data, tmp_path, capsys):
     name = "\x1b]0;x\x07.png"
-    lines = [dict(image=name, question="?", answer="1"), dict(image="\udcff.png", question="?", answer="1")]
-    lines += [dict(image="a.png", question=NASTY.replace("\udcff", ""), answer="\x1b[1m", kind="\x1b[31m")]
+    lines = [
+        dict(image=name, question="?", answer="1"),
+        dict(image="\udcff.png", question="?", answer="1"),
+    ]
+    lines += [
+        dict(image="a.png", question=NASTY.replace("\udcff", ""), answer="\x1b[1m", kind="\x1b[31m")
+    ]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    args = ["--model", str(ROOT / "toy"), "--data", str(data), "--answers", "1", "--max-new-tokens", "2"]
+    args = [
+        "--model",
+        str(ROOT / "toy"),
+        "--data",
+        str(data),
+        "--answers",
+        "1",
+        "--max-new-tokens",
+        "2",
+    ]
     assert evaluate.main([*args, "--device", "cpu", "--json", str(tmp_path / "out.json")]) == 0
     printed = capsys.readouterr()
     assert is_clean(printed.out) and is_clean(printed.err) and r"\x1b]0;x\x07.png" in printed.err
     assert r"\x1b[31m" in printed.out and json.loads((tmp_path / "out.json").read_text())
     data.write_text(json.dumps(dict(image="a.png", question="?", answer="\x1b", choices=["x"])))
     assert evaluate.main([*args, "--device", "cpu"]) == 2 and is_clean(capsys.readouterr().err)
-    for wrong in (["--model", NASTY], ["--judge", NASTY], ["--json", f"{NASTY}/x"], ["--device", NASTY]):
+    for wrong in (
+        ["--model", NASTY],
+        ["--judge", NASTY],
+        ["--json", f"{NASTY}/x"],
+        ["--device", NASTY],
+    ):
         try:
             assert evaluate.main([*args, *wrong]) == 2
         except SystemExit as stop:
@@ -182,7 +211,11 @@ def test_images_questions_and_answers_do_not_reach_the_terminal_raw(data, tmp_pa
 @pytest.mark.parametrize(
     "main, argv, said",
     [
-        (evaluate.main, ["--model", "x", "--data", "y", "--tempreature", "1"], "did you mean --temperature?"),
+        (
+            evaluate.main,
+            ["--model", "x", "--data", "y", "--tempreature", "1"],
+            "did you mean --temperature?",
+        ),
         (evaluate.main, ["--modle", "x", "--data", "y"], "did you mean --model?"),
         (benchmarks.main, ["mathvista", "x", "--limt", "3"], "did you mean --limit?"),
         (report.main, ["runs/x", "and", "more"], "is one argument too many"),

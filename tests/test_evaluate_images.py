@@ -64,7 +64,11 @@ def same(prompt, other):
     """Whether two prompts have the same tokens, with the same images in the same order."""
     pixels = [[image.pixels for image in p.images] for p in (prompt, other)]
     alike = len(pixels[0]) == len(pixels[1]) and all(map(torch.equal, *pixels))
-    return alike and torch.equal(prompt.ids, other.ids) and torch.equal(prompt.positions, other.positions)
+    return (
+        alike
+        and torch.equal(prompt.ids, other.ids)
+        and torch.equal(prompt.positions, other.positions)
+    )
 
 
 # ---- Items -------------------------------------------------------------------------------------------------
@@ -75,10 +79,15 @@ def test_an_item_has_one_image_or_several(tmp_path):
     assert one == Item(image="x", question="?", answer=("1",))
     assert (one.image, one.images, one.marks) == ("x", ("x",), [])
     two = parse_item(line("a.png", "b.png"), tmp_path)
-    assert two.images == (str(tmp_path / "a.png"), str(tmp_path / "b.png")) and two.image == two.images[0]
+    assert (
+        two.images == (str(tmp_path / "a.png"), str(tmp_path / "b.png"))
+        and two.image == two.images[0]
+    )
     assert two.marks == ["<image 1>", "<image 2>"]
     assert parse_item(line("a.png"), tmp_path).marks == ["<image 1>"]
-    alone = parse_item(dict(image="a.png", images=None, question="<image 1>?", answer="1"), tmp_path)
+    alone = parse_item(
+        dict(image="a.png", images=None, question="<image 1>?", answer="1"), tmp_path
+    )
     assert alone.marks == [] and alone.images == (str(tmp_path / "a.png"),)
 
 
@@ -103,7 +112,9 @@ def test_questions_of_one_image_stand_in_batches_of_as_many():
 
 def test_a_prompt_is_what_the_model_makes_of_text_and_images(vlm, folder):
     fields = dict(
-        question="Is <image 2> like <image 1>?", answer="B", choices=["no", "<image 3>", "<image 1>"]
+        question="Is <image 2> like <image 1>?",
+        answer="B",
+        choices=["no", "<image 3>", "<image 1>"],
     )
     item = parse_item(line(*SIZES, **fields), folder)
     text = question_text(item)
@@ -111,7 +122,9 @@ def test_a_prompt_is_what_the_model_makes_of_text_and_images(vlm, folder):
     prompt = item_prompt(vlm, item, text)
     assert same(prompt, vlm.prompt(text, [image(name) for name in SIZES]))
     pixels = [vlm.patches(image(name)).pixels for name in ("b.png", "a.png", "c.png")]
-    assert all(map(torch.equal, [i.pixels for i in prompt.images], pixels)), "in the order of the text"
+    assert all(map(torch.equal, [i.pixels for i in prompt.images], pixels)), (
+        "in the order of the text"
+    )
     written = vlm.tokenizer.decode(prompt.ids[prompt.places[-1] + 1 :])
     assert "(C) <image 1>" in written, "a mark that comes again is text"
 
@@ -140,7 +153,9 @@ def test_images_that_no_text_names_come_first(vlm, folder):
 MARKED = "<image 1>, <image 2> and <image 3>"
 
 
-@pytest.mark.parametrize("question", ["Which?", "Is it <image 2>?", "<image 3>, <image 1>, <image 2>?"])
+@pytest.mark.parametrize(
+    "question", ["Which?", "Is it <image 2>?", "<image 3>, <image 1>, <image 2>?"]
+)
 @pytest.mark.parametrize("names", [["a.png"], [*SIZES]])
 def test_a_mark_in_an_answer_moves_no_image_before_the_judge(vlm, folder, question, names):
     """The answers, a model's and the true one, are read as text: all images stand before them."""
@@ -152,7 +167,9 @@ def test_a_mark_in_an_answer_moves_no_image_before_the_judge(vlm, folder, questi
     written = vlm.tokenizer.decode(marked.ids[marked.places[-1] + 1 :])
     assert f"Correct answer: x or {MARKED}\nGiven answer: {MARKED}\n" in written
     asked = JUDGE.format(question=question, truth="x or y", answer="z")
-    assert same(other, vlm.prompt(asked, [image(name) for name in names])), "as if nothing were done"
+    assert same(other, vlm.prompt(asked, [image(name) for name in names])), (
+        "as if nothing were done"
+    )
 
 
 def test_before_the_judge_a_single_image_stands_first(vlm, folder):
@@ -212,8 +229,12 @@ def test_from_the_line_to_the_records(checkpoint, folder, monkeypatch, capsys):
     args += ["--data", str(data), "--answers", "2", "--max-new-tokens", "4", "--device", "cpu"]
     assert evaluate.main([*args, "--json", str(out)]) == 0
     err = capsys.readouterr().err
-    assert "gone.png: not a readable image" in err and "nowhere.png" not in err and "a.png" not in err
-    assert asked == [[1, 3, 1]] * 4 + [[1, 3]] * 2, "two models, greedily and at random; the judge of each"
+    assert (
+        "gone.png: not a readable image" in err and "nowhere.png" not in err and "a.png" not in err
+    )
+    assert asked == [[1, 3, 1]] * 4 + [[1, 3]] * 2, (
+        "two models, greedily and at random; the judge of each"
+    )
     content = json.loads(out.read_text())
     first, second = content["reports"].values()
     assert first["scores"]["all"]["questions"] == 3 and "against_first" in second
@@ -225,7 +246,11 @@ def test_from_the_line_to_the_records(checkpoint, folder, monkeypatch, capsys):
 
 def test_from_the_published_record_to_the_prompt(checkpoint, vlm, tmp_path, monkeypatch):
     """Records of one and of three images go through both commands; the prompts are those of `VLM.prompt`."""
-    records = [MMMU, THREE, OFFICIAL | dict(problem="Is <image> like <image>?", images=[OTHER, IMAGE])]
+    records = [
+        MMMU,
+        THREE,
+        OFFICIAL | dict(problem="Is <image> like <image>?", images=[OTHER, IMAGE]),
+    ]
     readers = [benchmarks.mmmu, benchmarks.mmmu, benchmarks.official]
     lines = [benchmarks.convert(read, record) for read, record in zip(readers, records)]
     write_questions(lines, tmp_path, 9)
@@ -233,7 +258,14 @@ def test_from_the_published_record_to_the_prompt(checkpoint, vlm, tmp_path, monk
     monkeypatch.setattr(
         "measure.outcomes.generate", lambda *a, **k: prompts.append(a[1]) or generate(*a, **k)
     )
-    args = ["--model", str(checkpoint), "--data", str(tmp_path / "questions.jsonl"), "--answers", "2"]
+    args = [
+        "--model",
+        str(checkpoint),
+        "--data",
+        str(tmp_path / "questions.jsonl"),
+        "--answers",
+        "2",
+    ]
     assert evaluate.main([*args, "--max-new-tokens", "3", "--device", "cpu"]) == 0
     red, blue, green = (
         Image.open(io.BytesIO(data)) for data in (IMAGE["bytes"], OTHER["bytes"], file_of("green"))
@@ -243,7 +275,11 @@ def test_from_the_published_record_to_the_prompt(checkpoint, vlm, tmp_path, monk
     three = "What links <image 1> to <image 2>, and what is <image 1>?"
     three += f"\n(A) <image 3>\n(B) none\n(C) the image or <image 2>{letter}"
     two = f"Is <image 1> like <image 2>?{box}"
-    expected = [vlm.prompt(one, red), vlm.prompt(three, [red, blue, green]), vlm.prompt(two, [blue, red])]
+    expected = [
+        vlm.prompt(one, red),
+        vlm.prompt(three, [red, blue, green]),
+        vlm.prompt(two, [blue, red]),
+    ]
     assert len(prompts) == 2 and all(map(same, prompts[0], expected))
     assert [len(prompt.images) for prompt in prompts[0]] == [1, 3, 2]
 

@@ -24,7 +24,9 @@ sys.path.append(str(ROOT / "bench"))  # at the end: it has a rewards.py of its o
 import launches  # noqa: E402
 from shapes import random_prompt, random_vlm  # noqa: E402
 
-needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU")
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("g++"), reason="torch.compile needs g++ on a CPU"
+)
 
 
 # ---- Equal -------------------------------------------------------------------------------------------------
@@ -60,7 +62,11 @@ def arguments(dtype, R, S, n, P, T, spare, kv=2, g=3, d=16, hidden=48, mlp=70, w
             *(row_of_cell.view(S, n), cells),
         ),
         fused.swiglu: (normal(R, mlp), normal(R, mlp)),
-        fused.write_logits: (normal(R, words), numbers(5, words) == 0, torch.zeros(R + spare, words)[:R]),
+        fused.write_logits: (
+            normal(R, words),
+            numbers(5, words) == 0,
+            torch.zeros(R + spare, words)[:R],
+        ),
         fused.likelihoods: (normal(R, words).float(), 0.7),
         fused.draw: (probs, probs.cumsum(dim=1), state[2], 0.9),
         fused.likelier: (probs, drawn),
@@ -108,7 +114,9 @@ def test_compiled_it_gives_the_same(function, dtype):
         assert fallbacks.compile, "it was compiled"
         compiled.append(counters["unique_graphs"] - before)
         for a, b in zip(got + tensors(ours), want + tensors(theirs), strict=True):
-            assert a.dtype == b.dtype and torch.allclose(a.float(), b.float(), **near), (a - b).abs().max()
+            assert a.dtype == b.dtype and torch.allclose(a.float(), b.float(), **near), (
+                (a - b).abs().max()
+            )
     assert compiled[:2] == [1, 1] and compiled[-1] <= 5, "once for many sizes"
 
 
@@ -164,7 +172,9 @@ def test_what_cannot_be_compiled_goes_on_plain(monkeypatch, capsys):
     error = RuntimeError("no Triton")
     for _ in range(3):
         assert torch.equal(pieces.swiglu(x, x), fused.swiglu(x, x))
-        assert torch.equal(fused.compiled(fallbacks).likelier(x, x[:, :1]), fused.likelier(x, x[:, :1]))
+        assert torch.equal(
+            fused.compiled(fallbacks).likelier(x, x[:, :1]), fused.likelier(x, x[:, :1])
+        )
     said = capsys.readouterr().err
     assert tried == ["swiglu"] * 2 and said == "decoding without compiled kernels: no Triton\n"
 
@@ -175,7 +185,9 @@ def test_what_cannot_be_compiled_goes_on_plain(monkeypatch, capsys):
 def test_a_step_at_the_3b_shape_launches_few_kernels():
     """Of 256 rows and 32 prompts of 1,100 tokens, with sampling; see bench/launches.py for how it counts."""
     plain, fast = launches.launches(False), launches.launches(True)
-    numbers = [sum(launches.total(part, launches.KERNELS) for part in kind) for kind in (plain, fast)]
+    numbers = [
+        sum(launches.total(part, launches.KERNELS) for part in kind) for kind in (plain, fast)
+    ]
     assert numbers[0] > 2900 and numbers[1] <= 700
     assert fast[0].inside["attend"] == 36 and fast[0].inside["add_norm"] == 73
     assert fast[0].outside["mm"] + fast[0].outside["addmm"] == 36 * 5 + 1

@@ -32,7 +32,10 @@ TEXTS = [
 
 
 def ragged_prompts(vlm):
-    return [vlm.prompt(text, noise_image(*size, seed=i)) for i, (text, size) in enumerate(zip(TEXTS, SIZES))]
+    return [
+        vlm.prompt(text, noise_image(*size, seed=i))
+        for i, (text, size) in enumerate(zip(TEXTS, SIZES))
+    ]
 
 
 def reference(vlm, prompt, new_tokens):
@@ -70,7 +73,9 @@ def test_rows_stop_at_every_end_token_and_leave_the_batch(random_vlm, monkeypatc
     got = [g[0] for g in generate(random_vlm, prompts, 1, 24, temperature=0)]
     want = [ids[: next((t for t, i in enumerate(ids) if i in ends), len(ids)) + 1] for ids in free]
     assert got == want and len(set(map(len, want))) > 1
-    assert sizes[0] == len(prompts) and min(sizes) < len(prompts), "finished rows are not forwarded any more"
+    assert sizes[0] == len(prompts) and min(sizes) < len(prompts), (
+        "finished rows are not forwarded any more"
+    )
 
 
 def test_batches_do_not_change_the_result(random_vlm, monkeypatch):
@@ -121,7 +126,9 @@ def test_every_row_is_the_plain_forwards_while_rows_come_and_go(
 
     def watched_append(rows, token):
         for i, (prompt, sample_number, _) in enumerate(rows.owners):
-            drawn.setdefault((prompt, sample_number), []).append((token[i].item(), rows.logits[i].clone()))
+            drawn.setdefault((prompt, sample_number), []).append(
+                (token[i].item(), rows.logits[i].clone())
+            )
         append(rows, token)
 
     monkeypatch.setattr(generate_module.Rows, "append", watched_append)
@@ -131,20 +138,28 @@ def test_every_row_is_the_plain_forwards_while_rows_come_and_go(
         lambda vlm, rows, *a: refilled.append(len(rows.owners)) or fill_slots(vlm, rows, *a),
     )
     monkeypatch.setattr(
-        generate_module, "step", lambda vlm, rows, *shape: shapes.add(shape) or step(vlm, rows, *shape)
+        generate_module,
+        "step",
+        lambda vlm, rows, *shape: shapes.add(shape) or step(vlm, rows, *shape),
     )
     groups = generate(vlm, prompts, 4, 14, top_p=0.95, generator=torch.Generator().manual_seed(3))
-    assert len({len(ids) for group in groups for ids in group}) > 5, "completions end at different times"
+    assert len({len(ids) for group in groups for ids in group}) > 5, (
+        "completions end at different times"
+    )
     for p, group in enumerate(groups):
         for i, ids in enumerate(group):
             assert [token for token, _ in drawn[p, i]][: len(ids)] == ids
-            assert not set(ids[:-1]) & set(vlm.end_ids) and (len(ids) == 14 or ids[-1] in vlm.end_ids)
+            assert not set(ids[:-1]) & set(vlm.end_ids) and (
+                len(ids) == 14 or ids[-1] in vlm.end_ids
+            )
             got = torch.stack([logits for _, logits in drawn[p, i][: len(ids)]])
             assert torch.allclose(
                 got, masked_logits(vlm, prompts[p], ids), atol=2e-4
             )  # logits of size 10, in float32
     if slots in (2, 3):
-        assert len(refilled) > 1 and any(refilled[1:]), "prompts came in while other rows were being written"
+        assert len(refilled) > 1 and any(refilled[1:]), (
+            "prompts came in while other rows were being written"
+        )
     assert all(
         x % b == 0 or x == limit
         for s in shapes
@@ -159,10 +174,14 @@ def test_a_step_can_be_captured(ending_vlm, monkeypatch):
 
     def capture_graph(step, vlm, pool):
         def replay():
-            (rows,) = (argument for argument in step.args if isinstance(argument, generate_module.Rows))
+            (rows,) = (
+                argument for argument in step.args if isinstance(argument, generate_module.Rows)
+            )
             step(), step()
             tensors = [
-                x for value in vars(rows).values() for x in (value if isinstance(value, list) else [value])
+                x
+                for value in vars(rows).values()
+                for x in (value if isinstance(value, list) else [value])
             ]
             addresses.append([x.data_ptr() for x in tensors if isinstance(x, torch.Tensor)])
 
@@ -172,7 +191,9 @@ def test_a_step_can_be_captured(ending_vlm, monkeypatch):
     want = generate(ending_vlm, prompts, 4, 14, generator=torch.Generator().manual_seed(3))
     monkeypatch.setattr(generate_module, "capture_graph", capture_graph)
     assert generate(ending_vlm, prompts, 4, 14, generator=torch.Generator().manual_seed(3)) == want
-    assert len(addresses) > 5 and len(addresses[0]) > 15 and all(a == addresses[0] for a in addresses)
+    assert (
+        len(addresses) > 5 and len(addresses[0]) > 15 and all(a == addresses[0] for a in addresses)
+    )
 
 
 def test_a_step_never_asks_the_device(ending_vlm, monkeypatch):
@@ -272,7 +293,9 @@ def once(function, when):
 @pytest.mark.parametrize(
     "name, when", [("Rows", 1), ("prefill", 1), ("prefill", 3), ("step", 1), ("step", 9)]
 )
-def test_a_rollout_that_runs_out_of_memory_goes_on_with_half_the_rows(random_vlm, monkeypatch, name, when):
+def test_a_rollout_that_runs_out_of_memory_goes_on_with_half_the_rows(
+    random_vlm, monkeypatch, name, when
+):
     vlm, prompts = random_vlm.copy(), ragged_prompts(random_vlm)
     vlm.fallbacks = Fallbacks()
     want = generate(vlm, prompts, 3, 12, temperature=0)
@@ -282,10 +305,14 @@ def test_a_rollout_that_runs_out_of_memory_goes_on_with_half_the_rows(random_vlm
     monkeypatch.setattr(generate_module, name, once(getattr(generate_module, name), when))
     slots, slots_in_memory = [], generate_module.slots_in_memory
     monkeypatch.setattr(
-        generate_module, "slots_in_memory", lambda *a: slots.append(slots_in_memory(*a)) or slots[-1]
+        generate_module,
+        "slots_in_memory",
+        lambda *a: slots.append(slots_in_memory(*a)) or slots[-1],
     )
     assert generate(vlm, prompts, 3, 12, temperature=0) == want
-    assert vlm.fallbacks.batch_scale == 0.5 and len(slots) == 2 and slots[1] <= max(1, slots[0] // 2)
+    assert (
+        vlm.fallbacks.batch_scale == 0.5 and len(slots) == 2 and slots[1] <= max(1, slots[0] // 2)
+    )
 
 
 def test_a_rollout_that_never_fits_says_so(random_vlm, monkeypatch):
@@ -305,16 +332,25 @@ def test_bfloat16_attention_is_as_exact_as_torchs(size=30.0):
     torch's)."""
     rng, n, d, prompt, own = torch.Generator().manual_seed(0), 4, 64, 300, 20
     normal = lambda *shape: torch.randn(shape, generator=rng).bfloat16()  # noqa: E731
-    caches = [normal(rows * 2, tokens, d) for rows, tokens in ((1, prompt), (1, prompt), (n, own), (n, own))]
+    caches = [
+        normal(rows * 2, tokens, d)
+        for rows, tokens in ((1, prompt), (1, prompt), (n, own), (n, own))
+    ]
     q = normal(n, 6, d) * size / 8
-    hidden = [torch.zeros(rows * 2, 1, tokens, dtype=torch.bool) for rows, tokens in ((1, prompt), (n, own))]
+    hidden = [
+        torch.zeros(rows * 2, 1, tokens, dtype=torch.bool)
+        for rows, tokens in ((1, prompt), (n, own))
+    ]
     cells, scaled = torch.arange(n), (q * d**-0.5).view(n, 2, 3, d)
     got = fused.attend(scaled, *caches, *hidden, cells[None], cells).view(n, 6, d)
     keys, values = (
-        torch.cat([caches[i].expand(n, -1, -1, -1), caches[i + 2].view(n, 2, own, d)], 2) for i in (0, 1)
+        torch.cat([caches[i].expand(n, -1, -1, -1), caches[i + 2].view(n, 2, own, d)], 2)
+        for i in (0, 1)
     )
     attention = torch.nn.functional.scaled_dot_product_attention
-    exact = attention(q.double()[:, :, None], keys.double(), values.double(), enable_gqa=True)[:, :, 0]
+    exact = attention(q.double()[:, :, None], keys.double(), values.double(), enable_gqa=True)[
+        :, :, 0
+    ]
     torchs = attention(q[:, :, None], keys, values, enable_gqa=True)[:, :, 0]
     assert (got - exact).square().mean() < 2 * (torchs - exact).square().mean() + 1e-6
 
@@ -325,9 +361,17 @@ def test_few_shapes_are_captured(ending_vlm, monkeypatch):
     monkeypatch.setitem(cache.BUCKETS, "cpu", (8, 4, 256, 8))
     monkeypatch.setattr(generate_module, "slots_in_memory", lambda *a: 4)
     monkeypatch.setattr(
-        generate_module, "step", lambda vlm, rows, *shape: shapes.append(shape) or step(vlm, rows, *shape)
+        generate_module,
+        "step",
+        lambda vlm, rows, *shape: shapes.append(shape) or step(vlm, rows, *shape),
     )
-    generate(ending_vlm, ragged_prompts(ending_vlm) * 4, 8, 16, generator=torch.Generator().manual_seed(0))
+    generate(
+        ending_vlm,
+        ragged_prompts(ending_vlm) * 4,
+        8,
+        16,
+        generator=torch.Generator().manual_seed(0),
+    )
     assert len(shapes) > 20 and len(set(shapes)) <= 4 * 2
 
 
@@ -353,7 +397,9 @@ def test_attention_in_two_parts_is_attention(slots, n, prompt_tokens, own_tokens
     row_of_cell[cells] = torch.arange(count)
     prompt_length = torch.randint(1, prompt_tokens + 1, (slots,), generator=rng)
     written = torch.randint(1, own_tokens + 1, (count,), generator=rng)
-    unseen = (torch.arange(prompt_tokens) >= prompt_length[:, None, None]).repeat_interleave(kv, dim=0)
+    unseen = (torch.arange(prompt_tokens) >= prompt_length[:, None, None]).repeat_interleave(
+        kv, dim=0
+    )
     unwritten = (torch.arange(own_tokens) >= written[:, None, None]).repeat_interleave(kv, dim=0)
     q = normal(count, kv * groups, d) * size
     scaled, cells_of_slot = (q * d**-0.5).view(count, kv, groups, d), row_of_cell.view(slots, n)
@@ -369,7 +415,9 @@ def test_attention_in_two_parts_is_attention(slots, n, prompt_tokens, own_tokens
                 for prompt, own in zip(prompts, owns)
             )
             want = (keys @ q[r, head] * d**-0.5).softmax(0) @ values
-            assert torch.allclose(got[r, head], want, atol=1e-4)  # a score of 100 has 1e-5 of rounding
+            assert torch.allclose(
+                got[r, head], want, atol=1e-4
+            )  # a score of 100 has 1e-5 of rounding
 
 
 def test_the_image_matters(random_vlm):
@@ -434,7 +482,9 @@ def test_sampling_frequencies(temperature, top_p, top_k):
     """Chi-square at 1 in 10,000: a right sampler fails one such fixed-seed test in 10,000, a wrong one nearly
     always."""
     n, want = 40_000, expected(temperature, top_p, top_k)
-    draws = sample(PROBS.log().expand(n, -1), temperature, top_p, top_k, torch.Generator().manual_seed(0))
+    draws = sample(
+        PROBS.log().expand(n, -1), temperature, top_p, top_k, torch.Generator().manual_seed(0)
+    )
     counts = draws.bincount(minlength=len(want)).tolist()
     assert all(c == 0 for c, w in zip(counts, want) if w == 0), "nothing outside the nucleus"
     support = [i for i, w in enumerate(want) if w > 0]
@@ -446,7 +496,9 @@ def test_sampling_frequencies(temperature, top_p, top_k):
 @pytest.mark.parametrize("top_p", [1.0, 0.5, 1e-310])
 def test_extreme_settings_take_the_likeliest(temperature, top_p):
     assert (
-        sample(torch.tensor([[5.0, 1.0, 0.0, -torch.inf]] * 3), temperature, top_p, 0, None).tolist()
+        sample(
+            torch.tensor([[5.0, 1.0, 0.0, -torch.inf]] * 3), temperature, top_p, 0, None
+        ).tolist()
         == [0] * 3
     )
 
@@ -456,9 +508,9 @@ def test_extreme_settings_take_the_likeliest(temperature, top_p):
 def test_a_token_without_probability_never_comes_out(extreme, top_p, monkeypatch):
     """Banned tokens first, last and in the middle, and a uniform number at either end of its range, again and
     again."""
-    logits = torch.tensor([-torch.inf, -torch.inf, 1.0, -torch.inf, 0.5, -torch.inf, -torch.inf]).expand(
-        5, -1
-    )
+    logits = torch.tensor(
+        [-torch.inf, -torch.inf, 1.0, -torch.inf, 0.5, -torch.inf, -torch.inf]
+    ).expand(5, -1)
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, extreme))
     assert set(sample(logits, 1.0, top_p, 0, None).tolist()) <= {2, 4}
     probs = torch.tensor([[0.0, 3e-8, 0.0]])
@@ -489,7 +541,12 @@ def test_first_tokens_follow_the_model(random_vlm):
     "wrong",
     [
         *(dict(n=0), dict(max_new_tokens=0), dict(top_k=-1), dict(top_p=0), dict(top_p=1.1)),
-        *(dict(top_p=math.nan), dict(temperature=-1), dict(temperature=math.nan), dict(temperature=math.inf)),
+        *(
+            dict(top_p=math.nan),
+            dict(temperature=-1),
+            dict(temperature=math.nan),
+            dict(temperature=math.inf),
+        ),
     ],
 )
 def test_arguments_out_of_range(random_vlm, wrong):

@@ -20,7 +20,9 @@ def numpy_loss(logp, old, ref, advantages, mask, clip, beta):
         for t in range(len(logp[i])):
             if mask[i][t]:
                 rho = math.exp(logp[i][t] - old[i][t])
-                surrogate = min(rho * advantages[i], float(np.clip(rho, 1 - clip, 1 + clip)) * advantages[i])
+                surrogate = min(
+                    rho * advantages[i], float(np.clip(rho, 1 - clip, 1 + clip)) * advantages[i]
+                )
                 kl = math.exp(ref[i][t] - logp[i][t]) - (ref[i][t] - logp[i][t]) - 1
                 terms.append(-surrogate + beta * kl)
         rows.append(np.mean(terms) if terms else 0.0)
@@ -37,7 +39,9 @@ def numpy_loss(logp, old, ref, advantages, mask, clip, beta):
 )
 def test_loss_against_numpy(seed, rows, columns, beta, clip):
     g = torch.Generator().manual_seed(seed)
-    logp, old, ref = (-torch.rand(rows, columns, generator=g, dtype=torch.float64) * 2 for _ in range(3))
+    logp, old, ref = (
+        -torch.rand(rows, columns, generator=g, dtype=torch.float64) * 2 for _ in range(3)
+    )
     mask = torch.rand(rows, columns, generator=g) < 0.7
     advantages = torch.randn(rows, generator=g, dtype=torch.float64)
     want = numpy_loss(*(x.tolist() for x in (logp, old, ref, advantages, mask)), clip, beta)
@@ -54,8 +58,14 @@ def test_what_stands_under_the_mask_does_not_matter():
     grpo.grpo_loss(logp, old, ref, advantages, mask)[0].backward()
     clean, logp.grad = logp.grad.clone(), None
     spoiled = torch.where(mask.bool(), logp, torch.tensor(float("nan")))
-    grpo.grpo_loss(spoiled, old.masked_fill(mask == 0, float("inf")), ref, advantages, mask)[0].backward()
-    assert torch.equal(logp.grad, clean) and clean[mask == 0].abs().sum() == 0 and clean.abs().sum() > 0
+    grpo.grpo_loss(spoiled, old.masked_fill(mask == 0, float("inf")), ref, advantages, mask)[
+        0
+    ].backward()
+    assert (
+        torch.equal(logp.grad, clean)
+        and clean[mask == 0].abs().sum() == 0
+        and clean.abs().sum() > 0
+    )
 
 
 def test_kl_gradient_is_zero_at_the_reference_and_the_estimator_is_unbiased():
@@ -95,7 +105,10 @@ class Table(torch.nn.Module):
 
     def logprobs(self, prompt, completions, temperature=1.0):
         table = (self.logits[prompt].float() / temperature).log_softmax(-1)
-        return [table[torch.arange(len(ids)), torch.tensor(ids, dtype=torch.long)] for ids in completions]
+        return [
+            table[torch.arange(len(ids)), torch.tensor(ids, dtype=torch.long)]
+            for ids in completions
+        ]
 
     def batches(self, completions, temperature=1.0):
         """`size` completions at a time, wherever groups begin and end; the last come first."""

@@ -63,7 +63,9 @@ def hostile_folder(folder: Path) -> Path:
     base.convert("P").save(folder / "clear-palette.png", transparency=0)
     base.convert("CMYK").save(folder / "cmyk.jpg")
     base.convert("1").save(folder / "one-bit.png")
-    Image.fromarray(np.arange(3500, dtype=np.uint16).reshape(50, 70) * 18).save(folder / "sixteen-bit.png")
+    Image.fromarray(np.arange(3500, dtype=np.uint16).reshape(50, 70) * 18).save(
+        folder / "sixteen-bit.png"
+    )
     for suffix in ("gif", "webp"):
         frames[0].save(folder / f"animated.{suffix}", save_all=True, append_images=frames[1:])
     exif = Image.Exif()
@@ -124,9 +126,11 @@ def test_each_file_is_used_or_skipped_with_its_reason(hostile, pattern):
     assert {name for name, why in reasons.items() if why is None} == USABLE
     assert set(reasons) == USABLE | set(SKIPPED)
     for name, part in SKIPPED.items():
-        assert part in reasons[name] and "\n" not in reasons[name] and str(hostile) not in reasons[name], (
-            reasons[name]
-        )
+        assert (
+            part in reasons[name]
+            and "\n" not in reasons[name]
+            and str(hostile) not in reasons[name]
+        ), reasons[name]
 
 
 def test_a_file_that_may_not_be_read(tmp_path_factory):
@@ -150,11 +154,23 @@ def test_a_run_on_the_hostile_folder_completes_and_lists_what_it_skipped(
     hostile, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    args = "--iterations 1 --questioner-steps 2 --reasoner-steps 1 --images-per-step 40 --group-size 2"
+    args = (
+        "--iterations 1 --questioner-steps 2 --reasoner-steps 1 --images-per-step 40 --group-size 2"
+    )
     args += " --answers 2 --candidates 8 --device cpu"
     assert (
         loop.main(
-            [*args.split(), "--tau-low", "0", "--tau-high", "1", "--images", str(hostile), "--name", "x"]
+            [
+                *args.split(),
+                "--tau-low",
+                "0",
+                "--tau-high",
+                "1",
+                "--images",
+                str(hostile),
+                "--name",
+                "x",
+            ]
         )
         == 0
     )
@@ -163,4 +179,8 @@ def test_a_run_on_the_hostile_folder_completes_and_lists_what_it_skipped(
     assert set(reasons) == set(SKIPPED) and len(listed) == len(SKIPPED)
     assert all(part in reasons[name] for name, part in SKIPPED.items())
     err = capsys.readouterr().err
-    assert all(f"/{name}: " in err for name in SKIPPED) and "Traceback" not in err and "Warning" not in err
+    assert (
+        all(f"/{name}: " in err for name in SKIPPED)
+        and "Traceback" not in err
+        and "Warning" not in err
+    )

@@ -5,11 +5,25 @@ import graphlib
 
 from conftest import ROOT
 
-ROOMS = ("model", "measure", "training", "toy")  # folders; each file of the top level is a room of its own
-FILES = sorted([*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))])
-MODULES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in FILES}
+ROOMS = (
+    "model",
+    "measure",
+    "training",
+    "toy",
+)  # folders; each file of the top level is a room of its own
+FILES = sorted(
+    [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
+)
+MODULES = {
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in FILES
+}
 COMMANDS = ("loop", "evaluate", "benchmarks", "report")
-PURE = ("rewards", "answers", "curate", "grpo")  # know nothing of models, files, processes or devices
+PURE = (
+    "rewards",
+    "answers",
+    "curate",
+    "grpo",
+)  # know nothing of models, files, processes or devices
 
 
 def imports(path):
@@ -83,9 +97,9 @@ def test_a_command_starts_behind_its_last_line():
     """What stands behind the start of `main` would not be defined yet when it runs."""
     for name in COMMANDS:
         *_, last = ast.parse(MODULES[name].read_text(encoding="utf-8")).body
-        assert ast.unparse(last).startswith("if __name__ == '__main__':") and "main()" in ast.unparse(last), (
-            name
-        )
+        assert ast.unparse(last).startswith(
+            "if __name__ == '__main__':"
+        ) and "main()" in ast.unparse(last), name
 
 
 def test_a_phase_speaks_of_the_algorithm_only():
@@ -97,4 +111,14 @@ def test_a_phase_speaks_of_the_algorithm_only():
     for phase in found:
         names = {n.id for n in ast.walk(phase) if isinstance(n, ast.Name)}
         names |= {n.attr for n in ast.walk(phase) if isinstance(n, ast.Attribute)}
-        assert not names & {"ranks", "rank", "park", "unpark", "present", "device", "folder", "tqdm", "open"}
+        assert not names & {
+            "ranks",
+            "rank",
+            "park",
+            "unpark",
+            "present",
+            "device",
+            "folder",
+            "tqdm",
+            "open",
+        }

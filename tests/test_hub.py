@@ -45,11 +45,15 @@ def offline(home, name, out):
 
 def test_a_hub_id_in_the_cache_needs_no_network(tmp_path):
     (tmp_path / "source").mkdir()
-    snapshot = as_a_hub_cache(publish(tmp_path / "source", "qwen"), tmp_path / "home", "Some/Tiny-VL")
+    snapshot = as_a_hub_cache(
+        publish(tmp_path / "source", "qwen"), tmp_path / "home", "Some/Tiny-VL"
+    )
     out, err = offline(tmp_path / "home", "Some/Tiny-VL", tmp_path / "saved")
     assert out == f"LOADED {snapshot}\n" and "asking the hub" not in err
     assert not any(file.is_symlink() for file in (tmp_path / "saved").iterdir())
-    assert (tmp_path / "saved" / "config.json").read_bytes() == (snapshot / "config.json").read_bytes()
+    assert (tmp_path / "saved" / "config.json").read_bytes() == (
+        snapshot / "config.json"
+    ).read_bytes()
 
 
 def test_a_hub_id_that_is_not_in_the_cache_is_asked_for_aloud(tmp_path):
@@ -59,7 +63,9 @@ def test_a_hub_id_that_is_not_in_the_cache_is_asked_for_aloud(tmp_path):
 
 def test_a_download_that_was_broken_off(tmp_path):
     (tmp_path / "source").mkdir()
-    snapshot = as_a_hub_cache(publish(tmp_path / "source", "qwen"), tmp_path / "home", "Some/Tiny-VL")
+    snapshot = as_a_hub_cache(
+        publish(tmp_path / "source", "qwen"), tmp_path / "home", "Some/Tiny-VL"
+    )
     sorted(snapshot.glob("*.safetensors"))[0].unlink()
     out, err = offline(tmp_path / "home", "Some/Tiny-VL", tmp_path / "saved")
     assert "SENTENCE" in out and "not there" in out and "asking the hub" in err

@@ -20,7 +20,9 @@ def test_every_mode_becomes_rgb(tmp_path):
     for mode in ("RGB", "RGBA", "LA", "L", "P", "1", "CMYK", "YCbCr", "I;16", "I", "F"):
         suffix = {"CMYK": "jpg", "YCbCr": "jpg", "I": "tiff", "F": "tiff"}.get(mode, "png")
         image = (
-            Image.fromarray(np.full((30, 40), 40_000, np.uint16)) if mode == "I;16" else base.convert(mode)
+            Image.fromarray(np.full((30, 40), 40_000, np.uint16))
+            if mode == "I;16"
+            else base.convert(mode)
         )
         path = tmp_path / f"{mode.replace(';', '')}.{suffix}"
         image.save(path)
@@ -80,7 +82,11 @@ def test_folders_globs_and_lists(tmp_path):
     assert found.paths == [str(p) for p in good] and [p for p, _ in found.skipped] == [
         str(tmp_path / "missing.png")
     ]
-    lines = ['"a.png"', json.dumps({"image": "a.png", "question": "?"}), json.dumps({"path": "sub/b.JPG"})]
+    lines = [
+        '"a.png"',
+        json.dumps({"image": "a.png", "question": "?"}),
+        json.dumps({"path": "sub/b.JPG"}),
+    ]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
     assert find_images(str(tmp_path / "list.jsonl")).paths == [str(good[0])] * 2 + [str(good[1])]
     for wrong in ('{"x": 1}', "[1", "3"):
@@ -107,7 +113,9 @@ def test_a_truncated_image_is_skipped_when_it_is_read(tmp_path):
     assert len(found.paths) == 2, "its header is fine"
     with pytest.raises(ImageError, match="to its end"):
         load_image(str(tmp_path / "cut.png"))
-    assert {p.path for p in Pictures(found, "0").load_next(6, Ranks())} == {str(tmp_path / "whole.png")}
+    assert {p.path for p in Pictures(found, "0").load_next(6, Ranks())} == {
+        str(tmp_path / "whole.png")
+    }
     assert [path for path, _ in found.skipped] == [str(tmp_path / "cut.png")], (
         "once, however often it comes round"
     )
@@ -125,14 +133,19 @@ def test_pictures_go_round_in_an_order_that_the_seed_gives(tmp_path):
         paths.append(str(tmp_path / f"{i}.png"))
         noise_image(30, 30, i).save(paths[-1])
     draws = [
-        [p.path for p in Pictures(Found(paths, []), seed).load_next(8, Ranks())] for seed in ("1", "1", "2")
+        [p.path for p in Pictures(Found(paths, []), seed).load_next(8, Ranks())]
+        for seed in ("1", "1", "2")
     ]
     assert draws[0] == draws[1] != draws[2]
-    assert sorted(draws[0][:4]) == paths and sorted(draws[0][4:]) == paths and draws[0][:4] != draws[0][4:]
-    later = Pictures(Found(paths, []), "1", position=3)
-    assert [p.path for p in later.load_next(2, Ranks()) + later.load_next(3, Ranks())] == draws[0][3:], (
-        "the position is all that has to be known"
+    assert (
+        sorted(draws[0][:4]) == paths
+        and sorted(draws[0][4:]) == paths
+        and draws[0][:4] != draws[0][4:]
     )
+    later = Pictures(Found(paths, []), "1", position=3)
+    assert [p.path for p in later.load_next(2, Ranks()) + later.load_next(3, Ranks())] == draws[0][
+        3:
+    ], "the position is all that has to be known"
 
 
 # ---- Names -------------------------------------------------------------------------------------------------
@@ -145,16 +158,22 @@ UNREADABLE += "o.cr3 p.xpm q.icns".split()
 def test_whatever_is_an_image_by_its_name_is_listed(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in UNREADABLE:
-        (tmp_path / "sub" / name).write_bytes(HEIC if name < "d" else b"%!PS-Adobe-3.0 EPSF or anything else")
+        (tmp_path / "sub" / name).write_bytes(
+            HEIC if name < "d" else b"%!PS-Adobe-3.0 EPSF or anything else"
+        )
     for name in ("notes.md", "film.mpg", "paper.pdf", "data.h5", "code.py"):
         (tmp_path / name).write_text("x")
     (tmp_path / "list.txt").write_text("\n".join(f"sub/{name}" for name in UNREADABLE))
     for where in (".", "sub/*", "list.txt"):
         found = find_images(str(tmp_path / where))
-        assert found.paths == [] and {Path(p).name for p, _ in found.skipped} == set(UNREADABLE), where
+        assert found.paths == [] and {Path(p).name for p, _ in found.skipped} == set(UNREADABLE), (
+            where
+        )
         reasons = {Path(path).suffix.lower(): why for path, why in found.skipped}
         assert "HEIC" in reasons[".heic"] and "convert" in reasons[".heic"]
-        assert all("camera raw" in reasons[s] for s in (".cr2", ".nef", ".dng", ".arw", ".raf", ".cr3"))
+        assert all(
+            "camera raw" in reasons[s] for s in (".cr2", ".nef", ".dng", ".arw", ".raf", ".cr3")
+        )
         assert all("\n" not in why and why for why in reasons.values())
 
 
@@ -177,7 +196,14 @@ def tiff(path, values, bits, kind, more=()):
     """A grey TIFF file of any byte order and type. kind: 1 unsigned, 2 signed, 3 float."""
     order = ">" if values.dtype.byteorder == ">" else "<"
     height, width = values.shape
-    tags = [(256, 3, width), (257, 3, height), (258, 3, bits), (259, 3, 1), (262, 3, 1), (277, 3, 1)]
+    tags = [
+        (256, 3, width),
+        (257, 3, height),
+        (258, 3, bits),
+        (259, 3, 1),
+        (262, 3, 1),
+        (277, 3, 1),
+    ]
     tags += [(278, 3, height), (279, 4, values.nbytes), (339, 3, kind), *more]
     tags = sorted([*tags, (273, 4, 8 + 2 + 12 * (len(tags) + 1) + 4)])
     entry = {3: "HHIHxx", 4: "HHII"}
@@ -276,7 +302,10 @@ def test_the_transparent_value_is_looked_up_before_scaling(tmp_path):
     """A PNG file names it in the file's own units: 1 of 1, 2, 4, 8 or 16 bits, one or three of them."""
     key = lambda *values: chunk(b"tRNS", struct.pack(f">{len(values)}H", *values))  # noqa: E731
     cases = {1: b"\x80", 2: b"\x40", 4: b"\x10", 8: b"\x01", 16: b"\x00\x01"}
-    for depth, first in cases.items():  # the first pixel is 1, the others 0; 1 is transparent, or 0 is
+    for (
+        depth,
+        first,
+    ) in cases.items():  # the first pixel is 1, the others 0; 1 is transparent, or 0 is
         rows = [(first + bytes(2 * depth)) for _ in range(10)]
         png(tmp_path / "a.png", depth, 0, rows, key(1))
         assert read(tmp_path / "a.png")[0, :, 0].tolist()[:2] == [255, 0], depth
@@ -340,12 +369,22 @@ def test_texts_and_orientations_that_nobody_needs(tmp_path):
         chunk(b"eXIf", b"II*\0\xff\xff\xff\xff"),
     ):
         png(tmp_path / "a.png", 8, 0, rows, before)
-        assert find_images(str(tmp_path)).skipped == [] and load_image(str(tmp_path / "a.png")).size == (8, 8)
+        assert find_images(str(tmp_path)).skipped == [] and load_image(
+            str(tmp_path / "a.png")
+        ).size == (8, 8)
         data = (tmp_path / "a.png").read_bytes()
-        (tmp_path / "a.png").write_bytes(data.replace(before, b"")[:-12] + before + data[-12:])  # behind them
+        (tmp_path / "a.png").write_bytes(
+            data.replace(before, b"")[:-12] + before + data[-12:]
+        )  # behind them
         assert load_image(str(tmp_path / "a.png")).size == (8, 8)
     for turn in (0, 9, 77, 65535):
-        tiff(tmp_path / "a.tif", np.zeros((30, 40), "<u2"), 16, 1, [(274, 3, turn), (34665, 4, 10**8)])
+        tiff(
+            tmp_path / "a.tif",
+            np.zeros((30, 40), "<u2"),
+            16,
+            1,
+            [(274, 3, turn), (34665, 4, 10**8)],
+        )
         assert load_image(str(tmp_path / "a.tif")).size == (40, 30)
     for turn in range(1, 9):  # as Pillow sets them upright
         exif, base = Image.Exif(), noise_image(60, 40)

@@ -28,7 +28,10 @@ def test_a_large_photograph_is_held_no_larger_than_a_model_takes_it(tmp_path, su
     assert whole.size == (1600, 1100) and limit < held.width * held.height <= 2.02 * limit
     height, width = smart_resize(1100, 1600, max_pixels=limit)
     assert (height, width) == smart_resize(held.height, held.width, max_pixels=limit)
-    a, b = (np.asarray(i.resize((width, height), Image.Resampling.BICUBIC), float) for i in (whole, held))
+    a, b = (
+        np.asarray(i.resize((width, height), Image.Resampling.BICUBIC), float)
+        for i in (whole, held)
+    )
     assert abs(a - b).mean() < 1 and abs(a - b).max() < 12
     (picture,) = Pictures(Found([path], []), "0", max_pixels=limit).load_next(1, Ranks())
     assert picture.image.tobytes() == held.tobytes()
@@ -37,7 +40,11 @@ def test_a_large_photograph_is_held_no_larger_than_a_model_takes_it(tmp_path, su
 @pytest.mark.parametrize("mode", ["P", "1", "RGBA", "I;16", "CMYK"])
 def test_every_mode_and_orientation_is_scaled_down_as_it_looks(tmp_path, mode):
     base = photograph(800, 500)
-    image = Image.fromarray(np.asarray(base.convert("L")).astype(np.uint16) * 257) if mode == "I;16" else base
+    image = (
+        Image.fromarray(np.asarray(base.convert("L")).astype(np.uint16) * 257)
+        if mode == "I;16"
+        else base
+    )
     exif = Image.Exif()
     exif[0x0112] = 6
     path = str(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"))
@@ -57,7 +64,9 @@ def test_images_that_are_small_enough_are_not_touched(tmp_path):
 
 
 @settings(deadline=None)
-@given(st.integers(1, 20_000), st.integers(1, 20_000), st.sampled_from([784, 3136, 50_000, 802_816]))
+@given(
+    st.integers(1, 20_000), st.integers(1, 20_000), st.sampled_from([784, 3136, 50_000, 802_816])
+)
 def test_scaling_down_keeps_what_the_image_processor_accepts(width, height, limit):
     """No longer shape, no less than an image token, hardly more pixels, and (almost) the same patches."""
     if max(width, height) <= 200 * min(width, height):

@@ -29,7 +29,9 @@ def default_run(tmp_path_factory):
     code = "import sys; sys.argv = sys.argv[1:]; import loop; code = loop.main(sys.argv[1:]); "
     # Not getrusage: that one counts what this process had when it started the other.
     code += "lines = open('/proc/self/status').read().splitlines(); "
-    code += "print('peak KiB', *(x.split()[1] for x in lines if x.startswith('VmHWM'))); sys.exit(code)"
+    code += (
+        "print('peak KiB', *(x.split()[1] for x in lines if x.startswith('VmHWM'))); sys.exit(code)"
+    )
     command = [sys.executable, "-c", code, "loop.py", "--name", "x", "--device", "cpu"]
     env = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
@@ -58,7 +60,9 @@ def test_the_questions_climb_with_it_and_stay_valid(default_run):
     third = len(first) // 3
     assert sum(first[-third:]) > sum(first[:third])
     objects = [r["objects"] for r in results[1:]]
-    assert objects[-1] > objects[0] > 2.5, "they ask for more than the base's, and for more and more"
+    assert objects[-1] > objects[0] > 2.5, (
+        "they ask for more than the base's, and for more and more"
+    )
     assert sum(count > 0 for count in results[-1]["question_kinds"].values()) >= 3
 
 
@@ -66,7 +70,9 @@ def test_it_stays_within_its_memory_and_is_quiet(default_run):
     _, done = default_run
     assert int(done.stdout.rsplit("peak KiB", 1)[1]) < 2 * 2**20
     told = [line for line in done.stderr.splitlines() if not line.startswith(("warning, ", "... "))]
-    assert told == [], "no bar where there is no terminal; a signature may show, a long silence is broken"
+    assert told == [], (
+        "no bar where there is no terminal; a signature may show, a long silence is broken"
+    )
 
 
 def test_random_rewards_teach_nothing(default_run, tmp_path, monkeypatch):
@@ -80,10 +86,13 @@ def test_random_rewards_teach_nothing(default_run, tmp_path, monkeypatch):
     for seed in range(3):
         coin, seeded = random.Random(f"coin {seed}"), f"--seed {seed} --name {seed}"
         s = parse_arguments(
-            "", f"--iterations 1 --questioner-steps 1 --candidates 128 --device cpu {seeded}".split()
+            "",
+            f"--iterations 1 --questioner-steps 1 --candidates 128 --device cpu {seeded}".split(),
         )
         run = command.prepare_run(s)
-        rules = loop.Rules(answer_reward=lambda answer, question, coin=coin: float(coin.random() < 0.5))
+        rules = loop.Rules(
+            answer_reward=lambda answer, question, coin=coin: float(coin.random() < 0.5)
+        )
         loop.visplay(s, run, rules)
         before, after = measured(run.folder)
         steps = measured(run.folder, "reasoner")
@@ -92,4 +101,6 @@ def test_random_rewards_teach_nothing(default_run, tmp_path, monkeypatch):
         ), "it was trained"
         gains.append(after["sampled_accuracy"] - before["sampled_accuracy"])
     base, first = measured(default_run[0])[:2]
-    assert sum(gains) / len(gains) < (first["sampled_accuracy"] - base["sampled_accuracy"]) / 2, gains
+    assert sum(gains) / len(gains) < (first["sampled_accuracy"] - base["sampled_accuracy"]) / 2, (
+        gains
+    )

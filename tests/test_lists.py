@@ -11,11 +11,21 @@ from training.images import find_images
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])
 def test_lists_as_editors_write_them(tmp_path, suffix):
-    names = ["a.png", "two words.png", "x\u2028y.png", "x\u0085y.png", "x\x0cy.png", "é.png", "图.png"]
+    names = [
+        "a.png",
+        "two words.png",
+        "x\u2028y.png",
+        "x\u0085y.png",
+        "x\x0cy.png",
+        "é.png",
+        "图.png",
+    ]
     for name in names:
         noise_image(30, 30).save(tmp_path / name)
     lines = [json.dumps(name) if suffix == "jsonl" else name for name in names]
-    written = [json.dumps({"image": n}, ensure_ascii=False) if suffix == "jsonl" else n for n in names]
+    written = [
+        json.dumps({"image": n}, ensure_ascii=False) if suffix == "jsonl" else n for n in names
+    ]
     for text in (
         "\n".join(lines),
         "\r\n".join(lines) + "\r\n",
@@ -24,7 +34,9 @@ def test_lists_as_editors_write_them(tmp_path, suffix):
     ):
         for start in (b"", b"\xef\xbb\xbf"):
             (tmp_path / f"list.{suffix}").write_bytes(start + text.encode())
-            assert find_images(str(tmp_path / f"list.{suffix}")).paths == [str(tmp_path / n) for n in names]
+            assert find_images(str(tmp_path / f"list.{suffix}")).paths == [
+                str(tmp_path / n) for n in names
+            ]
 
 
 @pytest.mark.parametrize(
@@ -40,8 +52,22 @@ def test_lists_as_editors_write_them(tmp_path, suffix):
         '{"image": {"bytes": ""}}',
         '""',
     ]
-    + ['{"images": []}', '{"images": "a.png"}', '{"images": ["a.png", 3]}', '{"images": ["a.png", " "]}']
-    + ['{"image": null}', '{"image": 5}', "a.png", '{"path": ""}', "true", "NaN", "[" * 100_000, '"a'],
+    + [
+        '{"images": []}',
+        '{"images": "a.png"}',
+        '{"images": ["a.png", 3]}',
+        '{"images": ["a.png", " "]}',
+    ]
+    + [
+        '{"image": null}',
+        '{"image": 5}',
+        "a.png",
+        '{"path": ""}',
+        "true",
+        "NaN",
+        "[" * 100_000,
+        '"a',
+    ],
 )
 def test_a_line_that_is_no_path_is_named(tmp_path, line):
     (tmp_path / "list.jsonl").write_text(f'"a.png"\n\n{line}\n"b.png"\n')

@@ -109,9 +109,12 @@ def test_a_published_checkpoint_on_a_folder_of_images(taught, workplace, capsys)
     assert records(run, "questioner")[0]["validity"] > 0, "a leading <think> block is allowed"
 
     curated = read_examples(run / "curated" / "iteration-1.jsonl")
-    assert curated and all(0.25 <= e.confidence <= 0.75 and len(e.answers) in (4, 8) for e in curated)
+    assert curated and all(
+        0.25 <= e.confidence <= 0.75 and len(e.answers) in (4, 8) for e in curated
+    )
     assert all(
-        e.confidence == max(map(e.answers.count, e.answers)) / len(e.answers) and e.label in ("1", "2")
+        e.confidence == max(map(e.answers.count, e.answers)) / len(e.answers)
+        and e.label in ("1", "2")
         for e in curated
     )
     assert all("broken" not in e.image and "cut" not in e.image for e in curated)
@@ -123,9 +126,9 @@ def test_a_published_checkpoint_on_a_folder_of_images(taught, workplace, capsys)
         with torch.no_grad():
             assert torch.equal(plain(**inputs).logits, vlm.model(**inputs).logits)
         base = VLM.load(taught, "cpu", torch.float32)
-        assert any(not torch.equal(a, b) for a, b in zip(vlm.model.parameters(), base.model.parameters())), (
-            "it was trained"
-        )
+        assert any(
+            not torch.equal(a, b) for a, b in zip(vlm.model.parameters(), base.model.parameters())
+        ), "it was trained"
 
 
 # ---- The toy -----------------------------------------------------------------------------------------------
@@ -136,7 +139,9 @@ def test_a_run_is_reproducible_and_resumes(workplace, capsys, monkeypatch):
     assert loop.main([*args, "whole"]) == 0
     whole = capsys.readouterr().out
     assert "base" in whole and "done" in whole and "\r" not in whole
-    header, *rows = [line for line in whole.splitlines() if line.startswith((" ", "iteration greedy"))][-4:]
+    header, *rows = [
+        line for line in whole.splitlines() if line.startswith((" ", "iteration greedy"))
+    ][-4:]
     names = header.replace("|", " ").split()
     for line, measured in zip(rows, records(workplace / "runs" / "whole", "measure"), strict=True):
         ladder = line.replace("|", " ").split()[names.index("1-2") : names.index("7-9") + 1]
@@ -158,13 +163,16 @@ def test_a_run_is_reproducible_and_resumes(workplace, capsys, monkeypatch):
 
     def timeless(folder):
         return [
-            {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records(folder)
+            {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")}
+            for r in records(folder)
         ]
 
     runs = workplace / "runs"
     assert timeless(runs / "whole") == timeless(runs / "cut")
     for role in ("questioner", "reasoner"):
-        weights = [(runs / name / role / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+        weights = [
+            (runs / name / role / "model.safetensors").read_bytes() for name in ("whole", "cut")
+        ]
         assert weights[0] == weights[1]
 
 
@@ -207,7 +215,9 @@ def test_no_model_works_while_it_is_parked(workplace, monkeypatch, dtype):
     monkeypatch.setattr(logprobs_module, "embed", watched)
     monkeypatch.setattr(generate_module, "embed", watched)
     assert loop.main([*SMALL, "--name", "x", "--iterations", "2", "--dtype", dtype]) == 0
-    assert len(used) >= 4 and all(role.offloaded for role in roles), "two roles and their references"
+    assert len(used) >= 4 and all(role.offloaded for role in roles), (
+        "two roles and their references"
+    )
 
 
 def test_training_never_sees_the_truth(workplace, monkeypatch):
@@ -225,7 +235,9 @@ def test_training_never_sees_the_truth(workplace, monkeypatch):
     monkeypatch.setattr(measure, "understand", nonsense)
     monkeypatch.setattr(toy.answerer, "understand", nonsense)
     truth, readers = measure.read_truth, []
-    monkeypatch.setattr(measure, "read_truth", lambda folder: readers.append(folder) or truth(folder))
+    monkeypatch.setattr(
+        measure, "read_truth", lambda folder: readers.append(folder) or truth(folder)
+    )
     assert loop.main([*SMALL, "--name", "false"]) == 0
     assert readers, "the truth is read, by measure.truth alone"
     runs = workplace / "runs"
@@ -276,7 +288,9 @@ def _imports(file):
         if isinstance(node, ast.Import):
             names |= {part for alias in node.names for part in alias.name.split(".")}
         elif isinstance(node, ast.ImportFrom):
-            names |= {part for part in (node.module or "").split(".")} | {alias.name for alias in node.names}
+            names |= {part for part in (node.module or "").split(".")} | {
+                alias.name for alias in node.names
+            }
     return names
 
 
@@ -326,14 +340,30 @@ def test_with_a_truth_drift_is_told_by_it(workplace, monkeypatch):
     monkeypatch.setattr(watch.signatures, "label_drift", lambda *given: seen.append(given))
     assert loop.main([*SMALL, "--name", "x", "--iterations", "2"]) == 0
     right = [r["probes_right"] for r in records(workplace / "runs" / "x", "measure")]
-    assert [(before, now) for before, now, *_ in seen] == [(right[0], right[1]), (right[1], right[2])]
+    assert [(before, now) for before, now, *_ in seen] == [
+        (right[0], right[1]),
+        (right[1], right[2]),
+    ]
     assert len(right[0]) > 50 and set(right[0]) == {0.0, 1.0} and "right" in seen[0][3]
 
 
 def test_the_base_agrees_with_itself(workplace):
     """A Reasoner that learns nothing gives the base's majorities again, but for the luck of the draw."""
     s = parse_arguments(
-        "", [*SMALL, "--iterations", "1", "--candidates", "60", "--answers", "30", "--lr", "0", "--name", "x"]
+        "",
+        [
+            *SMALL,
+            "--iterations",
+            "1",
+            "--candidates",
+            "60",
+            "--answers",
+            "30",
+            "--lr",
+            "0",
+            "--name",
+            "x",
+        ],
     )
     run = command.prepare_run(s)
     loop.visplay(s, run)
@@ -343,12 +373,24 @@ def test_the_base_agrees_with_itself(workplace):
 def test_invalid_questions_and_an_empty_curated_set(published, workplace, capsys):
     """A random model never writes a valid question: no reward, nothing to curate, and no harm."""
     image_folder(workplace / "images")
-    args = ["--model", str(published), "--images", "images", "--name", "x", "--max-new-tokens", "8", *SMALL]
+    args = [
+        "--model",
+        str(published),
+        "--images",
+        "images",
+        "--name",
+        "x",
+        "--max-new-tokens",
+        "8",
+        *SMALL,
+    ]
     assert loop.main(args) == 0
     err = capsys.readouterr().err
     assert "not one output was valid" in err and "the Reasoner is not trained" in err
     run = workplace / "runs" / "x"
-    assert [s["validity"] for s in records(run, "questioner")] == [0, 0] and records(run, "reasoner") == []
+    assert [s["validity"] for s in records(run, "questioner")] == [0, 0] and records(
+        run, "reasoner"
+    ) == []
     assert all(s["equal_groups"] == 1 for s in records(run, "questioner"))
     assert read_examples(run / "curated" / "iteration-1.jsonl") == []
     vlm = VLM.load(run / "questioner", "cpu", torch.float32)
@@ -371,7 +413,10 @@ def test_equal_rewards_and_a_gradient_that_is_not_finite(workplace, monkeypatch,
     s = dataclasses.replace(s, name="y", questioner_steps=1, reasoner_steps=1)
     run = command.prepare_run(s)
     loop.visplay(s, run)
-    assert all(r["skipped"] == 1 for r in records(run.folder, "reasoner") + records(run.folder, "questioner"))
+    assert all(
+        r["skipped"] == 1
+        for r in records(run.folder, "reasoner") + records(run.folder, "questioner")
+    )
     assert all(torch.equal(a, b) for a, b in zip(before, run.reasoner.model.parameters()))
     assert "not finite" in capsys.readouterr().err
 
@@ -380,7 +425,9 @@ def test_lost_images_are_left_out_and_never_end_a_run(workplace, capsys):
     """An image that is gone by the time it is needed again, as a probe or as a curated question, is
     listed."""
     image_folder(workplace / "images")
-    flags = "--images images --tau-low 0 --tau-high 1 --save-every 1 --name x --iterations 2".split()
+    flags = (
+        "--images images --tau-low 0 --tau-high 1 --save-every 1 --name x --iterations 2".split()
+    )
     curate_questions, gone = loop.curate_questions, workplace / "images" / "a.jpg"
 
     def loses(*rest):
@@ -428,7 +475,10 @@ def test_a_finished_run_goes_on_for_more_iterations(workplace, capsys):
     config = Path("runs/x/config.json").read_text()
     for fewer in ([*SMALL, "--name", "x"], ["--resume", "runs/x", "--iterations", "1"]):
         assert loop.main(fewer) == 2, "but not for fewer"
-        assert "--iterations" in capsys.readouterr().err and Path("runs/x/config.json").read_text() == config
+        assert (
+            "--iterations" in capsys.readouterr().err
+            and Path("runs/x/config.json").read_text() == config
+        )
 
 
 def test_what_a_researcher_changes(workplace):
@@ -463,9 +513,13 @@ def test_changed_instructions_are_warned_of(workplace, monkeypatch, capsys):
 
 def test_a_toy_takes_the_settings_that_lie_beside_it(workplace):
     default = parse_arguments("", [])
-    assert default == dataclasses.replace(parse_arguments("", ["--model", str(ROOT / "toy")]), model=None)
+    assert default == dataclasses.replace(
+        parse_arguments("", ["--model", str(ROOT / "toy")]), model=None
+    )
     assert default.max_new_tokens == 32 and parse_arguments("", ["--lr", "0.5"]).lr == 0.5
-    shutil.copytree(ROOT / "toy", workplace / "mine", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    shutil.copytree(
+        ROOT / "toy", workplace / "mine", ignore=shutil.ignore_patterns("*.py", "__pycache__")
+    )
     (workplace / "mine" / "visplay.json").write_text('{"settings": {"answers": 7}}')
     assert parse_arguments("", ["--model", "mine"]).answers == 7
     (workplace / "mine" / "visplay.json").write_text("no")
@@ -505,7 +559,10 @@ def test_what_lies_beside_a_checkpoint_may_be_anything(said, workplace, monkeypa
     "args, said",
     [
         (["--answers", "1"], "--answers must be"),
-        (["--answers", "3", "--tau-low", "0.4", "--tau-high", "0.6"], "no share of 3 --answers lies between"),
+        (
+            ["--answers", "3", "--tau-low", "0.4", "--tau-high", "0.6"],
+            "no share of 3 --answers lies between",
+        ),
         (["--answers", "9" * 22], "--answers must be at most"),
         (["--max-new-tokens", "9" * 12], "--max-new-tokens must be at most"),
         (["--lora-rank", "100000"], "--lora-rank must be at most"),
@@ -520,7 +577,9 @@ def test_settings_with_which_nothing_can_be_learnt(args, said, workplace, capsys
 
 def test_too_little_memory_in_the_computer_is_a_sentence(workplace, monkeypatch, capsys):
     def full(*_):
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        raise RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+        )
 
     monkeypatch.setattr(command, "load_roles", full)
     assert loop.main([*SMALL, "--name", "x"]) == 1
@@ -595,7 +654,9 @@ def test_the_program_of_docs_your_own_idea(workplace, monkeypatch, capsys):
 
     assert idea(*SMALL, "--name", "x") == 0
     asked = records(Path("runs/x"), "questioner")
-    assert asked and all(record["reward"] * 8 % 1 == 0 for record in asked), "of 2 x 4 questions, each 0 or 1"
+    assert asked and all(record["reward"] * 8 % 1 == 0 for record in asked), (
+        "of 2 x 4 questions, each 0 or 1"
+    )
     for args in (["--resume", "runs/x", "--iterations", "2"], [*SMALL, "--name", "x"]):
         assert loop.main(args) == 2
         assert "was started by my_idea.py, not by loop.py" in capsys.readouterr().err
@@ -611,10 +672,15 @@ def test_help_and_a_wrong_flag_answer_at_once(workplace):
         (["--qustioner-steps", "3"], "did you mean --questioner-steps"),
         (["--lr", "-1"], "error: --lr must be a number of at least 0"),
         (["--tau-low", "0.9"], "error: --tau-low"),
-        (["--resume", "runs/x", "--iterations", "0"], "error: --iterations must be a number of at least 1"),
+        (
+            ["--resume", "runs/x", "--iterations", "0"],
+            "error: --iterations must be a number of at least 1",
+        ),
     ):
         env = {"PYTHONPATH": str(ROOT), "PATH": ""}
-        done = subprocess.run([sys.executable, "-c", code, *args], env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *args], env=env, capture_output=True, text=True
+        )
         assert words in done.stdout + done.stderr and "Traceback" not in done.stderr, done.stderr
         assert done.returncode == (0 if args == ["--help"] else 2)
 
@@ -643,7 +709,10 @@ sys.exit(loop.main(sys.argv[1:]))
 def test_a_run_on_a_laptop_without_posix(workplace):
     """No fcntl, and folders that cannot be opened, as on Windows: a run, and one that goes on."""
     image_folder(workplace / "images")
-    for args in ([*SMALL, *"--images images --name x --save-every 1".split()], ["--resume", "runs/x"]):
+    for args in (
+        [*SMALL, *"--images images --name x --save-every 1".split()],
+        ["--resume", "runs/x"],
+    ):
         command = [sys.executable, "-c", LAPTOP, *args]
         env = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=workplace, env=env, capture_output=True, text=True)
@@ -684,7 +753,9 @@ def no_checkpoint(folder):
 
 
 def pickle_only(folder):
-    shutil.copytree(ROOT / "toy", folder / "m", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    shutil.copytree(
+        ROOT / "toy", folder / "m", ignore=shutil.ignore_patterns("*.py", "__pycache__")
+    )
     (folder / "m" / "model.safetensors").rename(folder / "m" / "pytorch_model.bin")
     return ["--model", "m"]
 
@@ -753,7 +824,9 @@ def test_a_missing_hub_model_gets_one_sentence(workplace):
     command = [sys.executable, str(ROOT / "loop.py"), "--model", "nobody/no-such-model"]
     env = {"HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(workplace)}
     done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, env=env)
-    assert done.returncode == 2 and "no-such-model" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and "no-such-model" in done.stderr and "Traceback" not in done.stderr
+    )
 
 
 def test_every_hyper_parameter_is_a_flag_with_help_and_default(capsys):
@@ -781,7 +854,13 @@ def test_every_hyper_parameter_is_a_flag_with_help_and_default(capsys):
 
 def test_the_papers_values_are_the_defaults_for_a_real_model():
     s = parse_arguments("", ["--model", "Qwen/Qwen2.5-VL-3B-Instruct"])
-    assert (s.iterations, s.group_size, s.answers, s.questioner_steps, s.reasoner_steps) == (3, 8, 10, 20, 20)
+    assert (s.iterations, s.group_size, s.answers, s.questioner_steps, s.reasoner_steps) == (
+        3,
+        8,
+        10,
+        20,
+        20,
+    )
     assert (s.tau_low, s.tau_high, s.diversity_weight) == (0.25, 0.75, 1.0)
     assert (s.lr, s.weight_decay, s.beta, s.clip, s.temperature, s.top_p) == (
         1e-6,
@@ -805,13 +884,19 @@ def test_dry_run_of_a_real_size(published, workplace, capsys):
     )
     shutil.copytree(published, workplace / "3b", ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((workplace / "3b" / "config.json").read_text())
-    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048)
+    vision = dict(
+        depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048
+    )
     config |= shape | dict(
-        num_key_value_heads=2, tie_word_embeddings=True, vision_config=config["vision_config"] | vision
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        vision_config=config["vision_config"] | vision,
     )
     (workplace / "3b" / "config.json").write_text(json.dumps(config))
     image_folder(workplace / "images")
-    assert loop.main(["--model", "3b", "--images", "images", "--dry-run", "--dtype", "bfloat16"]) == 0
+    assert (
+        loop.main(["--model", "3b", "--images", "images", "--dry-run", "--dtype", "bfloat16"]) == 0
+    )
     out = capsys.readouterr().out
     assert "3,754,622,976 parameters" in out, "the number of the published 3B checkpoint"
     assert "6 to use, 1 skipped" in out and "broken.jpg" in out and "memory" in out
@@ -826,7 +911,9 @@ def test_without_images_scenes_suit_the_model(published, workplace, capsys):
     assert "84 x 84 pixels, 9 tokens" in capsys.readouterr().out
     config = json.loads((published / "preprocessor_config.json").read_text())
     shutil.copytree(published, workplace / "m", ignore=shutil.ignore_patterns("*.safetensors"))
-    (workplace / "m" / "preprocessor_config.json").write_text(json.dumps(config | {"max_pixels": 12845056}))
+    (workplace / "m" / "preprocessor_config.json").write_text(
+        json.dumps(config | {"max_pixels": 12845056})
+    )
     assert (
         loop.main(["--model", "m", "--dry-run"]) == 0
         and "336 x 336 pixels, 144 tokens" in capsys.readouterr().out

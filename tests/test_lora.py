@@ -69,7 +69,9 @@ def test_merged_weights_compute_the_same():
     for prompt in prompts:
         ours, theirs = (v.logprobs(prompt, [[5, 6, 7], [9, 9]]) for v in (vlm, plain))
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs))
-    assert not torch.allclose(before, plain.logprobs(prompts[0], [[5, 6, 7]])[0], atol=1e-2), "B is not 0"
+    assert not torch.allclose(before, plain.logprobs(prompts[0], [[5, 6, 7]])[0], atol=1e-2), (
+        "B is not 0"
+    )
     tokens = [generate(v, prompts, 1, 12, temperature=0.0) for v in (vlm, plain)]
     assert tokens[0] == tokens[1]
 
@@ -129,7 +131,10 @@ def test_kept_features_are_of_one_encoder():
         other.model.model.visual.patch_embed.proj.weight.mul_(1.5)
         expected = other.logprobs(groups_of(other)[0][0].prompt, [[5, 6, 7]])[0]
         prompt = groups_of(first)[0][0].prompt
-        before, after = first.logprobs(prompt, [[5, 6, 7]])[0], other.logprobs(prompt, [[5, 6, 7]])[0]
+        before, after = (
+            first.logprobs(prompt, [[5, 6, 7]])[0],
+            other.logprobs(prompt, [[5, 6, 7]])[0],
+        )
     assert torch.equal(after, expected) and not torch.allclose(before, after)
     trained.logprobs(prompt, [[5, 6, 7]])[0].sum().backward()
     assert trained.model.model.visual.patch_embed.proj.weight.grad.abs().max() > 0
@@ -178,7 +183,10 @@ def gradients(ranks, freeze=False):
     policy, mine = Trained(vlm, 1e-3, 0.0, ranks=ranks), ranks.shard(groups_of(vlm))
     grpo.add_reference(mine, vlm)
     grpo.backward(policy, mine)
-    grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in policy.parameters()]
+    grads = [
+        p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        for p in policy.parameters()
+    ]
     return torch.cat([g.flatten() for g in grads]).tolist(), sorted(policy.weights())
 
 
@@ -219,7 +227,9 @@ def test_a_run_with_lora(workplace, dtype):  # noqa: F811
         assert files[0].read_bytes() == files[1].read_bytes()
         base = (ROOT / "toy" / "model.safetensors").read_bytes()
         assert len(files[0].read_bytes()) == len(base) and files[0].read_bytes() != base
-        config = json.loads((runs / "whole" / f"{role}-adapter" / "adapter_config.json").read_text())
+        config = json.loads(
+            (runs / "whole" / f"{role}-adapter" / "adapter_config.json").read_text()
+        )
         assert config["r"] == 4 and config["lora_alpha"] == 8
     state = sum(path.stat().st_size for path in (runs / "whole" / "state").iterdir())
     assert state < len(base), "a state has no base in it"

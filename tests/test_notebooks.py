@@ -85,11 +85,15 @@ def test_the_experiments_run_at_their_smallest(tmp_path):
 
 
 def test_a_run_of_other_settings_is_not_done():
-    of_today = dict(experiment="default", seed=3, short=False, settings=settings("default", 3, False))
+    of_today = dict(
+        experiment="default", seed=3, short=False, settings=settings("default", 3, False)
+    )
     assert is_done("default", 3, False, [of_today])
     assert not is_done("default", 2, False, [of_today])
     assert not is_done("margin", 3, False, [of_today])
-    assert not is_done("default", 3, False, [of_today | {"settings": of_today["settings"] | {"lr": 1.0}}])
+    assert not is_done(
+        "default", 3, False, [of_today | {"settings": of_today["settings"] | {"lr": 1.0}}]
+    )
     before = {name: value for name, value in of_today["settings"].items() if name != "lora_rank"}
     assert is_done("default", 3, False, [of_today | {"settings": before}]), "the flag came later"
 

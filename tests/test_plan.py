@@ -48,7 +48,9 @@ def test_an_update_against_its_peak(small, sharded, shape, checkpointing):
 @models("bfloat16")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_update_in_bfloat16_against_its_peak(small, checkpointing):
-    planned, measured = memory.planned_and_measured(small, memory.Case(True, checkpointing, **SHORT))
+    planned, measured = memory.planned_and_measured(
+        small, memory.Case(True, checkpointing, **SHORT)
+    )
     assert planned == pytest.approx(measured, rel=0.15)
 
 
@@ -71,10 +73,15 @@ def test_short_completions_take_no_more_than_was_planned_for_long_ones(small, mo
     config = small.model.config
     sizes = plan.parameter_sizes(config)
     planned = max(
-        plan.activation_moments(plan.Case(config, torch.float32, work, sizes, False, "cpu")).values()
+        plan.activation_moments(
+            plan.Case(config, torch.float32, work, sizes, False, "cpu")
+        ).values()
     )
     completions = [random_completions(small, 8, 10, seed) for seed in range(4)]
-    groups = [grpo.make_group(p, c, [float(i % 2) for i in range(8)]) for p, c in zip(prompts, completions)]
+    groups = [
+        grpo.make_group(p, c, [float(i % 2) for i in range(8)])
+        for p, c in zip(prompts, completions)
+    ]
     grpo.add_reference(groups, small)
     grpo.backward(small, groups)
     measured = peak_extra_bytes(lambda: grpo.backward(small, groups), "cpu")
@@ -101,7 +108,9 @@ def test_rollouts_against_the_tensors_of_a_rollout(small):
     assert sum(x.nbytes for x in caches) == 3 * (300 + n * new_tokens) * token
     work = plan.Work(250, 50, new_tokens, n, 3, n)
     assert (
-        plan.rollout_bytes(plan.Case(vlm.model.config, vlm.model.dtype, work, {}, False, "cpu"), 3 * n, n)
+        plan.rollout_bytes(
+            plan.Case(vlm.model.config, vlm.model.dtype, work, {}, False, "cpu"), 3 * n, n
+        )
         > 3 * (300 + n * new_tokens) * token
     )
 
@@ -148,8 +157,12 @@ def test_several_gpus_share_the_role_in_training():
     config, work = shape_config("3b"), plan.Work(1024, 100, 1024, 8, 1024, 10)
     parameters = sum(plan.parameter_sizes(config).values())
     for ranks in (1, 2, 8):
-        ask, _, update, *_ = plan.memory_plan(config, torch.bfloat16, 80 * 2**30, work, True, False, ranks)
-        shared = sum(update.parts[name] for name in ("float32 masters", "AdamW's moments", "gradients"))
+        ask, _, update, *_ = plan.memory_plan(
+            config, torch.bfloat16, 80 * 2**30, work, True, False, ranks
+        )
+        shared = sum(
+            update.parts[name] for name in ("float32 masters", "AdamW's moments", "gradients")
+        )
         assert shared == pytest.approx(16 * parameters / ranks, rel=0.001)
         assert ask.parts["questioner"] == 2 * parameters and "questioner" not in update.parts
 
@@ -157,7 +170,9 @@ def test_several_gpus_share_the_role_in_training():
 def test_one_float32_process_trains_its_plain_copy():
     config, work = shape_config("3b"), plan.Work(1024, 100, 1024, 8, 1024, 10)
     parameters = sum(plan.parameter_sizes(config).values())
-    ask, answer, update, *_ = plan.memory_plan(config, torch.float32, 141 * 2**30, work, True, False)
+    ask, answer, update, *_ = plan.memory_plan(
+        config, torch.float32, 141 * 2**30, work, True, False
+    )
     assert ask.parts["trained role"] == 4 * parameters and "questioner" not in ask.parts
     assert answer.parts["reasoner"] == 4 * parameters and update.parts["float32 masters"] == 0
 

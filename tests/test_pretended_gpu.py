@@ -207,16 +207,23 @@ def plant(module, old, new):
     """Loads a module of the project with a mistake in it; all others will import this one."""
     spec = importlib.util.find_spec(module)
     forget()  # what the search for it has imported
-    source, made = Path(spec.origin).read_text(encoding="utf-8"), importlib.util.module_from_spec(spec)
+    source, made = (
+        Path(spec.origin).read_text(encoding="utf-8"),
+        importlib.util.module_from_spec(spec),
+    )
     if source.count(old) != 1:
-        raise LookupError(f"{module}.py has {old!r} {source.count(old)} times, not once: mend PLANTED")
+        raise LookupError(
+            f"{module}.py has {old!r} {source.count(old)} times, not once: mend PLANTED"
+        )
     sys.modules[module] = made
     exec(compile(source.replace(old, new), spec.origin, "exec"), vars(made))
 
 
 def forget():
     """The project's modules are imported anew."""
-    for module in [m for m, x in sys.modules.items() if is_of_the_project(getattr(x, "__file__", None))]:
+    for module in [
+        m for m, x in sys.modules.items() if is_of_the_project(getattr(x, "__file__", None))
+    ]:
         del sys.modules[module]
 
 
@@ -254,7 +261,9 @@ def main():
         print(name, forked(name) or "ok", sep="\n", flush=True)
     for name in [] if sys.argv[1:] else [*CASES, *MISTAKES]:
         start = time.monotonic()
-        print("\n" + json.dumps([name, forked(name), round(time.monotonic() - start, 1)]), flush=True)
+        print(
+            "\n" + json.dumps([name, forked(name), round(time.monotonic() - start, 1)]), flush=True
+        )
 
 
 # ---- In pytest ---------------------------------------------------------------------------------------------
@@ -265,7 +274,10 @@ def said(tmp_path_factory):
     """What each case and each mistake has to say."""
     if not hasattr(os, "fork"):
         pytest.skip("this system cannot fork")
-    folder = {"PRETENDED_GPU_FOLDER": str(tmp_path_factory.mktemp("pretended")), "OMP_NUM_THREADS": "1"}
+    folder = {
+        "PRETENDED_GPU_FOLDER": str(tmp_path_factory.mktemp("pretended")),
+        "OMP_NUM_THREADS": "1",
+    }
     folder["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # torch allows no new threads in a fork
     command = [sys.executable, str(Path(__file__).resolve())]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | folder)

@@ -120,12 +120,17 @@ def test_seconds_by_hand():
     s = parse_arguments("", ["--model", "x", "--images-per-step", "16", "--candidates", "100"])
     measured = Rehearsal(images=4, asking=2.0, answering=30.0, updating=8.0, valid=20)
     assert measured.questioner_step(s) == 160.0  # 40 seconds for 4 images, 16 of them
-    assert measured.curation(s) == 100.0  # 32 / 4 seconds for the 8 questions of an image, 100 of them
+    assert (
+        measured.curation(s) == 100.0
+    )  # 32 / 4 seconds for the 8 questions of an image, 100 of them
     # 1.5 s for the 10 answers to a question, so 1.2 s for 8 of them, and 2 s of update; 16 questions.
     assert measured.reasoner_step(s) == pytest.approx(51.2)
     assert measured.iteration(s) == pytest.approx(20 * 160 + 100 + 20 * 51.2)
     text = describe(s, measured, 2)
-    assert "Questioner step takes about 80 s" in text and "an iteration 36 min, all 3 of them 108 min" in text
+    assert (
+        "Questioner step takes about 80 s" in text
+        and "an iteration 36 min, all 3 of them 108 min" in text
+    )
     assert [format_duration(x) for x in (0.123, 3, 119, 121, 7300, 300_000)] == [
         *("0.1 s", "3 s", "119 s", "2 min", "2 h", "3 days")
     ]
@@ -205,7 +210,9 @@ def test_a_disk_that_is_too_small_is_known_at_the_start(more, workplace, monkeyp
     error = capsys.readouterr().err
     assert "runs/x: the run takes up to 0.0" in error and "the disk has room for 0.0" in error
     lora = "a lower --lora-rank takes less" if more else "--lora-rank 16 takes less"
-    assert lora in error and "--save-every" not in error, "no state is saved within so short a phase"
+    assert lora in error and "--save-every" not in error, (
+        "no state is saved within so short a phase"
+    )
     often = "--questioner-steps 9 --save-every 1".split()
     assert loop.main([*SMALL, *often, "--name", "x", *more]) == 2
     assert "a higher --save-every or " in capsys.readouterr().err
@@ -247,6 +254,7 @@ def test_no_model_is_loaded_that_is_larger_than_the_memory(workplace, monkeypatc
 
 def test_the_available_memory_is_between_what_is_free_and_what_there_is():
     free, there = (
-        os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES")
+        os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
+        for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES")
     )
     assert 0.5 * free < preview.available_memory() < there

@@ -83,7 +83,9 @@ def test_lora_merged_and_in_peft(published, tmp_path):
     assert (ours - torch.cat(base.logprobs(prompt, completions))).abs().max() > 1e-2
     merged = VLM.load(tmp_path / "merged", "cpu", torch.float32)
     assert torch.allclose(ours, torch.cat(merged.logprobs(prompt, completions)), atol=1e-5)
-    base.model = peft.PeftModel.from_pretrained(base.model, tmp_path / "adapter").eval().merge_and_unload()
+    base.model = (
+        peft.PeftModel.from_pretrained(base.model, tmp_path / "adapter").eval().merge_and_unload()
+    )
     assert torch.allclose(ours, torch.cat(base.logprobs(prompt, completions)), atol=1e-5)
 
 
@@ -101,7 +103,16 @@ HOW = {
 def test_a_run_stops_goes_on_and_is_exported(taught, workplace, capsys, how):  # noqa: F811
     """Killed after the Questioner's phase it ends as the run that nothing stopped, byte for byte."""
     image_folder(workplace / "images")
-    flags = ["--model", str(taught), "--images", "images", "--max-new-tokens", "60", "--save-every", "1"]
+    flags = [
+        "--model",
+        str(taught),
+        "--images",
+        "images",
+        "--max-new-tokens",
+        "60",
+        "--save-every",
+        "1",
+    ]
     flags += [*SMALL, *HOW[how].split(), "--tau-low", "0", "--tau-high", "1", "--name"]
     assert loop.main([*flags, "whole"]) == 0
     curate, calls = loop.curate_questions, []
@@ -147,7 +158,9 @@ def test_it_is_evaluated_on_one_and_on_three_images(taught, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     for number in range(3):
         noise_image(60 + 30 * number, 90, number).save(f"{number}.png")
-    three = dict(images=["0.png", "1.png", "2.png"], question="Is <image 2> like <image 1>?", answer="1")
+    three = dict(
+        images=["0.png", "1.png", "2.png"], question="Is <image 2> like <image 1>?", answer="1"
+    )
     lines = [dict(image="0.png", question="How many?", answer="1"), three]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     args = ["--model", str(taught), "--data", "data.jsonl", "--device", "cpu", "--answers", "4"]

@@ -18,9 +18,21 @@ from model.vlm import VLM
 
 # The published text and vision widths; the vision model's DeepStack layers are here the first two of three.
 WIDTHS = {
-    "2b": (dict(hidden_size=2048, intermediate_size=6144, num_attention_heads=16), (1024, 4096), True),
-    "4b": (dict(hidden_size=2560, intermediate_size=9728, num_attention_heads=32), (1024, 4096), True),
-    "8b": (dict(hidden_size=4096, intermediate_size=12288, num_attention_heads=32), (1152, 4304), False),
+    "2b": (
+        dict(hidden_size=2048, intermediate_size=6144, num_attention_heads=16),
+        (1024, 4096),
+        True,
+    ),
+    "4b": (
+        dict(hidden_size=2560, intermediate_size=9728, num_attention_heads=32),
+        (1024, 4096),
+        True,
+    ),
+    "8b": (
+        dict(hidden_size=4096, intermediate_size=12288, num_attention_heads=32),
+        (1152, 4304),
+        False,
+    ),
 }
 VOCABULARY = 151_936
 
@@ -56,7 +68,9 @@ def without_head_norms(vlm, patch):
     patch.setattr(fused, "rms_norm", lambda x, *rest: x)
 
 
-@pytest.mark.parametrize("remove", [without_deepstack, without_learned_positions, without_head_norms])
+@pytest.mark.parametrize(
+    "remove", [without_deepstack, without_learned_positions, without_head_norms]
+)
 def test_a_part_that_is_missing_is_seen(vlm, remove, monkeypatch):
     """The comparisons of this suite are to 1e-5: without the part, log-probabilities are off by far more."""
     prompt, completion = vlm.prompt("How many?", noise_image(200, 130)), [300, 301, 302, 303]
@@ -96,11 +110,16 @@ def wide(request, tmp_path_factory) -> VLM:
     folder = publish(tmp_path_factory.mktemp("wide"), "qwen3" if tied else "qwen3-untied")
     opened = open_checkpoint(folder)
     tokenizer = opened.tokenizer
-    ids = {token: tokenizer.convert_tokens_to_ids(f"<|{token}|>") for token in ("image_pad", "video_pad")}
+    ids = {
+        token: tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+        for token in ("image_pad", "video_pad")
+    }
     ends = {end: tokenizer.convert_tokens_to_ids(f"<|vision_{end}|>") for end in ("start", "end")}
     text |= dict(vocab_size=VOCABULARY, num_hidden_layers=3, num_key_value_heads=8, head_dim=128)
     text |= dict(rope_theta=5e6, tie_word_embeddings=tied)
-    text |= dict(rope_scaling=dict(mrope_interleaved=True, mrope_section=[24, 20, 20], rope_type="default"))
+    text |= dict(
+        rope_scaling=dict(mrope_interleaved=True, mrope_section=[24, 20, 20], rope_type="default")
+    )
     vision = dict(depth=3, hidden_size=vision_width, intermediate_size=vision_mlp, num_heads=16)
     vision |= dict(out_hidden_size=text["hidden_size"], deepstack_visual_indexes=[0, 1])
     config = Qwen3VLConfig(
@@ -130,7 +149,9 @@ def restore_frequencies(model) -> None:
 
 def test_published_widths_write_the_tokens_of_transformers(wide):
     sizes = [(100, 64), (64, 200), (128, 128)]
-    prompts = [wide.prompt("How many?" * (1 + i), noise_image(*size, i)) for i, size in enumerate(sizes)]
+    prompts = [
+        wide.prompt("How many?" * (1 + i), noise_image(*size, i)) for i, size in enumerate(sizes)
+    ]
     want = [reference(wide, prompt, 8) for prompt in prompts]
     assert len({tuple(tokens) for tokens in want}) == 3, "prompts are told apart"
     assert [tokens for (tokens,) in generate(wide, prompts, 1, 8, temperature=0)] == want

@@ -24,8 +24,12 @@ from training.policy import Trained
 from training.settings import parse_arguments
 from training.state import read_tensors, write_tensors
 
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-FORKS = multiprocessing.get_context("forkserver")  # imports once, then forks: an attempt starts in no time
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+)
+FORKS = multiprocessing.get_context(
+    "forkserver"
+)  # imports once, then forks: an attempt starts in no time
 FORKS.set_forkserver_preload(["loop", "checkpoints"])
 
 
@@ -33,7 +37,8 @@ def together(size, function, *args):
     """What `function(ranks, *args)` returns on each of `size` processes."""
     queue, port = FORKS.Queue(), 20000 + os.getpid() % 20000
     processes = [
-        FORKS.Process(target=_one, args=(queue, rank, size, port, function, args)) for rank in range(size)
+        FORKS.Process(target=_one, args=(queue, rank, size, port, function, args))
+        for rank in range(size)
     ]
     for process in processes:
         process.start()
@@ -45,7 +50,9 @@ def together(size, function, *args):
 
 def _one(queue, rank, size, port, function, args):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
+    )
     queue.put((rank, function(Ranks(rank, size), *args)))
     queue.close()
     queue.join_thread()
@@ -77,7 +84,9 @@ def random_groups(vlm, count, seed=0):
     for g in range(count):
         prompt = vlm.prompt("How many?", noise_image(60 + 30 * g, 60, g))
         lengths = [1 + (g + i) % 7 for i in range(6)]
-        completions = [torch.randint(4, 40, (length,), generator=rng).tolist() for length in lengths]
+        completions = [
+            torch.randint(4, 40, (length,), generator=rng).tolist() for length in lengths
+        ]
         groups.append(grpo.make_group(prompt, completions, torch.rand(6, generator=rng).tolist()))
     return groups
 
@@ -88,10 +97,14 @@ def trained(ranks, dtype="float32", sharded=False, checkpointing=False, lr=1e-4)
     reference, rng = vlm.copy(), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in reference.model.parameters():
-            parameter.mul_(1 + 0.01 * torch.randn(parameter.shape, generator=rng).to(parameter.dtype))
+            parameter.mul_(
+                1 + 0.01 * torch.randn(parameter.shape, generator=rng).to(parameter.dtype)
+            )
     # On a CPU there is nowhere to offload to: --offload only says that the model is sharded, over one
     # process.
-    return Trained(vlm, lr, 0.01, offload=sharded, checkpointing=checkpointing, ranks=ranks), reference
+    return Trained(
+        vlm, lr, 0.01, offload=sharded, checkpointing=checkpointing, ranks=ranks
+    ), reference
 
 
 def gradients(ranks, count, **how):
@@ -112,7 +125,9 @@ def whole_tensor(tensor):
 def test_one_sharded_process_makes_the_plain_gradient_bit_for_bit(checkpointing):
     plain, metrics, is_sharded = gradients(Ranks(), 4)
     assert not is_sharded
-    got, their_metrics, is_sharded = gradients(Ranks(), 4, sharded=True, checkpointing=checkpointing)
+    got, their_metrics, is_sharded = gradients(
+        Ranks(), 4, sharded=True, checkpointing=checkpointing
+    )
     assert is_sharded and got == plain and their_metrics == metrics
     assert gradients(Ranks(), 4, checkpointing=True)[0] == plain
 
@@ -165,7 +180,10 @@ def test_updates_of_two_processes_are_those_of_one():
 
 def test_bfloat16_weights_move_through_float32_masters():
     """The plain copy is the masters rounded; and it computes what the sharded model computes."""
-    for plain, masters, skipped in (updates(Ranks(), "bfloat16", 3), *together(2, updates, "bfloat16", 3)):
+    for plain, masters, skipped in (
+        updates(Ranks(), "bfloat16", 3),
+        *together(2, updates, "bfloat16", 3),
+    ):
         assert not skipped
         assert torch.equal(torch.tensor(plain), torch.tensor(masters).bfloat16().float())
         assert not torch.equal(torch.tensor(plain), torch.tensor(masters))
@@ -192,13 +210,17 @@ def random_groups_with(groups):
     """The same groups, as a new rollout would give them."""
     fresh = []
     for group in groups:
-        fresh.append(grpo.make_group(group[0].prompt, [c.tokens for c in group], [c.reward for c in group]))
+        fresh.append(
+            grpo.make_group(group[0].prompt, [c.tokens for c in group], [c.reward for c in group])
+        )
         for new, old in zip(fresh[-1], group):
             new.ref_logp = old.ref_logp
     return fresh
 
 
-@pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="FSDP2 of torch 2.11 cannot forget")
+@pytest.mark.skipif(
+    not hasattr(FSDPModule, "reset_iter_state"), reason="FSDP2 of torch 2.11 cannot forget"
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("where", ["text", "vision"])
 def test_out_of_memory_in_a_sharded_backward_leaves_nothing_behind(where, checkpointing):
@@ -239,7 +261,9 @@ def zero_later(optimizer):
 
 
 def timed(ranks):
-    s = parse_arguments("", "--dry-run --images-per-step 1 --group-size 2 --answers 2 --device cpu".split())
+    s = parse_arguments(
+        "", "--dry-run --images-per-step 1 --group-size 2 --answers 2 --device cpu".split()
+    )
     with contextlib.redirect_stdout(io.StringIO()) as said:
         command.show_time(command.open_run(s, ranks))
     return said.getvalue()
@@ -279,12 +303,18 @@ def one_more(ranks, folder, first):
 def test_another_number_of_ranks_goes_on(tmp_path, before, after):
     def run(size, folder, first):
         (folder / "state").mkdir(parents=True, exist_ok=True)
-        return one_more(Ranks(), folder, first) if size == 1 else together(size, one_more, folder, first)[0]
+        return (
+            one_more(Ranks(), folder, first)
+            if size == 1
+            else together(size, one_more, folder, first)[0]
+        )
 
     run(1, tmp_path / "one", True), run(before, tmp_path / "several", True)
     expected, got = run(1, tmp_path / "one", False), run(after, tmp_path / "several", False)
     assert got.keys() == expected.keys()
-    assert {f"model.language_model.norm.weight{kind}" for kind in ("", ":exp_avg", ":step")} <= got.keys()
+    assert {
+        f"model.language_model.norm.weight{kind}" for kind in ("", ":exp_avg", ":step")
+    } <= got.keys()
     for name, values in expected.items():
         a, b = torch.tensor(got[name]), torch.tensor(values)
         assert a.shape == b.shape, name

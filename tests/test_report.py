@@ -20,13 +20,17 @@ from training.folder import write_examples
 from training.log import table_row
 from training.scenes import read_truth, write_scenes
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 EVIL = '<script>alert(1)</script> & "quotes" </div>'
 QUESTIONS = ("How many discs are there?", f"Is it {EVIL}?", "?")  # those before the last are kept
 
 
 def step(phase, k, i, r_unc=None):
-    record = dict(iteration=k, phase=phase, step=i, reward=0.5 + 0.01 * i, kl=0.001 * i, validity=1.0)
+    record = dict(
+        iteration=k, phase=phase, step=i, reward=0.5 + 0.01 * i, kl=0.001 * i, validity=1.0
+    )
     record |= dict(confidence=0.6, seconds=2.0)
     if phase == "questioner":
         record |= dict(r_unc=0.7 - 0.1 * k if r_unc is None else r_unc, r_div=0.2, clusters=6.0)
@@ -42,7 +46,9 @@ def measured(k, ladder):
     """What the built-in world is measured by after iteration k."""
     record = dict(greedy_accuracy=0.5, sampled_accuracy=0.6, silver_accuracy=0.8 if k else None)
     if ladder:
-        record["sampled_by_objects"] = rungs(0.95, 0.7 + 0.04 * k, 0.3 + 0.1 * k, None if k == 1 else 0.05)
+        record["sampled_by_objects"] = rungs(
+            0.95, 0.7 + 0.04 * k, 0.3 + 0.1 * k, None if k == 1 else 0.05
+        )
         record["greedy_by_objects"] = rungs(1, 0.9, 0.2 + 0.1 * k, 0.0)
         record["silver_by_objects"] = rungs(None, 0.9, 0.7, 0.4) if k else None
         record["objects"] = 3.5 + k if k else None
@@ -52,7 +58,11 @@ def measured(k, ladder):
 def make_run(folder, iterations=2, truth=True, ladder=False):
     """A run folder as loop.py would leave it, written by hand."""
     folder.mkdir(parents=True)
-    paths = write_scenes(folder / "images", 3, 0) if truth else [folder / "b\udcffd.png", folder / "gone.png"]
+    paths = (
+        write_scenes(folder / "images", 3, 0)
+        if truth
+        else [folder / "b\udcffd.png", folder / "gone.png"]
+    )
     if not truth:
         noise_image(300, 200).save(paths[0])
     config = dict(model=None, images=None if truth else "photos", iterations=iterations, seed=0)
@@ -61,12 +71,18 @@ def make_run(folder, iterations=2, truth=True, ladder=False):
     for k in range(1, iterations + 1):
         records += [step("questioner", k, i) for i in range(1, 4)]
         votes = dict(kind="numerical", label="1", confidence=0.5, answers=["1", "1.0", None, EVIL])
-        asked = [VotedQuestion(str(path), question, **votes) for path in paths for question in QUESTIONS]
+        asked = [
+            VotedQuestion(str(path), question, **votes) for path in paths for question in QUESTIONS
+        ]
         write_examples(folder / "candidates" / f"iteration-{k}.jsonl", asked)
         kept = [e for e in asked if e.question != QUESTIONS[-1]]
         write_examples(folder / "curated" / f"iteration-{k}.jsonl", kept)
-        records.append(dict(iteration=k, phase="curation", curated=len(kept), confidence=0.6, seconds=3.0))
-        records.append(dict(iteration=k, phase="warning", signature="question collapse", message=EVIL))
+        records.append(
+            dict(iteration=k, phase="curation", curated=len(kept), confidence=0.6, seconds=3.0)
+        )
+        records.append(
+            dict(iteration=k, phase="warning", signature="question collapse", message=EVIL)
+        )
         records += [step("reasoner", k, i) for i in range(1, 3)]
         records.append(dict(iteration=k, phase="measure", base_agreement=0.9, probe_confidence=0.7))
         records[-1] |= measured(k, ladder) if truth else {}
@@ -92,7 +108,9 @@ def written(folder):
 
 def curves(text, title):
     """Name -> how many discs each curve of a figure has; and all that the figure says in words."""
-    (figure,) = re.findall(rf"<figure><figcaption>{re.escape(html.escape(title))}<.*?</figure>", text)
+    (figure,) = re.findall(
+        rf"<figure><figcaption>{re.escape(html.escape(title))}<.*?</figure>", text
+    )
     words = html.unescape(re.search(r'aria-label="([^"]*)"', figure)[1])
     names = re.findall(r"</i>([^<]*)</span>", figure) or [""]
     discs = {n: len(re.findall(rf"<circle[^>]*--c{i}\)", figure)) for i, n in enumerate(names)}
@@ -102,9 +120,13 @@ def curves(text, title):
 def check_page(text):
     """Self-contained, small, with a text for each picture, and nothing of what a model wrote is markup."""
     assert len(text) < 3_000_000 and "<script" not in text and EVIL not in text
-    assert not re.search(r"(src|href)=\"(?!data:)", text) and not re.search(r"https?://|url\(|@import", text)
+    assert not re.search(r"(src|href)=\"(?!data:)", text) and not re.search(
+        r"https?://|url\(|@import", text
+    )
     assert all("alt=" in tag for tag in re.findall(r"<img[^>]*>", text))
-    assert all('role="img"' in tag and 'aria-label="' in tag for tag in re.findall(r"<svg[^>]*>", text))
+    assert all(
+        'role="img"' in tag and 'aria-label="' in tag for tag in re.findall(r"<svg[^>]*>", text)
+    )
     assert "color-scheme: light dark" in text and 'name="viewport"' in text
     for part in ("figure", "div", "span", "details", "p", "svg"):
         assert len(re.findall(rf"<{part}[ >]", text)) == text.count(f"</{part}>"), part
@@ -129,18 +151,29 @@ def test_votes_are_counted_as_the_reasoner_counts_them(tmp_path):
     one, three = (next(fact for fact in facts if fact.answer == answer) for answer in "13")
     example = VotedQuestion("x", "?", "numerical", "1", 0.5, ["1", "1.0", None, "2"])
     card = report.question_card(example, True, one)
-    pattern = (
-        r'<span title="([^"]*)">.*?<div class="(bar[^"]*)" style="width: (\d+)%"></div><span>(\d)</span>'
-    )
+    pattern = r'<span title="([^"]*)">.*?<div class="(bar[^"]*)" style="width: (\d+)%"></div><span>(\d)</span>'
     bars = re.findall(pattern, card)
-    assert bars == [("1", "bar label", "50", "2"), ("no answer", "bar", "25", "1"), ("2", "bar", "25", "1")]
-    assert "✓ right" in card and "confidence 0.50" in card and " · kept" in card and "1 to list" in card
+    assert bars == [
+        ("1", "bar label", "50", "2"),
+        ("no answer", "bar", "25", "1"),
+        ("2", "bar", "25", "1"),
+    ]
+    assert (
+        "✓ right" in card
+        and "confidence 0.50" in card
+        and " · kept" in card
+        and "1 to list" in card
+    )
     card = report.question_card(replace(example, confidence=1.0, answers=["1"]), False, three)
     assert "✗ wrong, it is 3" in card and "not kept" in card and "3 to list" in card
     assert "right" not in report.question_card(example, False, None)
-    nothing = report.question_card(replace(example, label=None, answers=[None, "no answer"]), False, one)
+    nothing = report.question_card(
+        replace(example, label=None, answers=[None, "no answer"]), False, one
+    )
     assert "silver label none" in nothing and "✗" not in nothing and "bar label" not in nothing
-    assert nothing.count('class="vote"') == 2, "an answer that reads so is not one that could not be parsed"
+    assert nothing.count('class="vote"') == 2, (
+        "an answer that reads so is not one that could not be parsed"
+    )
 
 
 def test_kept_is_what_stands_in_curated(tmp_path):
@@ -157,7 +190,9 @@ def test_kept_is_what_stands_in_curated(tmp_path):
     _, words, figure = curves(text, "Difficulty, iteration 1")
     assert "3 of 9 different questions are kept" in words
     bars = re.findall(r'<rect x="(\S+)" .*?height="(\S+)" style="fill: var\(--(\w+)\)', figure)
-    assert [colour for _, _, colour in bars] == ["pale", "pale", "c0"], "all at 0.5, all at 1, those kept"
+    assert [colour for _, _, colour in bars] == ["pale", "pale", "c0"], (
+        "all at 0.5, all at 1, those kept"
+    )
     assert bars[1][:2] == bars[2][:2], "all of those at 1 were kept"
 
 
@@ -167,7 +202,8 @@ def test_a_question_proposed_twice_is_there_once_with_the_votes_it_was_kept_with
     examples = report.read_examples(path)
     write_examples(path, [*examples, *(replace(e, confidence=1.0) for e in examples)])
     change(
-        folder / "curated" / "iteration-1.jsonl", lambda e: replace(e, confidence=0.75, answers=["1"] * 20)
+        folder / "curated" / "iteration-1.jsonl",
+        lambda e: replace(e, confidence=0.75, answers=["1"] * 20),
     )
     text = written(folder)
     assert "6 of 9 different questions are kept" in curves(text, "Difficulty, iteration 1")[1]
@@ -192,8 +228,12 @@ def test_a_run_that_was_moved_shows_its_pictures(tmp_path, monkeypatch, recorded
         for number in range(3):
             name = f"scene-{number:05d}.png"
             noise_image(300, 200).save(other / name)
-            place = recorded.format(f"images/{name}".replace("/", "\\" if "\\" in recorded else "/"))
-            change(path, lambda e, n=name, p=place: replace(e, image=p) if e.image.endswith(n) else e)
+            place = recorded.format(
+                f"images/{name}".replace("/", "\\" if "\\" in recorded else "/")
+            )
+            change(
+                path, lambda e, n=name, p=place: replace(e, image=p) if e.image.endswith(n) else e
+            )
     text = written(folder)
     check_page(text)
     for number in range(3):
@@ -223,7 +263,13 @@ def test_your_own_images_have_no_truth(tmp_path):
 
 
 def test_the_console_shows_means_of_a_phase_s_first_and_last_third():
-    values = [(0.1, 1.0, 8.0), (0.3, 1.0, 8.0), *[(0.9, 0.5, 1.0)] * 3, (0.8, 0.8, 5.0), (0.2, 1.0, 6.0)]
+    values = [
+        (0.1, 1.0, 8.0),
+        (0.3, 1.0, 8.0),
+        *[(0.9, 0.5, 1.0)] * 3,
+        (0.8, 0.8, 5.0),
+        (0.2, 1.0, 6.0),
+    ]
     steps = [dict(phase="questioner", r_unc=u, validity=v, clusters=c) for u, v, c in values]
     shown = lambda records: table_row(2, {}, records).split("|")[1].split()  # noqa: E731
     assert shown(steps) == ["0.900", "0.200", "-", "0.500", "5.5"], (
@@ -238,7 +284,9 @@ def test_r_unc_is_the_mean_of_a_phase_s_first_and_last_third(tmp_path):
     folder = make_run(tmp_path / "run")
     phases = {1: [0.2, 0.4, 0, 0, 0.9, 0.5], 2: [0.1, 0.3, 0, 0, 0.8, 0.6], 3: [0.4, "no"]}
     records = [
-        step("questioner", k, i, r) for k, phase in phases.items() for i, r in enumerate(phase, start=1)
+        step("questioner", k, i, r)
+        for k, phase in phases.items()
+        for i, r in enumerate(phase, start=1)
     ]
     write_records(folder, records)
     points = [(i, r["r_unc"]) for i, r in enumerate(records, start=1) if r["r_unc"] != "no"]
@@ -248,7 +296,9 @@ def test_r_unc_is_the_mean_of_a_phase_s_first_and_last_third(tmp_path):
     title = "Difficulty r_unc, first and last third of a phase"
     discs, words, figure = curves(written(folder), title)
     assert discs == {"": 5} and words == f"{title}: r_unc from 0.3 to 0.4"
-    assert figure.count('class="dashed"') == 2 and figure.count("<polyline") == 3, "each phase by itself"
+    assert figure.count('class="dashed"') == 2 and figure.count("<polyline") == 3, (
+        "each phase by itself"
+    )
 
 
 def test_the_ladder(tmp_path):
@@ -273,11 +323,15 @@ def test_the_ladder(tmp_path):
 def test_a_ladder_with_holes(tmp_path, half):
     folder = make_run(tmp_path / "run", ladder=True)
     records = report.read_records(folder)
-    write_records(folder, [r | ({"sampled_by_objects": half} if r.get("iteration") else {}) for r in records])
+    write_records(
+        folder, [r | ({"sampled_by_objects": half} if r.get("iteration") else {}) for r in records]
+    )
     text = written(folder)
     check_page(text)
     assert curves(text, "Accuracy by rung")[0]["5-6 objects"] == 1, "that of the base"
-    write_records(folder, [r | {name: half for name in r if name.endswith("_by_objects")} for r in records])
+    write_records(
+        folder, [r | {name: half for name in r if name.endswith("_by_objects")} for r in records]
+    )
     text = written(folder)
     check_page(text)
     assert ("The ladder" in text) == (half == {"many": 0.5})
@@ -300,7 +354,9 @@ def test_the_gallery_shows_how_questions_climb(tmp_path):
     )
     for k, question in enumerate(asked, start=1):
         for kind in ("candidates", "curated"):
-            change(folder / kind / f"iteration-{k}.jsonl", lambda e, q=question: replace(e, question=q))
+            change(
+                folder / kind / f"iteration-{k}.jsonl", lambda e, q=question: replace(e, question=q)
+            )
     card = written(folder).split('<div class="image">')[1]
     turns = re.findall(
         r"<h3>Iteration (\d)</h3><div class=\"question\"><div>(.*?)</div>.*?(\d) to list", card
@@ -319,7 +375,9 @@ def test_a_run_that_is_still_going_on(tmp_path, missing):
     if missing == "half":
         with open(folder / "metrics.jsonl", "a") as file:
             file.write('{"iteration": 2, "phase": "quest')
-        shutil.copy(folder / "candidates" / "iteration-1.jsonl", folder / "candidates" / "iteration-2.jsonl")
+        shutil.copy(
+            folder / "candidates" / "iteration-1.jsonl", folder / "candidates" / "iteration-2.jsonl"
+        )
         (folder / "curated" / "iteration-2.jsonl").write_text('{"image": "x", "que')
     elif missing == "curated":
         shutil.rmtree(folder / missing)
@@ -347,7 +405,9 @@ def test_the_page_does_not_go_over_the_run(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             report.main([str(folder), "--out", str(folder / name)])
         assert stop.value.code == 2 and "a file of the run itself" in capsys.readouterr().err
-    assert report.main([str(folder)]) == report.main([str(folder)]) == 0, "over an older page it does"
+    assert report.main([str(folder)]) == report.main([str(folder)]) == 0, (
+        "over an older page it does"
+    )
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -388,15 +448,17 @@ def test_a_browser_draws_every_figure(tmp_path, window):
     page.write_text(text.replace("</body>", LOOK + "</body>"))
     host = page.with_name("host.html")
     host.write_text(HOST.replace("{window}", str(window)))
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += (
+        " --disable-component-update --disable-sync --enable-logging=stderr --window-size=1300,3000"
     )
-    flags += " --disable-component-update --disable-sync --enable-logging=stderr --window-size=1300,3000"
     command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--virtual-time-budget=3000", "--dump-dom", host.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     told = re.search(r'<pre id="told">(.*?)</pre>', done.stdout, re.DOTALL)[1]
     figures, broken_images, width, inner = json.loads(html.unescape(told))
-    assert len(figures) == text.count("<svg") >= 12 and broken_images == 0 and width <= inner == window
+    assert (
+        len(figures) == text.count("<svg") >= 12 and broken_images == 0 and width <= inner == window
+    )
     assert all(marks > 0 and out == 0 for _, marks, out in figures), figures
     assert "CONSOLE" not in done.stderr, done.stderr

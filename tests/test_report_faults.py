@@ -15,7 +15,9 @@ from curate import VotedQuestion
 def lines_of(path, *more):
     """Adds lines to a file as they are."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in more))
+        file.write(
+            "".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in more)
+        )
 
 
 @pytest.mark.parametrize("confidence", [None, float("nan"), float("inf"), "0.5", [], -3, 7e300])
@@ -24,12 +26,16 @@ def test_a_confidence_that_is_no_number(tmp_path, confidence):
     folder = make_run(tmp_path / "run", iterations=1)
     for kind in ("candidates", "curated"):
         path = folder / kind / "iteration-1.jsonl"
-        change(path, lambda e: replace(e, confidence=confidence) if e.question == QUESTIONS[0] else e)
+        change(
+            path, lambda e: replace(e, confidence=confidence) if e.question == QUESTIONS[0] else e
+        )
     text = written(folder)
     check_page(text)
     assert "6 of 9 different questions are kept" in curves(text, "Difficulty, iteration 1")[1]
     assert ("confidence unknown · kept" in text) == (confidence not in (-3, 7e300))
-    assert "confidence 0.50 · kept" in text and "nan" not in text.partition("<body>")[2].replace("NaN", "")
+    assert "confidence 0.50 · kept" in text and "nan" not in text.partition("<body>")[2].replace(
+        "NaN", ""
+    )
     for kind in ("candidates", "curated"):
         change(folder / kind / "iteration-1.jsonl", lambda e: replace(e, confidence=None))
     text = written(folder)
@@ -58,10 +64,21 @@ def test_records_that_are_none_hide_no_others(tmp_path):
     folder = make_run(tmp_path / "run")
     records = report.read_records(folder)
     before = written(folder)
-    odd = ['{"iteration": 1, "phase": "quest', "3", "null", "[]", "{}", "[" * 100_000, '"x"', "\x1b\x00"]
+    odd = [
+        '{"iteration": 1, "phase": "quest',
+        "3",
+        "null",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        '"x"',
+        "\x1b\x00",
+    ]
     odd += [{"iteration": None, "phase": "measure"}, {"phase": "warning"}, {"iteration": "2"}]
     with open(folder / "metrics.jsonl", "w") as file:
-        file.write("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in odd))
+        file.write(
+            "".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in odd)
+        )
     lines_of(folder / "metrics.jsonl", *records)
     assert written(folder) == before
     strange = [dict(r, kl=float("nan"), reward=float("inf"), seconds="many") for r in records]
@@ -107,12 +124,16 @@ def test_control_characters_and_halves_of_characters_are_spelled_out(tmp_path, c
         lines_of(folder / kind / "iteration-1.jsonl", ODD | changes)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | dict(model=evil)))
-    lines_of(folder / "metrics.jsonl", dict(iteration=1, phase="warning", signature=evil, message=evil))
+    lines_of(
+        folder / "metrics.jsonl", dict(iteration=1, phase="warning", signature=evil, message=evil)
+    )
     (folder / "skipped.txt").write_text(f"{evil[:4]}\t{evil[:4]}\n")
     text = written(folder)
     check_page(text)
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", text)
-    assert text.count(r"\x1b[2J\ud83d\x00\x9b") >= 5 and "図\u3000👩\u200d🚀" in text, "nothing else is"
+    assert text.count(r"\x1b[2J\ud83d\x00\x9b") >= 5 and "図\u3000👩\u200d🚀" in text, (
+        "nothing else is"
+    )
     printed = capsys.readouterr().out
     assert "\x1b" not in printed and r"run\x1b[2J" in printed
     shutil.rmtree(folder)
@@ -122,6 +143,8 @@ def test_control_characters_and_halves_of_characters_are_spelled_out(tmp_path, c
 def test_an_answer_that_reads_no_answer_is_told_from_none():
     answers = ["no answer", None, "no answer", "No answer.", None]
     assert report.count_votes(answers) == [("no answer", 3), (None, 2)]
-    card = report.question_card(VotedQuestion("x", "?", "numerical", "no answer", 0.6, answers), True, None)
+    card = report.question_card(
+        VotedQuestion("x", "?", "numerical", "no answer", 0.6, answers), True, None
+    )
     assert card.count('class="vote"') == 2 and card.count("<i>no answer</i>") == 1
     assert card.count("bar label") == 1 and "silver label no answer" in card

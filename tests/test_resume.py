@@ -50,7 +50,11 @@ def there(workplace, monkeypatch):
 def child(folder, args):
     os.chdir(folder)
     torch.set_num_threads(1)
-    with open(folder / "err", "a") as err, contextlib.redirect_stderr(err), contextlib.redirect_stdout(err):
+    with (
+        open(folder / "err", "a") as err,
+        contextlib.redirect_stderr(err),
+        contextlib.redirect_stdout(err),
+    ):
         code = loop.main(args)
     sys.exit(code)
 
@@ -65,7 +69,9 @@ def outcome(folder):
     """All that a run has to give: records without timings, curated questions, weights, and what is left lying
     about."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    records = [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in lines]
+    records = [
+        {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in lines
+    ]
     curated = [path.read_text() for path in sorted((folder / "curated").iterdir())]
     weights = [(folder / role / "model.safetensors").read_bytes() for role in ROLES]
     return records, curated, weights, sorted(path.name for path in folder.iterdir())
@@ -156,7 +162,9 @@ def test_a_second_process_is_refused(workplace, capsys):
     process = launch(workplace, *ARGS, "twice")
     while not (workplace / "runs" / "twice" / "metrics.jsonl").exists():
         time.sleep(0.05)
-    assert loop.main(["--resume", "runs/twice"]) == 2 and "another process" in capsys.readouterr().err
+    assert (
+        loop.main(["--resume", "runs/twice"]) == 2 and "another process" in capsys.readouterr().err
+    )
     process.kill()
     process.join()
 
@@ -171,7 +179,9 @@ def test_other_settings_are_refused(workplace, whole, capsys):
 
 
 @pytest.mark.parametrize("write", range(1, 30, 4))
-def test_a_full_disk_stops_the_run_and_leaves_it_usable(workplace, whole, monkeypatch, capsys, write):
+def test_a_full_disk_stops_the_run_and_leaves_it_usable(
+    workplace, whole, monkeypatch, capsys, write
+):
     """The nth write finds the disk full."""
     writes, name = [], f"full-{write}"
 

@@ -59,7 +59,11 @@ def test_any_text_equals_itself(text):
 def test_comparing_never_computes_or_hangs():
     many = ("9" * 100_000, "{" * 100_000, "\\frac{" * 20_000, "\\text{" * 20_000, "1," * 50_000)
     for whole in ("9**9**9", "1e999999", *many):
-        for text in (whole, whole[:400], whole[:399] + "%"):  # longer than what is read as LaTeX, and not
+        for text in (
+            whole,
+            whole[:400],
+            whole[:399] + "%",
+        ):  # longer than what is read as LaTeX, and not
             assert rewards.same_answer(text, text) and not rewards.same_answer(text, "1")
 
 
@@ -69,14 +73,18 @@ def test_confidence_by_hand():
     assert rewards.confidence(["a", "b", "b", "a"]) == ("a", 0.5)
     assert rewards.confidence([None, None]) == (None, 0.0)
     assert rewards.confidence([]) == (None, 0.0)
-    assert rewards.confidence([None] * 9 + ["x"]) == ("x", 0.1), "what cannot be parsed counts but never wins"
+    assert rewards.confidence([None] * 9 + ["x"]) == ("x", 0.1), (
+        "what cannot be parsed counts but never wins"
+    )
 
 
 @given(st.lists(st.sampled_from(["1", "1.0", "2", "2/1", "yes", "Yes.", "no", None]), max_size=12))
 def test_confidence_against_counting(answers):
     label, c = rewards.confidence(answers)
     shares = [
-        sum(b is not None and rewards.same_answer(a, b) for b in answers) for a in answers if a is not None
+        sum(b is not None and rewards.same_answer(a, b) for b in answers)
+        for a in answers
+        if a is not None
     ]
     assert c == (max(shares) / len(answers) if shares else 0.0)
     if shares:
@@ -94,14 +102,17 @@ def test_answer_reward():
     assert rewards.answer_reward(None, "0.5") == 0.0
 
 
-WORDS = st.lists(st.sampled_from("how many red blue discs rings are there in it ?".split()), max_size=9).map(
-    " ".join
-)
+WORDS = st.lists(
+    st.sampled_from("how many red blue discs rings are there in it ?".split()), max_size=9
+).map(" ".join)
 
 
 def nltk_similarity(a: str, b: str) -> float:
     smooth = SmoothingFunction().method1
-    both = [sentence_bleu([x.split()], y.split(), smoothing_function=smooth) for x, y in ((a, b), (b, a))]
+    both = [
+        sentence_bleu([x.split()], y.split(), smoothing_function=smooth)
+        for x, y in ((a, b), (b, a))
+    ]
     return sum(both) / 2
 
 
@@ -110,7 +121,9 @@ def nltk_similarity(a: str, b: str) -> float:
 def test_bleu_against_nltk(a, b):
     ours = rewards.bleu_similarity(a, b)
     assert ours == rewards.bleu_similarity(b, a) and 0 <= ours <= 1 + 1e-12
-    assert ours == pytest.approx(1.0 if a.split() == b.split() else nltk_similarity(a, b), abs=1e-12)
+    assert ours == pytest.approx(
+        1.0 if a.split() == b.split() else nltk_similarity(a, b), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,7 +181,9 @@ def test_clusters_against_scikit_learn(questions, threshold):
     theirs = model.fit_predict(distance)
     ours = rewards.cluster_questions(questions, threshold)
     assert all(
-        (ours[i] == ours[j]) == (theirs[i] == theirs[j]) for i in range(len(ours)) for j in range(len(ours))
+        (ours[i] == ours[j]) == (theirs[i] == theirs[j])
+        for i in range(len(ours))
+        for j in range(len(ours))
     )
 
 
@@ -193,7 +208,9 @@ def test_clusters_against_scikit_learn_on_random_distances():
 @given(st.lists(WORDS, max_size=8), st.randoms(use_true_random=False))
 def test_clusters_do_not_depend_on_order(questions, rng):
     labels = rewards.cluster_questions(questions)
-    assert list(dict.fromkeys(labels)) == list(range(len(set(labels)))), "numbered by first appearance"
+    assert list(dict.fromkeys(labels)) == list(range(len(set(labels)))), (
+        "numbered by first appearance"
+    )
     order = list(range(len(questions)))
     rng.shuffle(order)
     again = rewards.cluster_questions([questions[i] for i in order])
@@ -213,7 +230,9 @@ def test_questioner_rewards_by_hand():
     assert rewards.questioner_rewards([], []) == []
 
 
-@given(st.lists(st.tuples(st.one_of(st.none(), WORDS), st.floats(0, 1)), max_size=8), st.floats(0, 2))
+@given(
+    st.lists(st.tuples(st.one_of(st.none(), WORDS), st.floats(0, 1)), max_size=8), st.floats(0, 2)
+)
 @settings(deadline=None)
 def test_questioner_rewards_are_within_bounds(group, weight):
     got = rewards.questioner_rewards([q for q, _ in group], [c for _, c in group], weight)
@@ -239,7 +258,9 @@ def test_curation(tmp_path):
     votes = [confidence(e.answers) for e in made]
     wanted = [e for e, (label, c) in zip(made, votes) if label is not None and keep(c)]
     assert [e.image for e in kept] == [e.image for e in wanted] and 0 < len(kept) < 40
-    assert [(e.label, e.confidence) for e in kept] == [v for v in votes if v[0] is not None and keep(v[1])]
+    assert [(e.label, e.confidence) for e in kept] == [
+        v for v in votes if v[0] is not None and keep(v[1])
+    ]
     write_examples(tmp_path / "sub" / "x.jsonl", kept)
     assert read_examples(tmp_path / "sub" / "x.jsonl") == kept
 

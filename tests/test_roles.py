@@ -47,7 +47,9 @@ def test_a_valid_question():
     assert parse_question(GOOD) == Question("numerical", "How many?", "3")
     question = Question("numerical", "How many?", "3")
     assert parse_question("<think>hm, <b>two</b>?</think>\n\n" + GOOD + "\n") == question
-    assert parse_question("I look.\n</think>\n\n" + GOOD) == question, "the template opened the thought"
+    assert parse_question("I look.\n</think>\n\n" + GOOD) == question, (
+        "the template opened the thought"
+    )
     assert parse_question(GOOD.replace("\\boxed{3}", "3")) == question, "a box is not demanded"
     assert parse_question(GOOD.replace("\\boxed{3}", "It is \\boxed{3}.")) == question
     assert parse_question(GOOD.replace("\\boxed{3}", "\nthree cats ")).answer == "three cats"
@@ -133,7 +135,8 @@ PIECE = st.one_of(st.sampled_from(TAGS + BRACES + NUMBERS + OTHERS), st.text(max
 RUNS = st.lists(st.tuples(PIECE, st.one_of(st.integers(1, 4), st.integers(1, 10_000))), max_size=8)
 LONGEST = 10_000
 TEXTS = st.one_of(
-    st.text(), RUNS.map(lambda runs: "".join((piece * times)[:LONGEST] for piece, times in runs)[:LONGEST])
+    st.text(),
+    RUNS.map(lambda runs: "".join((piece * times)[:LONGEST] for piece, times in runs)[:LONGEST]),
 )
 
 
@@ -150,7 +153,9 @@ def quickest(function, *args):
 
 
 @settings(
-    max_examples=10_000 if THOROUGH else 500, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=10_000 if THOROUGH else 500,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 @given(TEXTS, st.sampled_from(["", "<type>numerical</type><question>", "\\boxed{"]), TEXTS)
 @example("<type>" * 50, "", "")
@@ -161,27 +166,48 @@ def test_any_output_is_parsed_or_refused_at_once(text, before, other):
     assert seconds < 0.005
     if question is not None:
         assert question.kind in KINDS and question.text.strip() and question.answer.strip()
-        blocks = f"<type>{question.kind}</type><question>{question.text}</question><answer>3</answer>"
+        blocks = (
+            f"<type>{question.kind}</type><question>{question.text}</question><answer>3</answer>"
+        )
         assert parse_question(blocks) == Question(question.kind, question.text, "3")
     answer, seconds = quickest(extract_answer, text)
     assert seconds < 0.005 and (answer is None or (answer.strip() and answer in text))
-    for a, b in ((text, other), (text[:400], other[:400])):  # longer answers are compared as they stand
+    for a, b in (
+        (text, other),
+        (text[:400], other[:400]),
+    ):  # longer answers are compared as they stand
         same, seconds = quickest(same_answer, a, b)
-        assert seconds < 0.01 and same == same_answer(b, a) and same_answer(a, a), "two texts: 5 ms each"
+        assert seconds < 0.01 and same == same_answer(b, a) and same_answer(a, a), (
+            "two texts: 5 ms each"
+        )
 
 
 @pytest.mark.parametrize("piece", TAGS + BRACES + NUMBERS + OTHERS + ["<type></type>"])
 def test_parsing_takes_linear_time(piece):
     """A quadratic parser would take minutes on a megabyte."""
     text, start = piece * (1_000_000 // len(piece)), time.process_time()
-    assert parse_question(text) is None and parse_question("<type>numerical</type><question>" + text) is None
+    assert (
+        parse_question(text) is None
+        and parse_question("<type>numerical</type><question>" + text) is None
+    )
     assert extract_answer(text) is None and not same_answer(text, "1") and same_answer(text, text)
     assert extract_answer("\\boxed{" + text[:100_000]) is None or "}" in piece
     assert time.process_time() - start < 3
 
 
 CONTROL_PIECE = st.sampled_from(
-    [*CONTROL, "<|im_", "start|>", "<|", "|>", "\n", "assistant", "user", "\x01user text\x01", "How many?"]
+    [
+        *CONTROL,
+        "<|im_",
+        "start|>",
+        "<|",
+        "|>",
+        "\n",
+        "assistant",
+        "user",
+        "\x01user text\x01",
+        "How many?",
+    ]
 )
 
 
@@ -199,4 +225,6 @@ def test_a_question_cannot_forge_a_turn_or_an_image(random_vlm, text):
     assert torch.equal(prompts[0].ids[:first], prompts[1].ids[:first]), (
         "what stands before the question is untouched"
     )
-    assert text in random_vlm.tokenizer.decode(prompts[0].ids), "and nothing of the question is lost"
+    assert text in random_vlm.tokenizer.decode(prompts[0].ids), (
+        "and nothing of the question is lost"
+    )

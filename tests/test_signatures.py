@@ -38,7 +38,9 @@ def test_variety_by_hand():
     same, other = "How many red discs are there in it ?", "What stands left of the old house ?"
     found = signatures.variety([same, same, same, other], ["numerical"] * 3 + ["regression"])
     assert (found["all_clusters"], found["largest_cluster"]) == (2, 0.75)
-    assert found["kind_entropy"] == pytest.approx(0.8113, abs=1e-4) and found["distinct_2"] == 15 / 31
+    assert (
+        found["kind_entropy"] == pytest.approx(0.8113, abs=1e-4) and found["distinct_2"] == 15 / 31
+    )
     assert signatures.variety([], []) == dict(
         variety_of=0, distinct_2=0.0, all_clusters=0, largest_cluster=0.0, kind_entropy=0.0
     )
@@ -67,10 +69,14 @@ def test_more_questions_of_the_same_kind_are_no_less_varied():
     questions = [ask() for _ in range(640)]
     found = [signatures.variety(questions[:n], ["numerical"] * n) for n in (10, 64, 640)]
     assert found[2]["distinct_2"] > 0.7 * found[1]["distinct_2"]
-    assert found[1]["distinct_2"] < 0.5 * found[0]["distinct_2"], "of different numbers they are not the same"
+    assert found[1]["distinct_2"] < 0.5 * found[0]["distinct_2"], (
+        "of different numbers they are not the same"
+    )
     assert all(signatures.question_collapse(found[0], now) is None for now in found)
     nothing = signatures.variety([], [])
-    assert signatures.question_collapse(nothing, nothing) is None, "no question at all is no repetition"
+    assert signatures.question_collapse(nothing, nothing) is None, (
+        "no question at all is no repetition"
+    )
 
 
 FIRST = dict(variety_of=64, distinct_2=0.4, kind_entropy=1.2, largest_cluster=0.2)
@@ -101,14 +107,18 @@ def test_a_collapse_is_seen_although_some_outputs_were_invalid():
         assert message and message.count(";") == 2
     for first, now in ((64, 20), (20, 64), (0, 64), (64, 0)):
         assert (
-            signatures.question_collapse(FIRST | dict(variety_of=first), collapsed | dict(variety_of=now))
+            signatures.question_collapse(
+                FIRST | dict(variety_of=first), collapsed | dict(variety_of=now)
+            )
             is None
         )
 
 
 def test_a_cluster_that_was_always_large_is_no_collapse():
     assert (
-        signatures.question_collapse(FIRST | dict(largest_cluster=0.45), FIRST | dict(largest_cluster=0.8))
+        signatures.question_collapse(
+            FIRST | dict(largest_cluster=0.45), FIRST | dict(largest_cluster=0.8)
+        )
         is None
     )
 
@@ -119,7 +129,12 @@ ONES, ZEROS = [1.0], [0.0]
 @pytest.mark.parametrize(
     "before, now, surer, said",
     [
-        (ONES * 60 + ZEROS * 4, ONES * 40 + ZEROS * 24, True, "right in 0.94 -> 0.62 on 64 fixed questions"),
+        (
+            ONES * 60 + ZEROS * 4,
+            ONES * 40 + ZEROS * 24,
+            True,
+            "right in 0.94 -> 0.62 on 64 fixed questions",
+        ),
         (ONES * 60 + ZEROS * 4, ONES * 40 + ZEROS * 24, False, None),  # less sure as well: honest
         (ONES * 60 + ZEROS * 4, ONES * 59 + ZEROS * 5, True, None),  # by chance
         (ONES * 40 + ZEROS * 24, ONES * 60 + ZEROS * 4, True, None),  # better

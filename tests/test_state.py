@@ -20,7 +20,9 @@ def save(folder, number):
     (folder / "state").mkdir(parents=True, exist_ok=True)
     files = {
         "reasoner": [
-            write_tensors(folder, f"{number:06}-reasoner-0", {"w": torch.full((50,), float(number))})
+            write_tensors(
+                folder, f"{number:06}-reasoner-0", {"w": torch.full((50,), float(number))}
+            )
         ]
     }
     files["moments"] = [
@@ -32,7 +34,13 @@ def save(folder, number):
     write_state(
         folder,
         number,
-        State(iteration=1, phase="reasoner", step=number, skipped=[("a\udcff.png", "why")], files=files),
+        State(
+            iteration=1,
+            phase="reasoner",
+            step=number,
+            skipped=[("a\udcff.png", "why")],
+            files=files,
+        ),
     )
 
 
@@ -49,7 +57,9 @@ def test_a_state_comes_back_and_old_ones_go(tmp_path):
         save(tmp_path, number)
     assert check(tmp_path, 3) == []
     assert recover(tmp_path)[1].skipped == [["a\udcff.png", "why"]]
-    assert len(list((tmp_path / "state").iterdir())) == 2 * 3, "two states, each with two files of its own"
+    assert len(list((tmp_path / "state").iterdir())) == 2 * 3, (
+        "two states, each with two files of its own"
+    )
     (tmp_path / "state" / "000003.json").unlink()
     check(tmp_path, 2)
 

@@ -20,9 +20,22 @@ from model.forward import embed
 from model.prompt import Picture
 from model.sampling import Sampling
 from toy import answerer
-from training.scenes import COLOURS, Thing, is_held_out, read_truth, render, sample_scene, write_scenes
+from training.scenes import (
+    COLOURS,
+    Thing,
+    is_held_out,
+    read_truth,
+    render,
+    sample_scene,
+    write_scenes,
+)
 
-SCENE = (Thing(0, "red", "disc"), Thing(1, "red", "ring"), Thing(4, "blue", "disc"), Thing(8, "red", "disc"))
+SCENE = (
+    Thing(0, "red", "disc"),
+    Thing(1, "red", "ring"),
+    Thing(4, "blue", "disc"),
+    Thing(8, "red", "disc"),
+)
 SAMPLING = dict(max_new_tokens=32, temperature=1.0, top_p=0.99)
 
 
@@ -52,7 +65,12 @@ def test_the_answerer_by_hand(question, kind, objects, answer):
 
 @pytest.mark.parametrize(
     "question",
-    ["", "How many cats are there?", "Does it show more red than red shapes, yes or no?", "x" * 10**6],
+    [
+        "",
+        "How many cats are there?",
+        "Does it show more red than red shapes, yes or no?",
+        "x" * 10**6,
+    ],
 )
 def test_other_questions_are_not_understood(question):
     assert answerer.understand(question, SCENE) is None
@@ -67,8 +85,15 @@ def test_the_answerer_against_the_pixels():
             pixels = np.asarray(render(scene, rng, size)).astype(int)
             cell = size // 3
             for colour, rgb in COLOURS.items():
-                hits = (abs(pixels - rgb).sum(-1) < 30).reshape(3, cell, 3, cell).any(axis=(1, 3)).sum()
-                assert answerer.understand(f"How many {colour} shapes are there?", scene).answer == str(hits)
+                hits = (
+                    (abs(pixels - rgb).sum(-1) < 30)
+                    .reshape(3, cell, 3, cell)
+                    .any(axis=(1, 3))
+                    .sum()
+                )
+                assert answerer.understand(
+                    f"How many {colour} shapes are there?", scene
+                ).answer == str(hits)
 
 
 def test_questions_are_understood_and_varied():
@@ -82,7 +107,9 @@ def test_questions_are_understood_and_varied():
 def test_scenes_are_written_with_their_truth(tmp_path):
     paths = write_scenes(tmp_path, 5, seed=3)
     truth = read_truth(tmp_path)
-    assert [p.name for p in paths] == list(truth) and all(2 <= len(scene) <= 9 for scene in truth.values())
+    assert [p.name for p in paths] == list(truth) and all(
+        2 <= len(scene) <= 9 for scene in truth.values()
+    )
     first = [p.read_bytes() for p in paths]
     assert [p.read_bytes() for p in write_scenes(tmp_path, 5, seed=3)] == first
     assert [p.read_bytes() for p in write_scenes(tmp_path, 5, seed=4)] != first
@@ -116,7 +143,9 @@ def held_out(tmp_path_factory):
 def test_every_rung_has_its_questions(held_out, tmp_path):
     folder, items = held_out
     lines = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
-    assert Counter(measure.rung(line["objects"]) for line in lines) == dict.fromkeys(measure.RUNGS, 128)
+    assert Counter(measure.rung(line["objects"]) for line in lines) == dict.fromkeys(
+        measure.RUNGS, 128
+    )
     truth = read_truth(folder)
     for item, line in zip(items, lines):
         fact = answerer.understand(item.question, truth[Path(item.image).name])
@@ -237,12 +266,17 @@ def test_lessons_teach_what_they_say():
 
     rng = random.Random(0)
     question = "How many red discs are there?"
-    assert reasoner_output(question, SCENE, rng, COMPLETE) == "<think> red disc red disc</think>\\boxed{2}"
+    assert (
+        reasoner_output(question, SCENE, rng, COMPLETE)
+        == "<think> red disc red disc</think>\\boxed{2}"
+    )
     assert reasoner_output(question, SCENE, rng, (0, 1)) == "<think> red disc</think>\\boxed{1}"
     parsed = questioner.parse_question(questioner_output(question, SCENE))
     assert parsed == questioner.Question("numerical", question, "2")
     for stops in STEEPNESS.values():
-        lazy = [reasoner_output("How many shapes are there?", SCENE, rng, stops) for _ in range(2000)]
+        lazy = [
+            reasoner_output("How many shapes are there?", SCENE, rng, stops) for _ in range(2000)
+        ]
         whole = sum(reasoner.extract_answer(text) == "4" for text in lazy) / len(lazy)
         assert abs(whole - (1 - stops[1]) * (1 - stops[2]) * (1 - stops[3])) < 0.05
     asked = Counter(easy_question(SCENE, rng) for _ in range(3000))
@@ -282,8 +316,13 @@ def test_the_base_asks_valid_questions_mostly_easy_ones(toy):
     generator = torch.Generator().manual_seed(0)
     asked = questioner.ask(toy, pictures, 4, Sampling(**SAMPLING), generator)
     proposals = [(question, scene) for a, scene in zip(asked, scenes) for question in a.questions]
-    facts = [question and answerer.understand(question.text, scene) for question, scene in proposals]
+    facts = [
+        question and answerer.understand(question.text, scene) for question, scene in proposals
+    ]
     assert sum(fact is not None for fact in facts) > 0.97 * len(facts)
     assert {fact.kind for fact in facts if fact} == answerer.PATTERNS.keys()
     objects = [len(fact.things) for fact in facts if fact]
-    assert sum(objects) / len(objects) < 2.5 and 0.01 < sum(n >= 5 for n in objects) / len(objects) < 0.2
+    assert (
+        sum(objects) / len(objects) < 2.5
+        and 0.01 < sum(n >= 5 for n in objects) / len(objects) < 0.2
+    )

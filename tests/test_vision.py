@@ -45,7 +45,9 @@ def test_features_and_gradients_are_transformers(any_visual, grids):
     plain, pixels, sizes = copy.deepcopy(visual), pixels_for(visual, grids), torch.tensor(grids)
     plain.config._attn_implementation = "sdpa"
     theirs = plain(pixels, sizes)
-    theirs = torch.cat([theirs.pooler_output, *(getattr(theirs, "deepstack_features", None) or ())], dim=1)
+    theirs = torch.cat(
+        [theirs.pooler_output, *(getattr(theirs, "deepstack_features", None) or ())], dim=1
+    )
     ours = encode_images(visual, pixels, sizes)
     assert [len(image) for image in ours] == [t * h * w // 4 for t, h, w in grids]
     assert (torch.cat(ours) - theirs).abs().max() < 1e-5 * max(1.0, theirs.abs().max())
@@ -82,7 +84,11 @@ def test_a_layer_takes_a_call_for_each_length(visual, monkeypatch):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 2), st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 2), st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=5
+    )
+)
 def test_every_patch_has_one_place(visual, shapes):
     grids = [[t, 2 * h, 2 * w] for t, h, w in shapes]
     order, windows, images = sort_patches(visual, grids)

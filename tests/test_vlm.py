@@ -25,14 +25,18 @@ def test_image_tokens_against_transformers_processor(random_vlm, size, monkeypat
     processor = processor_of(random_vlm, monkeypatch)
     image, text = noise_image(*size), "How many red discs are there?\n  Say \\boxed{n}."
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-    rendered = random_vlm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    rendered = random_vlm.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
     theirs = processor(text=[rendered], images=[image], return_tensors="pt")
     ours = random_vlm.prompt(text, image)
     assert ours.ids.tolist() == theirs["input_ids"][0].tolist()
     assert torch.equal(ours.images[0].pixels, theirs["pixel_values"])
     assert torch.equal(ours.images[0].grid, theirs["image_grid_thw"])
     where = (ours.ids == random_vlm.model.config.image_token_id).nonzero()[:, 0]
-    assert torch.equal(ours.places, where) and torch.equal(where, where[0] + torch.arange(len(where)))
+    assert torch.equal(ours.places, where) and torch.equal(
+        where, where[0] + torch.arange(len(where))
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -85,7 +89,12 @@ def test_a_limit_below_the_checkpoints_least_size_scales_nothing_up(published, t
     """The published minimum is four image tokens; an image of fewer, within the limit, keeps its own size."""
     side = token_side(published)
     vlm = VLM.load(published, "cpu", torch.float32, max_pixels=int(side * side * tokens))
-    sizes = ((side, side), 1), ((side + 2, side + 2), 1), ((2 * side, side), 2), ((side, 3 * side), 3)
+    sizes = (
+        ((side, side), 1),
+        ((side + 2, side + 2), 1),
+        ((2 * side, side), 2),
+        ((side, 3 * side), 3),
+    )
     for size, own in (*sizes, ((2 * side, 2 * side), 4)):
         got = vlm.prompt("x", noise_image(*size)).image_tokens
         assert got == own if own <= tokens else 1 <= got <= tokens
@@ -112,13 +121,19 @@ def test_gradients_can_be_stepped_on_with_either_kind_of_head(published):
     ):
         vlm.model.zero_grad()
         sum(x.sum() for x in logps).backward()
-        both.append({name: p.grad for name, p in vlm.model.named_parameters() if p.grad is not None})
-    assert both[0].keys() == both[1].keys() and all(g.layout == torch.strided for g in both[0].values())
+        both.append(
+            {name: p.grad for name, p in vlm.model.named_parameters() if p.grad is not None}
+        )
+    assert both[0].keys() == both[1].keys() and all(
+        g.layout == torch.strided for g in both[0].values()
+    )
     assert all(torch.allclose(both[0][name], both[1][name], atol=1e-4) for name in both[0])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("row_tokens, batch_tokens", [(packing.ROW_TOKENS, 0), (60, 0), (60, 10**6)])
+@pytest.mark.parametrize(
+    "row_tokens, batch_tokens", [(packing.ROW_TOKENS, 0), (60, 0), (60, 10**6)]
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_logprobs_and_gradients_against_the_plain_forward(
     random_vlm, temperature, row_tokens, batch_tokens, checkpointing, monkeypatch
@@ -167,7 +182,8 @@ def test_groups_share_batches(random_vlm, batch_tokens, batches, monkeypatch):
     monkeypatch.setattr(packing, "BATCH_TOKENS", batch_tokens)
     sizes, lengths = [(120, 60), (60, 60), (60, 90)], [[5, 1, 12], [0, 3], [0]]
     prompts = [
-        random_vlm.prompt("How many?" * (i + 1), noise_image(*size, seed=i)) for i, size in enumerate(sizes)
+        random_vlm.prompt("How many?" * (i + 1), noise_image(*size, seed=i))
+        for i, size in enumerate(sizes)
     ]
     groups = []
     for seed, (prompt, wanted) in enumerate(zip(prompts, lengths)):
@@ -184,7 +200,10 @@ def test_groups_share_batches(random_vlm, batch_tokens, batches, monkeypatch):
 
 @settings(deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 50), st.lists(st.integers(0, 40), min_size=1, max_size=9)), max_size=6),
+    st.lists(
+        st.tuples(st.integers(1, 50), st.lists(st.integers(0, 40), min_size=1, max_size=9)),
+        max_size=6,
+    ),
     st.integers(1, 200),
     st.integers(1, 400),
 )
@@ -206,10 +225,13 @@ def test_packing_loses_nothing_and_keeps_to_the_budget(shapes, row_tokens, batch
     assert sorted(map(id, packed)) == sorted(map(id, completions))
     for row in rows:
         assert all(completion.prompt is row.prompt for completion in row.completions)
-        assert row.length == len(row.prompt) + sum(max(0, len(c.tokens) - 1) for c in row.completions)
+        assert row.length == len(row.prompt) + sum(
+            max(0, len(c.tokens) - 1) for c in row.completions
+        )
         assert len(row.completions) == 1 or row.length <= row_tokens
     assert all(
-        len(batch) == 1 or len(batch) * max(row.length for row in batch) <= batch_tokens for batch in batches
+        len(batch) == 1 or len(batch) * max(row.length for row in batch) <= batch_tokens
+        for batch in batches
     )
     assert all(
         len(batch) == 1 or sum(row.prompt.image_tokens for row in batch) <= batch_tokens // 3
@@ -228,7 +250,8 @@ def test_weights_are_parked_and_present(random_vlm):
     assert all(torch.equal(a, b) for a, b in zip(before, vlm.model.parameters(), strict=True))
     twin = vlm.copy()
     assert (
-        twin.offloaded and next(twin.model.parameters()).data_ptr() != next(vlm.model.parameters()).data_ptr()
+        twin.offloaded
+        and next(twin.model.parameters()).data_ptr() != next(vlm.model.parameters()).data_ptr()
     )
     vlm.device = torch.device("meta")
     with pytest.raises(RuntimeError), vlm.on_device():
@@ -249,7 +272,9 @@ def test_completions_do_not_see_each_other(random_vlm):
     with torch.no_grad():
         together, alone = random_vlm.logprobs(prompt, [a, b, c]), random_vlm.logprobs(prompt, [b])
         other = random_vlm.logprobs(prompt, [c[::-1], b, a])
-    assert (together[1] - alone[0]).abs().max() < 1e-5 and (together[1] - other[1]).abs().max() < 1e-5
+    assert (together[1] - alone[0]).abs().max() < 1e-5 and (
+        together[1] - other[1]
+    ).abs().max() < 1e-5
 
 
 def test_logprobs_of_empty_completions_and_image_tokens(random_vlm):

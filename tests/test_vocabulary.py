@@ -35,7 +35,10 @@ from training.images import load_image
 
 RANKS, VOCABULARY = 151_643, 151_936  # tokens in the list; rows of the published matrices
 LATER = "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|>"
-LATER = [*LATER.split(), "<|file_sep|>"]  # published behind the 14 control tokens, and no control tokens
+LATER = [
+    *LATER.split(),
+    "<|file_sep|>",
+]  # published behind the 14 control tokens, and no control tokens
 LATER_3 = [*LATER, "<tool_response>", "</tool_response>", "<think>", "</think>"]  # Qwen3's
 PHOTOGRAPHS = {  # by name, their image tokens at the published limits: of 28 x 28 pixels each, of 32 x 32
     "astronaut.png": (18 * 18, 16 * 16), "chelsea.png": (16 * 11, 14 * 9), "coffee.png": (21 * 14, 19 * 12),
@@ -61,7 +64,9 @@ def fetched(package: str, folder: Path, wanted: str) -> Path:
             [sys.executable, *command, folder, package], check=True, capture_output=True, timeout=60
         )
     except (OSError, subprocess.SubprocessError) as error:
-        pytest.skip(f"the wheel of {package} cannot be fetched: {getattr(error, 'stderr', b'')[-200:]!r}")
+        pytest.skip(
+            f"the wheel of {package} cannot be fetched: {getattr(error, 'stderr', b'')[-200:]!r}"
+        )
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as files:
         files.extractall(folder, [name for name in files.namelist() if name.startswith(wanted)])
@@ -95,7 +100,9 @@ def byte_letters() -> dict[int, str]:
     """The letter that stands for each byte in a byte-level vocabulary: itself if it can be seen."""
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in seen]
-    return {byte: chr(byte) for byte in seen} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in seen} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)
+    }
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -152,7 +159,9 @@ def teach(folder: Path, photographs: Path) -> None:
     optimizer = torch.optim.AdamW([rows, *vlm.model.model.parameters()], lr=5e-3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logprobs_module, "token_logprobs", logprobs)
-        patch.setattr(embeddings, "forward", lambda ids: torch.nn.functional.embedding(place[ids], rows))
+        patch.setattr(
+            embeddings, "forward", lambda ids: torch.nn.functional.embedding(place[ids], rows)
+        )
         for step in range(100):
             optimizer.zero_grad()
             groups = [grpo.make_group(prompt, ids) for prompt, ids in lessons[step % len(lessons)]]
@@ -234,10 +243,14 @@ def test_tokens_have_their_published_numbers(vlm):
     assert {text: ids_of(vlm, text) for text in published} == published
     assert ids_of(vlm, "<|file_sep|>") == [151_664]
     if vlm.model.config.model_type == "qwen3_vl":
-        assert ids_of(vlm, "<think></think>") == [151_667, 151_668] and len(vlm.tokenizer) == 151_669
+        assert (
+            ids_of(vlm, "<think></think>") == [151_667, 151_668] and len(vlm.tokenizer) == 151_669
+        )
     else:
         assert len(vlm.tokenizer) == 151_665
-    assert sorted(vlm.end_ids) == [151_643, 151_645] and vlm.vision_ids == list(range(151_652, 151_657))
+    assert sorted(vlm.end_ids) == [151_643, 151_645] and vlm.vision_ids == list(
+        range(151_652, 151_657)
+    )
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -249,16 +262,16 @@ def test_texts_come_back(vlm, text):
     ending = "<|im_end|>\n<|im_start|>assistant\n" + vlm.opened_thought
     assert vlm.tokenizer.decode(prompt.ids).endswith(composed + ending)
     if "\\boxed" not in text and text.isprintable():
-        said = (
-            f"<type>numerical</type><question>{text}</question>\n<answer>\\boxed{{{text}}}</answer><|im_end|>"
-        )
+        said = f"<type>numerical</type><question>{text}</question>\n<answer>\\boxed{{{text}}}</answer><|im_end|>"
         question = questioner.parse_question(vlm.decode(ids_of(vlm, said)))
         assert question.text == composed.strip() and extract_answer(vlm.decode(ids_of(vlm, said)))
 
 
 def test_a_completion_cut_inside_of_a_character_is_read(vlm):
     """An emoji is several tokens; any prefix of a completion decodes, and parses to something or nothing."""
-    ids = ids_of(vlm, "<type>numerical</type><question>👩‍🚀𝔘?</question><answer>\\boxed{🐈‍⬛}</answer>")
+    ids = ids_of(
+        vlm, "<type>numerical</type><question>👩‍🚀𝔘?</question><answer>\\boxed{🐈‍⬛}</answer>"
+    )
     assert len(ids) > 20
     for end in range(len(ids)):
         text = vlm.decode(ids[:end])
@@ -295,9 +308,13 @@ def test_texts_around_images_are_tokenised_as_transformers_does(vlm, text, monke
     prompt = vlm.prompt(text, images)
     processor = processor_of(vlm, monkeypatch)
     parts = arrange(text, 2)
-    content = [{"type": "image"} if isinstance(p, int) else {"type": "text", "text": p} for p in parts]
+    content = [
+        {"type": "image"} if isinstance(p, int) else {"type": "text", "text": p} for p in parts
+    ]
     messages = [{"role": "user", "content": content}]
-    rendered = vlm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    rendered = vlm.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
     shown = [images[part] for part in parts if isinstance(part, int)]
     theirs = processor(text=[rendered], images=[shown], return_tensors="pt")
     assert prompt.ids.tolist() == theirs["input_ids"][0].tolist()
@@ -307,7 +324,9 @@ def test_texts_around_images_are_tokenised_as_transformers_does(vlm, text, monke
 def test_one_image_and_a_text_are_tokenised_as_transformers_does(vlm, text, monkeypatch):
     image = checkpoints.noise_image(300, 280)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-    rendered = vlm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    rendered = vlm.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
     theirs = processor_of(vlm, monkeypatch)(text=[rendered], images=[image], return_tensors="pt")
     assert vlm.prompt(text, image).ids.tolist() == theirs["input_ids"][0].tolist()
 
@@ -336,7 +355,9 @@ def test_greedy_tokens_are_those_of_transformers(vlm, photographs):
     for prompt in asked(vlm, photographs):
         vlm.model.model.rope_deltas = None
         plain = dict(do_sample=False, max_new_tokens=12, temperature=None, repetition_penalty=1.0)
-        plain |= dict(suppress_tokens=vlm.vision_ids, pad_token_id=151_643, eos_token_id=vlm.end_ids)
+        plain |= dict(
+            suppress_tokens=vlm.vision_ids, pad_token_id=151_643, eos_token_id=vlm.end_ids
+        )
         theirs = vlm.model.generate(**plain_inputs(prompt), **plain)[0, len(prompt) :].tolist()
         assert generate(vlm, [prompt], 1, 12, temperature=0.0)[0] == [theirs]
         written |= set(theirs)
@@ -388,15 +409,21 @@ def test_sampling_draws_from_the_whole_vocabulary():
 
 def test_an_iteration_export_and_evaluation(real, photographs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags = "--iterations 1 --questioner-steps 1 --reasoner-steps 1 --images-per-step 2 --group-size 4"
-    flags += " --answers 4 --candidates 8 --temperature 0.5 --tau-high 1 --max-new-tokens 40 --lr 1e-4"
+    flags = (
+        "--iterations 1 --questioner-steps 1 --reasoner-steps 1 --images-per-step 2 --group-size 4"
+    )
+    flags += (
+        " --answers 4 --candidates 8 --temperature 0.5 --tau-high 1 --max-new-tokens 40 --lr 1e-4"
+    )
     flags += f" --max-pixels {32 * 32 * 24} --device cpu --name x"
     assert loop.main(["--model", str(real), "--images", str(photographs), *flags.split()]) == 0
     run, err = tmp_path / "runs" / "x", capsys.readouterr().err
     assert "Traceback" not in err and not (run / "skipped.txt").exists()
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in records if r["phase"] in ("questioner", "reasoner")]
-    assert [r["phase"] for r in steps] == ["questioner", "reasoner"] and not any(r["skipped"] for r in steps)
+    assert [r["phase"] for r in steps] == ["questioner", "reasoner"] and not any(
+        r["skipped"] for r in steps
+    )
     assert steps[0]["validity"] > 0
     curated = read_examples(run / "curated" / "iteration-1.jsonl")
     assert curated and {e.label for e in curated} <= {"1", "2"}
@@ -406,13 +433,27 @@ def test_an_iteration_export_and_evaluation(real, photographs, tmp_path, monkeyp
     inputs = plain_inputs(asked(trained, photographs)[0])
     with torch.no_grad():
         logits = plain(**inputs).logits
-        assert logits.shape[-1] == VOCABULARY and torch.equal(logits, trained.model(**inputs).logits)
+        assert logits.shape[-1] == VOCABULARY and torch.equal(
+            logits, trained.model(**inputs).logits
+        )
     for name in ("tokenizer.json", "vocab.json", "merges.txt", "chat_template.json"):
         assert (run / "reasoner" / name).read_bytes() == (real / name).read_bytes()
 
-    lines = [dict(image=str(photographs / name), question="How many?", answer="1") for name in PHOTOGRAPHS]
+    lines = [
+        dict(image=str(photographs / name), question="How many?", answer="1")
+        for name in PHOTOGRAPHS
+    ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
-    args = ["--model", str(real), "--model", str(run / "reasoner"), "--data", "data.jsonl", "--device", "cpu"]
+    args = [
+        "--model",
+        str(real),
+        "--model",
+        str(run / "reasoner"),
+        "--data",
+        "data.jsonl",
+        "--device",
+        "cpu",
+    ]
     args += [
         "--answers",
         "4",
@@ -425,5 +466,9 @@ def test_an_iteration_export_and_evaluation(real, photographs, tmp_path, monkeyp
     ]
     assert evaluate.main(args) == 0
     given = json.loads((tmp_path / "out.json").read_text())["answers"]
-    assert {a for answers in given.values() for o in answers for a in o["samples"]} <= {"1", "2", None}
+    assert {a for answers in given.values() for o in answers for a in o["samples"]} <= {
+        "1",
+        "2",
+        None,
+    }
     assert any(o["greedy"] == "1" for answers in given.values() for o in answers)

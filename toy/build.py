@@ -31,7 +31,11 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 import questioner
 import reasoner
@@ -267,9 +271,13 @@ class Lessons:
         return prompts, [ids + [self.vlm.end_ids[0]] for ids in completions]
 
 
-def train(vlm: VLM, lessons: Lessons, steps: int, lr: float, asking: float, stops: Sequence[float]) -> None:
+def train(
+    vlm: VLM, lessons: Lessons, steps: int, lr: float, asking: float, stops: Sequence[float]
+) -> None:
     """Trains by AdamW on batches of lessons; the learning rate warms up and falls to zero as a cosine."""
-    optimizer = torch.optim.AdamW(vlm.model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        vlm.model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01
+    )
     vlm.model.train()
     progress = tqdm(range(steps), mininterval=20)
     for step in progress:
@@ -290,7 +298,9 @@ def build(out: Path, steepness: str, start: Path | None) -> None:
     """Runs both stages, or the second alone from the checkpoint `start`. Saves the model in `out`."""
     torch.manual_seed(0)
     torch.set_num_threads(1)  # more threads add in another order, and would make another checkpoint
-    with tempfile.TemporaryDirectory() as fresh:  # so that `out` keeps what it has until the new one is made
+    with (
+        tempfile.TemporaryDirectory() as fresh
+    ):  # so that `out` keeps what it has until the new one is made
         vlm = VLM.load(start, "cpu", torch.float32) if start else new_vlm(Path(fresh))
         if not start:
             lessons = Lessons(vlm, SCENES, random.Random("complete lists"))
@@ -305,9 +315,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steepness", choices=STEEPNESS, default="medium", help="how lazy (default: medium)")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="where it goes (default: this folder)")
-    parser.add_argument("--start", type=Path, help="the second stage alone, from the checkpoint there")
+    parser.add_argument(
+        "--steepness", choices=STEEPNESS, default="medium", help="how lazy (default: medium)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=FOLDER, help="where it goes (default: this folder)"
+    )
+    parser.add_argument(
+        "--start", type=Path, help="the second stage alone, from the checkpoint there"
+    )
     args = parser.parse_args()
     build(args.out, args.steepness, args.start)
 

@@ -42,7 +42,14 @@ from training.images import Found, ImageError, find_images, say_why_none
 from training.log import Console
 from training.run import Run, RunError, Stopped
 from training.scenes import write_scenes
-from training.settings import MAY_CHANGE, Settings, continue_settings, flag, parse_arguments, read_saved
+from training.settings import (
+    MAY_CHANGE,
+    Settings,
+    continue_settings,
+    flag,
+    parse_arguments,
+    read_saved,
+)
 
 TOO_LITTLE_MEMORY = (
     "the GPU has too little memory: run again with the same --name and --gradient-checkpointing, --offload "
@@ -53,7 +60,9 @@ TOO_LITTLE_HOST_MEMORY = (
     "the computer has too little memory: begin anew with a lower --images-per-step, --max-new-tokens, "
     "--max-pixels or --group-size"
 )
-NO_MEMORY = "can't allocate memory"  # torch's words when the computer has none; a GPU's is OutOfMemoryError
+NO_MEMORY = (
+    "can't allocate memory"  # torch's words when the computer has none; a GPU's is OutOfMemoryError
+)
 Loop = Callable[[Settings, Run], None]
 
 
@@ -89,7 +98,9 @@ def main(loop: Loop, description: str, argv: list[str] | None = None) -> int:
                     show_time(setup)
                 else:
                     roles = begin_run(setup, program)
-                    go_on = f"continue with: python {program} --resume {shlex.quote(str(run.folder))}"
+                    go_on = (
+                        f"continue with: python {program} --resume {shlex.quote(str(run.folder))}"
+                    )
                     train(loop, run, roles)
     except (Exception, KeyboardInterrupt) as error:
         told = explain(error, go_on)
@@ -104,8 +115,12 @@ def main(loop: Loop, description: str, argv: list[str] | None = None) -> int:
 
 def quiet_libraries() -> None:
     """Silences what libraries print where a sentence of ours says it, or where nothing is wrong."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, for a mistyped model
-    warnings.filterwarnings("ignore", module="PIL")  # a strange image is used, or skipped and listed
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # its retries, for a mistyped model
+    warnings.filterwarnings(
+        "ignore", module="PIL"
+    )  # a strange image is used, or skipped and listed
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     if hasattr(sys.stdout, "reconfigure"):
@@ -208,7 +223,9 @@ def resolve(settings: Settings, checkpoint: Checkpoint, device: torch.device) ->
     """
     width = checkpoint.config.text_config.hidden_size
     if settings.lora_rank > width:
-        raise ValueError(f"--lora-rank must be at most {width}, the model's width, not {settings.lora_rank}")
+        raise ValueError(
+            f"--lora-rank must be at most {width}, the model's width, not {settings.lora_rank}"
+        )
     checkpoint.check_max_pixels(settings.max_pixels)
     dtype = find_dtype(settings.dtype, device)
     # Folders by their absolute paths; a hub id stays.
@@ -228,10 +245,16 @@ def resolve(settings: Settings, checkpoint: Checkpoint, device: torch.device) ->
 
 def new_run(settings: Settings, folder: Path, checkpoint: Checkpoint, ranks: Ranks) -> Run:
     """Returns a run that begins, with its images. Raises ValueError if its folder is something else's."""
-    begun = ("state", "lock", "images.json")  # all there is of a run that was killed before it was there
+    begun = (
+        "state",
+        "lock",
+        "images.json",
+    )  # all there is of a run that was killed before it was there
     if folder.exists() and not settings.dry_run:
         if any(path.name not in begun and path.suffix != ".new" for path in folder.iterdir()):
-            raise ValueError(f"{folder} exists already and is not the folder of a run; choose another --name")
+            raise ValueError(
+                f"{folder} exists already and is not the folder of a run; choose another --name"
+            )
     images = Found([], [])  # built-in scenes are drawn when the run begins
     if settings.images is not None:
         images = find_images(settings.images)
@@ -261,7 +284,12 @@ def check_same_settings(settings: Settings, folder: Path) -> dict:
 
 
 def reopen_run(
-    settings: Settings, folder: Path, saved: dict, program: str | None, checkpoint: Checkpoint, ranks: Ranks
+    settings: Settings,
+    folder: Path,
+    saved: dict,
+    program: str | None,
+    checkpoint: Checkpoint,
+    ranks: Ranks,
 ) -> Run:
     """Returns a run that goes on with the images that it began with. saved: see `settings.read_saved`.
 
@@ -269,12 +297,16 @@ def reopen_run(
     """
     started = saved["program"]  # None: by a notebook, or an earlier version
     if None not in (started, program) and started != program:
-        raise ValueError(f"{folder} was started by {started}, not by {program}, and only goes on with that")
+        raise ValueError(
+            f"{folder} was started by {started}, not by {program}, and only goes on with that"
+        )
     try:
         found = json.loads((folder / "images.json").read_text())
         images = Found(found["paths"], [(path, why) for path, why in found["skipped"]])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/images.json, the list of the run's images, cannot be read") from error
+        raise ValueError(
+            f"{folder}/images.json, the list of the run's images, cannot be read"
+        ) from error
     run = Run(folder, images, saved["scene_size"], checkpoint.token_side, settings, ranks)
     run.reopen(dataclasses.asdict(settings) | saved)
     return run
@@ -305,12 +337,16 @@ def begin_run(setup: Setup, program: str | None = None) -> tuple[VLM, VLM]:
     dry_run.check_disk(setup)  # again, as weights may have been downloaded
     is_new = run.number == 0
     if is_new:
-        run.create(dataclasses.asdict(run.settings) | {"scene_size": run.scene_size, "program": program})
+        run.create(
+            dataclasses.asdict(run.settings) | {"scene_size": run.scene_size, "program": program}
+        )
     # Rank 0 draws the scenes for all. What the answers are, only toy/answerer.py knows.
     if run.settings.images is None:
         drawn = []
         if run.ranks.is_main:
-            drawn = write_scenes(run.folder / "images", dry_run.SCENES, run.settings.seed, run.scene_size)
+            drawn = write_scenes(
+                run.folder / "images", dry_run.SCENES, run.settings.seed, run.scene_size
+            )
             if is_new:
                 print(f"no --images given: built-in scenes are in {run.folder / 'images'}")
         run.images.paths[:] = run.ranks.broadcast([str(path) for path in drawn])

@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import pad
 
-TIMEOUT = timedelta(hours=2)  # one rank waits this long for another, whose completions may be far longer
+TIMEOUT = timedelta(
+    hours=2
+)  # one rank waits this long for another, whose completions may be far longer
 MISSING = object()  # where a rank has fewer items than another
 
 
@@ -120,7 +122,9 @@ def leave() -> None:
 
 def backend() -> str:
     """Returns how tensors travel: by NCCL on a GPU, where torch has it (not on Windows), else by gloo."""
-    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    return (
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    )
 
 
 def is_lost(error: RuntimeError) -> bool:

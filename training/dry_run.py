@@ -104,7 +104,9 @@ def show(setup: Setup) -> None:
     print(f"model    {s.model or 'the toy'}: {size:,} parameters, {where}")
     phases = f"{s.questioner_steps} Questioner and {s.reasoner_steps} Reasoner steps"
     print(f"steps    {s.iterations} iterations of {phases}")
-    print(f"         a Questioner step samples {questions} questions and {questions * s.answers} answers,")
+    print(
+        f"         a Questioner step samples {questions} questions and {questions * s.answers} answers,"
+    )
     print(f"         a curation {s.candidates} questions and {s.candidates * s.answers} answers,")
     print(f"         and a Reasoner step up to {questions} answers")
     if s.lora_rank and s.lr < 1e-5:
@@ -157,7 +159,9 @@ def check_disk(setup: Setup) -> None:
     for name, other in others.items():
         if disk_plan(other, setup.checkpoint.config).total < needed.total:
             less.append(name)
-    why = f"the run takes up to {describe_disk(needed)}, and the disk has room for {there / GIB:.1f}"
+    why = (
+        f"the run takes up to {describe_disk(needed)}, and the disk has room for {there / GIB:.1f}"
+    )
     if less:
         why += f"; {' or '.join(less)} takes less"
     raise ValueError(f"{run.folder}: {why}")
@@ -166,7 +170,9 @@ def check_disk(setup: Setup) -> None:
 def disk_plan(s: Settings, config: PreTrainedConfig) -> plan.Moment:
     """Returns what the run folder takes at most, in bytes (see `memory_plan.disk_plan`)."""
     stored = config.dtype or config.text_config.dtype or getattr(torch, s.dtype)
-    saves = (max(s.questioner_steps, s.reasoner_steps) - 1) // s.save_every  # the last step ends the phase
+    saves = (
+        max(s.questioner_steps, s.reasoner_steps) - 1
+    ) // s.save_every  # the last step ends the phase
     return plan.disk_plan(config, stored, saves, s.lora_rank, s.freeze_vision)
 
 
@@ -196,7 +202,9 @@ def show_memory(setup: Setup) -> None:
     if setup.device.type == "cuda":
         total = torch.cuda.get_device_properties(setup.device).total_memory
     config, dtype, work = setup.plan_inputs
-    moments = plan.memory_plan(config, dtype, total, work, **setup.plan_flags, batch_scale=setup.batch_scale)
+    moments = plan.memory_plan(
+        config, dtype, total, work, **setup.plan_flags, batch_scale=setup.batch_scale
+    )
     if not setup.run.settings.dry_run:
         moments = [max(moments, key=lambda moment: moment.total)]
     for moment in moments:
@@ -219,7 +227,9 @@ def check_host_memory(setup: Setup) -> tuple[bool, str]:
         del flags["checkpointing"]
         needed = plan.host_plan(config, dtype, **flags).total
     else:
-        moments = plan.memory_plan(config, dtype, None, work, **flags, batch_scale=setup.batch_scale)
+        moments = plan.memory_plan(
+            config, dtype, None, work, **flags, batch_scale=setup.batch_scale
+        )
         needed = max(moment.total for moment in moments)
     needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that torchrun started here
     text = f"in the computer: {needed / GIB:.2f} GiB"
@@ -233,7 +243,9 @@ def check_host_memory(setup: Setup) -> tuple[bool, str]:
 def available_memory() -> int | None:
     """Returns the bytes that processes can still have, by Linux; None where nothing says so."""
     try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        found = re.search(
+            r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE
+        )
     except OSError:
         return None
     return int(found[1]) * 1024 if found else None
@@ -294,11 +306,15 @@ class Rehearsal:
 
     def iteration(self, s: Settings) -> float:
         """Seconds of an iteration, without what is measured at its end."""
-        steps = s.questioner_steps * self.questioner_step(s) + s.reasoner_steps * self.reasoner_step(s)
+        steps = s.questioner_steps * self.questioner_step(
+            s
+        ) + s.reasoner_steps * self.reasoner_step(s)
         return steps + self.curation(s)
 
 
-def rehearse(s: Settings, roles: tuple[VLM, VLM], pictures: list[Picture], ranks: Ranks) -> Rehearsal:
+def rehearse(
+    s: Settings, roles: tuple[VLM, VLM], pictures: list[Picture], ranks: Ranks
+) -> Rehearsal:
     """Doubles the images until a step takes ENOUGH seconds, or all pictures of a rank are used."""
     time_step(s, roles, pictures[:1], ranks)  # kernels are loaded, CUDA graphs captured
     count = 1
@@ -309,7 +325,9 @@ def rehearse(s: Settings, roles: tuple[VLM, VLM], pictures: list[Picture], ranks
         count *= 2
 
 
-def time_step(s: Settings, roles: tuple[VLM, VLM], pictures: list[Picture], ranks: Ranks) -> Rehearsal:
+def time_step(
+    s: Settings, roles: tuple[VLM, VLM], pictures: list[Picture], ranks: Ranks
+) -> Rehearsal:
     """Times a Questioner step; both roles are left as before."""
     device = roles[0].device
     sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p)
@@ -324,7 +342,9 @@ def time_step(s: Settings, roles: tuple[VLM, VLM], pictures: list[Picture], rank
     rewards = [float(i % 2) for i in range(s.group_size)]
     groups = [each.completions for each in asked]
     grpo.set_rewards(groups, [rewards] * len(groups))
-    trained = Trained(roles[0].copy(), s.lr, s.weight_decay, s.offload, s.gradient_checkpointing, ranks)
+    trained = Trained(
+        roles[0].copy(), s.lr, s.weight_decay, s.offload, s.gradient_checkpointing, ranks
+    )
     times.append(read_clock(device))  # what came before is done once a phase, not in each step
     grpo.add_reference(groups, roles[1], s.temperature)
     grpo.update(trained, trained.optimizer, groups, s.clip, s.beta, s.temperature)
@@ -357,7 +377,10 @@ def describe(s: Settings, rehearsal: Rehearsal, ranks: int) -> str:
     if not rehearsal.valid:
         return f"{text}; no question was valid, so that how long answers take is not known"
     text += f", a Reasoner step {three}; an iteration {format_duration(whole)}, "
-    return text + f"all {s.iterations} of them {format_duration(whole * s.iterations)}, measuring not counted"
+    return (
+        text
+        + f"all {s.iterations} of them {format_duration(whole * s.iterations)}, measuring not counted"
+    )
 
 
 def format_duration(seconds: float) -> str:

@@ -41,11 +41,15 @@ NO_IMAGES = frozenset(".pdf .mpg .mpeg .h5 .hdf .grib .bufr .iim".split())  # fi
 UNREAD = (RAW | OTHERS | frozenset(Image.registered_extensions())) - SUFFIXES - NO_IMAGES
 MAX_RATIO = 200  # width / height and height / width that the image processor of Qwen2.5-VL accepts
 MAX_PIXELS = 89_478_485  # a larger image is taken for a decompression bomb (Pillow's own limit)
-HEADROOM = 2  # times the pixels that the model takes: it scales such an image as it would the whole one
+HEADROOM = (
+    2  # times the pixels that the model takes: it scales such an image as it would the whole one
+)
 ORIENTATION = 0x0112  # the tag in EXIF
 # Sets upright what an orientation of 2, 3, ... 8 describes. ImageOps.exif_transpose would have to come before
 # values are scaled to 8 bits, and loses the tags that say how.
-TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
+TURNS = (
+    "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
+)
 PNG = b"\x89PNG\r\n\x1a\n"  # how such a file starts
 JPEG = b"\xff\xd8"
 
@@ -149,7 +153,9 @@ def _parse_line(number: int, line: bytes, suffix: str) -> list[str]:
         paths = several if use_several else [one]
     for path in paths:
         if not isinstance(path, str) or not path.strip():
-            raise ValueError(f'line {number} is no path and no object with the path as its "image" or "path"')
+            raise ValueError(
+                f'line {number} is no path and no object with the path as its "image" or "path"'
+            )
     return paths
 
 
@@ -168,7 +174,9 @@ def _open(path: str) -> Image.Image:
     except Exception as error:
         if isinstance(error, UnidentifiedImageError) and suffix in UNREAD:
             kind = "a camera raw" if suffix in RAW else suffix[1:].upper()
-            raise ImageError(f"{kind} ({suffix}) cannot be read here; convert it to PNG or JPEG") from error
+            raise ImageError(
+                f"{kind} ({suffix}) cannot be read here; convert it to PNG or JPEG"
+            ) from error
         raise ImageError(f"not a readable image: {_reason(error)}") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -250,7 +258,11 @@ def _strip_jpeg(data: bytes) -> bytes:
     while data[start : start + 1] == b"\xff" and data[start + 1] != 0xDA:
         length = int.from_bytes(data[start + 2 : start + 4], "big")
         end = start + 2 + length
-        is_metadata = data[start + 1] in (*range(0xE1, 0xEE), 0xEF, 0xFE)  # APP14 tells what colours mean
+        is_metadata = data[start + 1] in (
+            *range(0xE1, 0xEE),
+            0xEF,
+            0xFE,
+        )  # APP14 tells what colours mean
         if not is_metadata:
             kept.append(data[start:end])
         start = end
@@ -286,7 +298,9 @@ def load_image(path: str, max_pixels: int | None = None, token_side: int = 28) -
 def _rgb(image: Image.Image, most: int | None, token_side: int) -> Image.Image:
     """Reads the pixels of an opened image, `most` at most, upright, on white."""
     size = _scaled_down(image.size, most, token_side)
-    if size != image.size:  # a JPEG is read at a half, a quarter or an eighth, if that is still twice as wide
+    if (
+        size != image.size
+    ):  # a JPEG is read at a half, a quarter or an eighth, if that is still twice as wide
         image.draft(None, (2 * size[0], 2 * size[1]))
     packing = str(image.tile[0].args) if image.tile else ""  # known until the pixels are read
     image.load()
@@ -320,7 +334,9 @@ def _scaled_down(size: tuple[int, int], most: int | None, token_side: int = 28) 
 def _on_white(image: Image.Image, packing: str) -> Image.Image:
     """Lays an image of 8 bits on white, if it is transparent. packing: how the file packs pixels."""
     key = image.info.get("transparency")
-    if isinstance(key, int) and image.format == "PNG" and image.mode != "P":  # packed in 1, 2 or 4 bits
+    if (
+        isinstance(key, int) and image.format == "PNG" and image.mode != "P"
+    ):  # packed in 1, 2 or 4 bits
         image.info["transparency"] = key * {"1": 255, "L;2": 85, "L;4": 17}.get(packing, 1)
     if isinstance(key, tuple) and max(key) > 255:  # 16 bits a channel, of which Pillow keeps 8
         image.info["transparency"] = tuple(value >> 8 for value in key)
@@ -371,7 +387,9 @@ def say_why_none(found: Found) -> str:
     if not found.skipped:
         return "there is no image"
     path, why = found.skipped[-1]
-    return f"none of the {len(found.skipped)} images can be read, the last is {printable(path)}: {why}"
+    return (
+        f"none of the {len(found.skipped)} images can be read, the last is {printable(path)}: {why}"
+    )
 
 
 @dataclass
@@ -403,7 +421,9 @@ class Pictures:
             bad = []
             for path in ranks.shard(self._next_paths(missing)):
                 try:
-                    pictures.append(Picture(path, load_image(path, self.max_pixels, self.token_side)))
+                    pictures.append(
+                        Picture(path, load_image(path, self.max_pixels, self.token_side))
+                    )
                 except ImageError as error:
                     bad.append((path, str(error)))
             bad = [(path, why) for path, why in ranks.all_gather(bad)]

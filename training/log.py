@@ -41,7 +41,9 @@ class Console:
     def progress(self, done: int, steps: int, what: str) -> Iterator[int]:
         """Yields the steps done + 1 to `steps`, with a bar if standard error is a terminal."""
         hidden = None if self.speaks else True  # None: unless it is a terminal
-        bar = tqdm(range(done + 1, steps + 1), what, leave=False, disable=hidden, initial=done, total=steps)
+        bar = tqdm(
+            range(done + 1, steps + 1), what, leave=False, disable=hidden, initial=done, total=steps
+        )
         for step in bar:
             self.begin(f"{what}, step {step} of {steps}")
             if not bar.disable:

@@ -60,7 +60,9 @@ class Case:
     sizes: dict[str, int]  # elements of each parameter that is trained, by name
     checkpointing: bool
     device: str  # "cpu" or "cuda"
-    shards: int | None = None  # ranks that share the role in training; None: its plain copy is trained
+    shards: int | None = (
+        None  # ranks that share the role in training; None: its plain copy is trained
+    )
     batch_scale: float = 1.0  # fraction of the usual batch size
 
     @property
@@ -170,7 +172,9 @@ def memory_plan(
     ]
 
 
-def fits(device_bytes: int, config: PreTrainedConfig, dtype: torch.dtype, work: Work, **flags) -> bool:
+def fits(
+    device_bytes: int, config: PreTrainedConfig, dtype: torch.dtype, work: Work, **flags
+) -> bool:
     """Returns true if every moment fits. flags: the other arguments of `memory_plan`."""
     moments = memory_plan(config, dtype, device_bytes, work, **flags)
     return max(moment.total for moment in moments) <= USABLE * device_bytes
@@ -278,7 +282,9 @@ def disk_plan(
     """
     trained = sum(trained_sizes(config, lora_rank, freeze_vision).values())
     whole = sum(parameter_sizes(config).values()) * stored.itemsize
-    states = 4 * trained * (2 + 3 * min(3, saves + 1))  # reference and other role; role and moments of each
+    states = (
+        4 * trained * (2 + 3 * min(3, saves + 1))
+    )  # reference and other role; role and moments of each
     return Moment("on the disk, at most", {"states": states, "checkpoints": 3 * whole})
 
 
@@ -363,7 +369,9 @@ def batch_moments(case: Case) -> dict[str, int]:
     text_layer, image_layer, merged = kept_bytes(case)
     states = tokens * text.hidden_size * size
     patch_states = patches * vision.hidden_size * size
-    later = len(getattr(vision, "deepstack_visual_indexes", ()))  # features besides the last layer's
+    later = len(
+        getattr(vision, "deepstack_visual_indexes", ())
+    )  # features besides the last layer's
 
     # Kept until the backward pass has come by: of the image encoder, and of the text model.
     kept_text = states if case.checkpointing else tokens * text_layer

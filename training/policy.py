@@ -21,7 +21,12 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.logprobs import PackedForward
@@ -45,14 +50,18 @@ class Trained:
     ):
         self.vlm = vlm  # the plain copy; `optimizer.step` refreshes it
         self.ranks = ranks or Ranks()
-        is_float32 = all(p.dtype == torch.float32 for p in vlm.model.parameters() if p.requires_grad)
+        is_float32 = all(
+            p.dtype == torch.float32 for p in vlm.model.parameters() if p.requires_grad
+        )
         self.sharded = self.ranks.size > 1 or not is_float32 or offload
         if self.sharded:
             self.forward = shard(vlm, offload, checkpointing, self.ranks.size)
         else:
             vlm.load_to_device()
             self.forward = PackedForward(vlm.model, checkpointing, vlm.fallbacks)
-        self.optimizer = torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters(), lr=lr, weight_decay=weight_decay, fused=True
+        )
         if self.sharded:
             self.optimizer.register_step_post_hook(lambda *_: self.refresh())
 

@@ -48,7 +48,16 @@ from training.images import Found, ImageError, Pictures, load_image, make_relati
 from training.log import HEADER, Console, plain, rollout_metrics, skipped_in_a_row, table_row
 from training.policy import Trained
 from training.settings import UNKNOWN_INSTRUCTIONS, Settings, knows, printable
-from training.state import State, copy_tensors, entry, lock, read_tensors, recover, write_state, write_tensors
+from training.state import (
+    State,
+    copy_tensors,
+    entry,
+    lock,
+    read_tensors,
+    recover,
+    write_state,
+    write_tensors,
+)
 
 PHASES = ("questioner", "curation", "reasoner", "measure")
 BAD_STEPS = 3  # so many steps in a row with a gradient that is not finite stop a run
@@ -70,7 +79,13 @@ class Run:
     """Holds what carries the algorithm: roles, images, random numbers, records and files."""
 
     def __init__(
-        self, folder: Path, images: Found, scene_size: int, token_side: int, settings: Settings, ranks: Ranks
+        self,
+        folder: Path,
+        images: Found,
+        scene_size: int,
+        token_side: int,
+        settings: Settings,
+        ranks: Ranks,
     ):
         self.folder = folder
         self.settings = settings
@@ -96,7 +111,9 @@ class Run:
         self.questioner: VLM | None = None
         self.reasoner: VLM | None = None
         self.policy: Trained | None = None  # in a training phase: the role in training
-        self.reference: VLM | None = None  # in a training phase: the role as it was when the phase began
+        self.reference: VLM | None = (
+            None  # in a training phase: the role as it was when the phase began
+        )
         self.generator: torch.Generator | None = None  # the random numbers of this step
 
     # ---- Beginning, and going on ---------------------------------------------------------------------
@@ -134,7 +151,9 @@ class Run:
         self.number, state = self.ranks.broadcast(found)
         self.state = State(**state)
         self.pictures = self.in_order(self.state.iteration, self.state.pictures)
-        self.images.skipped[:] = [(path, why) for path, why in self.state.skipped] or self.images.skipped
+        self.images.skipped[:] = [
+            (path, why) for path, why in self.state.skipped
+        ] or self.images.skipped
         self.records, self.skips_told = read_records(self.folder), 0
         self.tell_skips()
 
@@ -169,7 +188,9 @@ class Run:
         asked = (k, PHASES.index(phase))
         next_one = (self.state.iteration, PHASES.index(self.state.phase))
         if asked > next_one:
-            raise RunError(f"iteration {self.state.iteration}: {self.state.phase} comes before {k}: {phase}")
+            raise RunError(
+                f"iteration {self.state.iteration}: {self.state.phase} comes before {k}: {phase}"
+            )
         self.started = time.monotonic()
         self.console.begin(f"iteration {k}: {phase}")
         return asked < next_one
@@ -191,7 +212,9 @@ class Run:
         else:
             began = read_tensors(self.folder, files["reference"])
             copy_tensors(self.reference.model.named_parameters(), began)
-        self.policy = Trained(vlm, s.lr, s.weight_decay, s.offload, s.gradient_checkpointing, self.ranks)
+        self.policy = Trained(
+            vlm, s.lr, s.weight_decay, s.offload, s.gradient_checkpointing, self.ranks
+        )
         self.policy.load_weights(read_tensors(self.folder, files[role]))
         if not is_new:
             self.policy.load_optimizer_state(read_tensors(self.folder, files["moments"]))
@@ -266,7 +289,9 @@ class Run:
         return self.load_images(self.shard([order[place % len(order)] for place in places]))
 
     def finish_phase(
-        self, tensors: dict[str, dict[str, Tensor]] | None = None, files: dict[str, Path] | None = None
+        self,
+        tensors: dict[str, dict[str, Tensor]] | None = None,
+        files: dict[str, Path] | None = None,
     ) -> None:
         """Goes on to the next phase, with a saved state. tensors, files: what is new in it, by name."""
         phase = PHASES.index(self.state.phase) + 1
@@ -291,7 +316,9 @@ class Run:
         """Returns one list of what all processes have: the inverse of `shard`."""
         return self.ranks.all_gather(items)
 
-    def all_gather_votes(self, votes: list[list[VotedQuestion | None]]) -> list[list[VotedQuestion | None]]:
+    def all_gather_votes(
+        self, votes: list[list[VotedQuestion | None]]
+    ) -> list[list[VotedQuestion | None]]:
         """Returns the votes of all processes."""
         as_json = [[asdict(vote) if vote else None for vote in group] for group in votes]
         everywhere = self.all_gather(as_json)
@@ -313,7 +340,9 @@ class Run:
 
     # ---- Files -------------------------------------------------------------------------------------------
 
-    def save(self, tensors: dict[str, dict[str, Tensor]], files: dict[str, Path] | None = None) -> None:
+    def save(
+        self, tensors: dict[str, dict[str, Tensor]], files: dict[str, Path] | None = None
+    ) -> None:
         """Saves the state, with new tensors (each process its part) and files; others stay as they are."""
         self.number += 1
         for name, part in tensors.items():
@@ -329,14 +358,18 @@ class Run:
             write_state(self.folder, self.number, self.state)
         self.ranks.barrier()  # nobody goes on before it is there
 
-    def finish_curation(self, k: int, candidates: list[VotedQuestion], curated: list[VotedQuestion]) -> None:
+    def finish_curation(
+        self, k: int, candidates: list[VotedQuestion], curated: list[VotedQuestion]
+    ) -> None:
         """Writes the candidates and the training set, and goes on to the next phase."""
         path = self._questions_file("curated", k)
         if self.ranks.is_main:
             write_examples(self._questions_file("candidates", k), candidates)
             write_examples(path, curated)
         if not curated:
-            why = "no question of middling confidence" if candidates else "not one question was valid"
+            why = (
+                "no question of middling confidence" if candidates else "not one question was valid"
+            )
             self.console.say(f"iteration {k}: {why}; the Reasoner is not trained")
         self.finish_phase(files={"curated": path})
 
@@ -361,9 +394,13 @@ class Run:
     def probe_images(self, count: int) -> list[Picture]:
         """Returns the images of the fixed questions; of several processes this one's part."""
         pictures = self.in_order("probes")
-        return make_relative(self.folder, pictures.load_next(min(count, len(self.images.paths)), self.ranks))
+        return make_relative(
+            self.folder, pictures.load_next(min(count, len(self.images.paths)), self.ranks)
+        )
 
-    def load_images(self, questions: list[VotedQuestion]) -> list[tuple[VotedQuestion, Image.Image]]:
+    def load_images(
+        self, questions: list[VotedQuestion]
+    ) -> list[tuple[VotedQuestion, Image.Image]]:
         """Returns questions with their images. Those that can no longer be read join the skipped ones."""
         found = []
         unreadable = []

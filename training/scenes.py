@@ -112,7 +112,9 @@ def write_scenes(folder: Path, count: int, seed: int, size: int = 84) -> list[Pa
     return draw_scenes(folder, [sample_scene(rng) for _ in range(count)], rng, size)
 
 
-def draw_scenes(folder: Path, scenes: Iterable[Scene], rng: random.Random, size: int = 84) -> list[Path]:
+def draw_scenes(
+    folder: Path, scenes: Iterable[Scene], rng: random.Random, size: int = 84
+) -> list[Path]:
     """Renders scenes into `folder` as PNG files, with the truth beside them; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []

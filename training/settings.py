@@ -15,16 +15,28 @@ from itertools import takewhile
 from pathlib import Path
 
 TOY = Path(__file__).parent.parent / "toy"
-BESIDE = "visplay.json"  # beside a checkpoint: settings that fit it, and the instructions that it knows
+BESIDE = (
+    "visplay.json"  # beside a checkpoint: settings that fit it, and the instructions that it knows
+)
 HELD_OUT_QUESTIONS = 512
 HELD_OUT_SEED = 1_000_000  # of the scenes that they are about; no run's seed is that large
 MOST = 1_000_000  # completions, answers, tokens of one: a larger number is a slip
-MAY_CHANGE = ("name", "resume", "dry_run", "device", "gradient_checkpointing", "offload", "save_every")
+MAY_CHANGE = (
+    "name",
+    "resume",
+    "dry_run",
+    "device",
+    "gradient_checkpointing",
+    "offload",
+    "save_every",
+)
 
 
 def setting(default, help: str, group: str, least: float | None = None, most: float | None = None):
     """Makes a field of `Settings`: its flag's help text and group, and the limits of its value, inclusive."""
-    return dataclasses.field(default=default, metadata=dict(help=help, group=group, least=least, most=most))
+    return dataclasses.field(
+        default=default, metadata=dict(help=help, group=group, least=least, most=most)
+    )
 
 
 # The groups of `python loop.py --help`.
@@ -40,10 +52,14 @@ class Settings:
     """Every setting of a run: one flag each, the paper's values as defaults."""
 
     model: str | None = setting(
-        None, "folder or hub id of a Qwen2.5-VL, MiMo-VL or Qwen3-VL checkpoint (default: the toy here)", RUN
+        None,
+        "folder or hub id of a Qwen2.5-VL, MiMo-VL or Qwen3-VL checkpoint (default: the toy here)",
+        RUN,
     )
     images: str | None = setting(
-        None, "folder (with subfolders), glob, or .txt/.jsonl list of images (default: built-in scenes)", RUN
+        None,
+        "folder (with subfolders), glob, or .txt/.jsonl list of images (default: built-in scenes)",
+        RUN,
     )
     name: str | None = setting(
         None, "the run's folder under runs/ (default: the model's name and the time)", RUN
@@ -55,10 +71,15 @@ class Settings:
     )
     seed: int = setting(0, "seed of everything random", RUN, least=0)
     device: str | None = setting(None, "cpu, cuda or cuda:N (default: cuda if there is one)", RUN)
-    dtype: str | None = setting(None, "float32 or bfloat16 (default: bfloat16 on cuda, float32 on cpu)", RUN)
+    dtype: str | None = setting(
+        None, "float32 or bfloat16 (default: bfloat16 on cuda, float32 on cpu)", RUN
+    )
     iterations: int = setting(3, "iterations of the loop, the paper's K", LOOP, least=1)
     questioner_steps: int = setting(
-        20, "GRPO steps of a Questioner phase, the paper's S_Q (20 for 3B, 10 for 7B)", LOOP, least=1
+        20,
+        "GRPO steps of a Questioner phase, the paper's S_Q (20 for 3B, 10 for 7B)",
+        LOOP,
+        least=1,
     )
     reasoner_steps: int = setting(
         20, "GRPO steps of a Reasoner phase, the paper's S_R (20 for 3B, 10 for 7B)", LOOP, least=1
@@ -74,7 +95,10 @@ class Settings:
     )
     candidates: int = setting(1000, "questions proposed for curation, the paper's N", LOOP, least=1)
     tau_low: float = setting(
-        0.25, "lowest confidence of a curated question, the paper's tau_low, inclusive", LOOP, least=0.0
+        0.25,
+        "lowest confidence of a curated question, the paper's tau_low, inclusive",
+        LOOP,
+        least=0.0,
     )
     tau_high: float = setting(
         0.75, "highest confidence of a curated question, the paper's tau_high, inclusive", LOOP
@@ -85,16 +109,25 @@ class Settings:
     lr: float = setting(1e-6, "learning rate of AdamW in both phases", GRPO, least=0.0)
     weight_decay: float = setting(1e-2, "weight decay of AdamW", GRPO, least=0.0)
     beta: float = setting(
-        1e-2, "weight of the KL to the role at the start of its phase, the paper's beta", GRPO, least=0.0
+        1e-2,
+        "weight of the KL to the role at the start of its phase, the paper's beta",
+        GRPO,
+        least=0.0,
     )
     clip: float = setting(
-        0.2, "clipping range of the ratio, the paper's epsilon; idle with one update a rollout, as here", GRPO
+        0.2,
+        "clipping range of the ratio, the paper's epsilon; idle with one update a rollout, as here",
+        GRPO,
     )
-    temperature: float = setting(1.0, "sampling temperature; divides the logits in training too", SAMPLING)
+    temperature: float = setting(
+        1.0, "sampling temperature; divides the logits in training too", SAMPLING
+    )
     top_p: float = setting(
         0.99, "nucleus sampling: the smallest set of tokens with this probability", SAMPLING
     )
-    max_new_tokens: int = setting(1024, "longest completion, in tokens", SAMPLING, least=1, most=MOST)
+    max_new_tokens: int = setting(
+        1024, "longest completion, in tokens", SAMPLING, least=1, most=MOST
+    )
     max_pixels: int = setting(
         802_816,
         "larger images are scaled down to this: 1024 tokens of 28 x 28 pixels (Qwen2.5-VL, MiMo-VL), 784 of "
@@ -116,12 +149,19 @@ class Settings:
         GRPO,
         least=0,
     )
-    freeze_vision: bool = setting(False, "leave the image encoder as it is; --lora-rank always does", GRPO)
+    freeze_vision: bool = setting(
+        False, "leave the image encoder as it is; --lora-rank always does", GRPO
+    )
     save_every: int = setting(
-        5, "steps between two saved states of a run; a state is also saved when a phase ends", RUN, least=1
+        5,
+        "steps between two saved states of a run; a state is also saved when a phase ends",
+        RUN,
+        least=1,
     )
     dry_run: bool = setting(
-        False, "print what would run, how much memory it takes and how long (measured), then stop", RUN
+        False,
+        "print what would run, how much memory it takes and how long (measured), then stop",
+        RUN,
     )
 
     @property
@@ -147,10 +187,14 @@ class Settings:
             text = getattr(self, name)
             if text is not None and not text.strip():
                 raise ValueError(f"{flag(name)} is empty")
-        if self.name is not None and (not self.name.strip(". ") or Path(self.name).name != self.name):
+        if self.name is not None and (
+            not self.name.strip(". ") or Path(self.name).name != self.name
+        ):
             raise ValueError(f"--name {self.name!r} is not the name of a folder")
         if self.seed >= HELD_OUT_SEED:
-            raise ValueError(f"--seed must be below {HELD_OUT_SEED}, the seed of the held-out scenes")
+            raise ValueError(
+                f"--seed must be below {HELD_OUT_SEED}, the seed of the held-out scenes"
+            )
 
     def _check_field(self, field: dataclasses.Field) -> None:
         """Raises ValueError for a value of another type, or outside its field's limits."""
@@ -162,7 +206,9 @@ class Settings:
         least = field.metadata["least"]
         most = field.metadata["most"]
         if least is not None and not least <= value < math.inf:  # a NaN is not, either
-            raise ValueError(f"{flag(field.name)} must be a number of at least {least}, not {value}")
+            raise ValueError(
+                f"{flag(field.name)} must be a number of at least {least}, not {value}"
+            )
         if most is not None and value > most:
             raise ValueError(f"{flag(field.name)} must be at most {most}, not {value}")
 
@@ -170,10 +216,14 @@ class Settings:
         """Raises ValueError for settings of a new run with which nothing can be learnt."""
         m = self.answers
         if m < 2:
-            raise ValueError(f"--answers must be at least 2, not {m}: a single one is always the majority")
+            raise ValueError(
+                f"--answers must be at least 2, not {m}: a single one is always the majority"
+            )
         if not any(self.tau_low <= votes / m <= self.tau_high for votes in range(1, m + 1)):
             band = f"between --tau-low ({self.tau_low}) and --tau-high ({self.tau_high})"
-            raise ValueError(f"no share of {m} --answers lies {band}, so that no question would be kept")
+            raise ValueError(
+                f"no share of {m} --answers lies {band}, so that no question would be kept"
+            )
 
 
 def flag(name: str) -> str:
@@ -233,7 +283,9 @@ def read_saved(folder: Path) -> tuple[Settings, dict]:
         more = dict(scene_size=config.pop("scene_size"), program=config.pop("program", None))
         return Settings(**config), more
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder} is not the folder of a run: its config.json cannot be read") from error
+        raise ValueError(
+            f"{folder} is not the folder of a run: its config.json cannot be read"
+        ) from error
 
 
 # ---- The command line --------------------------------------------------------------------------------------
@@ -277,7 +329,9 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> Settings
     run's (see `continue_settings`). `given` lists the names of those that are given.
     """
     parser = OneLineParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     # A flag for each field, in the groups of the help.
     groups = {}
@@ -285,15 +339,21 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> Settings
         title = field.metadata["group"]
         groups[title] = groups.get(title) or parser.add_argument_group(title)
         _add_flag(groups[title], field)
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    given = {
+        name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None
+    }
     # A run that goes on keeps its settings, but for a few.
     if "resume" in given:
         allowed = {*MAY_CHANGE, "iterations"} - {"name", "dry_run"}
         for name in given:
             if name not in allowed:
-                parser.error(f"--resume takes the settings of the run it continues, not {flag(name)}")
+                parser.error(
+                    f"--resume takes the settings of the run it continues, not {flag(name)}"
+                )
     try:
-        beside = {} if "resume" in given else read_beside(given.get("model", TOY)).get("settings", {})
+        beside = (
+            {} if "resume" in given else read_beside(given.get("model", TOY)).get("settings", {})
+        )
         settings = Settings(**(beside | given))
         settings.given = tuple(given)  # a value that happens to be the default is given, too
         settings.check()

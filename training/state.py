@@ -29,7 +29,13 @@ from training.folder import replace_text
 
 Part = tuple[str, int, int]  # a file's path in the run's folder, its length in bytes, its checksum
 KEPT = 2  # states
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged file may look like
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+)  # what a damaged file may look like
 
 
 @dataclass
@@ -44,7 +50,9 @@ class State:
     step: int = 0  # so many steps of the phase are done
     pictures: int = 0  # position in the order of the images
     metrics: int = 0  # bytes of metrics.jsonl
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # images that proved unreadable, and why
+    skipped: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # images that proved unreadable, and why
     files: dict[str, list[Part]] = field(default_factory=dict)
 
 
@@ -157,7 +165,9 @@ def read_tensors(folder: Path, parts: Iterable[Part]) -> Iterator[tuple[str, Ten
         yielded           weight [3, 8]    bias [1]     step []     numbers are the same in each
     """
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(folder / name, framework="pt")) for name, _, _ in parts]
+        files = [
+            stack.enter_context(safe_open(folder / name, framework="pt")) for name, _, _ in parts
+        ]
         names = {}  # in the order of the files
         for file in files:
             names |= dict.fromkeys(file.keys())
@@ -168,7 +178,9 @@ def read_tensors(folder: Path, parts: Iterable[Part]) -> Iterator[tuple[str, Ten
 
 
 @torch.no_grad()
-def copy_tensors(parameters: Iterable[tuple[str, Tensor]], tensors: Iterator[tuple[str, Tensor]]) -> None:
+def copy_tensors(
+    parameters: Iterable[tuple[str, Tensor]], tensors: Iterator[tuple[str, Tensor]]
+) -> None:
     """Copies tensors into the parameters of the same names, rounded to their dtype."""
     parameters = dict(parameters)
     for name, tensor in tensors:
