@@ -95,20 +95,23 @@ def bleu_similarities(texts: Sequence[str]) -> np.ndarray:
             nothing_in_common = common == 0
 
     # BLEU of each text (row) against each other one (column), then the mean of both directions.
-    brevity = np.exp(np.minimum(0, 1 - length[None, :] / np.maximum(1, length)[:, None]))
+    ratio = length[None, :] / np.maximum(1, length)[:, None]
+    brevity = np.exp(np.minimum(0, 1 - ratio))
     bleu = np.where(nothing_in_common, 0.0, brevity * np.exp(log_precision))
     similarity = (bleu + bleu.T) / 2
 
     # The same words in the same order give 1, also where there are fewer than four.
     numbers, _ = _number([tuple(w) for w in split])
     numbers = np.array(numbers)
-    return np.where(numbers[:, None] == numbers[None, :], 1.0, similarity)
+    equal = numbers[:, None] == numbers[None, :]
+    return np.where(equal, 1.0, similarity)
 
 
 def _count_common_items(items: list[list]) -> np.ndarray:
     """Counts the items that two of n lists have in common: [n, n]. The items of a list are all different."""
     columns, count = _number(item for row in items for item in row)
-    rows = np.repeat(np.arange(len(items)), [len(row) for row in items])
+    lengths = [len(row) for row in items]
+    rows = np.repeat(np.arange(len(items)), lengths)
     occurs = np.zeros((len(items), count), dtype=np.float32)  # whole numbers are exact up to 2^24
     occurs[rows, columns] = 1
     return (occurs @ occurs.T).astype(float)
@@ -164,13 +167,15 @@ def _average_linkage(distance: np.ndarray, threshold: float) -> list[list[int]]:
     members = [[i] for i in range(len(distance))]
     while len(members) > 1:
         # The two nearest clusters.
-        a, b = sorted(divmod(int(distance.argmin()), len(members)))
+        nearest = int(distance.argmin())
+        a, b = sorted(divmod(nearest, len(members)))
         if not distance[a, b] < threshold:
             break
         # The distance to their union is the mean over all pairs of members.
         size_a = len(members[a])
         size_b = len(members[b])
-        merged = (size_a * distance[a] + size_b * distance[b]) / (size_a + size_b)
+        total = size_a * distance[a] + size_b * distance[b]
+        merged = total / (size_a + size_b)
         merged[a] = np.inf
         distance[a] = merged
         distance[:, a] = merged

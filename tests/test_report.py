@@ -151,7 +151,8 @@ def test_votes_are_counted_as_the_reasoner_counts_them(tmp_path):
     one, three = (next(fact for fact in facts if fact.answer == answer) for answer in "13")
     example = VotedQuestion("x", "?", "numerical", "1", 0.5, ["1", "1.0", None, "2"])
     card = report.question_card(example, True, one)
-    pattern = r'<span title="([^"]*)">.*?<div class="(bar[^"]*)" style="width: (\d+)%"></div><span>(\d)</span>'
+    pattern = r'<span title="([^"]*)">.*?<div class="(bar[^"]*)"'
+    pattern += r' style="width: (\d+)%"></div><span>(\d)</span>'
     bars = re.findall(pattern, card)
     assert bars == [
         ("1", "bar label", "50", "2"),
@@ -448,7 +449,8 @@ def test_a_browser_draws_every_figure(tmp_path, window):
     page.write_text(text.replace("</body>", LOOK + "</body>"))
     host = page.with_name("host.html")
     host.write_text(HOST.replace("{window}", str(window)))
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
+    flags += " --disable-background-networking"
     flags += (
         " --disable-component-update --disable-sync --enable-logging=stderr --window-size=1300,3000"
     )

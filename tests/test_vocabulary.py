@@ -262,7 +262,8 @@ def test_texts_come_back(vlm, text):
     ending = "<|im_end|>\n<|im_start|>assistant\n" + vlm.opened_thought
     assert vlm.tokenizer.decode(prompt.ids).endswith(composed + ending)
     if "\\boxed" not in text and text.isprintable():
-        said = f"<type>numerical</type><question>{text}</question>\n<answer>\\boxed{{{text}}}</answer><|im_end|>"
+        said = f"<type>numerical</type><question>{text}</question>\n"
+        said += f"<answer>\\boxed{{{text}}}</answer><|im_end|>"
         question = questioner.parse_question(vlm.decode(ids_of(vlm, said)))
         assert question.text == composed.strip() and extract_answer(vlm.decode(ids_of(vlm, said)))
 
