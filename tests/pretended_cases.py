@@ -417,7 +417,8 @@ def lora_export():
 # ---- Whole runs --------------------------------------------------------------------------------------------
 
 FLAGS = "--device cuda --iterations 1 --questioner-steps 2 --reasoner-steps 1 --images-per-step 2"
-FLAGS += " --candidates 2 --group-size 2 --answers 2 --max-new-tokens 18 --save-every 1 --tau-low 0 --tau-high 1 --lr 1e-3"
+FLAGS += " --candidates 2 --group-size 2 --answers 2 --max-new-tokens 18"
+FLAGS += " --save-every 1 --tau-low 0 --tau-high 1 --lr 1e-3"
 
 
 def whole_and_resumed(*flags):
