@@ -347,15 +347,21 @@ def test_with_a_truth_drift_is_told_by_it(workplace, monkeypatch):
     assert len(right[0]) > 50 and set(right[0]) == {0.0, 1.0} and "right" in seen[0][3]
 
 
-def test_settings_are_resolved_into_new_ones_and_the_checkpoint_is_opened_once(workplace, monkeypatch):
+def test_settings_are_resolved_into_new_ones_and_the_checkpoint_is_opened_once(
+    workplace, monkeypatch
+):
     opened, really = [], command.open_checkpoint
-    monkeypatch.setattr(command, "open_checkpoint", lambda name: opened.append(name) or really(name))
+    monkeypatch.setattr(
+        command, "open_checkpoint", lambda name: opened.append(name) or really(name)
+    )
     monkeypatch.setattr("model.vlm.open_checkpoint", None)
     s = parse_arguments("", [*SMALL, "--name", "x", "--max-pixels", "999999"])
     before = dataclasses.asdict(s)
     run = command.prepare_run(s)
     assert dataclasses.asdict(s) == before and len(opened) == 1
-    changed = {name for name, value in dataclasses.asdict(run.settings).items() if value != before[name]}
+    changed = {
+        name for name, value in dataclasses.asdict(run.settings).items() if value != before[name]
+    }
     assert changed <= {"dtype", "max_pixels"} and run.settings.max_pixels < 999_999
     assert run.settings.dtype == "float32" and run.questioner.image_size["longest_edge"] < 999_999
 
