@@ -431,11 +431,11 @@ def whole_and_resumed(*flags):
     watch.HELD_OUT_QUESTIONS, preview.SCENES, watch.PROBES = 1, 4, 1
     os.chdir(scratch())
     flags = [*FLAGS.split(), *flags]
-    rewarded = functools.partial(  # something is learnt, whatever is said
-        loop.visplay,
-        question_reward=lambda votes, s: [float(i) for i in range(len(votes))],
-        answer_reward=lambda answer, example: float(len(answer or "")),
+    rules = loop.Rules(  # something is learnt, whatever is said
+        question_reward=lambda voted, s: [float(i) for i in range(len(voted))],
+        answer_reward=lambda answer, question: float(len(answer or "")),
     )
+    rewarded = functools.partial(loop.visplay, rules=rules)
     log = run.Run.log
 
     def stop(self, *args):

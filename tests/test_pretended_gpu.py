@@ -97,8 +97,8 @@ model.sampling, nucleus: too few rows draw again
 + count = 1
 
 model.sampling, nucleus: rows that are inside draw again, too
-- pieces.draw_again(which, left, left.cumsum(dim=1), token, outside, next
-+ pieces.draw_again(which, left, left.cumsum(dim=1), token, outside | True, next
+- which, left, left.cumsum(dim=1), token, outside, next
++ which, left, left.cumsum(dim=1), token, outside | True, next
 
 model.sampling, sampled_rollout: uniform numbers left on the CPU
 - yield from numbers.to(device)
@@ -153,16 +153,16 @@ model.vision, float32_update: rotations made on the CPU
 + torch.cat(places)
 
 model.packing, float32_update: an order made on the CPU
-- order = torch.arange(segment.shape[1], device=segment.device)
-+ order = torch.arange(segment.shape[1])
+- order = torch.arange(length, device=segment.device)
++ order = torch.arange(length)
 
 model.logprobs, float32_update: a gradient made on the CPU
 - grad_hidden = torch.empty_like(hidden)
 + grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype)
 
 grpo, float32_update: advantages left on the CPU
-- for g, i in which], device=logp.device)
-+ for g, i in which])
+- for completion in batch], device=logp.device
++ for completion in batch]
 
 grpo, lora_update: a mask of tokens made on the CPU
 - torch.ones_like(row, dtype=torch.bool)
