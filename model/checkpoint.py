@@ -356,11 +356,12 @@ def _load_processors(name: str, folder: Path, config: PreTrainedConfig) -> tuple
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
     vision = config.vision_config
-    patch = image_processor.patch_size
-    if patch * image_processor.merge_size != vision.patch_size * vision.spatial_merge_size:
+    cut = (image_processor.patch_size, image_processor.merge_size)
+    read = (vision.patch_size, vision.spatial_merge_size)
+    if cut != read:
         raise CheckpointError(
-            f"the image processor of {name} cuts patches of {patch} pixels,"
-            f" the model reads patches of {vision.patch_size}"
+            f"the image processor of {name} cuts patches of {cut[0]} pixels and merges {cut[1]} x {cut[1]},"
+            f" the model reads patches of {read[0]} and merges {read[1]} x {read[1]}"
         )
     # AutoTokenizer reads the template from its own files only.
     for file in ("chat_template.json", "processor_config.json"):

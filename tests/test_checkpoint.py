@@ -200,6 +200,8 @@ BAD = [
     ),
     (remove("config.json"), "config.json"),
     (remove("preprocessor_config.json"), "image processor"),
+    (rewrite("preprocessor_config.json", patch_size=7), "cuts patches of 7 pixels"),
+    (rewrite("preprocessor_config.json", merge_size=4), "merges 4 x 4"),
     (without_a_vocabulary, "tokenizer"),
     (rewrite("config.json", model_type="llama"), "llama"),
     (rewrite("config.json", model_type="qwen2_vl"), "its image encoder differs from Qwen2.5-VL's"),

@@ -169,6 +169,16 @@ def test_a_second_process_is_refused(workplace, capsys):
     process.join()
 
 
+def test_a_config_of_other_types_is_refused(workplace, whole, capsys):
+    folder = workplace / "runs" / "odd"
+    folder.mkdir(parents=True)
+    config = json.loads((workplace / "runs" / "whole" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"iterations": "two"}))
+    assert loop.main(["--resume", "runs/odd", "--iterations", "3"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "its config.json cannot be read" in err
+
+
 def test_other_settings_are_refused(workplace, whole, capsys):
     assert loop.main([*ARGS, "whole", "--lr", "0.5"]) == 2
     err = capsys.readouterr().err

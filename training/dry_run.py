@@ -145,10 +145,11 @@ def check_disk(setup: Setup) -> None:
     run = setup.run
     s = run.settings
     needed = disk_plan(s, setup.checkpoint.config)
-    there = free_disk(run.folder)
-    is_full = run.number == 0 and there is not None and needed.total > there
-    if not run.ranks.any(is_full):
+    # The least that a rank sees; a network drive may not say.
+    seen = [free for free in run.ranks.all_gather([free_disk(run.folder)]) if free is not None]
+    if run.number > 0 or not seen or needed.total <= min(seen):
         return
+    there = min(seen)
     # Settings with which it takes less.
     others = {"a higher --save-every": replace(s, save_every=MOST)}
     if s.lora_rank:

@@ -281,7 +281,9 @@ def read_saved(folder: Path) -> tuple[Settings, dict]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         more = dict(scene_size=config.pop("scene_size"), program=config.pop("program", None))
-        return Settings(**config), more
+        settings = Settings(**config)
+        settings.check()
+        return settings, more
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{folder} is not the folder of a run: its config.json cannot be read"
