@@ -85,9 +85,11 @@ def bleu_similarities(texts: Sequence[str]) -> np.ndarray:
     """
     split = [words(text) for text in texts]
     length = np.array([len(w) for w in split], dtype=float)
-    log_precision = np.zeros((len(texts), len(texts)))  # [hypothesis, reference]
+    pairs = (len(texts), len(texts))
+    log_precision = np.zeros(pairs)  # [hypothesis, reference]
     for n in range(1, 5):
-        common = _count_common_items([_occurrences(ngrams(w, n)) for w in split])
+        items = [_occurrences(ngrams(w, n)) for w in split]
+        common = _count_common_items(items)
         total = np.maximum(1, length - n + 1)
         smoothed = np.where(common > 0, common, 0.1)  # method 1: 0 becomes 0.1
         log_precision += np.log(smoothed / total[:, None]) / 4
@@ -97,7 +99,8 @@ def bleu_similarities(texts: Sequence[str]) -> np.ndarray:
     # BLEU of each text (row) against each other one (column), then the mean of both directions.
     ratio = length[None, :] / np.maximum(1, length)[:, None]
     brevity = np.exp(np.minimum(0, 1 - ratio))
-    bleu = np.where(nothing_in_common, 0.0, brevity * np.exp(log_precision))
+    bleu = brevity * np.exp(log_precision)
+    bleu = np.where(nothing_in_common, 0.0, bleu)
     similarity = (bleu + bleu.T) / 2
 
     # The same words in the same order give 1, also where there are fewer than four.
@@ -112,9 +115,11 @@ def _count_common_items(items: list[list]) -> np.ndarray:
     columns, count = _number(item for row in items for item in row)
     lengths = [len(row) for row in items]
     rows = np.repeat(np.arange(len(items)), lengths)
-    occurs = np.zeros((len(items), count), dtype=np.float32)  # whole numbers are exact up to 2^24
+    shape = (len(items), count)
+    occurs = np.zeros(shape, dtype=np.float32)  # whole numbers are exact up to 2^24
     occurs[rows, columns] = 1
-    return (occurs @ occurs.T).astype(float)
+    common = occurs @ occurs.T
+    return common.astype(float)
 
 
 def _occurrences(grams: Iterable) -> list[tuple]:

@@ -7,6 +7,8 @@ true_accuracy                            where the truth is known: held-out ques
 warn_of_questions, warn_of_label_drift   the paper's failure signatures (see signatures.py)
 """
 
+from dataclasses import replace
+
 import questioner
 import reasoner
 import rewards
@@ -36,29 +38,34 @@ def question_metrics(s: Settings, votes: list[list[VotedQuestion | None]]) -> di
         questions = [vote.question for vote in group]
         penalties += rewards.diversity_penalty(questions, s.diversity_weight, s.group_size)
         if questions:
-            clusters.append(len(set(rewards.cluster_questions(questions))))
+            labels = rewards.cluster_questions(questions)
+            clusters.append(len(set(labels)))
 
     # All valid questions.
     valid = [vote for group in groups for vote in group]
+    outputs = len(votes) * s.group_size
+    confidences = [vote.confidence for vote in valid]
     metrics = {
-        "validity": len(valid) / (len(votes) * s.group_size),
-        "r_unc": mean([rewards.uncertainty_reward(vote.confidence) for vote in valid]),
+        "validity": len(valid) / outputs,
+        "r_unc": mean([rewards.uncertainty_reward(c) for c in confidences]),
         "r_div": mean(penalties),
-        "confidence": mean([vote.confidence for vote in valid]),
+        "confidence": mean(confidences),
         "clusters": mean(clusters),
     }
-    return metrics | signatures.variety(
-        [vote.question for vote in valid], [vote.kind for vote in valid]
-    )
+    questions = [vote.question for vote in valid]
+    kinds = [vote.kind for vote in valid]
+    return metrics | signatures.variety(questions, kinds)
 
 
 def answer_metrics(answers: list[list[str | None]]) -> dict:
     """Returns how many of the Reasoner's outputs have an answer, and the mean share of the majorities."""
     outputs = [answer for group in answers for answer in group]
     validity = mean([answer is not None for answer in outputs])
-    return dict(
-        validity=validity, confidence=mean([rewards.confidence(group)[1] for group in answers])
-    )
+    shares = []
+    for group in answers:
+        _, c = rewards.confidence(group)
+        shares.append(c)
+    return dict(validity=validity, confidence=mean(shares))
 
 
 def curation_metrics(
@@ -103,9 +110,8 @@ def vote_on_probes(s: Settings, run: Run, k: int) -> list[VotedQuestion]:
     voted = []
     for (probe, _), each in zip(mine, answered):
         label, c = rewards.confidence(each.answers)
-        voted.append(
-            [VotedQuestion(probe.image, probe.question, probe.kind, label, c, each.answers)]
-        )
+        vote = replace(probe, label=label, confidence=c, answers=each.answers)
+        voted.append([vote])
     return [vote for (vote,) in run.all_gather_votes(voted)]
 
 
@@ -114,8 +120,10 @@ def probe_metrics(run: Run, probes: list[VotedQuestion]) -> dict:
     if not probes:
         return dict(base_agreement=None, probe_confidence=None)
     agree = list(agreement(run, probes).values())
-    confidence = mean([probe.confidence for probe in probes])
-    return dict(base_agreement=mean(agree), probe_confidence=confidence)
+    return dict(
+        base_agreement=mean(agree),
+        probe_confidence=mean([probe.confidence for probe in probes]),
+    )
 
 
 def agreement(run: Run, probes: list[VotedQuestion]) -> dict[tuple[str, str], float]:
@@ -189,5 +197,6 @@ def warn_of_label_drift(s: Settings, run: Run, k: int, probes: list[VotedQuestio
         before = [was[place] for place in both]
         after = [is_now[place] for place in both]
         what = "majorities are the base's in"
-    is_as_sure = (now["probe_confidence"] or 0.0) >= (earlier["probe_confidence"] or 0.0)
+    confidence = now["probe_confidence"] or 0.0
+    is_as_sure = confidence >= (earlier["probe_confidence"] or 0.0)
     run.warn("pseudo-label drift", signatures.label_drift(before, after, is_as_sure, what))

@@ -60,7 +60,11 @@ class PackedForward(torch.nn.Module):
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, batch_scale: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    batch_scale: float = 1.0,
 ) -> Tensor:
     """Returns the log-probabilities [N], float32, of targets [N].
 
@@ -84,7 +88,12 @@ class TargetLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        chunk: int,
     ) -> Tensor:
         logps: list[Tensor] = []
         totals: list[Tensor] = []
@@ -121,4 +130,5 @@ def target_logprobs(
     """Returns log softmax(hidden W^T / temperature) at the targets, and each log-sum-exp: [n], float32."""
     logits = (hidden @ weight.T).float().div_(temperature)
     total = logits.logsumexp(dim=1)
-    return logits.gather(1, targets[:, None])[:, 0] - total, total
+    at_targets = logits.gather(1, targets[:, None])[:, 0]
+    return at_targets - total, total

@@ -13,7 +13,7 @@ from model import fused
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn: what `generate.generate` takes besides prompts and random numbers."""
+    """Settings of sampling: what `generate.generate` takes besides prompts and random numbers."""
 
     max_new_tokens: int
     temperature: float = 1.0  # 0 takes the likeliest token

@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import io
+import tokenize
 
 from conftest import ROOT
 
@@ -17,6 +19,7 @@ FILES = sorted(
 MODULES = {
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in FILES
 }
+DOCUMENTED = (ast.Module, ast.FunctionDef, ast.ClassDef)
 COMMANDS = ("loop", "evaluate", "benchmarks", "report")
 PURE = (
     "rewards",
@@ -83,6 +86,36 @@ def test_files_and_functions_are_short():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno <= 60, (name, node.name)
+
+
+def density(text):
+    """Tokens of code in a line of code; comments and docstrings count for neither."""
+    prose = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+            prose |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    kinds = (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING)
+    tokens = [
+        t.start[0] for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type in kinds
+    ]
+    lines = [line for line in tokens if line not in prose]
+    return len(lines) / max(1, len(set(lines)))
+
+
+def test_a_line_holds_one_thing():
+    """About 9 tokens a line over all, and no file above 10.5."""
+    texts = {name: path.read_text(encoding="utf-8") for name, path in MODULES.items()}
+    dense = {name: round(density(text), 2) for name, text in texts.items()}
+    assert {name: value for name, value in dense.items() if value > 10.5} == {}
+    assert density("\n".join(texts.values())) < 9.3
+
+
+def test_a_docstring_says_what_it_does():
+    """It begins with the subject or a verb, never with one of these words."""
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, DOCUMENTED) and (said := ast.get_docstring(node)):
+                assert said.split()[0] not in ("What", "Whether", "How", "Of"), (name, said[:60])
 
 
 def test_the_readme_names_every_file():

@@ -52,7 +52,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """What is planned for: a model, what of it is trained, and the work of one rank."""
+    """A case to plan for: a model, the part of it that is trained, and the work of one rank."""
 
     config: PreTrainedConfig
     dtype: torch.dtype  # that it computes in

@@ -40,7 +40,7 @@ UNREADABLE = (
 
 @dataclass
 class State:
-    """Where a run stands.
+    """The place in the loop at which a run stands.
 
     files: a name ("questioner", "moments", "curated", ...) -> the parts that hold it.
     """
