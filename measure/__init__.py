@@ -1,1 +1,1 @@
-"""What is measured beside the algorithm: a run's own numbers, labelled questions, scores, charts."""
+"""Measurements beside the algorithm: a run's own numbers, labelled questions, scores, charts."""

@@ -1,4 +1,4 @@
-"""What is measured in a run, and when it warns. Nothing of it is used for training.
+"""Measurements of a run, and its warnings. Nothing of them is used for training.
 
 question_metrics, answer_metrics         of a GRPO step: what its rewards are made of
 curation_metrics                         of a curation
