@@ -1,4 +1,4 @@
-"""Shared parts of the image encoders: attention in few large steps, the patches' embedding and their positions.
+"""Shared parts of the image encoders: attention in few large steps, patches and their positions.
 
 All images of a batch go through an encoder at once. transformers' own forward takes an attention call for
 each image or window, and asks the device for each length; here segments of equal length are neighbours, and
