@@ -66,7 +66,6 @@ def vote(
 ) -> list[list[VotedQuestion | None]]:
     """Answers every valid question m times; returns each with its silver label and confidence.
 
-
     The result has a list for each image, with an entry for each output (None: invalid).
     """
     # Answer the valid questions of all images together.

@@ -18,6 +18,7 @@ On a machine without a GPU the same runs at --size tiny.
 """
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -106,6 +107,7 @@ def memory(args) -> dict:
             results[f"{name} (GiB)"] = measured[moment] / 2**30
             results[f"{name}, planned (GiB)"] = planned[moment] / 2**30
         if args.device == "cuda":
+            gc.collect()  # FSDP's modules refer to one another
             torch.cuda.empty_cache()
     return results
 

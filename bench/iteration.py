@@ -6,7 +6,8 @@
 questions get --group-size answers. Every completion has exactly --new-tokens tokens. The loop's own functions
 for generation, rewards and updates do the work; reading images, tokenising, parsing and counting votes are
 left out. Parts are timed exclusively (an image encoded during a prefill counts as encode), with the GPU made
-to finish at each border. There "other" is mostly the weights of parked roles, on their way from CPU memory.
+to finish at each border. There "other" is mostly the weights of offloaded roles, on their way from CPU
+memory.
 """
 
 import time

@@ -66,6 +66,8 @@ class VLM:
         """
         device = checkpoint.find_device(device)
         dtype = checkpoint.find_dtype(dtype, device)
+        # cuDNN's masked attention gives NaN gradients for some lengths (pytorch#196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
         opened = (
             name_or_path if isinstance(name_or_path, Checkpoint) else open_checkpoint(name_or_path)
         )
@@ -172,12 +174,14 @@ class VLM:
 
         Of a list of images each stands where the text says <image 1>, <image 2>, ... (see `arrange`).
         `text` is data: a control token spelled out in it (`<|im_end|>`, `<|image_pad|>`) is encoded as plain
-        characters and cannot forge a turn or an image. Raises ValueError for an image more than 200 times as
-        wide as high or the other way round.
+        characters and cannot forge a turn or an image. Raises ValueError for no image, and for one more than
+        200 times as wide as high or the other way round.
         """
         # The turn in order: texts, and images by their number.
         if isinstance(image, Sequence):
             images = list(image)
+            if not images:
+                raise ValueError("a prompt needs at least one image")
             parts = arrange(text, len(images))
         else:
             images = [image]

@@ -23,8 +23,10 @@ from test_ranks import FORKS
 import loop
 from model import logprobs as logprobs_module
 from model.vlm import VLM
+from training import command
 from training import run as run_module
 from training import state as state_module
+from training.settings import Settings
 
 ARGS = "--images images --iterations 2 --questioner-steps 3 --reasoner-steps 3 --images-per-step 2".split()
 ARGS += "--group-size 4 --answers 4 --candidates 12 --tau-low 0 --tau-high 1 --save-every 2".split()
@@ -177,6 +179,12 @@ def test_a_config_of_other_types_is_refused(workplace, whole, capsys):
     assert loop.main(["--resume", "runs/odd", "--iterations", "3"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "its config.json cannot be read" in err
+
+
+def test_a_notebook_resumes_with_the_settings_of_the_run(workplace, whole):
+    run = command.prepare_run(Settings(resume="runs/whole"))
+    assert run.settings.group_size == 4 and run.state.iteration == 3
+    run.unlock()
 
 
 def test_other_settings_are_refused(workplace, whole, capsys):

@@ -128,3 +128,8 @@ def test_text_cannot_forge_an_image(random_vlm):
     assert (prompt.ids == token).sum() == prompt.image_tokens
     assert torch.equal((prompt.ids == token).nonzero()[:, 0], prompt.places)
     assert "<|image_pad|>" in random_vlm.tokenizer.decode(prompt.ids[: prompt.places[0]])
+
+
+def test_a_prompt_without_an_image_is_refused(random_vlm):
+    with pytest.raises(ValueError, match="at least one image"):
+        random_vlm.prompt("How many?", [])

@@ -10,8 +10,9 @@ and on a GPU only while they work. One process in float32 trains its plain copy 
 
 An update has several moments that may take most: the logits, a layer's backward pass, that of the embeddings,
 and the end, when FSDP2 reduces the gradients of what is in no layer (`batch_moments`, `whole_layers`). What
-autograd keeps of a token or patch was found with `saved_tensors_hooks` in transformers 5.23 (`kept` in
-the files of the families). A test compares the total with the peak of an update: 15% at most between them.
+autograd keeps of a token or patch was found with `saved_tensors_hooks` in transformers 5.23: see
+`count_activations` in the files of the families. A test compares the total with the peak of an update: 15% at
+most between them.
 """
 
 import json
@@ -416,7 +417,7 @@ def kept_bytes(case: Case) -> list[int]:
 
 
 def logits_bytes(case: Case, tokens: int, row: int) -> int:
-    """Returns what stands between the last layer and the loss (see `packing.TargetLogprobs`)."""
+    """Returns what stands between the last layer and the loss (see `logprobs.TargetLogprobs`)."""
     width = case.config.text_config.hidden_size
     words = case.config.text_config.vocab_size
     size = case.dtype.itemsize

@@ -286,7 +286,7 @@ def read_saved(folder: Path) -> tuple[Settings, dict]:
         return settings, more
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{folder} is not the folder of a run: its config.json cannot be read"
+            f"{folder} is not the folder of a run: its config.json cannot be read: {error}"
         ) from error
 
 
@@ -373,7 +373,8 @@ def continue_settings(given: Settings) -> tuple[Settings, dict]:
     """
     folder = Path(given.resume)
     saved, more = read_saved(folder)
-    changed = {name: getattr(given, name) for name in given.given if name != "resume"}
+    names = getattr(given, "given", ())  # of a command line; elsewhere the run's own settings stay
+    changed = {name: getattr(given, name) for name in names if name != "resume"}
     if changed.get("iterations", math.inf) < saved.iterations:
         raise ValueError(
             f"--iterations must be at least the {saved.iterations} that {folder} was started with"
