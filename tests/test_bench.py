@@ -83,13 +83,6 @@ def test_a_part_that_fails_does_not_stop_the_others(monkeypatch, capsys):
     assert results["bandwidth: copy_gb_per_s"] > 0
 
 
-def test_the_table_of_gpus():
-    """A row for each model and set of flags; what is in them, others ask."""
-    tables = [table.splitlines() for table in run("memory").strip().split("\n\n")]
-    assert [len(table) for table in tables] == [27, 27, 12]
-    assert all(len({line.count("|") for line in table}) == 1 for table in tables)
-
-
 def test_a_table_for_people():
     printed = run("rewards", *SMALLEST["rewards"].split())
     assert "ratio" in printed and "questions=20" in printed and not printed.startswith("{")

@@ -188,13 +188,19 @@ def test_pinned_memory_is_planned_as_it_is_rounded():
     assert "AdamW's moments" not in plan.host_plan(config, torch.bfloat16, False).parts
 
 
-def test_the_tables_in_the_docs():
+def test_the_tables_in_the_docs(monkeypatch, capsys):
+    """Printed by the command: a row for each model and set of flags."""
+    monkeypatch.setattr(sys, "argv", ["memory.py"])
+    memory.main()
+    tables = [table.splitlines() for table in capsys.readouterr().out.strip().split("\n\n")]
+    assert [len(table) for table in tables] == [27, 27, 12]
+    assert all(len({line.count("|") for line in table}) == 1 for table in tables)
     text = (ROOT / "docs" / "memory.md").read_text().splitlines()
-    for lines in (memory.table(), memory.update_table()):
+    for lines in tables[:2]:
         start = text.index(lines[0])
         assert text[start : start + len(lines)] == lines
     readme = (ROOT / "README.md").read_text()
-    assert "\n".join("  " + line for line in memory.table_by_gpu()) in readme
+    assert "\n".join("  " + line for line in tables[2]) in readme
 
 
 def test_more_rows_or_tokens_take_more():
