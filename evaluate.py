@@ -254,13 +254,17 @@ def answer_items(args: argparse.Namespace) -> dict[str, list[Outcome]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command. Returns the exit code: 0 done, 1 interrupted, 2 a wrong argument or input."""
+    """Runs the command. Returns the exit code: 0 done, 1 interrupted or out of memory, 2 a wrong argument or input."""
     args = parse_arguments(argv)
     warnings.filterwarnings("ignore", module="PIL")
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     try:
         outcomes = answer_items(args)
+    except torch.OutOfMemoryError:
+        less = "--max-new-tokens, --max-pixels or --answers"
+        sys.stderr.write(f"error: the GPU has too little memory: try a lower {less}\n")
+        return 1
     except (ValueError, OSError, RuntimeError) as error:
         lines = str(error).splitlines() or [repr(error)]
         sys.stderr.write(f"error: {printable(lines[0])}\n")

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import edit, noise_image
 from conftest import ROOT
 
@@ -148,6 +149,16 @@ def test_numbers_out_of_range(data, args, monkeypatch, capsys):
         evaluate.main(["--model", str(ROOT / "toy"), "--data", str(data), *args])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_gpu_that_is_too_small_is_no_wrong_argument(data, monkeypatch, capsys):
+    def full(args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(evaluate, "answer_items", full)
+    assert evaluate.main(["--model", str(ROOT / "toy"), "--data", str(data)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: the GPU has too little memory") and err.count("\n") == 1
 
 
 # ---- What reaches the terminal -----------------------------------------------------------------------------
