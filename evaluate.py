@@ -254,7 +254,10 @@ def answer_items(args: argparse.Namespace) -> dict[str, list[Outcome]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command. Returns the exit code: 0 done, 1 interrupted or out of memory, 2 a wrong argument or input."""
+    """Runs the command; returns the exit code.
+
+    0: done, 1: interrupted or out of memory, 2: a wrong argument or input.
+    """
     args = parse_arguments(argv)
     warnings.filterwarnings("ignore", module="PIL")
     if not sys.stderr.isatty():
