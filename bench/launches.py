@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model import decode as cache
 from model import fused, generate
 
-# As counted by --schedule with torch 2.13 and Triton 3.9; matrix products included.
+# As counted by --schedule with torch 2.13 and Triton 3.7.1; matrix products included.
 KERNELS = dict(begin=4, add_norm=1, rotate_and_write=2, attend=8, swiglu=1, write_logits=1)
 KERNELS |= dict(likelihoods=6, draw=3, likelier=1, draw_again=4)
 NO_KERNEL = {

@@ -309,7 +309,7 @@ def step(vlm: VLM, rows: Rows, R: int, S: int, P: int, T: int) -> None:
         h = f.swiglu(mlp.gate_proj(h), mlp.up_proj(h))
         change = mlp.down_proj(h)
     x, h = f.add_norm(x, change, *scale(model.norm))
-    logits = vlm.model.lm_head(h)
+    logits = fused.float_logits(h, vlm.model.lm_head.weight)
     f.write_logits(logits, rows.banned, rows.logits[:R])
 
 

@@ -187,6 +187,16 @@ def float_scores(q: Tensor, keys: Tensor) -> Tensor:
     return torch.bmm(q.float(), keys.float().transpose(1, 2))
 
 
+def float_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Returns the logits hidden W^T in float32, for hidden [N, hidden] and the output matrix W.
+
+    Rounded to bfloat16, log-probabilities are off by 0.03. A CPU has no kernel that keeps them in float32.
+    """
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return (hidden @ weight.T).float()
+
+
 def write_logits(logits: Tensor, banned: Tensor, into: Tensor) -> None:
     """Writes logits [R, vocabulary] where sampling reads them, in float32; -inf where banned [vocabulary]."""
     into.copy_(logits.masked_fill(banned, -torch.inf))

@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model.decode import Layers, Rows, capture_graph, slots_in_memory, step
 from model.forward import embed, hidden_states
+from model.fused import float_logits
 from model.prompt import Prompt
 from model.sampling import sample
 from model.vlm import VLM
@@ -184,5 +185,5 @@ def prefill(vlm: VLM, prompts: list[Prompt]) -> tuple[Tensor, Layers]:
     # The hidden state of each prompt's last token predicts the first token of its completions.
     row = torch.arange(len(prompts), device=vlm.device)
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=vlm.device)
-    logits = vlm.model.lm_head(hidden[row, last])
-    return logits.float(), cache.layers
+    logits = float_logits(hidden[row, last], vlm.model.lm_head.weight)
+    return logits, cache.layers

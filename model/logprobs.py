@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from model.forward import embed, hidden_states
+from model.fused import float_logits
 from model.offload import Fallbacks
 from model.packing import PackedBatch, packed_mask
 
@@ -114,7 +115,7 @@ class TargetLogprobs(torch.autograd.Function):
         columns = (hidden, targets[:, None], totals[:, None], gradient[:, None], grad_hidden)
         for h, target, total, g, grad_h in zip(*(column.split(ctx.chunk) for column in columns)):
             g = g / ctx.temperature
-            z = (h @ weight.T).float().div_(ctx.temperature)
+            z = float_logits(h, weight).div_(ctx.temperature)
             z = z.sub_(total).exp_().mul_(-g)  # -g softmax(z)
             z = z.scatter_add_(1, target, g).to(weight.dtype)
             torch.mm(z, weight, out=grad_h)
@@ -128,7 +129,7 @@ def target_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Returns log softmax(hidden W^T / temperature) at the targets, and each log-sum-exp: [n], float32."""
-    logits = (hidden @ weight.T).float().div_(temperature)
+    logits = float_logits(hidden, weight).div_(temperature)
     total = logits.logsumexp(dim=1)
     at_targets = logits.gather(1, targets[:, None])[:, 0]
     return at_targets - total, total

@@ -23,7 +23,10 @@ class Fallbacks:
 
 def copy_model(model):
     """Returns a copy that shares the frozen weights."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+    same = {id(p): p for p in model.parameters() if not p.requires_grad}
+    # deepcopy would copy all that a buffer's memory holds: of an offloaded model the weights, once more.
+    own = {id(buffer): buffer.clone() for buffer in model.buffers()}
+    return copy.deepcopy(model, same | own)
 
 
 def offloadable(model) -> list[Tensor]:

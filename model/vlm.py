@@ -37,6 +37,9 @@ class VLM:
     """The model with its tokenizer and image processor. `VLM.model` is the transformers module."""
 
     def __init__(self, model, opened: Checkpoint, max_pixels: int | None = None):
+        # cuDNN's masked attention gives NaN gradients for some lengths (pytorch#196678). All that computes
+        # holds a VLM: rollouts, the image encoder, updates, evaluation.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.model = model
         self.tokenizer = opened.tokenizer
         self.image_processor = opened.image_processor
@@ -66,8 +69,6 @@ class VLM:
         """
         device = checkpoint.find_device(device)
         dtype = checkpoint.find_dtype(dtype, device)
-        # cuDNN's masked attention gives NaN gradients for some lengths (pytorch#196678).
-        torch.backends.cuda.enable_cudnn_sdp(False)
         opened = (
             name_or_path if isinstance(name_or_path, Checkpoint) else open_checkpoint(name_or_path)
         )

@@ -162,6 +162,30 @@ def sampled_rollout():
         assert waiting <= may, waiting - may
 
 
+@case
+def bfloat16_logits():
+    """In float32 from the product on: in sampling, in log-probabilities and in their gradient."""
+    from model.fused import float_logits
+    from model.logprobs import token_logprobs
+
+    rng = torch.Generator().manual_seed(0)
+    h, weight = (torch.randn(n, 64, generator=rng).bfloat16() for n in (5, 300))
+    weight = weight * 2
+    targets = torch.arange(5)
+    exact = h.double().requires_grad_()
+    want = (exact @ weight.double().T).log_softmax(1)[range(5), targets]
+    want.sum().backward()
+    with GPU():
+        there, targets = h.to("cuda").requires_grad_(), targets.to("cuda")
+        logits = float_logits(h.to("cuda"), weight.to("cuda"))
+        assert plain(logits).dtype == torch.float32
+        assert (plain(logits) - h.double() @ weight.double().T).abs().max() < 1e-3
+        got = token_logprobs(there, weight.to("cuda"), targets, 1.0)
+        got.sum().backward()
+        assert (plain(got) - want).abs().max() < 1e-3
+        assert (plain(there.grad) - exact.grad).norm() < 0.01 * exact.grad.norm()
+
+
 def goes_on_without(vlm, prompts, sentence, **broken):
     """Greedy rollouts of three roles on a GPU that lacks something: the CPU's tokens, and one sentence."""
     from model.generate import generate

@@ -8,7 +8,7 @@ uses and for which autograd asks no driver; to Python it is on cuda:0. `GPU` see
 those of autograd as well), computes it on the CPU, and refuses what a GPU refuses:
 
     always            operands on both devices; random numbers for the GPU from a generator of the CPU;
-                      pinning GPU memory; bmm(out_dtype=...) of dtypes for which there is no kernel
+                      pinning GPU memory; mm, bmm(out_dtype=...) of dtypes for which there is no kernel
     in a recording    waits for the device; copies to and from memory that is not pinned; random numbers;
                       freeing memory
     in a replay       no Python runs: the recorded operations are done again, with the numbers that they had,
@@ -95,6 +95,9 @@ class OnGPU(torch.Tensor):
             "torch would change it; here nobody does"
         )
         self.numbers, self.at_home = plain(new), not on_gpu(new)
+
+    def clone(self):
+        return self.__deepcopy__({}) if self.at_home else super().clone()
 
     def cpu(self):
         return self.to(CPU)
@@ -344,13 +347,13 @@ class Graph:
 
 def compute(func, args, kwargs):
     """The operation on the CPU."""
-    if func is torch.ops.aten.bmm.dtype:
+    if func in (torch.ops.aten.bmm.dtype, torch.ops.aten.mm.dtype):
         (a, b, dtype), half = args, (torch.bfloat16, torch.float16)
         if a.dtype not in half or b.dtype != a.dtype or dtype not in (a.dtype, torch.float32):
             raise Refused(
-                "bmm: out_dtype must be the dtype of the inputs, or float32 for half ones"
+                f"{func}: out_dtype must be the dtype of the inputs, or float32 for half ones"
             )
-        return torch.bmm(a.to(dtype), b.to(dtype))
+        return torch.matmul(a.to(dtype), b.to(dtype))
     return func(*args, **kwargs)
 
 

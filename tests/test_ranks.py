@@ -291,7 +291,7 @@ def one_more(ranks, folder, first):
         grpo.update(policy, policy.optimizer, mine)
     parts = {}
     for name, tensors in (("weights", policy.weights()), ("moments", policy.optimizer_state())):
-        parts[name] = ranks.all_gather([write_tensors(folder, f"{name}-{ranks.rank}", tensors)])
+        parts[name] = ranks.all_gather(write_tensors(folder, f"{name}-{ranks.rank}", tensors))
     if first and ranks.is_main:
         (folder / "parts.json").write_text(json.dumps(parts))
     ranks.barrier()

@@ -19,15 +19,13 @@ def save(folder, number):
     """A state like a run's: two files of its own, one that it shares with the state before."""
     (folder / "state").mkdir(parents=True, exist_ok=True)
     files = {
-        "reasoner": [
-            write_tensors(
-                folder, f"{number:06}-reasoner-0", {"w": torch.full((50,), float(number))}
-            )
-        ]
+        "reasoner": write_tensors(
+            folder, f"{number:06}-reasoner-0", {"w": torch.full((50,), float(number))}
+        )
     }
-    files["moments"] = [
-        write_tensors(folder, f"{number:06}-moments-0", {"w:step": torch.tensor(float(number))})
-    ]
+    files["moments"] = write_tensors(
+        folder, f"{number:06}-moments-0", {"w:step": torch.tensor(float(number))}
+    )
     if not (folder / "curated.jsonl").exists():
         (folder / "curated.jsonl").write_text("{}\n")
     files["curated"] = [entry(folder, folder / "curated.jsonl")]
@@ -99,7 +97,11 @@ def test_a_kill_at_any_step_of_a_write(tmp_path, monkeypatch, call):
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone", "nonsense"])
 def test_a_damaged_state_is_passed_over(tmp_path, damage):
-    for victim in ("000002.json", "000002-reasoner-0.safetensors", "000002-moments-0.safetensors"):
+    for victim in (
+        "000002.json",
+        "000002-reasoner-0-0.safetensors",
+        "000002-moments-0-0.safetensors",
+    ):
         folder = tmp_path / victim
         save(folder, 1), save(folder, 2)
         path = folder / "state" / victim
@@ -128,3 +130,18 @@ def test_without_any_whole_state_nothing_is_deleted(tmp_path):
     with pytest.raises(ValueError, match="no state of .* is whole: .*curated.jsonl is damaged"):
         recover(tmp_path)
     assert (tmp_path / "state" / "000001.json").exists()
+
+
+def test_a_file_of_a_state_has_about_a_gib(tmp_path, monkeypatch):
+    """safetensors copies all of a file from the GPU at once; one tensor that is larger has its own."""
+    monkeypatch.setattr(state_module, "PART_BYTES", 100)
+    (tmp_path / "state").mkdir()
+    lengths = {"a": 10, "b": 15, "c": 1, "large": 90, "d": 20, "e": 5}
+    tensors = {name: torch.arange(float(n)) for name, n in lengths.items()}
+    parts = write_tensors(tmp_path, "000001-reasoner-0", tensors)
+    held = [[name for name, _ in read_tensors(tmp_path, [part])] for part in parts]
+    assert held == [["a", "b"], ["c"], ["large"], ["d", "e"]]
+    read = dict(read_tensors(tmp_path, parts))
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    assert len(write_tensors(tmp_path, "000001-empty-0", {})) == 1, "a rank may own nothing"

@@ -1,6 +1,7 @@
 """Loading, encoding and log-probabilities against transformers' own processor, positions and forward."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -329,3 +330,14 @@ def test_bfloat16_end_to_end(random_vlm):
     metrics = grpo.update(policy, policy.optimizer, [group])
     assert metrics["skipped"] == 0 and metrics["grad_norm"] > 0
     assert half.model.dtype == torch.bfloat16 and not torch.equal(before, half.model.lm_head.weight)
+
+
+def test_cudnns_attention_is_off_wherever_a_model_is(random_vlm):
+    """Its gradients are NaN for some lengths (pytorch#196678), also where no folder was loaded."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    opened = SimpleNamespace(
+        tokenizer=random_vlm.tokenizer, image_processor=None, folder=None, end_ids=[0], token_side=28,
+        vision_ids=[1], pixel_limits=lambda most: {},
+    )  # fmt: skip
+    VLM(random_vlm.model, opened)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -117,7 +117,9 @@ class Trained:
         """Rounds the masters into the plain copy, a tensor at a time."""
         plain = dict(self.vlm.model.named_parameters())
         for name, master in self._named():
-            plain[name].copy_(master.full_tensor())
+            # Rounded where the master is: what crosses to CPU memory is half as much.
+            rounded = master.full_tensor().to(plain[name].dtype)
+            plain[name].copy_(rounded)
 
     # What an interrupted run needs. Parts of a sharded tensor are slices along dimension 0, in the order of
     # the ranks.

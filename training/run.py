@@ -346,8 +346,8 @@ class Run:
         """Saves the state, with new tensors (each process its part) and files; others stay as they are."""
         self.number += 1
         for name, part in tensors.items():
-            path = write_tensors(self.folder, f"{self.number:06}-{name}-{self.ranks.rank}", part)
-            self.state.files[name] = [tuple(each) for each in self.all_gather([path])]
+            paths = write_tensors(self.folder, f"{self.number:06}-{name}-{self.ranks.rank}", part)
+            self.state.files[name] = [tuple(each) for each in self.all_gather(paths)]
         if self.ranks.is_main:
             for name, path in (files or {}).items():
                 self.state.files[name] = [entry(self.folder, path)]

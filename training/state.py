@@ -1,8 +1,9 @@
 """The state of a run on disk: after a kill at any moment it goes on from here as if nothing had happened.
 
     state/000007.json           where the run stands, with the length and checksum of every file that it needs
-    state/000007-reasoner-0.safetensors    float32 weights of a role, what rank 0 owns of them
-    state/000007-moments-0.safetensors     AdamW's moments of the role in training
+    state/000007-reasoner-0-0.safetensors    float32 weights of a role, what rank 0 owns of them
+    state/000007-reasoner-0-1.safetensors    more of them: a file has about a GiB
+    state/000007-moments-0-0.safetensors     AdamW's moments of the role in training
 
 The files of a state are written first, under names that nothing refers to yet. The state is there with the
 one rename that gives 000007.json its name; a kill before leaves 000006 the newest. A state that does not
@@ -29,6 +30,7 @@ from training.folder import replace_text
 
 Part = tuple[str, int, int]  # a file's path in the run's folder, its length in bytes, its checksum
 KEPT = 2  # states
+PART_BYTES = 1 << 30  # of a file, unless one tensor has more
 UNREADABLE = (
     OSError,
     ValueError,
@@ -138,14 +140,30 @@ def lock(folder: Path) -> FileLock:
 # ---- Files -------------------------------------------------------------------------------------------------
 
 
-def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> Part:
-    """Writes state/NAME.safetensors to the disk; returns its part of `State.files`. Raises OSError."""
-    path = folder / "state" / f"{name}.safetensors"
-    try:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
-    return entry(folder, path)
+def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> list[Part]:
+    """Writes state/NAME-0.safetensors and so on; returns them for `State.files`. Raises OSError.
+
+    safetensors copies all tensors of a file from the GPU before it writes the first: hence PART_BYTES.
+    """
+    # Which tensors go into a file together.
+    files: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for key, tensor in tensors.items():
+        if files[-1] and size + tensor.nbytes > PART_BYTES:
+            files.append({})
+            size = 0
+        files[-1][key] = tensor
+        size += tensor.nbytes
+    # Write one after the other.
+    parts = []
+    for number, file in enumerate(files):
+        path = folder / "state" / f"{name}-{number}.safetensors"
+        try:
+            save_file({key: tensor.contiguous() for key, tensor in file.items()}, path)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
+        parts.append(entry(folder, path))
+    return parts
 
 
 def entry(folder: Path, path: Path) -> Part:
@@ -158,11 +176,11 @@ def entry(folder: Path, path: Path) -> Part:
 def read_tensors(folder: Path, parts: Iterable[Part]) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors in these parts, one after the other, as (name, tensor).
 
-    Each part has a slice of a tensor along dimension 0; a rank with no row of it has none:
+    The parts of each rank have a slice of a tensor along dimension 0; a rank with no row of it has none:
 
-        part of rank 0    weight [2, 8]    bias [1]     step []
-        part of rank 1    weight [1, 8]                 step []
-        yielded           weight [3, 8]    bias [1]     step []     numbers are the same in each
+        parts of rank 0    weight [2, 8]    bias [1]     step []
+        parts of rank 1    weight [1, 8]                 step []
+        yielded            weight [3, 8]    bias [1]     step []     numbers are the same in each
     """
     with ExitStack() as stack:
         files = [
