@@ -1,6 +1,7 @@
 """Finding and reading images: every mode, and files that are no images."""
 
 import json
+import os
 import random
 import struct
 import zlib
@@ -189,10 +190,97 @@ def test_what_can_be_read_is_used_whatever_its_name(tmp_path):
     assert len(found.paths) == 11 and all(load_image(path).size == (40, 30) for path in found.paths)
 
 
+def link(path, target):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+
+
+def test_nothing_is_passed_over_in_silence(tmp_path):
+    """Linked folders are entered once, whatever their circles; files of other names are looked into."""
+    here, away = tmp_path / "here", tmp_path / "away"
+    used = "sub/a.png IMG_0001 b.jpg_large c.jpeg~ d.JPG.1 album/e.png album/deep/f.png a".split()
+    for name in used:
+        path = away / name.removeprefix("album/") if name.startswith("album") else here / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise_image(40, 40).save(path, "jpeg" if "j" in name.lower() else "png")
+    noise_image(40, 40).save(here / "bmp", "bmp")
+    noise_image(40, 40).save(here / "tiff.", "tiff")
+    link(here / "album", away)
+    link(here / "sub" / "up", here)
+    link(away / "deep" / "back", here / "sub")
+    link(away / "again", away)
+    for name in (".ipynb_checkpoints/a-checkpoint.png", ".Trash-1000/files/b.png", ".b/c"):
+        (here / name).parent.mkdir(parents=True)
+        noise_image(40, 40).save(here / name, "png")
+    link(here / "lost", tmp_path / "gone")
+    (here / "heic").write_bytes(HEIC)
+    (here / "cut").write_bytes(b"\x89PNG\r\n\x1a\n")
+    for name, text in {
+        "notes.txt": "BMW",
+        "data.json": "{}",
+        "list": "P1 or P2?",
+        "empty": "",
+    }.items():
+        (here / name).write_text(text)
+    os.mkfifo(here / "pipe")
+
+    found = find_images(str(here))
+    names = {str(Path(path).relative_to(here)) for path in found.paths}
+    assert names == {*used, "bmp", "tiff."} and len(found.paths) == len(names)
+    reasons = {str(Path(path).relative_to(here)): why for path, why in found.skipped}
+    hidden = {".ipynb_checkpoints", ".Trash-1000", ".b"}
+    assert set(reasons) == {*hidden, "lost", "heic", "cut"} and len(reasons) == len(found.skipped)
+    assert all("hidden folder" in reasons[name] for name in hidden)
+
+    found = find_images(str(here / "**" / "*.png"))
+    assert [Path(path).name for path in found.paths] == ["f.png", "e.png", "a.png"]
+    assert {Path(path).name for path, _ in found.skipped} == hidden
+    found = find_images(str(here / "*" / "*.png"))
+    assert [Path(path).name for path in found.paths] == ["e.png", "a.png"]
+    assert "hidden" in found.skipped[0][1]
+    for named in (here / ".b", here / ".*" / "*", here / ".b" / "**"):
+        assert str(here / ".b" / "c") in find_images(str(named)).paths, named
+
+
+@pytest.mark.parametrize("where", ["", "**/*.png"])
+def test_a_folder_that_may_not_be_read_is_listed(tmp_path, monkeypatch, where):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        noise_image(40, 40).save(tmp_path / name / "x.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = find_images(str(tmp_path / where))
+    assert [Path(path).parent.name for path in found.paths] == ["a", "c"]
+    ((path, why),) = found.skipped
+    assert path == str(tmp_path / "b") and "Permission denied" in why
+
+
+def test_what_is_no_path(tmp_path):
+    """Addresses, images written out as text, and users that are not there: a short reason each."""
+    text = "data:image/png;base64," + "iVBORw0KGgo/" * 9000
+    names = [text, "https://x.org/a.png", "s3://bucket/a.png", "~nosuchuser/a.png", text[22:]]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    found = find_images(str(tmp_path / "list.txt"))
+    assert found.paths == [] and len(found.skipped) == 5
+    assert all(len(path) < 400 and len(why) < 100 for path, why in found.skipped)
+    whys = [why for _, why in found.skipped]
+    assert [why.split()[0] for why in whys[:3]] == ["data:", "https:", "s3:"]
+    assert "too long" in whys[4]
+    for where in ("~nosuchuser/images", "~nosuchuser/*.png"):
+        with pytest.raises(ValueError, match="there is no folder, file or match of ~nosuchuser"):
+            find_images(where)
+
+
 # ---- Values ------------------------------------------------------------------------------------------------
 
 
-def tiff(path, values, bits, kind, more=()):
+def tiff(path, values, bits, kind, more=(), photometric=1):
     """A grey TIFF file of any byte order and type. kind: 1 unsigned, 2 signed, 3 float."""
     order = ">" if values.dtype.byteorder == ">" else "<"
     height, width = values.shape
@@ -201,7 +289,7 @@ def tiff(path, values, bits, kind, more=()):
         (257, 3, height),
         (258, 3, bits),
         (259, 3, 1),
-        (262, 3, 1),
+        (262, 3, photometric),
         (277, 3, 1),
     ]
     tags += [(278, 3, height), (279, 4, values.nbytes), (339, 3, kind), *more]
@@ -237,6 +325,47 @@ def test_the_type_says_what_white_is(tmp_path, order):
         tiff(tmp_path / "a.tif", (low + ramp * (high - low)).astype(order + dtype), bits, kind)
         got = read(tmp_path / "a.tif")
         assert abs(got[..., 0] - ramp * 255).max() < 2.5, (low, high, dtype)
+
+
+@pytest.mark.parametrize(
+    "bits, dtype, kind", [(8, "u1", 1), (16, "<u2", 1), (32, "<f4", 3), (32, ">f4", 3)]
+)
+def test_tiff_files_where_0_is_white(tmp_path, bits, dtype, kind):
+    ramp = np.linspace(0, 1, 1200).reshape(30, 40)
+    most = {1: 2**bits - 1, 3: 1.0}[kind]
+    got = {}
+    for photometric in (0, 1):
+        path = tmp_path / f"{photometric}.tif"
+        tiff(path, (ramp * most).astype(dtype), bits, kind, photometric=photometric)
+        got[photometric] = read(path)[..., 0]
+    assert abs(got[0] - (1 - ramp) * 255).max() < 2 and abs(got[1] - ramp * 255).max() < 2
+    held = load_image(str(tmp_path / "0.tif"), 300)
+    assert held.size[0] < 40 and np.asarray(held)[0, 0, 0] > np.asarray(held)[-1, -1, 0]
+
+
+def tga(path, depth, kind, pixel, flags, palette=b""):
+    """A TGA file of 8 x 4 equal pixels. flags: the lower four bits count those of the alpha."""
+    colours = (1, kind, 0, len(palette) // 4, 32) if palette else (0, kind, 0, 0, 0)
+    header = struct.pack("<BBBHHBHHHHBB", 0, *colours, 0, 0, 8, 4, depth, 32 | flags)
+    path.write_bytes(header + palette + pixel * 32)
+
+
+@pytest.mark.parametrize("alpha", [0, 128, 255])
+def test_tga_files_say_if_they_have_alpha(tmp_path, alpha):
+    """Without bits of alpha the fourth byte is spare; one that is 0 everywhere is so, too."""
+    colour = bytes([40, 30, 200, alpha])
+    red = lambda: read(tmp_path / "a.tga")[0, 0].tolist()  # noqa: E731
+    shown = {0: [200, 30, 40], 128: [227, 142, 147], 255: [200, 30, 40]}
+    for flags in (0, 8):
+        want = shown[alpha if flags else 0]
+        tga(tmp_path / "a.tga", 32, 2, colour, flags)
+        assert red() == want
+        tga(tmp_path / "a.tga", 8, 1, b"\0", flags, colour * 4)
+        assert red() == want
+        tga(tmp_path / "a.tga", 16, 3, bytes([90, alpha]), flags)
+        assert red() == [90 if not flags or alpha != 128 else 172] * 3
+    tga(tmp_path / "a.tga", 16, 2, struct.pack("<H", 25 << 10 | (alpha > 0) << 15), 0)
+    assert red() == [205, 0, 0]
 
 
 def test_other_files_of_16_bits_and_floats(tmp_path):

@@ -1,14 +1,19 @@
 """Photographs much larger than a model takes them are held scaled down, and give the same patches."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from checkpoints import noise_image
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from training.images import Found, Pictures, _scaled_down, load_image
+from training.images import Found, Pictures, load_image
+from training.pixels import _scaled_down
 from training.policy import Ranks
 
 
@@ -76,3 +81,24 @@ def test_scaling_down_keeps_what_the_image_processor_accepts(width, height, limi
         assert w * h <= max(2 * limit, 28 * max(w, h)) + 2 * max(w, h)
         sides = [smart_resize(*size, 28, 784, limit) for size in ((height, width), (h, w))]
         assert all(abs(a - b) <= max(28, a / 50) for a, b in zip(*sides))
+
+
+MEASURE = """
+import sys
+from training.images import load_image
+def peak():
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+before = peak()
+print(*load_image(sys.argv[1], 802_816).size, peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_large_photograph_of_16_bits_takes_little_memory(tmp_path):
+    """So one of 81 million pixels takes some 0.3 GiB; 64-bit numbers of all at a time were 3.1 GiB."""
+    rows = np.arange(5000, dtype=np.uint16)
+    Image.fromarray(np.add.outer(3 * rows, 4 * rows)).save(tmp_path / "a.tif")
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "a.tif")]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    width, height, more = map(int, told.split())
+    assert (width, height) == (1268, 1268) and more * 1024 < 6 * 5000**2, "bytes a pixel"
