@@ -41,7 +41,7 @@ import questioner
 import reasoner
 import rewards
 from curate import VotedQuestion
-from measure import watch
+from measure import samples, watch
 from training import command
 from training.run import Run
 from training.settings import Settings
@@ -107,14 +107,19 @@ def train_questioner(s: Settings, run: Run, k: int, rules: Rules) -> None:
                 run.questioner, images, s.group_size, run.sampling, run.generator
             )
             # Vote: the Reasoner answers each valid question m times.
-            voted = reasoner.vote(run.reasoner, asked, s.answers, run.sampling, run.generator)
+            answered = reasoner.answer_questions(
+                run.reasoner, asked, s.answers, run.sampling, run.generator
+            )
+            voted = reasoner.count_votes(asked, answered)
             # Reward the questions, and measure what the rewards are made of.
             question_rewards = [rules.question_reward(group, s) for group in voted]
-            metrics = watch.question_metrics(s, run.all_gather_votes(voted))
+            faults = run.all_gather([each.faults for each in asked])
+            metrics = watch.question_metrics(s, run.all_gather_votes(voted), faults)
             # Make one GRPO step, and log it.
             groups = [each.completions for each in asked]
             update = grpo_step(s, run, groups, question_rewards)
             run.log(step, groups, update | metrics)
+            samples.write_questions(s, run, step, asked, answered, voted)
 
 
 def curate_questions(s: Settings, run: Run, k: int, rules: Rules) -> None:
@@ -168,6 +173,7 @@ def train_reasoner(s: Settings, run: Run, k: int, rules: Rules) -> None:
             groups = [each.completions for each in answered]
             update = grpo_step(s, run, groups, answer_rewards)
             run.log(step, groups, update | metrics)
+            samples.write_answers(s, run, step, questions, answered)
 
 
 def grpo_step(

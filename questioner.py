@@ -44,12 +44,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Asked:
-    """The G outputs of the Questioner about one image, and the question in each (None: invalid)."""
+    """The G outputs of the Questioner about one image, the question in each (None: invalid), or its fault."""
 
     path: str
     patches: Patches
     completions: Group
     questions: list[Question | None]
+    faults: list[str]  # why an output is not valid, "" of a valid one
 
 
 def ask(
@@ -65,21 +66,34 @@ def ask(
     outputs = generate(vlm, prompts, n, **vars(sampling), generator=generator)
     asked = []
     for picture, p, prompt, group in zip(pictures, patches, prompts, outputs):
-        questions = [parse_question(vlm.output_text(ids)) for ids in group]
-        asked.append(Asked(picture.path, p, make_group(prompt, group), questions))
+        questions = []
+        faults = []
+        for ids in group:
+            question, fault = read_question(vlm.output_text(ids))
+            questions.append(question)
+            faults.append("cut off" if fault and vlm.is_cut_off(ids) else fault)
+        asked.append(Asked(picture.path, p, make_group(prompt, group), questions, faults))
     return asked
 
 
 def parse_question(text: str) -> Question | None:
-    """Reads the question in an output of the Questioner; None if it is not valid.
+    """Reads the question in an output of the Questioner; None if it is not valid."""
+    question, _ = read_question(text)
+    return question
+
+
+def read_question(text: str) -> tuple[Question | None, str]:
+    """Reads the question in an output of the Questioner. Returns it and "", or None and why it is not valid.
 
     One thought at most may stand before it, none in it or behind it. Takes time linear in the text, raises
     nothing and evaluates nothing, whatever the model wrote.
     """
     # At most one thought, closed by </think>.
     thought, _, rest = text.rpartition("</think>")
-    if "</think>" in thought or thought.count("<think>") > 1 or "<think>" in rest:
-        return None
+    if "</think>" in thought or thought.count("<think>") > 1:
+        return None, "more than one thought"
+    if "<think>" in rest:
+        return None, "a thought without an end"
 
     # Exactly the three blocks, in this order.
     rest = rest.strip()
@@ -87,19 +101,25 @@ def parse_question(text: str) -> Question | None:
     for name in ("type", "question", "answer"):
         opening = f"<{name}>"
         closing = f"</{name}>"
-        if not rest.startswith(opening) or rest.count(opening) != 1 or rest.count(closing) != 1:
-            return None
+        if opening not in rest or closing not in rest:
+            return None, f"no {opening} block"
+        if rest.count(opening) != 1 or rest.count(closing) != 1:
+            return None, f"more than one {opening} block"
+        if not rest.startswith(opening):
+            return None, f"text before {opening}"
         blocks[name], _, rest = rest.removeprefix(opening).partition(closing)
         rest = rest.lstrip()
     if rest:
-        return None
+        return None, "text behind the blocks"
 
     # A known kind, a question, and an answer of the Questioner's own: the box's content, or the bare text.
     kind = " ".join(blocks["type"].lower().replace("-", " ").split())
     question = blocks["question"].strip()
     answer = extract_answer(blocks["answer"]) or blocks["answer"].replace("\\boxed{}", "").strip()
-    if kind not in KINDS or not question or not answer:
-        return None
+    if kind not in KINDS:
+        return None, "an unknown type"
+    if not question or not answer:
+        return None, "an empty block"
     if "<answer>" in question or "</answer>" in question:
-        return None
-    return Question(kind, question, answer)
+        return None, "a tag in the question"
+    return Question(kind, question, answer), ""

@@ -68,22 +68,37 @@ def vote(
 
     The result has a list for each image, with an entry for each output (None: invalid).
     """
-    # Answer the valid questions of all images together.
+    return count_votes(asked, answer_questions(vlm, asked, m, sampling, generator))
+
+
+def answer_questions(
+    vlm: VLM,
+    asked: list[Asked],
+    m: int,
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
+) -> list[list[Answered | None]]:
+    """Answers the valid questions of all images together, each m times (None: invalid)."""
     prompts = []
     for a in asked:
         valid = [question for question in a.questions if question is not None]
         prompts += [answer_prompt(vlm, a.patches, question.text) for question in valid]
     answered = iter(answer(vlm, prompts, m, sampling, generator))
+    return [[question and next(answered) for question in a.questions] for a in asked]
 
-    # Count the votes of each.
+
+def count_votes(
+    asked: list[Asked], answered: list[list[Answered | None]]
+) -> list[list[VotedQuestion | None]]:
+    """Returns each question with its silver label and confidence (None: invalid)."""
     votes: list[list[VotedQuestion | None]] = []
-    for a in asked:
+    for a, groups in zip(asked, answered):
         votes.append([])
-        for question in a.questions:
+        for question, group in zip(a.questions, groups):
             if question is None:
                 votes[-1].append(None)
                 continue
-            answers = next(answered).answers
-            label, c = confidence(answers)
-            votes[-1].append(VotedQuestion(a.path, question.text, question.kind, label, c, answers))
+            label, c = confidence(group.answers)
+            voted = VotedQuestion(a.path, question.text, question.kind, label, c, group.answers)
+            votes[-1].append(voted)
     return votes

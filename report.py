@@ -1,8 +1,9 @@
 """A report of a run, for people to look at: `python report.py runs/NAME` writes runs/NAME/report.html.
 
-One page without network or scripts: what ran, its curves, the ladder of the built-in world, and images with
-their questions and votes, iteration beside iteration. It reads plain files of that folder and no others: the
-run may still be going on, and its folder may come from another machine.
+One page without network or scripts: what ran, what went wrong, its curves, the ladder of the built-in world,
+images with their questions and votes, iteration beside iteration, and what the models wrote, step by step. It
+reads plain files of that folder and no others: the run may still be going on, and its folder may come from
+another machine. What models wrote is shown as text, whatever it is.
 """
 
 import signal
@@ -17,6 +18,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -32,16 +34,22 @@ from measure.charts import (
     finite,
     number,
 )
-from measure.page import LADDER, PAGE, STYLE
+from measure.page import LADDER, PAGE, RELOAD, STYLE, TROUBLES
 from toy.answerer import Fact, understand
 from training.folder import read_examples
 from training.images import ImageError, load_image
 from training.scenes import Scene, read_truth
-from training.settings import OneLineParser, printable
+from training.settings import OneLineParser, printable, shorten
+from training.troubles import find_troubles
 
 GALLERY = 12  # images
 QUESTIONS = 2  # of an image and iteration
 THUMBNAIL = 168  # pixels
+SAMPLED_STEPS = 60  # whose samples are shown
+SAMPLES_LENGTH = 1_500_000  # characters of the page: from here on no more samples are shown
+SHOWN_OUTPUTS = 16  # of a sample
+SHOWN_CHARACTERS = 2000  # of a text
+FOLLOW_SECONDS = 20
 
 
 # ---- Reading a run -----------------------------------------------------------------------------------------
@@ -60,17 +68,20 @@ def read_config(folder: Path) -> dict:
 
 def read_records(folder: Path) -> list[dict]:
     """Reads the records of metrics.jsonl; leaves out a line that is being written, or is no record."""
-    path = folder / "metrics.jsonl"
+    records = read_lines(folder / "metrics.jsonl")
+    return [r for r in records if isinstance(r, dict) and type(r.get("iteration")) is int]
+
+
+def read_lines(path: Path) -> list:
+    """Reads JSON lines; leaves out a line that is not JSON. The file may not be there."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
-    records = []
+    read = []
     for line in lines:
         try:
-            record = json.loads(line)
+            read.append(json.loads(line))
         except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and type(record.get("iteration")) is int:
-            records.append(record)
-    return records
+    return read
 
 
 def read_questions(folder: Path, iterations: int) -> dict[int, list[Proposed]]:
@@ -109,6 +120,26 @@ def is_well_formed(example: VotedQuestion) -> bool:
     return all(
         answer is None or isinstance(answer, str) for answer in [example.label, *example.answers]
     )
+
+
+def read_samples(folder: Path) -> dict[tuple[int, str, int], list[dict]]:
+    """Reads samples/: (iteration, phase, step) -> its examples, in the order of the run.
+
+    What is not an example, or is being written, is left out.
+    """
+    samples = {}
+    for path in (folder / "samples").glob("iteration-*/*.jsonl"):
+        place = re.fullmatch(
+            r"iteration-(\d+)/(questioner|reasoner)-(\d+)",
+            "/".join(path.with_suffix("").parts[-2:]),
+        )
+        examples = []
+        for line in read_lines(path):
+            if isinstance(line, dict) and isinstance(line.get("outputs"), list):
+                examples.append(line)
+        if place and examples:
+            samples[int(place[1]), place[2], int(place[3])] = examples
+    return dict(sorted(samples.items()))
 
 
 def read_scenes(folder: Path) -> dict[str, Scene]:
@@ -222,7 +253,7 @@ def image_card(
 
 
 def gallery(questions: dict[int, list[Proposed]], folder: Path) -> str:
-    """Shows the images that most iterations asked about."""
+    """Shows the images that most iterations asked about; "" without any."""
     iterations = Counter()  # image -> in how many it was asked about
     for asked in questions.values():
         images = dict.fromkeys(example.image for example, _ in asked)
@@ -232,7 +263,122 @@ def gallery(questions: dict[int, list[Proposed]], folder: Path) -> str:
     for path, _ in iterations.most_common(GALLERY):
         scene = scenes.get(split_path(path)[-1])
         cards += image_card(path, questions, folder, scene)
-    return cards or '<p class="soft">No questions have been curated yet.</p>'
+    return cards
+
+
+# ---- What the models wrote ---------------------------------------------------------------------------------
+
+
+def sample_list(samples: dict[tuple[int, str, int], list[dict]], folder: Path) -> str:
+    """Shows the examples of steps, spread evenly over the run, each step to unfold; "" without any."""
+    shown = ""
+    for (k, phase, step), examples in spread(list(samples.items()), SAMPLED_STEPS):
+        name = f"Iteration {k}, {phase.capitalize()}, step {step}"
+        cards = "".join(sample_card(example, folder) for example in examples[:2])
+        shown += f"<details><summary>{name}</summary>{cards}</details>"
+        if len(shown) > SAMPLES_LENGTH:
+            shown += '<p class="soft">More are in samples/.</p>'
+            break
+    return shown
+
+
+def spread(items: list, most: int) -> list:
+    """Returns at most so many of the items, the first and the last among them, spread evenly."""
+    if len(items) <= most:
+        return items
+    places = [round(i * (len(items) - 1) / max(1, most - 1)) for i in range(most)]
+    return [items[place] for place in places]
+
+
+def sample_card(example: dict, folder: Path) -> str:
+    """Shows an example: its image, its outputs, and what each earned."""
+    path = str(example.get("image"))
+    name = escape(split_path(path)[-1][:200])
+    source = thumbnail(find_picture(folder, path))
+    image = f'<img src="{source}" alt="{name}">' if source else ""
+    told = ""
+    if "question" in example:
+        told = f"<p>{escape(cut(example['question']))}</p>"
+        told += f'<div class="soft">{escape(describe_vote(example))}</div>'
+    for output in example["outputs"][:SHOWN_OUTPUTS]:
+        told += output_text(output)
+    answers = example.get("answers")
+    for answer in answers[:2] if isinstance(answers, list) else ():
+        told += f"<h3>The Reasoner, asked the first valid question</h3>{output_text(answer)}"
+    return f'<div class="sample"><div class="soft">{image}<br>{name}</div><div>{told}</div></div>'
+
+
+def output_text(output: object) -> str:
+    """Shows an output as it was written, below a line of what became of it."""
+    if not isinstance(output, dict):
+        return ""
+    line = f'<div class="soft">{escape(describe_output(output))}</div>'
+    return f'<div class="output">{line}<pre>{escape(cut(output.get("text")))}</pre></div>'
+
+
+def describe_output(output: dict) -> str:
+    """Says on a line what became of an output: whether it was valid, its votes, and what it earned."""
+    told = []
+    if output.get("invalid"):
+        told.append(f"not valid: {cut(output['invalid'])}")
+    if output.get("cut_off") is True:
+        told.append("cut off at the length limit")
+    if isinstance(output.get("answers"), list):
+        told.append(describe_vote(output))
+    if "answer" in output:
+        answer = output["answer"]
+        told.append("no answer" if answer is None else f"answer {cut(answer)}")
+    for name in ("r_unc", "r_div", "reward", "advantage"):
+        value = finite(output.get(name))
+        if value is not None:
+            told.append(f"{name} {value:.2f}")
+    return " · ".join(told)
+
+
+def describe_vote(voted: dict) -> str:
+    """Says on a line how the Reasoner voted: the label, its confidence and the votes."""
+    label = voted.get("label")
+    told = [f"silver label {'none' if label is None else cut(label)}"]
+    confidence = finite(voted.get("confidence"))
+    if confidence is not None:
+        told.append(f"confidence {confidence:.2f}")
+    answers = voted.get("answers")
+    if isinstance(answers, list) and all(a is None or isinstance(a, str) for a in answers):
+        votes = [f"{'no answer' if a is None else cut(a)} x {n}" for a, n in count_votes(answers)]
+        told.append(f"votes: {', '.join(votes[:8])}")
+    return " · ".join(told)
+
+
+def cut(value: object) -> str:
+    """Returns a text for the page, without its middle if it is long."""
+    return shorten(str(value), SHOWN_CHARACTERS)
+
+
+def print_samples(folder: Path, count: int) -> None:
+    """Prints examples of so many steps, spread evenly over the run."""
+    samples = read_samples(folder)
+    if not samples:
+        print("no samples: the run has made no step, or had --samples 0")
+    for (k, phase, step), examples in spread(list(samples.items()), count):
+        for example in examples:
+            print(
+                f"\n==== iteration {k}, {phase}, step {step}: {printable(str(example.get('image')))}"
+            )
+            if "question" in example:
+                print(printable(f"{example['question']}   [{describe_vote(example)}]"))
+            answers = example.get("answers")
+            for output in [*example["outputs"], *(answers if isinstance(answers, list) else ())]:
+                if isinstance(output, dict):
+                    print_output(output)
+
+
+def print_output(output: dict) -> None:
+    """Prints an output as it was written, below a line of what became of it."""
+    question = output.get("question") if "answer" in output else None
+    asked = "" if question is None else f"the Reasoner, asked {cut(question)} · "
+    print(printable(f"-- {asked}{describe_output(output)}"))
+    for line in cut(output.get("text")).split("\n"):
+        print(f"   {printable(line)}")
 
 
 # ---- The page ----------------------------------------------------------------------------------------------
@@ -243,40 +389,76 @@ def page(folder: Path) -> str:
     config = read_config(folder)
     records = read_records(folder)
     questions = read_questions(folder, config["iterations"])
+    finished = is_finished(records, config)
     # What ran
-    done = max((r["iteration"] for r in records if r.get("phase") == "measure"), default=0)
     minutes = sum(number(record, "seconds") or 0 for record in records) / 60
     state = (
-        f"{done} of {config['iterations']} iterations complete · {minutes:.1f} minutes of work"
+        f"{tell_place(records, config)} · {minutes:.1f} minutes of work"
         f" · model: {config.get('model') or 'the toy of this repository'}"
         f" · images: {config.get('images') or 'built-in scenes'}"
     )
-    # What it warned of, and what it skipped
-    warnings = ""
-    for record in records:
-        if record.get("phase") == "warning":
-            warning = f"iteration {record['iteration']}, {record.get('signature')}: {record.get('message')}"
-            warnings += f'<p class="warning">{escape(warning)}</p>'
     skips = folder / "skipped.txt"
     skipped = skips.read_text(encoding="utf-8", errors="replace") if skips.exists() else ""
     # The figures
     ladder = draw_ladder(records)
     charts = "".join(draw_chart(records, chart) for chart in CHARTS)
-    charts = charts or '<p class="soft">Nothing to draw yet.</p>'
+    charts = charts or none("Nothing to draw", finished)
     for k, asked in questions.items():
         charts += draw_histogram(f"Difficulty, iteration {k}", asked)
     return PAGE.format(
         name=escape(folder.resolve().name),
         style=STYLE,
+        reload="" if finished else RELOAD,
         state=escape(state),
-        warnings=warnings,
+        troubles=trouble_box(records, config, len(skipped.splitlines())),
         settings=html.escape(json.dumps(config, indent=1)),
         skips=len(skipped.splitlines()),
         skipped=escape(skipped[:20_000]),
         ladder=ladder and LADDER.format(charts=ladder),
         charts=charts,
-        gallery=gallery(questions, folder),
+        gallery=gallery(questions, folder) or none("No questions have been curated", finished),
+        samples=sample_list(read_samples(folder), folder) or none("There are no samples", finished),
     )
+
+
+def none(what: str, finished: bool) -> str:
+    """Says that there is nothing: nothing yet, while the run goes on."""
+    return f'<p class="soft">{what}{"" if finished else " yet"}.</p>'
+
+
+def is_finished(records: list[dict], config: dict) -> bool:
+    """Tells if all iterations are done."""
+    return count_done(records) >= config["iterations"]
+
+
+def count_done(records: list[dict]) -> int:
+    """Returns the number of the last iteration that was measured at its end."""
+    return max((r["iteration"] for r in records if r.get("phase") == "measure"), default=0)
+
+
+def tell_place(records: list[dict], config: dict) -> str:
+    """Says how far the run is: the iterations that are complete and, before the end, the last step."""
+    told = f"{count_done(records)} of {config['iterations']} iterations complete"
+    if is_finished(records, config):
+        return told
+    steps = [r for r in records if r.get("phase") in ("questioner", "curation", "reasoner")]
+    if not steps or steps[-1]["iteration"] <= count_done(records):
+        return f"{told} · at the start of iteration {count_done(records) + 1}"
+    k = steps[-1]["iteration"]
+    phase = steps[-1]["phase"]
+    if phase == "curation":
+        return f"{told} · iteration {k}: curation is done"
+    step = steps[-1].get("step")
+    return f"{told} · iteration {k}: {phase.capitalize()} step {step} of {config.get(f'{phase}_steps')}"
+
+
+def trouble_box(records: list[dict], config: dict, skipped: int) -> str:
+    """Shows what went wrong; "" if nothing did."""
+    troubles = find_troubles(records, config)
+    if skipped:
+        troubles.append(f"images that could not be used: {skipped}, listed below with the reasons")
+    items = "".join(f"<li>{escape(trouble)}</li>" for trouble in troubles)
+    return items and TROUBLES.format(items=items)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -286,12 +468,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, help="where the page goes (default: report.html in that folder)"
     )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="print what the models wrote in N steps, and no page",
+    )
+    parser.add_argument(
+        "--follow", action="store_true", help="write the page again and again until the run is over"
+    )
     args = parser.parse_args(argv)
     out = args.out or args.run / "report.html"
+    if args.samples is not None and args.samples < 1:
+        parser.error("--samples must be at least 1")
     if out.is_file() and out.suffix != ".html" and out.resolve().is_relative_to(args.run.resolve()):
         parser.error(f"--out {printable(str(out))} is a file of the run itself")
     try:
+        if args.samples:
+            read_config(args.run)
+            print_samples(args.run, args.samples)
+            return 0
         out.write_text(page(args.run), encoding="utf-8", errors="backslashreplace")
+        while args.follow and not is_finished(read_records(args.run), read_config(args.run)):
+            time.sleep(FOLLOW_SECONDS)
+            out.write_text(page(args.run), encoding="utf-8", errors="backslashreplace")
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {printable(str(error))}\n")
         return 2

@@ -61,8 +61,11 @@ CHARTS = (
 
 
 def escape(value: object) -> str:
-    """Returns anything as HTML; control characters and halves of characters are spelled out."""
-    odd = "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
+    """Returns anything as HTML.
+
+    Control characters, halves of characters and marks that turn the writing direction are spelled out.
+    """
+    odd = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
     text = re.sub(odd, lambda c: c[0].encode("unicode_escape").decode(), str(value))
     return html.escape(text)
 

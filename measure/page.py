@@ -8,7 +8,9 @@ STYLE = """
 body { margin: 0 auto; padding: 1rem; max-width: 72rem; font: 16px/1.5 system-ui, sans-serif; }
 h3, .soft, .key { margin: 0; font-size: .9rem; color: color-mix(in srgb, CanvasText 70%, Canvas); }
 p, p.soft { max-width: 46rem; margin: .5rem 0 .8rem; }
-.warning { border-left: 4px solid var(--c1); padding-left: .8rem; }
+.trouble { border: 1px solid var(--line); border-left: 4px solid var(--c1); border-radius: 8px;
+  padding: .2rem .8rem; margin: .8rem 0; max-width: 60rem; }
+.trouble h2 { font-size: 1.1rem; margin: .5rem 0 0; } .trouble ul { margin: .4rem 0; padding-left: 1.2rem; }
 pre { white-space: pre-wrap; font-size: .8rem; }
 .charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }
 figure, .image { margin: 0; padding: .7rem; border: 1px solid var(--line); border-radius: 8px; }
@@ -27,14 +29,19 @@ img { width: 168px; }
 .vote { display: grid; gap: .4rem; grid-template-columns: 5.5rem 1fr 1.6rem; font-size: .85rem; }
 .vote span:first-child { text-align: right; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .bar { height: .7rem; margin-top: .3rem; background: var(--pale); } .bar.label { background: var(--c0); }
+.sample { padding: .2rem 0 .6rem 1rem; display: grid; gap: 1rem; grid-template-columns: 168px 1fr; }
+.output { border-top: 1px solid var(--line); padding: .3rem 0; } .output pre { margin: .2rem 0; }
+@media (max-width: 45rem) { .sample { grid-template-columns: 1fr; padding-left: 0; } }
+summary { cursor: pointer; }
 .good { color: var(--c2); } .bad { color: var(--c1); }
 """
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{name}, a VisPlay run</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head><body>
+<meta name="viewport" content="width=device-width, initial-scale=1">{reload}
+<style>{style}</style></head><body>
 <h1>{name}</h1><p>{state}</p>
-{warnings}
+{troubles}
 <details><summary>All settings</summary><pre>{settings}</pre></details>
 <details><summary>{skips} images skipped</summary><pre>{skipped}</pre></details>
 {ladder}
@@ -48,8 +55,15 @@ coloured.</p>
 the silver label. The iterations stand side by side: they show how the questions about an image get harder,
 and how sure the Reasoner is of them.</p>
 {gallery}
+<h2>What the models wrote</h2>
+<p class="soft">Whole examples, as the models wrote them. In a Questioner step these are the outputs about one
+image: the votes on each valid question, its reward and its advantage. Below them stand two answers of the
+Reasoner in full. In a Reasoner step these are the answers to one curated question.</p>
+{samples}
 </body></html>
 """
+RELOAD = '<meta http-equiv="refresh" content="30">'
+TROUBLES = """<section class="trouble"><h2>What went wrong</h2><ul>{items}</ul></section>"""
 LADDER = """<h2>The ladder</h2>
 <p class="soft">A rung is how many objects one must list to answer a question. Accuracy is that of sampled
 answers to held-out questions; iteration 0 is the base. The last chart shows the mean number of objects of

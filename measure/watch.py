@@ -7,8 +7,10 @@ true_accuracy                            where the truth is known: held-out ques
 warn_of_questions, warn_of_label_drift   the paper's failure signatures (see signatures.py)
 """
 
+from collections import Counter
 from dataclasses import replace
 
+import curate
 import questioner
 import reasoner
 import rewards
@@ -24,11 +26,14 @@ PROBES = 64  # fixed questions that the base asks, one an image
 SAMPLES = 4  # answers to a held-out question
 
 
-def question_metrics(s: Settings, votes: list[list[VotedQuestion | None]]) -> dict:
+def question_metrics(
+    s: Settings, votes: list[list[VotedQuestion | None]], faults: list[list[str]]
+) -> dict:
     """Returns the parts of the paper's reward for questions.
 
-    `validity` is a share of all outputs, `clusters` a mean over images, the others are means over valid
-    questions.
+    `validity` is a share of all outputs, `invalid` counts the faults of the others, `clusters` is a mean over
+    images, `answered` the share of the votes that have an answer. The others are means over valid questions.
+    faults: see `questioner.Asked`.
     """
     # One list of valid questions for each image.
     groups = [[vote for vote in group if vote is not None] for group in votes]
@@ -47,6 +52,8 @@ def question_metrics(s: Settings, votes: list[list[VotedQuestion | None]]) -> di
     confidences = [vote.confidence for vote in valid]
     metrics = {
         "validity": len(valid) / outputs,
+        "invalid": dict(Counter(fault for group in faults for fault in group if fault)),
+        "answered": share_answered(valid),
         "r_unc": mean([rewards.uncertainty_reward(c) for c in confidences]),
         "r_div": mean(penalties),
         "confidence": mean(confidences),
@@ -55,6 +62,12 @@ def question_metrics(s: Settings, votes: list[list[VotedQuestion | None]]) -> di
     questions = [vote.question for vote in valid]
     kinds = [vote.kind for vote in valid]
     return metrics | signatures.variety(questions, kinds)
+
+
+def share_answered(questions: list[VotedQuestion]) -> float:
+    """Returns the share of the votes that have an answer; 1 without any vote."""
+    votes = [answer is not None for question in questions for answer in question.answers]
+    return mean(votes) if votes else 1.0
 
 
 def answer_metrics(answers: list[list[str | None]]) -> dict:
@@ -75,13 +88,31 @@ def curation_metrics(
     curated: list[VotedQuestion],
     seconds: float,
 ) -> dict:
-    """Returns the record of a curation: how many questions were proposed, valid and kept."""
+    """Returns the record of a curation: how many questions were proposed, valid and kept.
+
+    `left_out` counts the different questions that were not kept, by the reason.
+    """
+    kept = {(question.image, question.question) for question in curated}
+    left_out = Counter()
+    for question in curate.pool(candidates):
+        if (question.image, question.question) in kept:
+            continue
+        if question.label is None:
+            left_out["no answer"] += 1
+        elif question.confidence > s.tau_high:
+            left_out["above tau_high"] += 1
+        elif question.confidence < s.tau_low:
+            left_out["below tau_low"] += 1
+        else:
+            left_out["own rule"] += 1
     return dict(
         iteration=k,
         phase="curation",
         candidates=s.candidates,
         validity=len(candidates) / s.candidates,
         curated=len(curated),
+        left_out=dict(left_out),
+        answered=share_answered(candidates),
         confidence=mean([candidate.confidence for candidate in candidates]),
         seconds=seconds,
     )
@@ -168,7 +199,7 @@ def true_accuracy(s: Settings, run: Run, k: int, probes: list[VotedQuestion]) ->
 def warn_of_questions(run: Run, k: int) -> None:
     """Warns of what has gone wrong in the Questioner's phase."""
     steps = run.phase_records("questioner")
-    r_unc = [record["r_unc"] for record in steps if record["iteration"] == k]
+    r_unc = [r["r_unc"] for r in steps if r["iteration"] == k and r["validity"]]
     run.warn("stagnant difficulty", signatures.stagnant_difficulty(r_unc))
     run.warn("question collapse", signatures.question_collapse(steps[0], steps[-1]))
 

@@ -217,6 +217,10 @@ class VLM:
         """
         return self.opened_thought + self.decode(ids)
 
+    def is_cut_off(self, ids: list[int]) -> bool:
+        """Tells if a completion ended at the length limit, before a token that ends a turn."""
+        return not ids or ids[-1] not in self.end_ids
+
     # ---- Log-probabilities ---------------------------------------------------------------------------------
 
     def logprobs(

@@ -138,7 +138,7 @@ def test_a_run_is_reproducible_and_resumes(workplace, capsys, monkeypatch):
     args = [a if a != "1" else "2" for a in SMALL] + ["--name"]
     assert loop.main([*args, "whole"]) == 0
     whole = capsys.readouterr().out
-    assert "base" in whole and "done" in whole and "\r" not in whole
+    assert "base" in whole and "checkpoints are in runs/whole" in whole and "\r" not in whole
     header, *rows = [
         line for line in whole.splitlines() if line.startswith((" ", "iteration greedy"))
     ][-4:]
@@ -325,7 +325,7 @@ def test_failure_signatures_are_printed_and_written(workplace, monkeypatch, caps
     assert warnings == [(k, signature) for k in (1, 2) for signature in each]
     assert "warning, pseudo-label drift: sure and wrong" in err
     asked, measured = records(run, "questioner"), records(run, "measure")
-    assert seen["r_unc"] == [r["r_unc"] for r in asked[:2]]
+    assert seen["r_unc"] == [r["r_unc"] for r in asked[:2] if r["validity"]]
     assert (seen["first"], seen["now"]) == (asked[0], asked[-1])
     before, now, _, what = seen["drift"]
     assert "the base's" in what and len(before) == len(now) > 0
@@ -404,8 +404,12 @@ def test_invalid_questions_and_an_empty_curated_set(published, workplace, capsys
         *SMALL,
     ]
     assert loop.main(args) == 0
-    err = capsys.readouterr().err
-    assert "not one output was valid" in err and "the Reasoner is not trained" in err
+    out, err = capsys.readouterr()
+    told = "step 1: all 8 outputs were no valid question (cut off "
+    assert err.count("no valid question") == err.count(told) == 1 and "not trained" in err, err
+    *_, first, second, third, last = out.splitlines()
+    assert first == "The run is over, and not all went well:" and "done" not in last
+    assert "all 16 outputs were no valid question" in second and "not one question was" in third
     run = workplace / "runs" / "x"
     assert [s["validity"] for s in records(run, "questioner")] == [0, 0] and records(
         run, "reasoner"

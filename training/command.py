@@ -48,8 +48,10 @@ from training.settings import (
     continue_settings,
     flag,
     parse_arguments,
+    printable,
     read_saved,
 )
+from training.troubles import find_troubles
 
 TOO_LITTLE_MEMORY = (
     "the GPU has too little memory: run again with the same --name and --gradient-checkpointing, --offload "
@@ -63,6 +65,7 @@ TOO_LITTLE_HOST_MEMORY = (
 NO_MEMORY = (
     "can't allocate memory"  # torch's words when the computer has none; a GPU's is OutOfMemoryError
 )
+TROUBLES_TOLD = 6  # at the end of a run; the report has all
 Loop = Callable[[Settings, Run], None]
 
 
@@ -431,4 +434,15 @@ def train(loop: Loop, run: Run, roles: tuple[VLM, VLM]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if run.ranks.is_main:
-        print(f"done: metrics, curated questions and both checkpoints are in {run.folder}")
+        print(tell_end(run))
+
+
+def tell_end(run: Run) -> str:
+    """Returns the last lines of a run: where its results are, and what went wrong."""
+    what = f"etrics, curated questions and both checkpoints are in {run.folder}"
+    troubles = find_troubles(run.records, dataclasses.asdict(run.settings))
+    if not troubles:
+        return f"done: m{what}"
+    more = f"\n- and {len(troubles) - TROUBLES_TOLD} more" if troubles[TROUBLES_TOLD:] else ""
+    told = "\n- ".join(map(printable, troubles[:TROUBLES_TOLD]))
+    return f"The run is over, and not all went well:\n- {told}{more}\nM{what}"

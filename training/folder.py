@@ -22,6 +22,12 @@ def write_examples(path: Path, examples: Iterable[VotedQuestion]) -> None:
     path.write_text("".join(lines), **TEXT)
 
 
+def write_json_lines(path: Path, lines: Iterable[dict]) -> None:
+    """Writes JSON lines, all characters spelled in ASCII: a model may write anything."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="ascii")
+
+
 def read_examples(path: Path) -> list[VotedQuestion]:
     """Reads what `write_examples` wrote."""
     return [VotedQuestion(**fields) for fields in _read_json_lines(path)]

@@ -150,6 +150,7 @@ def rollout_metrics(groups: list[Group], end_ids: list[int], seconds: float, ran
     everywhere = ranks.all_gather(mine)
     lengths = [length for _, lengths, _ in everywhere for length in lengths]
     return dict(
+        outputs=len(lengths),
         reward=mean([reward for rewards, _, _ in everywhere for reward in rewards]),
         equal_groups=mean([all_equal(rewards) for rewards, _, _ in everywhere]),
         length=mean(lengths),

@@ -8,6 +8,7 @@
     curated/iteration-K.jsonl    those that were kept: the Reasoner's training set of iteration K
     questioner/, reasoner/       both roles after the last complete iteration, as Hugging Face checkpoints
     questioner-adapter/, ...     with --lora-rank also what was trained, for PEFT
+    samples/                     what the models wrote: a few examples a step (see measure/samples.py)
     skipped.txt                  images that could not be used, and why
     state/                       what an interrupted run goes on from (see state.py)
 
@@ -43,6 +44,7 @@ from training.folder import (
     replace_folder,
     replace_text,
     write_examples,
+    write_json_lines,
 )
 from training.images import Found, ImageError, Pictures, load_image, make_relative
 from training.log import HEADER, Console, plain, rollout_metrics, skipped_in_a_row, table_row
@@ -58,6 +60,7 @@ from training.state import (
     write_state,
     write_tensors,
 )
+from training.troubles import judge_phase
 
 PHASES = ("questioner", "curation", "reasoner", "measure")
 BAD_STEPS = 3  # so many steps in a row with a gradient that is not finite stop a run
@@ -98,6 +101,7 @@ class Run:
         self.scene_size = scene_size  # pixels along one side of a built-in scene
         self.token_side = token_side  # pixels along one side of the model's image token
         self.skips_told = 0  # skipped images that were named already
+        self.troubles_told: set[tuple] = set()  # (iteration, phase), kind: see `tell_troubles`
 
         self.state = State()
         self.number = 0  # states that were written
@@ -366,11 +370,6 @@ class Run:
         if self.ranks.is_main:
             write_examples(self._questions_file("candidates", k), candidates)
             write_examples(path, curated)
-        if not curated:
-            why = (
-                "no question of middling confidence" if candidates else "not one question was valid"
-            )
-            self.console.say(f"iteration {k}: {why}; the Reasoner is not trained")
         self.finish_phase(files={"curated": path})
 
     def read_curated(self, k: int) -> list[VotedQuestion]:
@@ -445,7 +444,17 @@ class Run:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         self.records.append(record)
+        self.tell_troubles(record)
         self.tell_skips()
+
+    def tell_troubles(self, record: dict) -> None:
+        """Says what went wrong in a step or a curation; each kind of trouble once a phase."""
+        place = (record["iteration"], record["phase"])
+        step = f", step {record['step']}" if "step" in record else ""
+        for kind, sentence in judge_phase([record], asdict(self.settings)).items():
+            if (place, kind) not in self.troubles_told:
+                self.troubles_told.add((place, kind))
+                self.console.say(f"iteration {place[0]}, {place[1]}{step}: {sentence}")
 
     def log(self, step: int, groups: list[grpo.Group], metrics: dict) -> None:
         """Writes the record of a GRPO step: what was sampled, and its metrics."""
@@ -453,11 +462,12 @@ class Run:
         place = dict(iteration=self.state.iteration, phase=self.state.phase, step=step)
         sampled = rollout_metrics(groups, self.questioner.end_ids, seconds, self.ranks)
         self.write_record(place | sampled | metrics | dict(seconds=seconds))
-        if not metrics["validity"]:
-            self.console.say(f"step {step}: not one output was valid")
-        if metrics["skipped"]:
-            why = "loss or gradient is not finite; skipped, the weights are unchanged"
-            self.console.say(f"step {step}: {why}")
+
+    def write_samples(self, step: int, samples: list[dict]) -> None:
+        """Writes examples of what a GRPO step sampled, in place of those of an earlier try at this step."""
+        if samples and self.ranks.is_main:
+            place = f"iteration-{self.state.iteration}/{self.state.phase}-{step:04}.jsonl"
+            write_json_lines(self.folder / "samples" / place, samples)
 
     def warn_of_unknown_instructions(self, *instructions: str) -> None:
         """Warns if the checkpoint was made for other instructions than these."""

@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "gradient_checkpointing",
     "offload",
     "save_every",
+    "samples",
 )
 
 
@@ -158,6 +159,13 @@ class Settings:
         RUN,
         least=1,
     )
+    samples: int = setting(
+        1,
+        "whole examples of what the models wrote that each step keeps in samples/, for the report (0: none)",
+        RUN,
+        least=0,
+        most=100,
+    )
     dry_run: bool = setting(
         False,
         "print what would run, how much memory it takes and how long (measured), then stop",
@@ -234,6 +242,14 @@ def flag(name: str) -> str:
 def printable(text: str) -> str:
     """Spells out line ends, control characters and bytes that are not UTF-8, so that a text is one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shorten(text: str, most: int) -> str:
+    """Returns a text of at most about so many characters: a longer one loses its middle, and says so."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]} [... {len(text) - 2 * half} characters left out ...] {text[-half:]}"
 
 
 # ---- Beside a checkpoint, and in the folder of a run -------------------------------------------------------

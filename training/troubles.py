@@ -1,0 +1,138 @@
+"""Finds what went wrong in a run, in its records: for the console while it happens, and for the report.
+
+    find_troubles(records, settings)    all phases of a run
+    judge_phase(records, settings)      one phase of one iteration, or a single step of it
+
+A trouble is a sentence that ends with the flag to turn. `settings` are those of config.json.
+"""
+
+from collections import Counter
+from itertools import groupby
+from statistics import fmean
+
+CUT_OFF = 0.25  # of the outputs: from here on it is a trouble
+INVALID = 0.5  # of the outputs
+ADVICE = {  # where most questions are not kept for this reason
+    "above tau_high": "the Reasoner is too sure: try a higher --tau-high or more --questioner-steps",
+    "below tau_low": "the Reasoner is too unsure: try a lower --tau-low or more --answers",
+    "no answer": "try a higher --max-new-tokens or another --reasoner-prompt",
+    "own rule": "look at your own rule, in place of loop.is_middling",
+}
+
+
+def find_troubles(records: list[dict], settings: dict) -> list[str]:
+    """Returns a sentence for everything that went wrong, in the order in which it happened."""
+    troubles = []
+    for (k, phase), group in groupby(records, key=lambda r: (r["iteration"], r.get("phase"))):
+        group = list(group)
+        if phase == "warning":
+            for record in group:
+                signature = record.get("signature")
+                troubles.append(f"iteration {k}, {signature}: {record.get('message')}")
+            continue
+        for sentence in judge_phase(group, settings).values():
+            troubles.append(f"iteration {k}, {phase}: {sentence}")
+    return troubles
+
+
+def judge_phase(records: list[dict], settings: dict) -> dict[str, str]:
+    """Judges records of one phase of one iteration. Returns a kind of trouble -> a sentence."""
+    phase = records[0].get("phase")
+    if phase == "curation":
+        return _judge_curation(records[-1], settings)
+    if phase not in ("questioner", "reasoner"):
+        return {}
+    troubles = {}
+    cut_off = _mean_field("truncated", records)
+    invalid = 1 - _mean_field("validity", records, 1.0)
+    count = sum(_number(record, "outputs") for record in records)
+    if invalid >= INVALID:
+        troubles["invalid"] = _tell_invalid(invalid, cut_off, count, records, settings)
+    elif cut_off >= CUT_OFF:
+        limit = settings.get("max_new_tokens")
+        told = f"{_part(cut_off, count)} outputs were cut off at --max-new-tokens {limit}"
+        troubles["cut off"] = f"{told}: raise it"
+    elif len(records) > 1 and all(_number(r, "equal_groups") == 1 for r in records):
+        troubles["equal"] = (
+            "in each group all rewards were equal, so that nothing was learnt: "
+            "try a larger --group-size or a higher --temperature"
+        )
+    unanswered = 1 - _mean_field("answered", records, 1.0)
+    if unanswered >= INVALID:
+        told = f"{unanswered:.0%} of the Reasoner's votes had no answer"
+        troubles["no answer"] = f"{told}: {ADVICE['no answer']}"
+    skipped = sum(_number(record, "skipped") > 0 for record in records)
+    if skipped:
+        troubles["skipped"] = (
+            f"loss or gradient is not finite; skipped {skipped} of {len(records)} steps, which left the "
+            "weights unchanged: try a lower --lr or --dtype float32"
+        )
+    return troubles
+
+
+def _tell_invalid(
+    invalid: float, cut_off: float, count: float, records: list[dict], settings: dict
+) -> str:
+    """Says how many outputs are not valid, and why."""
+    if records[0].get("phase") == "reasoner":
+        told = f"{_part(invalid, count)} outputs had no answer"
+        advice = "try another --reasoner-prompt"
+    else:
+        told = f"{_part(invalid, count)} outputs were no valid question"
+        advice = "try another --questioner-prompt or --model"
+    reasons = Counter()
+    for record in records:
+        reasons += _counts(record, "invalid")
+    if reasons:
+        each = [f"{reason} {n / reasons.total():.0%}" for reason, n in reasons.most_common(4)]
+        told += f" ({', '.join(each)})"
+    if cut_off >= CUT_OFF:
+        limit = settings.get("max_new_tokens")
+        advice = f"{cut_off:.0%} were cut off at --max-new-tokens {limit}: raise it"
+    return f"{told}; {advice}"
+
+
+def _judge_curation(record: dict, settings: dict) -> dict[str, str]:
+    """Says why nothing, or little, was curated."""
+    curated = _number(record, "curated")
+    least = _number(settings, "images_per_step")
+    if curated >= least:
+        return {}
+    if not _number(record, "validity"):
+        return {"few": "not one question was valid, so that the Reasoner is not trained"}
+    left_out = _counts(record, "left_out")
+    each = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
+    why = f" (left out: {each})" if each else ""
+    if curated:
+        told = f"questions that were kept: {curated}{why}, fewer than --images-per-step {least}"
+        advice = "try more --candidates or more images"
+        return {"few": f"{told}, so that each step trains on all of them: {advice}"}
+    main_reason = max(left_out, key=left_out.get, default="")
+    advice = ADVICE.get(main_reason, "candidates/ has those that were proposed")
+    return {"few": f"no question was kept{why}, so that the Reasoner is not trained: {advice}"}
+
+
+def _part(share: float, count: float) -> str:
+    """Writes a share of a number: "all 96", or "37% of 96"; the number may be unknown."""
+    if share > 0.9999:
+        return f"all {count}" if count else "all"
+    return f"{share:.0%} of {count or 'the'}"
+
+
+def _counts(record: dict, name: str) -> Counter:
+    """Returns the whole numbers of a dict of a record, by their names."""
+    value = record.get(name)
+    counts = value.items() if isinstance(value, dict) else ()
+    return Counter({key: count for key, count in counts if isinstance(count, int)})
+
+
+def _mean_field(name: str, records: list[dict], default: float = 0.0) -> float:
+    """Averages a number over the records that have it."""
+    values = [record[name] for record in records if isinstance(record.get(name), int | float)]
+    return fmean(values) if values else default
+
+
+def _number(record: dict, name: str) -> float:
+    """Returns a number of a record, 0 if there is none."""
+    value = record.get(name)
+    return value if isinstance(value, int | float) else 0
