@@ -1,25 +1,27 @@
-r"""Answers: the one that an output gives, and the test whether two of them say the same.
-
-One rule serves the votes, the Reasoner's reward, the judge and evaluation:
+r"""Answers: the one that an output gives, and the tests whether two of them say the same.
 
     extract_answer      the last \boxed{...} behind the thoughts
-    same_answer         compares the canonical forms of two answers
-    canonical           the value of a number, else the answer in one spelling
+    read_parts          an answer as value, unit and name: "x = 5 cm" is 5, "cm", "x"
+    same_answer         an equivalence: equal parts. Votes for one answer are counted by it
+    agrees              equal parts, but for what one of the two leaves out. Rewards and evaluation use it
 
     \frac{1}{2}, 0.5, .50, 50\%           1/2               (B), B., Option B, B. cat        b
     1,000, 1{,}000, 1\,000                1000              5cm, 5 cm, 5\,\text{cm}          5 cm
+    (1, 9/2), (1,4.5)                     (1,9/2)           1.50\times10^{3}, 1.5e3          3/2×10^3
 
-Equality of canonical forms is an equivalence relation, as counting votes needs. A tolerance would not be one.
-Nothing is evaluated, and all work is linear in the text. Matters of taste, decided once:
+Equality of parts is an equivalence relation, as counting votes needs. A tolerance would not be one, nor is
+`agrees`: 5 agrees with 5 cm and with 5 mm. rewards.py says when votes that leave something out are counted
+with others. Nothing is evaluated, and all work is linear in the text. Matters of taste, decided once:
 
 * What is written counts. 5 cm is neither 5 nor 5 mm, 90° is not 90, $5 is not 5, 50% is 0.5 and not 50, x = 5
-  is not 5. If units and names fell away, 5 cm would equal 5 mm, and x = 5 would equal y = 5.
+  is not 5.
 * A letter from A to J with its text is the letter: B. cat = (B) cat = Option B = B. So J. Smith is J and
   C. elegans is C. But "A cat", "I think", "a.m.", "a:b" and the list "a: 5, b: 6" are no letters.
 * Capitals and marks at the end say nothing, but 5! is not 5. Blanks count between words and nowhere else.
 * Digits in groups of three are one number: 1,000 = 1{,}000 = 1\,000. But (10,200) is a pair, and 1 000 is two
-  numbers.
-* No algebra and no dictionary: x + 1 is not 1 + x, \sqrt{4} is not 2, two is not 2.
+  numbers. Digits of other scripts are digits: ٥ is 5. Number words and 五 are not.
+* No algebra and no dictionary: x + 1 is not 1 + x, \sqrt{4} is not 2, 1e3 is not 1000, two is not 2, dollars
+  are not $.
 """
 
 import re
@@ -27,6 +29,8 @@ import unicodedata
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
+from html.entities import html5
+from typing import NamedTuple
 
 # ---- The answer that an output gives ----
 
@@ -59,16 +63,45 @@ def extract_answer(text: str) -> str | None:
 
 
 def without_thinking(text: str) -> str:
-    """Returns what stands behind the last </think> and before a <think> that is left open.
+    """Returns what stands behind the last thought, and before a <think> that is left open.
 
-    The template may have written the <think> itself. Thoughts that were cut off say nothing yet.
+        "<think>a</think>b</think>"  ->  "b"
+
+    The template may have written the first <think> itself. Thoughts that were cut off say nothing yet. A
+    </think> at the end that closes no thought is passed over.
     """
-    return text.rpartition("</think>")[2].partition("<think>")[0]
+    first, *others = text.split("</think>")
+    for part in reversed(others or [first]):
+        said = part.partition("<think>")[0]
+        if said.strip():
+            return said
+    return ""
 
 
 # ---- When two answers say the same ----
 
 _LONGEST = 400  # characters; a longer answer is compared word by word
+AS_NUMBER = "=%"  # the unit of 50% where it is read as 0.5
+
+
+class Parts(NamedTuple):
+    """An answer taken apart: "x = 5 cm" is 5, " cm", "x". "" stands for a unit or name that is left out."""
+
+    value: Fraction | str
+    unit: str = ""
+    name: str = ""
+
+    def as_number(self) -> "Parts":
+        """Returns 50% as 0.5; other parts as they are."""
+        if self.unit == "%" and isinstance(self.value, Fraction):
+            return Parts(self.value / 100, AS_NUMBER, self.name)
+        return self
+
+    def fits(self, other: "Parts") -> bool:
+        """Returns whether the values are equal, and units and names where both state them."""
+        return all(
+            a == b or part > 0 and "" in (a, b) for part, (a, b) in enumerate(zip(self, other))
+        )
 
 
 def same_answer(a: str, b: str) -> bool:
@@ -76,10 +109,23 @@ def same_answer(a: str, b: str) -> bool:
     return canonical(a) == canonical(b)
 
 
+def agrees(a: str, b: str) -> bool:
+    """Returns whether two answers say the same, but for a unit, sign or name that one of them leaves out.
+
+    5 agrees with 5 cm, $5, 5% and x = 5. But 5 cm does not agree with 5 mm, nor x = 5 with y = 5. 50% agrees
+    with 50 and with 0.5.
+    """
+    if not says_something(a) or not says_something(b):
+        return same_answer(a, b)
+    first = read_parts(a)
+    second = read_parts(b)
+    return first.fits(second) or first.as_number().fits(second.as_number())
+
+
 def says_something(answer: str) -> bool:
     """Returns whether an answer is more than punctuation and blanks: "..." and "?" are no votes."""
-    form = _canonical_form(answer)
-    return isinstance(form, Fraction) or any(unicodedata.category(c)[0] in "LNS" for c in form)
+    form = "".join(map(str, read_parts(answer)))
+    return any(unicodedata.category(c)[0] in "LNS" for c in form)
 
 
 def canonical(answer: str) -> Fraction | str:
@@ -87,27 +133,46 @@ def canonical(answer: str) -> Fraction | str:
 
     Marks alone stay as they are: "?" and "!" are not the same.
     """
-    form = _canonical_form(answer)
+    value, unit, name = read_parts(answer).as_number()
+    form = value if unit in ("", AS_NUMBER) else f"{value}{unit}"
+    if name:
+        form = f"{name}={form}"
     return answer.strip() if form == "" else form
 
 
 @lru_cache(maxsize=10_000)  # votes repeat
-def _canonical_form(answer: str) -> Fraction | str:
-    """Returns what `canonical` does, but "" for an answer that is nothing but marks."""
+def read_parts(answer: str) -> Parts:
+    r"""Takes an answer apart, in the steps below. The value of nothing but marks is "".
+
+    "**The answer is** $x = \frac{10}{2}\,\text{cm}$."        Parts(Fraction(5), " cm", "x")
+    """
+    # Long answers, and those that become long: words in one spelling, nothing else
     text = answer.strip()
-    # Plain characters, unless the answer is long, or becomes long by it
     if len(text) <= _LONGEST:
-        text = _RAISED.sub(_mark_raised, text)
-        text = "".join(map(_plain_character, text)).lower()
+        text = plain_characters(text)
     if len(text) > _LONGEST:
-        return " ".join(text.lower().split())
-    # Without LaTeX, Markdown, the commas of thousands, and what stands around the answer
-    text = _EMPHASIS.sub(r"\2", _remove_latex(text))
+        return Parts(" ".join(compose(text).casefold().split()))
+    # LaTeX as plain text                     \frac{10}{2}\,\text{cm}     10/2  cm
+    text = _remove_latex(text)
+    # Markdown's emphasis, commas of thousands                **red** 1,000       red 1000
+    text = _EMPHASIS.sub(r"\2", text)
     text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
+    # What stands around the answer                           the answer is "(5)."      5
     text = _unwrap(text)
     if preface := _PREFACE.match(text):
         text = _unwrap(text[preface.end() :])
-    return _read_letter(text) or _read_value(_normalize_blanks(text))
+    # The letter of a choice                                  (B) cat                   b
+    if letter := _read_letter(text):
+        return Parts(letter)
+    # Blanks only between words, each sign in one spelling    x  >= 5 degrees           x≥5°
+    text = _normalize_signs(_normalize_blanks(text))
+    # A name, a value and a unit                              x=5.0 cm                  x, 5, cm
+    name, text = _split_name(text)
+    value, unit = _read_quantity(text)
+    # Numbers in tuples, lists, sets and matrices             (1,4.5)                   (1,9/2)
+    if isinstance(value, str):
+        value = "".join(map(_normalize_element, _SEPARATOR.split(value)))
+    return Parts(value, unit, name)
 
 
 # -- Characters
@@ -116,11 +181,35 @@ PLAIN_CHARACTERS = (
     dict.fromkeys("‐‑‒–—−﹣－", "-")
     | dict.fromkeys("“”„‟«»「」『』《》〝〞", '"')
     | dict.fromkeys("‘’‚‛′", "'")
-    | {"º": "°", "˚": "°", "。": ".", "∶": ":", "【": "[", "】": "]"}
+    | {"º": "°", "˚": "°", "。": ".", "、": "、", "∶": ":", "【": "[", "】": "]", "¿": "", "¡": ""}
+    | {"⩾": "≥", "≧": "≥", "⩽": "≤", "≦": "≤", "∼": "~", "⋅": "·", "∣": "|"}
     | dict.fromkeys("\u2009\u202f", r"\,")  # thin blanks part thousands
-    | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\xad", "")  # have no width
+    | dict.fromkeys("\u2062\u2063\u2064", " ")  # invisible times, comma and plus
+    | dict.fromkeys("\u115f\u1160\u3164\uffa0\u2800\ufe0e\ufe0f\u034f", "")  # show nothing
 )
+_MARK_NAMES = {  # how the names of marks of other scripts end: ARABIC QUESTION MARK
+    "FULL STOP": ".", "DANDA": ".", "SIGN KHAN": ".", "SIGN SECTION": ".", "MARK SHAD": ".",
+    "COMMA": ",", "LITTLE SECTION": ",", "SEMICOLON": ";", "QUESTION MARK": "?",
+    "EXCLAMATION MARK": "!", "DECIMAL SEPARATOR": ".", "THOUSANDS SEPARATOR": ",", "PERCENT SIGN": "%",
+}  # fmt: skip
 _RAISED = re.compile("[⁰¹²³ⁱ⁴-⁾ⁿ]+|[₀-₎]+")
+
+
+def plain_characters(text: str) -> str:
+    """Writes a text in small letters and plain characters: "Ｃａｆé１٥۔" as "café15."."""
+    text = _RAISED.sub(_mark_raised, text)
+    return compose("".join(map(plain_character, text)).casefold())
+
+
+def compose(text: str) -> str:
+    """Writes e and its accent as é, word by word.
+
+    A word of over 400 characters stays: to sort the marks of a single letter takes quadratic time.
+    """
+    words = re.split(r"(\s)", text)
+    return "".join(
+        unicodedata.normalize("NFC", word) if len(word) <= _LONGEST else word for word in words
+    )
 
 
 def _mark_raised(raised: re.Match) -> str:
@@ -130,10 +219,23 @@ def _mark_raised(raised: re.Match) -> str:
     return f"{mark}{{{digits}}}"
 
 
-def _plain_character(character: str) -> str:
-    """Returns a character in its plainest form: full-width and italic digits are digits, ½ is " 1/2 "."""
+@lru_cache(maxsize=10_000)
+def plain_character(character: str) -> str:
+    """Returns a character in its plainest form: １, 𝟏 and ١ are 1, ؟ is ?, ½ is " 1/2 ". Invisible: ""."""
+    if character.isascii() and character.isprintable():
+        return character
     if character in PLAIN_CHARACTERS:
         return PLAIN_CHARACTERS[character]
+    category = unicodedata.category(character)
+    if category in ("Cc", "Cf") and not character.isspace():
+        return ""
+    if category == "Nd":
+        return str(unicodedata.decimal(character))
+    if category == "Po":
+        name = unicodedata.name(character)
+        for ending, mark in _MARK_NAMES.items():
+            if name.endswith(ending):
+                return mark
     plain = unicodedata.normalize("NFKC", character).replace("⁄", "/").replace("−", "-")
     kind = unicodedata.decomposition(character).partition(" ")[0]
     return f" {plain} " if kind in ("<fraction>", "<circle>", "<super>") else plain
@@ -165,7 +267,7 @@ def _unwrap(text: str) -> str:
         text = " ".join(text.split()).rstrip(" .,;:?、")
         # The exclamation mark of a word, but not of 5! and n!
         calm = text.rstrip(" !")
-        if not calm or re.search(r"[^\W\d_]{2}$|[^\W\d_a-z]$", calm):
+        if not calm or re.search(r"[^\W\d_]{2}$|[^\W\d_a-z]$", calm) or _is_accent(calm[-1]):
             text = calm
         # Quotes
         inside = text[1:-1]
@@ -178,6 +280,11 @@ def _unwrap(text: str) -> str:
     return text
 
 
+def _is_accent(character: str) -> bool:
+    """Returns whether a character belongs to the letter before it, as the vowels of Hindi do."""
+    return unicodedata.category(character)[0] == "M"
+
+
 def _read_letter(text: str) -> str | None:
     """Returns the letter of "b. cat"; None if there is none, or several: "a: 5, b: 6"."""
     found = _LETTER.match(text)
@@ -186,46 +293,135 @@ def _read_letter(text: str) -> str | None:
     return found[1] or found[2]
 
 
-# -- Blanks and numbers
-
-_NUMBER = r"(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})"
-_QUANTITY = re.compile(  # 1.5, 1/2, (-1)/2, 1 1/2, with or without a sign
-    rf"([+-]?)(?:(\d{{1,400}}) (?=\d+/\d))?({_NUMBER}|\([+-]?{_NUMBER}\))"
-    rf"(?:/([+-]?{_NUMBER}|\([+-]?{_NUMBER}\)))?",
-    re.ASCII,
-)
+# -- Blanks and signs
 
 
 def _normalize_blanks(text: str) -> str:
-    """Leaves blanks between words, and between a number and its unit; writes degrees and percent as signs."""
-    text = " ".join(text.split()).replace("、", ",")
+    """Leaves blanks between words, and between a number and its unit: "( 1 , 2 )" is "(1,2)"."""
     text = re.sub(r"(?<=\d)(?=[^\W\d_])", " ", text)
-    text = re.sub(r"(?<=\d) deg(?:rees?)?\b", "°", text)
+    text = re.sub(r" !=", "≠", text)  # but 5!=120
+    text = " ".join(text.split())
+    kept = []
+    for i, character in enumerate(text):
+        if character != " " or not _is_sign(text[i - 1]) and not _is_sign(text[i + 1]):
+            kept.append(character)
+    return "".join(kept)
+
+
+def _is_sign(character: str) -> bool:
+    """Returns whether blanks beside a character say nothing. A full stop keeps them: 3. 5 is not 3.5."""
+    return character != "." and unicodedata.category(character)[0] in "PS"
+
+
+def _normalize_signs(text: str) -> str:
+    """Writes each sign in one way: >= as ≥, -(1/2) as -1/2, 5 degrees as 5°, 5 p.m. as 5 pm."""
+    text = text.replace("、", ",").replace(">=", "≥").replace("<=", "≤")
+    text = re.sub(r"(?<=\d) deg(?:rees?)?\b ?", "°", text)
     text = re.sub(r"(?<=\d) per ?cent\b", "%", text)
-    text = re.sub(r" ?([^\w\s.]|_) ?", r"\1", text)  # a full stop keeps its blanks: 3. 5 is not 3.5
+    text = re.sub(r"(?<=\d) ?([ap])\. ?m\b\.?", r" \1m", text)
+    text = _SIGNED_BRACKET.sub(r"\1\2", text)
     return text.replace("^°", "°")
 
 
-def _read_value(text: str) -> Fraction | str:
-    """Returns the value of a number, the value and the unit of a quantity, and other text as it is."""
+# -- Names, numbers and units
+
+_NAMED = re.compile(  # x=, f(-1)=, ∠abc=, area of abc=; but neither x+1= nor a second =
+    r"((?:[∠△]?[^\W\d_][^=<>≤≥≠≈≅~+*/^|,;:!?→·×÷±√%$()\[\]{}\"-]{0,40}(?:\([^()=]{0,20}\))?)?)="
+    r"(?=[^=<>≤≥≠≈≅]+$)"
+)
+_MONEY = "[$¢£¥฿\u20a0-\u20cf]"
+_NUMBER = r"(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})"
+_SIGNED_BRACKET = re.compile(rf"^([+-])\(({_NUMBER}/{_NUMBER})\)(?=$|[ %°])", re.ASCII)
+_QUANTITY = re.compile(  # 1.5, 1/2, (-1)/2, 1 1/2, $5, 1.5×10^3, 1.5 e3, with or without a sign
+    rf"([+-]?)({_MONEY}?)([+-]?)(?:(\d{{1,400}}) (?=\d+/\d))?({_NUMBER}|\([+-]?{_NUMBER}\))"
+    rf"(?:/([+-]?{_NUMBER}|\([+-]?{_NUMBER}\)))?"
+    r"(?:(?: ?[×·*]| x ?)10\^\(?([+-]?\d{1,9})\)?(?![\d.])| e([+-]?\d{1,9})(?![\w.]))?",
+    re.ASCII,
+)
+_EXPRESSION = re.compile(r"[-+$]?[\d√π.(][\d√π.()+*/^·×±: -]{0,400}(?<=[\dπ)])(?=[ °%'\"])")
+_SEPARATOR = re.compile(r"([()\[\]{},;&])")
+
+
+def _split_name(text: str) -> tuple[str, str]:
+    """Splits the left side off an equation: "x=5" is "x", "5". Without one the name is ""."""
+    found = _NAMED.match(text)
+    return (found[1], text[found.end() :]) if found else ("", text)
+
+
+def _read_quantity(text: str) -> tuple[Fraction | str, str]:
+    """Returns the value and the unit of a number or an expression; of other text itself, without a unit.
+
+    5.0 cm    5, " cm"        $5    5, "$"        6 π cm    "6 π", " cm"        2.0 x    "2 x", ""
+    """
     found = _QUANTITY.match(text)
-    if not found:
-        return text
-    sign, whole, above, below = found.groups()
+    rest = text[found.end() :] if found else text
+    value = _read_value(found) if found else None
+    # No number: 1/0, 1 3/2, 1/2 + x
+    is_number = value is not None and re.match(rf"$|%|[°'\"]| [^\W\d_]|{_MONEY}$", rest)
+    if not is_number:
+        found = _EXPRESSION.match(text)
+        if found and _is_unit(text[found.end() :]):
+            return found[0], text[found.end() :]
+        return text, ""
+    money = found[2]
+    unit = money + rest
+    if not unit or not (money and rest) and _is_unit(unit):
+        return value, unit
+    return f"{money}{value}{rest}", ""
+
+
+def _read_value(found: re.Match) -> Fraction | str | None:
+    """Returns the value of a match of _QUANTITY: 3/2, or "3/2×10^3". None of 1/0 and 1 3/2."""
+    sign, _, other_sign, whole, above, below, power, exponent = found.groups()
     above = Fraction(above.strip("()"))
     below = Fraction((below or "1").strip("()"))
-    unit = text[found.end() :]
-    # No number: 1/0, 1 3/2, 1/2 + x
-    if below == 0 or whole and not 0 < above < below:
-        return text
-    if unit and not re.match(r"%|[°'\"]| [^\W\d_]", unit):
-        return text
+    if below == 0 or whole and not 0 < above < below or sign and other_sign:
+        return None
     value = int(whole or 0) + above / below
-    if sign == "-":
+    if "-" in (sign, other_sign):
         value = -value
-    if unit == "%":
-        return value / 100
-    return f"{value}{unit}" if unit else value
+    power = power or exponent
+    return f"{value}×10^{int(power)}" if power else value
+
+
+def _normalize_element(element: str) -> str:
+    """Writes an element of a tuple as its value: 4.5 and 9/2 as 9/2, 50% as 1/2."""
+    value, unit, _ = Parts(*_read_quantity(element)).as_number()
+    return f"{value}{unit.removeprefix(AS_NUMBER)}"
+
+
+_SHORT_UNITS = set(  # of one or two letters; 5x, 5i and 5π have none
+    "m g s l h v w j cm mm km dm nm μm kg mg μg ms μs ml dl cl kl ft in yd mi lb oz hr am pm ha pa hz kw mw"
+    " mv kv ma mj kj kn ω kω kb mb gb tb db st nd rd th".split()
+)
+_SMALL_WORDS = set("of in on at a an by".split())  # behind others: 5 cups of tea
+_CHANGES_NUMBER = re.compile(  # 5 million, 5 or 6, 5 squared, 5 sin x, 5万; but not 5千克
+    r"and|or|to|plus|minus|but|not|than|choose|mod|sin|cos|tan|log|exp|root|factorial|squared|cubed"
+    r"|(?:hundred|thousand|[mbtr]+illion|milliard|dozen|lakh|crore|hal[fv]|third|quarter|fourth|fifth|sixth"
+    r"|seventh|eighth|ninth|tenth)\w*"
+    r"|(?!千[克米瓦卡])[十百千万萬亿億兆半만억천백].*"
+)
+
+
+def _is_unit(text: str) -> bool:
+    """Returns whether a text behind a number is a unit, or what is counted: "°c", " cm^2", " red apples"."""
+    if text in ("%", "°", "'", '"', "°c", "°f", "°k") or re.fullmatch(_MONEY, text):
+        return True
+    plain = re.sub(r"\^\(?-?[1-4]\)?", "", text.removeprefix("°"))
+    first, *others = re.split(r"[ /·*-]", plain.strip())
+    return (
+        _is_unit_word(first)
+        and len(others) <= 4
+        and all(_is_unit_word(word) or word in _SMALL_WORDS for word in others)
+    )
+
+
+def _is_unit_word(word: str) -> bool:
+    """Returns whether a word may be part of a unit. Short ones are mostly variables: 5 x, 5 π."""
+    is_word = word and all(unicodedata.category(c)[0] in "LM" or c == "'" for c in word)
+    if not is_word or _CHANGES_NUMBER.fullmatch(word):
+        return False
+    return len(word) > 2 or word[0] > "\u03ff" or word in _SHORT_UNITS
 
 
 # ---- LaTeX as plain text ----
@@ -240,28 +436,36 @@ _LAYOUT = set(
     " ensuremath left right middle big bigl bigr bigg biggl biggr displaystyle textstyle limits nolimits"
     " quad qquad enspace thinspace medspace thickspace space nobreakspace newline".split()
 )
-_GREEK = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa mu nu xi pi rho sigma tau upsilon phi chi psi"
-    " omega"
-)
+_FRACTIONS = ("frac", "dfrac", "tfrac", "cfrac", "nicefrac", "sfrac", "flatfrac")
 _OTHERS = (
-    "lambda λ,varepsilon ε,vartheta θ,varphi φ,times ×,cdot ·,div ÷,pm ±,le ≤,leq ≤,ge ≥,geq ≥,ne ≠,neq ≠,"
-    "lt <,gt >,approx ≈,sim ~,infty ∞,circ °,degree °,textdegree °,to →,rightarrow →,leftarrow ←,in ∈,"
-    "cup ∪,cap ∩,angle ∠,triangle △,perp ⊥,parallel ∥,ldots ...,dots ...,cdots ...,lbrace {,rbrace },mid |,"
-    "colon :,prime '"
+    "cdot ·,neq ≠,infty ∞,circ °,degree °,textdegree °,to →,triangle △,ldots ...,dots ...,cdots ...,prime ',"
+    "exists ∃,neg ¬,lnot ¬,land ∧,lor ∨,partial ∂,lvert |,rvert |,pounds £"
 )
-_SYMBOLS = {name: unicodedata.lookup(f"greek small letter {name}") for name in _GREEK.split()}
+_IN_HTML = {  # nearly all symbols have the same names there: \le is &le; but \Pr, \it and \not are no symbols
+    name.removesuffix(";"): plain_characters(sign)
+    for name, sign in html5.items()
+    if name.islower() and name not in ("pr;", "it;", "sc;", "not;")
+}
+_SYMBOLS = {name: sign for name, sign in _IN_HTML.items() if len(sign) == 1}
 _SYMBOLS |= dict(pair.split() for pair in _OTHERS.split(","))
+_UNSEEN = re.compile(  # \textcolor{red}{5}, \hspace{1cm}, the columns of a table
+    r"\\(?:(?:text|page)?color|colorbox|[hv]space\*?|[hv]?phantom|label)\s{0,4}"
+    r"(?:\[[^\[\]]{0,40}\])?\s{0,4}\{[^{}]{0,40}\}|(?<=\{array\})\s{0,4}\{[lcr| ]{0,40}\}"
+)
+_ROW = re.compile(r"\\\\\*?(?:\[[\d.]{1,5}[a-z]{2}\])?|\\cr(?![a-z])")  # ends a row of a matrix
 
 
 def _remove_latex(text: str) -> str:
     r"""Returns a text in small letters in plain characters: \frac{1}{2} as 1/2, \sqrt{x} as √x.
 
-    Pairs of $ fall away. Of an odd number each is kept: it is money.
+    Pairs of $ fall away. Of an odd number each is kept: it is money. Rows of a matrix keep their borders:
+    \begin{pmatrix}1&2\\3&4\end{pmatrix} as pmatrix(1&2;3&4).
     """
     if text.count("{") > _MOST_BRACES:
         return text
-    text = _PARTS_THOUSANDS.sub(",", text)
+    text = _PARTS_THOUSANDS.sub(",", _UNSEEN.sub(" ", text))
+    if r"\begin" in text:
+        text = re.sub(r";\s{0,40}(?=\\end)", "", _ROW.sub(";", text))
     tokens = _TOKEN.findall(_IS_BLANK.sub(" ", text))
     if tokens.count("$") % 2 == 0:
         tokens = [" " if token == "$" else token for token in tokens]
@@ -272,16 +476,24 @@ def _remove_latex(text: str) -> str:
 
 
 def _read_group(tokens: Iterator[str], to_the_end: bool = False) -> str:
-    """Consumes the tokens to the closing brace, or to the end, and returns them as plain text."""
+    r"""Consumes the tokens to the closing brace, or to the end, and returns them as plain text.
+
+    With \over in it the group is a fraction.
+    """
     parts = []
+    above = None
     for token in tokens:
-        if token != "}":
+        if token.rstrip() == r"\over" and above is None:
+            above = _bracket("".join(parts), product=True)
+            parts = []
+        elif token != "}":
             parts.append(_read_token(token, tokens))
         elif to_the_end:
             parts.append(" ")
         else:
             break
-    return "".join(parts)
+    text = "".join(parts)
+    return text if above is None else f" {above}/{_bracket(text)} "
 
 
 def _read_token(token: str, tokens: Iterator[str]) -> str:
@@ -296,18 +508,23 @@ def _read_token(token: str, tokens: Iterator[str]) -> str:
         return token
     # A command
     name = token[1:].strip()
-    if name in ("frac", "dfrac", "tfrac", "cfrac"):
+    if name in _FRACTIONS:
         above = _bracket(_read_argument(tokens), product=True)
         below = _bracket(_read_argument(tokens))
         return f" {above}/{below} "
     if name.startswith("sqrt"):  # sqrt, or sqrt[3]
         return f" √{name[4:].strip()}{_bracket(_read_argument(tokens))} "
-    if name in _SYMBOLS:
-        return _SYMBOLS[name]
+    if name == "begin":
+        return f" {_read_argument(tokens).strip()}("
+    if name == "end":
+        _read_argument(tokens)
+        return ")"
     if name and name in "%${}#&_":
         return name
     if name in _LAYOUT or not name.isalnum():  # \text, and \; and \(
         return " "
+    if name in _SYMBOLS:
+        return _SYMBOLS[name]
     return f" {name} "
 
 

@@ -21,39 +21,110 @@ without spaces are split into characters.
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from nltk.util import ngrams
 
-from answers import canonical, same_answer, says_something
+from answers import (
+    AS_NUMBER,
+    Parts,
+    agrees,
+    compose,
+    read_parts,
+    same_answer,  # noqa: F401  other programs import it here
+    says_something,
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An answer with all of its votes: its label, and how often each spelling was given, in order."""
+
+    label: str
+    spellings: dict[str, int]
+
+    @property
+    def votes(self) -> int:
+        """The number of votes."""
+        return sum(self.spellings.values())
 
 
 def confidence(answers: Sequence[str | None]) -> tuple[str | None, float]:
     """Returns the silver label y~ and its share c of the m answers (the paper's confidence).
 
     None stands for an answer that could not be parsed: it counts in m and never wins, and neither does one
-    that says nothing ("..."). A tie goes to the answer that appeared first, and the label is written as it
-    was there. Without any answer: (None, 0.0).
+    that says nothing ("..."). A tie goes to the answer that appeared first. Without any answer: (None, 0.0).
     """
-    votes: Counter = Counter()  # canonical form -> how many answers have it
-    written: dict = {}  # canonical form -> how it was written first
-    for answer in answers:
-        if answer is not None and says_something(answer):
-            key = canonical(answer)
-            votes[key] += 1
-            written.setdefault(key, answer)
-    if not votes:
+    candidates = count_votes(answers)
+    if not candidates:
         return None, 0.0
-    # max keeps the first of equals, and `written` is in order of appearance.
-    winner = max(written, key=lambda key: votes[key])
-    return written[winner], votes[winner] / len(answers)
+    # max keeps the first of equals, and the candidates are in order of appearance.
+    winner = max(candidates, key=lambda candidate: candidate.votes)
+    return winner.label, winner.votes / len(answers)
+
+
+def count_votes(answers: Sequence[str | None]) -> list[Candidate]:
+    """Counts the votes of each answer, in order of first appearance.
+
+    Votes with equal parts (`answers.read_parts`) are for one answer. A vote that leaves out a unit, a sign or
+    a name joins those that state it, if all votes for its value that state one state the same:
+
+        5, 5 cm, 5 cm      5 cm: 3            5, 5 cm, 5 mm     5: 1, 5 cm: 1, 5 mm: 1
+        50, 50%            50%: 2             50, 50%, 0.5      50: 1, 0.5: 2
+
+    The label states what the answer's votes state, so that a reward parts 5 mm from it: it is the first vote
+    that states most, and 0.5 rather than 50%.
+    """
+    given = [answer for answer in answers if answer is not None and says_something(answer)]
+    written = [read_parts(answer) for answer in given]
+    # 50% is 0.5 if a vote says 0.5, else it is 50 with a sign.
+    bare = {parts.value for parts in written if not parts.unit}
+    read = []
+    for parts in written:
+        number = parts.as_number()
+        read.append(number if number.value in bare else parts)
+    # Units and names that are stated for a value, in either reading.
+    units, names = defaultdict(set), defaultdict(set)
+    for parts in [*written, *read]:
+        units[parts.value] |= {parts.unit} - {""}
+        names[parts.value] |= {parts.name} - {""}
+    # Each vote is given what it leaves out.
+    votes: dict[Parts, list[tuple[Parts, str]]] = defaultdict(list)
+    for answer, own, parts in zip(given, written, read):
+        unit = parts.unit or _the_only(units[parts.value])
+        name = parts.name or _the_only(names[parts.value])
+        votes[Parts(parts.value, unit, name)].append((own, answer))
+    return [_candidate(full, group) for full, group in votes.items()]
+
+
+def _the_only(stated: set[str]) -> str:
+    """Returns what a vote is given that states nothing, "" for nothing. A bare 0.5 is 50% in any case."""
+    if AS_NUMBER in stated:
+        return AS_NUMBER
+    return next(iter(stated)) if len(stated) == 1 else ""
+
+
+def _candidate(full: Parts, votes: list[tuple[Parts, str]]) -> Candidate:
+    """Returns the answer with these votes; full: what they state together."""
+
+    def states(vote: tuple[Parts, str]) -> tuple[bool, bool]:
+        own, _ = vote
+        plain = not own.unit and full.unit == AS_NUMBER
+        return own.unit == full.unit or plain, own.name == full.name
+
+    _, label = max(votes, key=states)
+    return Candidate(label, dict(Counter(answer for _, answer in votes)))
 
 
 def answer_reward(answer: str | None, label: str) -> float:
-    """Returns the Reasoner's reward: 1 if the answer equals the silver label, else 0."""
-    return float(answer is not None and same_answer(answer, label))
+    """Returns the Reasoner's reward: 1 if the answer equals the silver label, else 0.
+
+    A unit, a sign or a name that only one of them states is not compared: 5 equals 5 cm, and 5 mm does not.
+    """
+    return float(answer is not None and agrees(answer, label))
 
 
 # ---- Questions ----
@@ -73,7 +144,7 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 
 def words(text: str) -> list[str]:
     """Splits a text at white space, and scripts without spaces into characters."""
-    return _WORD.findall(text)
+    return _WORD.findall(compose(text))
 
 
 def bleu_similarities(texts: Sequence[str]) -> np.ndarray:
