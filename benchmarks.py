@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from answers import extract_answer
-from measure.choices import follows, read_choice, split_behind
+from measure.choices import read_choice, split_choices
 from measure.items import parse_item
 from measure.published import LeftOut, list_images, load_records, write_images, write_questions
 from training.settings import OneLineParser
@@ -138,37 +138,6 @@ def number_marks(
 
     question = _IMAGE.sub(rename, question).strip()
     return question, [_IMAGE.sub(rename, choice) for choice in choices]
-
-
-# ---- Choices that stand in a text ----
-
-_LABEL = re.compile(r"\b(?:choices|options?)\s{0,4}:\s{0,4}", re.IGNORECASE)
-_MARKS = (
-    re.compile(r"(?<![^\W\d_])\(([A-Ja-j])\)\s{0,4}"),  # (a) 0.5 (b) 1, but not f(a)
-    re.compile(r"(?:^|(?<=[\s,;:]))([A-Ja-j])[.:)]\s{0,4}"),  # A. Left, A: Left
-)
-
-
-def split_choices(text: str) -> tuple[str, list[str]]:
-    """Splits off the choices at the end of a text; the whole and [] if it has none.
-
-    "Where? A. Left B. Right" gives "Where?" and ["Left", "Right"].
-    """
-    labels = list(_LABEL.finditer(text))
-    label = labels[-1] if labels else None
-    for pattern in _MARKS:
-        marks: list[re.Match] = []
-        for mark in pattern.finditer(text, label.end() if label else 0):
-            is_smaller = mark[1] == "a" and marks and marks[0][1] == "A"
-            if mark[1] in "Aa" and len(marks) < 2 and not is_smaller:
-                marks = [mark]
-            elif marks and follows(mark[1], marks[-1][1]):
-                marks.append(mark)
-        choices = [choice.strip(" \t\r\n,;") for choice in split_behind(text, marks)]
-        if len(choices) > 1 and all(choices):
-            start = label or marks[0]
-            return text[: start.start()].rstrip(), choices
-    return text, []
 
 
 def split_question(question: str, answer: str) -> dict:

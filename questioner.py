@@ -12,11 +12,12 @@ Reasoner's majority.
 The prompt is our own and the same for every model; the paper's is longer and names example topics.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
 
-from answers import extract_answer
+from answers import extract_answer, says_something
 from grpo import Group, make_group
 from model.generate import generate
 from model.prompt import Patches, Picture
@@ -112,13 +113,13 @@ def read_question(text: str) -> tuple[Question | None, str]:
     if rest:
         return None, "text behind the blocks"
 
-    # A known kind, a question, and an answer of the Questioner's own: the box's content, or the bare text.
-    kind = " ".join(blocks["type"].lower().replace("-", " ").split())
+    # A known kind, a question with a letter or digit, and an answer: the box's content, or the bare text.
+    kind = re.sub(r"[\W_]+", " ", blocks["type"].lower()).strip()
     question = blocks["question"].strip()
-    answer = extract_answer(blocks["answer"]) or blocks["answer"].replace("\\boxed{}", "").strip()
+    answer = extract_answer(blocks["answer"]) or blocks["answer"].strip()
     if kind not in KINDS:
         return None, "an unknown type"
-    if not question or not answer:
+    if not any(map(str.isalnum, question)) or not says_something(answer):
         return None, "an empty block"
     if "<answer>" in question or "</answer>" in question:
         return None, "a tag in the question"

@@ -78,7 +78,10 @@ def count_votes(answers: Sequence[str | None]) -> list[Candidate]:
     The label states what the answer's votes state, so that a reward parts 5 mm from it: it is the first vote
     that states most, and 0.5 rather than 50%.
     """
-    given = [answer for answer in answers if answer is not None and says_something(answer)]
+    given = []
+    for answer in answers:
+        if answer is not None and says_something(answer):
+            given.append(answer)
     written = [read_parts(answer) for answer in given]
     # 50% is 0.5 if a vote says 0.5, else it is 50 with a sign.
     bare = {parts.value for parts in written if not parts.unit}
@@ -87,21 +90,28 @@ def count_votes(answers: Sequence[str | None]) -> list[Candidate]:
         number = parts.as_number()
         read.append(number if number.value in bare else parts)
     # Units and names that are stated for a value, in either reading.
-    units, names = defaultdict(set), defaultdict(set)
-    for parts in [*written, *read]:
-        units[parts.value] |= {parts.unit} - {""}
-        names[parts.value] |= {parts.name} - {""}
+    units = defaultdict(set)
+    names = defaultdict(set)
+    for parts in written + read:
+        if parts.unit:
+            units[parts.value].add(parts.unit)
+        if parts.name:
+            names[parts.value].add(parts.name)
     # Each vote is given what it leaves out.
-    votes: dict[Parts, list[tuple[Parts, str]]] = defaultdict(list)
+    candidates: dict[Parts, list[tuple[Parts, str]]] = defaultdict(list)
     for answer, own, parts in zip(given, written, read):
         unit = parts.unit or _the_only(units[parts.value])
         name = parts.name or _the_only(names[parts.value])
-        votes[Parts(parts.value, unit, name)].append((own, answer))
-    return [_candidate(full, group) for full, group in votes.items()]
+        full = Parts(parts.value, unit, name)
+        candidates[full].append((own, answer))
+    return [_candidate(full, votes) for full, votes in candidates.items()]
 
 
 def _the_only(stated: set[str]) -> str:
-    """Returns what a vote is given that states nothing, "" for nothing. A bare 0.5 is 50% in any case."""
+    """Returns what a vote is given that states nothing, "" for nothing.
+
+    A bare 0.5 is 50% in any case.
+    """
     if AS_NUMBER in stated:
         return AS_NUMBER
     return next(iter(stated)) if len(stated) == 1 else ""
@@ -112,11 +122,13 @@ def _candidate(full: Parts, votes: list[tuple[Parts, str]]) -> Candidate:
 
     def states(vote: tuple[Parts, str]) -> tuple[bool, bool]:
         own, _ = vote
-        plain = not own.unit and full.unit == AS_NUMBER
-        return own.unit == full.unit or plain, own.name == full.name
+        says_half = full.unit == AS_NUMBER and not own.unit  # 0.5, not 50%
+        states_unit = own.unit == full.unit
+        return says_half or states_unit, own.name == full.name
 
     _, label = max(votes, key=states)
-    return Candidate(label, dict(Counter(answer for _, answer in votes)))
+    spellings = Counter(answer for _, answer in votes)
+    return Candidate(label, dict(spellings))
 
 
 def answer_reward(answer: str | None, label: str) -> float:

@@ -5,14 +5,14 @@
 
 import re
 import string
-import unicodedata
 from collections.abc import Sequence
 
 from answers import (
     NEXT_LETTER,
-    PLAIN_CHARACTERS,
     canonical,
+    compose,
     extract_answer,
+    plain_character,
     says_something,
     without_thinking,
 )
@@ -43,7 +43,20 @@ _CALLED_RIGHT = re.compile(
     rf"(?<![{_EDGE}])([A-Z])\)? (?:is|was|must be|would be|seems|looks) (?:the |most |best |clearly ){{0,3}}"
     r"(?:correct|right|true|best|answer|appropriate)|([A-Z])\)? ?(?:选项)?是?(?:正确|对的)"
 )
-_PLAIN_MARKS = str.maketrans(PLAIN_CHARACTERS)
+_PART_OF_NAME = re.compile(  # letters that are no choices: 5 A, 30 °C, vitamin C, D.C., N/A, C++, T-shirt
+    r"\d ?[A-Z]\b(?![):])|°\s?[A-Z]\b|(?i:\b(?:degrees?|deg|celsius)) [A-Z]\b"
+    r"|(?i:\b(?:vitamins?|hepatitis|influenza|plan|types?|grade|class|appendix|malcolm)) [A-Z]\b"
+    r"|\b(?:[A-Z]\.)+[A-Z]\b\.?|\b[A-Z](?:[/&][A-Z])+\b"
+    r"|\b[A-Z](?:[+#]{1,2}(?!\w)|-[a-z]+)|\b[A-Z](?= (?:major|minor|flat|sharp)\b)"
+)
+_UNDECIDED = re.compile(  # no answer is not no
+    r"(?i:\b(?:yes (?:or|and|nor) no|no (?:or|and|nor) yes|yes ?/ ?no|no ?/ ?yes)\b"
+    r"|\bno (?:answer|idea|clue|information|comment|response|doubt|question|telling|way of knowing)\b"
+    r"|\bno (?:way|means) (?:\w+ )?to (?:tell|know|say|see|determine|decide|be sure|answer)\b"
+    r"|\bno ?one (?:knows|can)\b|\b(?:could|may|might) be (?:yes|no)\b"
+    r"|(?:\b(?:can ?not|can't|couldn't|don't know|unable|unclear|unsure|(?:impossible|hard|difficult) to)"
+    r"|\bnot (?:possible|able|enough|clear|sure|certain|sufficient))\b[^.,;:!?\n]{0,200})"
+)
 
 
 # ---- What an output means ----
@@ -63,12 +76,16 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
     Of several of one sort the last counts. What is denied ("not B") does not count.
     """
     choices = choices[:26]
-    return _find_letter(text, _Menu(choices, string.ascii_uppercase[: len(choices)]))
+    menu = _Menu(choices, string.ascii_uppercase[: len(choices)])
+    return _find_letter(text, menu, _DENIED)
 
 
 def read_yes_no(text: str) -> bool | None:
-    """Returns what an output says to a question of yes or no: "Yes, the left" is True. None if unclear."""
-    letter = _find_letter(text, _Menu(("yes", "no"), letters=""))
+    """Returns what an output says to a question of yes or no: "Yes, the left" is True. None if unclear.
+
+    "No idea", "I cannot say no" and "yes or no" are unclear.
+    """
+    letter = _find_letter(text, _Menu(("yes", "no"), letters=""), _UNDECIDED, _DENIED)
     return None if letter is None else letter == "A"
 
 
@@ -101,15 +118,29 @@ class _Menu:
                 return letter
         return None
 
+    def mask(self, text: str) -> str:
+        """Replaces texts of choices, units and names by lines: the letter of "vitamin C" is no choice."""
+        for pattern in (self.pattern, _PART_OF_NAME):
+            text = pattern.sub(
+                lambda found: found[0] if len(found[0]) == 1 else "_" * len(found[0]), text
+            )
+        return text
 
-def _find_letter(text: str, menu: _Menu) -> str | None:
-    """Returns the letter that the clearest sign in a text gives, None without any sign."""
+
+def _find_letter(text: str, menu: _Menu, *unmeant: re.Pattern) -> str | None:
+    """Returns the letter that the clearest sign in a text gives, None without any sign.
+
+    unmeant: patterns of what does not count.
+    """
     box = extract_answer(text) or ""
     text = without_thinking(text)
     around = _make_readable(text.replace("{" + box + "}", " ") if box else text)
     box = _make_readable(box)
-    box_meant = _DENIED.sub(" ", box)
-    around_meant = _DENIED.sub(" ", around)
+    box_meant = box
+    around_meant = around
+    for pattern in unmeant:
+        box_meant = pattern.sub(" ", box_meant)
+        around_meant = pattern.sub(" ", around_meant)
     signs = [
         (_find_stated, box_meant),
         (_match_whole, box),
@@ -134,8 +165,8 @@ def _make_readable(text: str) -> str:
 
     Lines stay.
     """
-    text = unicodedata.normalize("NFKC", _keep_ends(text))
-    text = _keep_ends(text).translate(_PLAIN_MARKS)
+    text = "".join(map(plain_character, _keep_ends(text)))
+    text = compose(_keep_ends(text))
     text = re.sub(r"\\(?:text|math)[a-z]{0,8}(?= ?\{)|\*\*|[{}$`]|\\[()\[\],;!]", " ", text)
     text = re.sub(r"[^\S\n]+", " ", text)
     return re.sub(r" ?\n\s*", "\n", text).strip()
@@ -153,6 +184,7 @@ def _find_stated(text: str, menu: _Menu) -> str | None:
     """Returns the last letter, or text of a choice, that is called the answer."""
     last_start = -1
     last = None
+    masked = menu.mask(text)
     # "the answer is B"
     for found in _STATED.finditer(text):
         start = _FILLER.match(text, found.end()).end()
@@ -160,12 +192,12 @@ def _find_stated(text: str, menu: _Menu) -> str | None:
         if mention and mention[0].upper() not in menu.letters:
             letter = menu.find_letter(mention[0])
         else:
-            letter = _read_letter(text, start, menu)
+            letter = _read_letter(masked, start, menu)
         if letter:
             last_start = start
             last = letter
     # "B is correct"
-    for found in _CALLED_RIGHT.finditer(text):
+    for found in _CALLED_RIGHT.finditer(masked):
         letter = found[1] or found[2]
         if letter in menu.letters and found.start() > last_start:
             last_start = found.start()
@@ -210,7 +242,7 @@ def _match_beginning(text: str, menu: _Menu) -> str | None:
         after = text[mention.end() : mention.end() + 2]
         if re.match(r" ?(?:[.,;:!\n]|$)", after):
             return menu.find_letter(mention[0])
-    letter = re.match(r"\(?([A-Z])(?:[:)\n]|\.(?=\s))", text)
+    letter = re.match(r"\(?([A-Z])(?:[:)\n]|\.(?=\s))", menu.mask(text))
     if letter and letter[1] in menu.letters and not NEXT_LETTER.search(text, letter.end()):
         return letter[1]
     return None
@@ -219,6 +251,7 @@ def _match_beginning(text: str, menu: _Menu) -> str | None:
 def _find_lone_letter(text: str, menu: _Menu) -> str | None:
     """Returns the last letter in brackets; without one, the last before a mark; else the last on its own."""
     some = f"[{menu.letters or '.'}]"
+    text = menu.mask(text)
     for pattern in (
         rf"\(({some})\)",
         rf"(?<![{_EDGE}])({some})(?:[:)]|(?<!I)\.(?=\s|$))",
@@ -241,7 +274,13 @@ def _find_text(text: str, menu: _Menu) -> str | None:
 
 # ---- Choices in the text of a question ----
 
-_OPTION = re.compile(r"(?:^|(?<=[\s(,;]))([a-jA-J])[.:)]\s{0,4}")
+_LABEL = re.compile(r"\b(?:choices|options?)\s{0,4}:\s{0,4}", re.IGNORECASE)
+_MARKS = (
+    re.compile(r"(?<![^\W\d_])\(([A-Ja-j])\)\s{0,4}"),  # (a) 0.5 (b) 1, but not f(a)
+    re.compile(  # A. Left, A: Left, 哪个？A、红, but neither U.S.A. nor a.m.
+        r"(?:^|(?<=[\s,;:?!\u2000-\uffff]))([A-Ja-j])[.:)、．：](?![Mm]\b)\s{0,4}"
+    ),
+)
 
 
 def options_in(question: str) -> tuple[str, ...]:
@@ -249,14 +288,30 @@ def options_in(question: str) -> tuple[str, ...]:
 
     "Which? Options: A: Haiti, B: Cuba" has ("Haiti", "Cuba").
     """
-    marks: list[re.Match] = []
-    for mark in _OPTION.finditer(question):
-        if mark[1] in "Aa":
-            marks = [mark]
-        elif marks and follows(mark[1], marks[-1][1]):
-            marks.append(mark)
-    texts = [text.partition("\n")[0].strip(" ,;(") for text in split_behind(question, marks)]
-    return tuple(texts) if len(texts) > 1 else ()
+    _, choices = split_choices(question)
+    return tuple(choice.partition("\n")[0].strip(" ,;(") for choice in choices)
+
+
+def split_choices(text: str) -> tuple[str, list[str]]:
+    """Splits off the choices at the end of a text; the whole and [] if it has none.
+
+    "Where? A. Left B. Right" gives "Where?" and ["Left", "Right"].
+    """
+    labels = list(_LABEL.finditer(text))
+    label = labels[-1] if labels else None
+    for pattern in _MARKS:
+        marks: list[re.Match] = []
+        for mark in pattern.finditer(text, label.end() if label else 0):
+            is_smaller = mark[1] == "a" and marks and marks[0][1] == "A"
+            if mark[1] in "Aa" and len(marks) < 2 and not is_smaller:
+                marks = [mark]
+            elif marks and follows(mark[1], marks[-1][1]):
+                marks.append(mark)
+        choices = [choice.strip(" \t\r\n,;") for choice in split_behind(text, marks)]
+        if len(choices) > 1 and all(map(says_something, choices)):
+            start = label or marks[0]
+            return text[: start.start()].rstrip(), choices
+    return text, []
 
 
 def follows(letter: str, other: str) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from answers import canonical, extract_answer, same_answer, without_thinking
+from answers import agrees, canonical, extract_answer, read_parts, without_thinking
 from measure.choices import options_in, read_choice, read_yes_no
 
 
@@ -236,7 +236,8 @@ def right(answer: str | None, item: Item) -> bool:
 
     A letter is compared with the letter of the true choice. Without choices an answer is right
 
-    * if it equals one of the true answers by `same_answer`;
+    * if it agrees with one of the true answers: a unit, sign or name that one of them leaves out is not
+      compared (see `answers.agrees`);
     * if it is the same number after rounding to two decimals (MMMU's rule for open questions);
     * if all parts of "this <AND> that" stand in it (MM-Vet's rule).
 
@@ -249,13 +250,9 @@ def right(answer: str | None, item: Item) -> bool:
     if item.precision is not None:
         return any(_same_to_precision(answer, truth, item.precision) for truth in item.answer)
     return any(
-        same_answer(answer, truth) or _same_rounded(answer, truth) or _has_all_parts(answer, truth)
+        agrees(answer, truth) or _same_rounded(answer, truth) or _has_all_parts(answer, truth)
         for truth in item.answer
     )
-
-
-_PERCENT = re.compile(r"[%％]|per ?cent", re.IGNORECASE)
-_NUMBER = re.compile(r"[+-]?(?:\d+/\d+|\d*\.?\d+)")
 
 
 def _same_rounded(a: str, b: str) -> bool:
@@ -263,13 +260,12 @@ def _same_rounded(a: str, b: str) -> bool:
 
     Percentages are no plain numbers: in hundredths they would be rounded to whole ones.
     """
-    if _PERCENT.search(a) or _PERCENT.search(b):
+    first = read_parts(a)
+    second = read_parts(b)
+    if any(isinstance(parts.value, str) or parts.unit for parts in (first, second)):
         return False
-    first = canonical(a)
-    second = canonical(b)
-    if isinstance(first, str) or isinstance(second, str):
-        return False
-    return round(first, 2) == round(second, 2)
+    rounded = [parts._replace(value=round(parts.value, 2)) for parts in (first, second)]
+    return rounded[0].fits(rounded[1])
 
 
 def _same_to_precision(a: str, b: str, precision: int) -> bool:
@@ -277,22 +273,31 @@ def _same_to_precision(a: str, b: str, precision: int) -> bool:
     first = _read_number(a)
     second = _read_number(b)
     if first is None or second is None:
-        return same_answer(a, b)
+        return agrees(a, b)
     if precision == 0:
         return int(first) == int(second)
     return round(first, precision) == round(second, precision)
 
 
+_NUMBER = re.compile(r"(?<![^\s=~≈])[+-]?[$€£¥]?[+-]?\.?\d")  # begins here
+_POWER = re.compile(r"(.+)×10\^(-?\d{1,3})")
+
+
 def _read_number(text: str) -> Fraction | None:
-    """Returns the first number behind the last "=", as it is written: 5 of "x = 5 cm", 50 of "50%"."""
-    value = canonical(text)
-    if isinstance(value, Fraction):
-        return value * 100 if _PERCENT.search(text) else value
-    found = _NUMBER.search(value.rpartition("=")[2][:400])
-    try:
-        return Fraction(found[0]) if found else None
-    except ZeroDivisionError:
-        return None
+    """Returns the number that a text states, None without one.
+
+    5 of "x = 5 cm", 50 of "50%", 1500 of "1.5e3", 1200 of "about 1,200 m", 293 of "256+37 = 293".
+    None of an expression, as 2π, 10^3 and 5 million, of several numbers, and of none.
+    """
+    value = read_parts(text).value
+    if isinstance(value, str) and not _POWER.fullmatch(value):
+        # The first number behind the last "=", with all that follows it
+        said = value.rpartition("=")[2]
+        found = _NUMBER.search(said)
+        value = read_parts(said[found.start() :]).value if found else ""
+    if isinstance(value, str) and (power := _POWER.fullmatch(value)):
+        return Fraction(power[1]) * Fraction(10) ** int(power[2])
+    return value if isinstance(value, Fraction) else None
 
 
 def _has_all_parts(answer: str, truth: str) -> bool:

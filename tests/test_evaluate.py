@@ -71,7 +71,8 @@ def test_right_answers():
         ("12.4%", "0.124", True),
         ("12.4 percent", "12%", False), ("12.4％", "12%", False), ("12.40%", "12.4%", True),
         ("3.142", "3.14", True),
-        ("3.15", "3.14", False), ("5 cm", "5", False), ("5cm", r"5\,\text{cm}", True), ("1/3", "0.33", True),
+        ("3.15", "3.14", False), ("5 cm", "5", True), ("5 cm", "5 mm", False),
+        ("x = 5", "y = 5", False), ("5cm", r"5\,\text{cm}", True), ("1/3", "0.33", True),
     ],
 )  # fmt: skip
 def test_rounding_is_for_plain_numbers(answer, truth, is_right):
