@@ -137,7 +137,8 @@ def curate_questions(s: Settings, run: Run, k: int, rules: Rules) -> None:
         ]
     # Keep those of middling confidence: the majority is the silver label.
     curated = curate.curate(candidates, lambda question: rules.keep(question, s))
-    run.write_record(watch.curation_metrics(s, k, candidates, curated, time.monotonic() - start))
+    seconds = time.monotonic() - start
+    run.write_record(watch.curation_metrics(s, run, k, candidates, curated, seconds))
     watch.warn_of_questions(run, k)
     run.finish_curation(k, candidates, curated)
 
@@ -192,6 +193,8 @@ def measure(s: Settings, run: Run, k: int) -> None:
         return
     probes = watch.vote_on_probes(s, run, k)
     results = run.on_main(watch.true_accuracy, s, run, k, probes) | watch.probe_metrics(run, probes)
+    if k == 0:
+        results |= watch.typical_logp(run)
     run.report(k, results)
     watch.warn_of_label_drift(s, run, k, probes)
     run.finish_iteration(k, probes)

@@ -16,9 +16,11 @@ import re
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 from answers import extract_answer, says_something
-from grpo import Group, make_group
+from grpo import Group, add_reference, make_group
 from model.generate import generate
 from model.prompt import Patches, Picture
 from model.sampling import Sampling
@@ -75,6 +77,35 @@ def ask(
             faults.append("cut off" if fault and vlm.is_cut_off(ids) else fault)
         asked.append(Asked(picture.path, p, make_group(prompt, group), questions, faults))
     return asked
+
+
+def question_logps(vlm: VLM, asked: list[tuple[Image.Image, str, str]]) -> list[Tensor]:
+    """Returns log pi(x_t | image, kind, x_<t) of the tokens of each question's text: [T_i], float32.
+
+    asked: image, kind and text of each question. A thought that stood in front of it is not there: these
+    numbers are for comparing questions with one another.
+
+        <type>numerical</type><question>How many cats?</question>
+                                        ^^^^^^^^^^^^^^ the tokens that count
+    """
+    groups: list[Group] = []
+    of_the_text: list[list[bool]] = []
+    for image, kind, text in asked:
+        start = f"<type>{kind}</type><question>"
+        # The text is data: control tokens spelled out in it are plain characters.
+        encoded = vlm.tokenizer(
+            f"{start}{text}</question>",
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+        )
+        first, end = len(start), len(start) + len(text)
+        spans = encoded["offset_mapping"]
+        of_the_text.append([begin < end and stop > first for begin, stop in spans])
+        groups.append(make_group(vlm.prompt(INSTRUCTION, image), [encoded["input_ids"]]))
+    add_reference(groups, vlm)
+    logps = [completion.ref_logp.cpu() for (completion,) in groups]
+    return [logp[torch.tensor(mask)] for logp, mask in zip(logps, of_the_text)]
 
 
 def parse_question(text: str) -> Question | None:

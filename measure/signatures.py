@@ -4,10 +4,11 @@
                             cluster, one kind
     pseudo-label drift      the majorities on fixed questions get less accurate but not less confident: the
                             Reasoner learns its own mistakes
+    language drift          questions that the base model would hardly ask, as those without an answer are
     stagnant difficulty     r_unc does not rise by more than chance over a Questioner phase: the Questioner no
                             longer follows the Reasoner
 
-The first functions measure. The last three judge: each returns a sentence with the number, its meaning and
+The first functions measure. The last four judge: each returns a sentence with the number, its meaning and
 the flag to turn, or None. The paper gives no limits. These were set on runs of the toy, where it is known
 what had really happened (notebook 06, section g, counts hits and false alarms).
 """
@@ -24,6 +25,7 @@ from rewards import cluster_questions, words
 SAMPLE = 64  # the most questions that are looked at: the numbers depend on how many there are
 FELL = dict(distinct_2=0.5, kind_entropy=0.2)  # of its first value: how far variety may fall
 LARGEST = 0.5  # share of all questions that one cluster may have, and twice what it had at first
+ATYPICAL = 0.45  # share of the curated questions that the base may find unlikely
 RISE = 1.5  # standard errors that r_unc has to rise by in a phase
 
 
@@ -122,6 +124,19 @@ def label_drift(
     numbers = f"{what} {fmean(before):.2f} -> {fmean(now):.2f} on {len(now)} fixed questions"
     advice = "try a narrower band (--tau-low, --tau-high), more --answers or fewer --reasoner-steps"
     return f"{numbers}, as sure as before. The Reasoner learns its own mistakes: {advice}"
+
+
+def language_drift(atypical: float | None) -> str | None:
+    """Warns of questions that the base model would hardly ask. Returns a sentence, or None.
+
+    atypical: the share of the curated questions that the base finds less likely than 98% of its own; None if
+        it was not measured.
+    """
+    if atypical is None or atypical <= ATYPICAL:
+        return None
+    advice = "read curated/, and try a higher --beta or fewer --questioner-steps"
+    numbers = f"{atypical:.2f} of the curated questions are ones that the base would hardly ask"
+    return f"{numbers}. They may have no answer: {advice}"
 
 
 def stagnant_difficulty(r_unc: Sequence[float]) -> str | None:

@@ -4,11 +4,15 @@ question_metrics, answer_metrics         of a GRPO step: what its rewards are ma
 curation_metrics                         of a curation
 vote_on_probes, probe_metrics            votes on fixed questions, the same at the end of each iteration
 true_accuracy                            where the truth is known: held-out questions, silver labels, probes
-warn_of_questions, warn_of_label_drift   the paper's failure signatures (see signatures.py)
+typical_logp, atypical_share             how likely the base finds the curated questions
+warn_of_questions, warn_of_label_drift   the failure signatures (see signatures.py)
 """
 
 from collections import Counter
 from dataclasses import replace
+
+import numpy as np
+from PIL import Image
 
 import curate
 import questioner
@@ -18,11 +22,17 @@ from curate import VotedQuestion
 from measure import signatures
 from measure.outcomes import answer_all
 from measure.scores import mean_scores
+from model.vlm import VLM
 from training.log import mean
 from training.run import Run
 from training.settings import HELD_OUT_QUESTIONS, HELD_OUT_SEED, Settings
 
 PROBES = 64  # fixed questions that the base asks, one an image
+TYPICAL = (
+    8  # questions that the base asks about each of these images, to see how likely its own are
+)
+QUANTILE = 0.02  # of their log-probabilities: a question below it is atypical
+SAMPLE = 256  # the most curated questions whose log-probability is looked at
 SAMPLES = 4  # answers to a held-out question
 
 
@@ -83,12 +93,13 @@ def answer_metrics(answers: list[list[str | None]]) -> dict:
 
 def curation_metrics(
     s: Settings,
+    run: Run,
     k: int,
     candidates: list[VotedQuestion],
     curated: list[VotedQuestion],
     seconds: float,
 ) -> dict:
-    """Returns the record of a curation: how many questions were proposed, valid and kept.
+    """Returns the record of a curation: how many questions were proposed, valid, kept and atypical.
 
     `left_out` counts the different questions that were not kept, by the reason.
     """
@@ -114,8 +125,56 @@ def curation_metrics(
         left_out=dict(left_out),
         answered=share_answered(candidates),
         confidence=mean([candidate.confidence for candidate in candidates]),
+        atypical=atypical_share(run, curated),
         seconds=seconds,
     )
+
+
+# ---- Language drift ----------------------------------------------------------------------------------------
+
+
+def typical_logp(run: Run) -> dict:
+    """Measures, before the first iteration, how likely the base finds its own questions.
+
+    Returns the 2% quantile of `least_likely_logps` over these questions, `typical_logp`, and their least,
+    `least_logp`, in nats; {} if no question is valid.
+    """
+    images = run.probe_images(PROBES)
+    generator = run.seeded("typical")
+    asked = questioner.ask(run.questioner, images, TYPICAL, run.sampling, generator)
+    questions = []
+    for picture, each in zip(images, asked):
+        questions += [(picture.image, q.kind, q.text) for q in each.questions if q is not None]
+    logps = run.all_gather(least_likely_logps(run.questioner, questions))
+    if not logps:
+        return {}
+    return dict(typical_logp=float(np.quantile(logps, QUANTILE)), least_logp=min(logps))
+
+
+def atypical_share(run: Run, curated: list[VotedQuestion]) -> float | None:
+    """Returns the share of the curated questions that are less likely than `typical_logp` under the base.
+
+    It looks at a sample of at most SAMPLE. None without questions, or without `typical_logp`.
+    """
+    limit = run.phase_records("measure")[0].get("typical_logp")
+    if limit is None or not curated:
+        return None
+    size = min(SAMPLE, len(curated))
+    sample = [curated[i * len(curated) // size] for i in range(size)]
+    mine = run.load_images(run.shard(sample))
+    questions = [(image, question.kind, question.question) for question, image in mine]
+    logps = run.all_gather(least_likely_logps(run.load_base(), questions))
+    return mean([logp < limit for logp in logps])
+
+
+def least_likely_logps(vlm: VLM, questions: list[tuple[Image.Image, str, str]]) -> list[float]:
+    """Returns the mean log-probability of the two least likely tokens of each question (image, kind, text).
+
+    A sentence that nobody would say has a word or two that nobody would expect there. The lowest one alone is
+    low in rare but sound questions, too; the sum over all tokens grows with the length.
+    """
+    logps = questioner.question_logps(vlm, questions)
+    return [float(logp.sort().values[:2].mean()) for logp in logps]
 
 
 # ---- Fixed questions ---------------------------------------------------------------------------------------

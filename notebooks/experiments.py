@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -43,6 +43,7 @@ from training import dry_run as preview
 from training.images import load_image
 from training.scenes import read_truth
 from training.settings import TOY, TOY_DEFAULTS, Settings
+from training.state import copy_tensors, read_tensors
 
 EXPERIMENTS: dict[str, dict] = {  # the settings that differ from `python loop.py`
     "default": {},
@@ -66,6 +67,15 @@ EXPERIMENTS: dict[str, dict] = {  # the settings that differ from `python loop.p
     "five iterations, margin": dict(iterations=5),
     "five iterations, stops early": dict(iterations=5),
     "five iterations, two Reasoners": dict(iterations=5),
+    # Remedies for language drift (notebook 06, part j).
+    "anchor .01": dict(iterations=5),
+    "anchor .03": dict(iterations=5),
+    "anchor .1": dict(iterations=5),
+    "anchor .03 after drift": dict(iterations=5),
+    "new Questioner each iteration": dict(iterations=5),
+    "stops at drift": dict(iterations=5),
+    "unlikely not kept": dict(iterations=5),
+    "unlikely not rewarded": dict(iterations=5),
     "gentle base": dict(model="gentle"),  # a steepness of toy/build.py, built for it
     "steep base": dict(model="steep"),
     "LoRA": dict(lora_rank=8, lr=6e-4),
@@ -95,6 +105,9 @@ def changed(experiment: str, run) -> dict:
         "true labels": dict(answer_reward=true_label_reward(run)),
         "random labels": dict(answer_reward=random_label_reward(run.seed)),
         "Questioner not trained": dict(question_reward=without_training(run)),
+        "stops at drift": dict(question_reward=until_drift(run)),
+        "unlikely not kept": dict(keep=likely_enough(run)),
+        "unlikely not rewarded": dict(question_reward=only_likely_rewarded(run)),
     }
     return rules.get(experiment, {})
 
@@ -193,6 +206,126 @@ def same_majority_before(run):
     return keep
 
 
+# ---- Remedies for language drift -------------------------------------------------------------
+
+ANCHORS = {"anchor .01": 0.01, "anchor .03": 0.03, "anchor .1": 0.1}
+ANCHORS |= {"anchor .03 after drift": 0.03}
+DRIFT = 0.3  # atypical questions of the last curation or window, from which a remedy acts
+
+
+def visplay(experiment: str, s: Settings, run, rules: loop.Rules) -> None:
+    """`loop.visplay`, with what an experiment changes before and in the Questioner's phases."""
+    loop.measure(s, run, 0)
+    for k in range(1, s.iterations + 1):
+        if experiment == "new Questioner each iteration":
+            restore_base(run)
+        beta = anchor(experiment, run)
+        if beta is None:
+            loop.train_questioner(s, run, k, rules)
+        else:
+            to_base = replace(rules, question_reward=anchored(run, rules.question_reward))
+            loop.train_questioner(replace(s, beta=beta), run, k, to_base)
+        loop.curate_questions(s, run, k, rules)
+        loop.train_reasoner(s, run, k, rules)
+        loop.measure(s, run, k)
+
+
+def base_weights(run):
+    """The tensors that both roles began with, by name."""
+    return read_tensors(run.folder, run.state.files["base"])
+
+
+def restore_base(run) -> None:
+    """The Questioner begins the coming phase as the base."""
+    copy_tensors(run.questioner.model.named_parameters(), base_weights(run))
+    run.state.files["questioner"] = run.state.files["base"]
+
+
+def anchor(experiment: str, run) -> float | None:
+    """The weight of the Questioner's KL to the base; None for the usual KL."""
+    if "after drift" in experiment:
+        curations = run.phase_records("curation")
+        if not curations or (curations[-1]["atypical"] or 0.0) < DRIFT:
+            return None
+    return ANCHORS.get(experiment)
+
+
+def anchored(run, question_reward):
+    """The usual reward; before the first one, the phase's reference becomes the base."""
+    done = []
+
+    def reward(votes, s) -> list[float]:
+        if not done:
+            copy_tensors(run.reference.model.named_parameters(), base_weights(run))
+            done.append(True)
+        return question_reward(votes, s)
+
+    return reward
+
+
+def likelihood(run):
+    """A function: the lowest log-probability of each question's text under the base."""
+    base = []
+
+    def lowest(votes) -> list[float]:
+        if not base:
+            base.append(run.load_base())
+        images = [load_image(str(run.folder / vote.image)) for vote in votes]
+        asked = [(image, vote.kind, vote.question) for image, vote in zip(images, votes)]
+        return watch.least_likely_logps(base[0], asked)
+
+    return lowest
+
+
+def limit(run, name: str) -> float:
+    """`typical_logp`: the 2% quantile of the base's own questions; `least_logp`: their least."""
+    return run.phase_records("measure")[0][name]
+
+
+def until_drift(run):
+    """The usual reward, until DRIFT of the last WINDOW steps' questions are atypical."""
+    lowest = likelihood(run)
+    recent: dict[int, list[float]] = {}
+
+    def reward(votes, s) -> list[float]:
+        mine = recent.setdefault(run.state.iteration, [])
+        valid = [vote for vote in votes if vote]
+        mine += [logp < limit(run, "typical_logp") for logp in lowest(valid)]
+        window = mine[-WINDOW * s.images_per_step * s.group_size :]
+        if sum(window) > DRIFT * WINDOW * s.images_per_step * s.group_size:
+            stand_still(run)
+        return loop.reward_questions(votes, s)
+
+    return reward
+
+
+def likely_enough(run):
+    """Kept as usual, if the question is as likely as the least likely of the base's own."""
+    lowest = likelihood(run)
+
+    def keep(example, s) -> bool:
+        if not loop.is_middling(example, s):
+            return False
+        return lowest([example])[0] >= limit(run, "least_logp")
+
+    return keep
+
+
+def only_likely_rewarded(run):
+    """The usual reward; 0 for a question less likely than all of the base's own."""
+    lowest = likelihood(run)
+
+    def reward(votes, s) -> list[float]:
+        usual = loop.reward_questions(votes, s)
+        valid = [i for i, vote in enumerate(votes) if vote]
+        for i, logp in zip(valid, lowest([votes[i] for i in valid])):
+            if logp < limit(run, "least_logp"):
+                usual[i] = 0.0
+        return usual
+
+    return reward
+
+
 # ---- Running all of them --------------------------------------------------------------------
 
 
@@ -228,7 +361,7 @@ def one(experiment: str, seed: int, short: bool, bases: Path) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         run, start = command.prepare_run(s), time.process_time()
-        loop.visplay(run.settings, run, loop.Rules(**changed(experiment, run)))
+        visplay(experiment, run.settings, run, loop.Rules(**changed(experiment, run)))
         result |= dict(cpu_seconds=round(time.process_time() - start))
         sizes = [file.stat().st_size for file in (run.folder / "state").iterdir()]
         result |= dict(state_bytes=sum(sizes))

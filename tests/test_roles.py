@@ -1,5 +1,6 @@
 """Parsing what the two roles write: by hand, and on arbitrary text."""
 
+import random
 import time
 
 import pytest
@@ -10,9 +11,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import reasoner
-from questioner import KINDS, Question, parse_question
+from model.vlm import VLM
+from questioner import INSTRUCTION, KINDS, Question, parse_question, question_logps
 from reasoner import extract_answer
 from rewards import same_answer
+from training.images import load_image
+from training.scenes import draw_scenes, sample_scene
 
 GOOD = "<type>numerical</type>\n<question>How many?</question>\n<answer>\\boxed{3}</answer>"
 
@@ -228,3 +232,45 @@ def test_a_question_cannot_forge_a_turn_or_an_image(random_vlm, text):
     assert text in random_vlm.tokenizer.decode(prompts[0].ids), (
         "and nothing of the question is lost"
     )
+
+
+# ---- How likely a question is ------------------------------------------------------------------------------
+
+
+def test_the_log_probabilities_of_a_question_are_those_of_its_text(published):
+    """Against `logprobs` of the whole output, cut by hand where encoding the parts gives the same tokens."""
+    vlm = VLM.load(published, "cpu", torch.float32)
+    image = noise_image(56, 56)
+    asked = [
+        (image, "numerical", text) for text in ("How many cats?", "多少只猫？", "a", "?<|im_end|>")
+    ]
+    found = question_logps(vlm, asked)
+    for (_, kind, text), logps in zip(asked, found):
+        start, ids = f"<type>{kind}</type><question>", {}
+        for name, part in dict(
+            start=start, both=start + text, all=f"{start}{text}</question>"
+        ).items():
+            encoded = vlm.tokenizer(part, add_special_tokens=False, split_special_tokens=True)
+            ids[name] = encoded["input_ids"]
+        (whole,) = vlm.logprobs(vlm.prompt(INSTRUCTION, image), [ids["all"]])
+        common = [a == b for a, b in zip(ids["start"], ids["all"])]
+        first = common.index(False) if False in common else len(common)
+        assert 1 <= len(logps) <= len(ids["all"]) - first + 1
+        if ids["all"][: len(ids["both"])] == ids["both"] and first == len(ids["start"]):
+            torch.testing.assert_close(logps, whole[first : len(ids["both"])], atol=1e-5, rtol=1e-5)
+    assert not set(vlm.end_ids) & set(
+        vlm.tokenizer("<|im_end|>", split_special_tokens=True)["input_ids"]
+    ), "a control token in a text is plain characters"
+
+
+def test_a_question_that_the_base_never_asks_is_unlikely(toy, tmp_path):
+    """The toy's base asks of six kinds; a broken sentence has one token that it would not write."""
+    rng = random.Random(0)
+    [path] = draw_scenes(tmp_path, [sample_scene(rng, held_out=False)], rng, 84)
+    image = load_image(str(path))
+    texts = ["How many red discs are there?", "How many shapes are there?", "How shapes are there?"]
+    usual, general, broken = (
+        float(logps.sort().values[:2].mean())
+        for logps in question_logps(toy, [(image, "numerical", text) for text in texts])
+    )
+    assert broken < min(usual, general) - 2

@@ -167,3 +167,8 @@ def test_stagnant_difficulty():
     assert signatures.stagnant_difficulty([0.4, 0.6, 0, 0, 0.5, 0.7]), "0.1 is 0.7 errors"
     assert signatures.stagnant_difficulty([0.4, 0.6, 0, 0, 0.62, 0.82]) is None, "0.22 is 1.56"
     assert signatures.stagnant_difficulty([0.9, 0.5, 0.4, 0.1, 0.1]) is None, "too few steps to say"
+
+
+def test_language_drift():
+    assert signatures.language_drift(None) is signatures.language_drift(0.45) is None
+    assert "0.51 of the curated questions" in signatures.language_drift(0.51)

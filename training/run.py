@@ -172,10 +172,17 @@ class Run:
                 copy_tensors(vlm.model.named_parameters(), saved)
         else:
             self.save({"base": questioner.trained_weights() if self.ranks.is_main else {}})
-            base = self.state.files.pop("base")
+            base = self.state.files["base"]
             self.state.files |= {"questioner": base, "reasoner": base}
         for vlm in self.roles.values():
             vlm.offload()
+
+    def load_base(self) -> VLM:
+        """Returns the base model: the weights that both roles began with, from the state."""
+        base = self.questioner.copy()
+        saved = read_tensors(self.folder, self.state.files["base"])
+        copy_tensors(base.model.named_parameters(), saved)
+        return base
 
     @property
     def roles(self) -> dict[str, VLM]:
