@@ -54,6 +54,15 @@ CHARTS = (
     Chart("Kinds of questions (entropy in bits)", "questioner", {"entropy": "kind_entropy"}),
     Chart("Agreement with the base", "measure", AGREEMENT, is_share=True),
     Chart("Curated questions", "curation", {"kept": "curated"}),
+    Chart(
+        "Curated questions that the base would hardly ask",
+        "curation",
+        {"share": "atypical"},
+        is_share=True,
+    ),
+    Chart(
+        "Curated questions that have an answer", "measure", {"share": "understood"}, is_share=True
+    ),
 )
 
 

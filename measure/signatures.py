@@ -1,10 +1,10 @@
-"""The paper's failure signatures (VisPlay, section 5), watched in a run: self-play that only looks well.
+"""The paper's failure signatures (VisPlay, section 5) and one more: self-play that only looks well.
 
     question collapse       the Questioner repeats what is rewarded: few different n-grams, one large BLEU
                             cluster, one kind
     pseudo-label drift      the majorities on fixed questions get less accurate but not less confident: the
                             Reasoner learns its own mistakes
-    language drift          questions that the base model would hardly ask, as those without an answer are
+    language drift          the base model would hardly ask the curated questions; they may have no answer
     stagnant difficulty     r_unc does not rise by more than chance over a Questioner phase: the Questioner no
                             longer follows the Reasoner
 

@@ -28,9 +28,7 @@ from training.run import Run
 from training.settings import HELD_OUT_QUESTIONS, HELD_OUT_SEED, Settings
 
 PROBES = 64  # fixed questions that the base asks, one an image
-TYPICAL = (
-    8  # questions that the base asks about each of these images, to see how likely its own are
-)
+TYPICAL = 8  # questions that the base asks about each of these images: how likely are its own?
 QUANTILE = 0.02  # of their log-probabilities: a question below it is atypical
 SAMPLE = 256  # the most curated questions whose log-probability is looked at
 SAMPLES = 4  # answers to a held-out question
@@ -256,11 +254,13 @@ def true_accuracy(s: Settings, run: Run, k: int, probes: list[VotedQuestion]) ->
 
 
 def warn_of_questions(run: Run, k: int) -> None:
-    """Warns of what has gone wrong in the Questioner's phase."""
+    """Warns of what has gone wrong in the Questioner's phase, and in the curation after it."""
     steps = run.phase_records("questioner")
     r_unc = [r["r_unc"] for r in steps if r["iteration"] == k and r["validity"]]
     run.warn("stagnant difficulty", signatures.stagnant_difficulty(r_unc))
     run.warn("question collapse", signatures.question_collapse(steps[0], steps[-1]))
+    curation = run.phase_records("curation")[-1]
+    run.warn("language drift", signatures.language_drift(curation["atypical"]))
 
 
 def warn_of_label_drift(s: Settings, run: Run, k: int, probes: list[VotedQuestion]) -> None:
