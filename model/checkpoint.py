@@ -48,6 +48,7 @@ READ = (
 TOKENIZER = ("tokenizer.json", "vocab.json")
 IMAGE_PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 
 # Neighbours of the supported families that people try, and why they do not run (docs/models.md).
 NOT_SUPPORTED = {
@@ -268,7 +269,7 @@ def find_dtype(dtype, device: torch.device) -> torch.dtype:
 
 def _read_config(name: str, folder: Path) -> dict:
     """Reads config.json, after checking that no file of the folder asks for code. Raises CheckpointError."""
-    adapter = read_json(folder, "adapter_config.json")
+    adapter = read_json(folder, ADAPTER)
     fields = read_json(folder, "config.json")
     if fields is None:
         if adapter is not None:
@@ -277,6 +278,13 @@ def _read_config(name: str, folder: Path) -> dict:
                 f"{name} is an adapter, no whole model: merge it into its base, {base}"
             )
         raise CheckpointError(f"the folder {name} is no checkpoint: it has no config.json")
+    if adapter is not None:
+        print(f"{name}: its own weights are used, not the adapter beside them", file=sys.stderr)
+    if fields.get("transformers_weights"):
+        raise CheckpointError(
+            f"{name} names a file of its weights (transformers_weights in config.json):"
+            " only model.safetensors is known here"
+        )
     for file in READ:
         content = read_json(folder, file) or {}
         parts = [part for part in (content, *content.values()) if isinstance(part, dict)]
@@ -445,13 +453,9 @@ def find_weight_files(folder: Path) -> list[Path]:
     return [folder / file for file in files]
 
 
-def find_weights(checkpoint: Checkpoint) -> Path:
-    """Returns the folder with a checkpoint's weights, downloaded if need be, after looking into the files.
-
-    Raises CheckpointError.
-    """
+def find_weights(checkpoint: Checkpoint) -> dict[str, Path]:
+    """Returns the file of each weight by its name, downloaded if need be. Raises CheckpointError."""
     folder = find_folder(checkpoint.name, weights=True)
-    # The file of each weight, by name.
     files: dict[str, Path] = {}
     for file in find_weight_files(folder):
         with explained(f"the weights of {folder} cannot be loaded: {file.name}"):
@@ -467,7 +471,7 @@ def find_weights(checkpoint: Checkpoint) -> Path:
                 f"{folder} says that the output matrix is the embedding (tie_word_embeddings), "
                 "but has another one in its file: which is right cannot be known"
             )
-    return folder
+    return files
 
 
 def _read_tensor(file: Path, name: str) -> torch.Tensor:
@@ -496,7 +500,8 @@ def exported_files(vlm) -> dict[str, bytes]:
     files = {}
     for pattern in SMALL:
         for path in source.glob(pattern):
-            if path.is_file() and not path.name.endswith(".index.json"):
+            is_others = path.name == ADAPTER or path.name.endswith(".index.json")
+            if path.is_file() and not is_others:
                 files[path.name] = path.read_bytes()
     files.setdefault("chat_template.jinja", vlm.tokenizer.get_chat_template().encode())
     if (
@@ -522,14 +527,8 @@ def save(vlm, folder: Path) -> None:
     for value in weights.values():
         cast.setdefault(value.data_ptr(), value.to("cpu", dtype))
     state_dict = {name: cast[value.data_ptr()] for name, value in weights.items()}
-    # Published generation settings may not pass transformers' own checks.
-    generation_config = vlm.model.generation_config
-    vlm.model.generation_config = GenerationConfig()
-    try:
-        (folder / INDEX).unlink(missing_ok=True)  # of shards that were there before
-        vlm.model.save_pretrained(folder, state_dict=state_dict)
-    finally:
-        vlm.model.generation_config = generation_config
+    (folder / INDEX).unlink(missing_ok=True)  # of shards that were there before
+    vlm.model.save_pretrained(folder, state_dict=state_dict)
     for name, data in files.items():
         (folder / name).write_bytes(data)
     for file in folder.glob("*.safetensors"):  # made for the owner alone

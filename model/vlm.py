@@ -9,12 +9,13 @@ around them is here in the open: where image features go (forward.py), which 3-D
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 
 from model import checkpoint
@@ -72,13 +73,17 @@ class VLM:
         opened = (
             name_or_path if isinstance(name_or_path, Checkpoint) else open_checkpoint(name_or_path)
         )
-        folder = find_weights(opened)
-        with explained(f"the weights of {opened.name} cannot be loaded"):
+        files = find_weights(opened)
+        with explained(f"the weights of {opened.name} cannot be loaded"), ExitStack() as stack:
+            # Given a folder, transformers may take others than these: an adapter's, for one.
+            tensors = {
+                file: stack.enter_context(safe_open(file, "pt")) for file in {*files.values()}
+            }
             model, report = opened.family.MODEL.from_pretrained(
-                folder,
+                None,
+                state_dict={name: tensors[file].get_slice(name) for name, file in files.items()},
                 config=opened.config,
                 dtype=dtype,
-                use_safetensors=True,
                 attn_implementation="sdpa",
                 output_loading_info=True,
             )

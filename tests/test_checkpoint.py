@@ -221,6 +221,10 @@ BAD = [
     ),
     (write("processor_config.json", b'{"image_processor": {"auto_map": {}}}'), "code of its own"),
     (rewrite("config.json", use_sliding_window=True), "sliding"),
+    (
+        rewrite("config.json", transformers_weights="other.safetensors"),
+        "names a file of its weights",
+    ),
     (rewrite_text(hidden_size="wide"), "config.json"),
     (rewrite("config.json", vision_config=[1]), "config.json"),
     (rewrite("config.json", quantization_config=QUANTISED), "quantised"),
@@ -284,6 +288,30 @@ def test_nothing_is_loaded_before_the_checks(published, tmp_path, change, word, 
     with pytest.raises(CheckpointError):
         VLM.load(broken(published, tmp_path / "bad", change), "cpu")
     assert not calls
+
+
+DISTRIBUTED = "shard-00001-model-00001-of-00001.safetensors"  # transformers prefers such files
+
+
+def test_nothing_beside_the_weights_is_loaded(published, tmp_path, capsys):
+    """An adapter, weights of other formats and names, and files that say a folder is a distributed one."""
+    folder = shutil.copytree(published, tmp_path / "many")
+    want = VLM.load(published, "cpu").model.state_dict()
+    save_file({"x": torch.zeros(2)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(
+        '{"base_model_name_or_path": "none/none", "peft_type": "LORA"}'
+    )
+    save_file({"x": torch.zeros(2)}, folder / "consolidated.safetensors")
+    for name in ("pytorch_model.bin", DISTRIBUTED, "model.fp16.safetensors"):
+        (folder / name).write_bytes(b"no weights")
+    capsys.readouterr()
+    vlm = VLM.load(folder, "cpu")
+    assert "not the adapter" in capsys.readouterr().err
+    got = vlm.model.state_dict()
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+    vlm.save(tmp_path / "out")
+    assert not list((tmp_path / "out").glob("adapter*")), "plain transformers would add it"
+    assert VLM.load(tmp_path / "out", "cpu").model.state_dict().keys() == want.keys()
 
 
 @pytest.mark.parametrize("device", ["cuda:7", "cuda:-1", "tpu", "gpu", "cpu:x", "0"])

@@ -1,6 +1,7 @@
 """LoRA against W + (alpha / R) B A, against PEFT, and through a whole run."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ from test_loop import SMALL, records, workplace  # noqa: F401 (a fixture)
 from test_ranks import together
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+import evaluate
 import grpo
 import loop
 import questioner
@@ -247,6 +249,26 @@ def test_peft_loads_the_adapter_with_equal_logits(tmp_path):
     merged.model = theirs.merge_and_unload()
     ours, of_peft = (v.logprobs(prompt, [[5, 6, 7], [9, 9]]) for v in (vlm, merged))
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, of_peft))
+
+
+def test_weights_beside_their_adapter_are_not_changed_by_it(tmp_path, capsys):
+    """Somebody merged it and left it there; with PEFT transformers would add it once more."""
+    pytest.importorskip("peft")
+    folder = shutil.copytree(ROOT / "toy", tmp_path / "toy", ignore=shutil.ignore_patterns("*.py"))
+    lora.save_adapter(with_lora().model, str(ROOT / "toy"), folder)
+    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    assert any("lora_A" in name for name, _ in plain.named_parameters()), "as feared"
+    ours, toy = (VLM.load(path, "cpu", "float32") for path in (folder, ROOT / "toy"))
+    prompt = toy.prompt("How many?", noise_image(84, 84))
+    assert torch.equal(*(v.logprobs(prompt, [[5, 6, 7]])[0] for v in (ours, toy)))
+
+    noise_image(84, 84).save(tmp_path / "a.png")
+    line = dict(image="a.png", question="How many circles are there?", answer="2")
+    (tmp_path / "data.jsonl").write_text(json.dumps(line))
+    args = f"--data {tmp_path}/data.jsonl --json {tmp_path}/x.json --answers 2 --device cpu"
+    assert evaluate.main([*args.split(), "--model", str(folder), "--model", str(ROOT / "toy")]) == 0
+    one, other = json.loads((tmp_path / "x.json").read_text())["answers"].values()
+    assert one == other and "not the adapter" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
