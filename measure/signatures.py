@@ -126,13 +126,14 @@ def label_drift(
     return f"{numbers}, as sure as before. The Reasoner learns its own mistakes: {advice}"
 
 
-def language_drift(atypical: float | None) -> str | None:
+def language_drift(atypical: float | None, count: int) -> str | None:
     """Warns of questions that the base model would hardly ask. Returns a sentence, or None.
 
     atypical: the share of the curated questions that the base finds less likely than 98% of its own; None if
         it was not measured.
+    count: of the curated questions; of fewer than 10 nothing is said.
     """
-    if atypical is None or atypical <= ATYPICAL:
+    if atypical is None or atypical <= ATYPICAL or count < 10:
         return None
     advice = "read curated/, and try a higher --beta or fewer --questioner-steps"
     numbers = f"{atypical:.2f} of the curated questions are ones that the base would hardly ask"

@@ -260,7 +260,8 @@ def warn_of_questions(run: Run, k: int) -> None:
     run.warn("stagnant difficulty", signatures.stagnant_difficulty(r_unc))
     run.warn("question collapse", signatures.question_collapse(steps[0], steps[-1]))
     curation = run.phase_records("curation")[-1]
-    run.warn("language drift", signatures.language_drift(curation["atypical"]))
+    drifted = signatures.language_drift(curation["atypical"], curation["curated"])
+    run.warn("language drift", drifted)
 
 
 def warn_of_label_drift(s: Settings, run: Run, k: int, probes: list[VotedQuestion]) -> None:

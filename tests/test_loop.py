@@ -314,19 +314,27 @@ def test_failure_signatures_are_printed_and_written(workplace, monkeypatch, caps
         seen["drift"] = given
         return "sure and wrong"
 
+    def language(*given):
+        seen.setdefault("language", given)
+        return "odd words"
+
     monkeypatch.setattr(watch.signatures, "stagnant_difficulty", stagnant)
     monkeypatch.setattr(watch.signatures, "question_collapse", collapse)
     monkeypatch.setattr(watch.signatures, "label_drift", drift)
+    monkeypatch.setattr(watch.signatures, "language_drift", language)
     args = [*SMALL, *"--iterations 2 --images images --tau-low 0 --tau-high 1 --name".split()]
     assert loop.main([*args, "x"]) == 0
     run, err = workplace / "runs" / "x", capsys.readouterr().err
     warnings = [(r["iteration"], r["signature"]) for r in records(run, "warning")]
-    each = ["stagnant difficulty", "question collapse", "pseudo-label drift"]
+    each = ["stagnant difficulty", "question collapse", "language drift", "pseudo-label drift"]
     assert warnings == [(k, signature) for k in (1, 2) for signature in each]
     assert "warning, pseudo-label drift: sure and wrong" in err
     asked, measured = records(run, "questioner"), records(run, "measure")
     assert seen["r_unc"] == [r["r_unc"] for r in asked[:2] if r["validity"]]
     assert (seen["first"], seen["now"]) == (asked[0], asked[-1])
+    curation = records(run, "curation")[0]
+    assert seen["language"] == (curation["atypical"], curation["curated"])
+    assert 0 <= curation["atypical"] <= 1
     before, now, _, what = seen["drift"]
     assert "the base's" in what and len(before) == len(now) > 0
     assert sum(before) / len(before) == pytest.approx(measured[0]["base_agreement"], abs=1e-6)
@@ -661,7 +669,7 @@ def test_a_stop_in_the_last_moment_is_no_stop(workplace, monkeypatch, capsys):
 
     monkeypatch.setattr(run_module.Run, "finish_iteration", stopped)
     assert loop.main([*SMALL, "--name", "x"]) == 0
-    assert "done: " in capsys.readouterr().out
+    assert "both checkpoints are in" in capsys.readouterr().out
 
 
 def test_the_program_of_docs_your_own_idea(workplace, monkeypatch, capsys):

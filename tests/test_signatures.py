@@ -170,5 +170,6 @@ def test_stagnant_difficulty():
 
 
 def test_language_drift():
-    assert signatures.language_drift(None) is signatures.language_drift(0.45) is None
-    assert "0.51 of the curated questions" in signatures.language_drift(0.51)
+    assert signatures.language_drift(None, 50) is signatures.language_drift(0.45, 50) is None
+    assert signatures.language_drift(1.0, 9) is None, "too few to say"
+    assert "0.51 of the curated questions" in signatures.language_drift(0.51, 50)
