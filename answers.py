@@ -356,18 +356,19 @@ def _read_quantity(text: str) -> tuple[Fraction | str, str]:
     found = _QUANTITY.match(text)
     rest = text[found.end() :] if found else text
     value = _read_value(found) if found else None
-    # No number: 1/0, 1 3/2, 1/2 + x
+    # A number, but not 1/0, 1 3/2 and 1/2 + x
     is_number = value is not None and re.match(rf"$|%|[°'\"]| [^\W\d_]|{_MONEY}$", rest)
-    if not is_number:
-        found = _EXPRESSION.match(text)
-        if found and _is_unit(text[found.end() :]):
-            return found[0], text[found.end() :]
-        return text, ""
-    money = found[2]
-    unit = money + rest
-    if not unit or not (money and rest) and _is_unit(unit):
-        return value, unit
-    return f"{money}{value}{rest}", ""
+    if is_number:
+        money = found[2]
+        unit = money + rest
+        if not unit or not (money and rest) and _is_unit(unit):
+            return value, unit
+        text = f"{money}{value}{rest}"
+    # An expression with a unit
+    found = _EXPRESSION.match(text)
+    if found and _is_unit(text[found.end() :]):
+        return found[0], text[found.end() :]
+    return text, ""
 
 
 def _read_value(found: re.Match) -> Fraction | str | None:
@@ -395,8 +396,8 @@ _SHORT_UNITS = set(  # of one or two letters; 5x, 5i and 5π have none
     " mv kv ma mj kj kn ω kω kb mb gb tb db st nd rd th".split()
 )
 _SMALL_WORDS = set("of in on at a an by".split())  # behind others: 5 cups of tea
-_CHANGES_NUMBER = re.compile(  # 5 million, 5 or 6, 5 squared, 5 sin x, 5万; but not 5千克
-    r"and|or|to|plus|minus|but|not|than|choose|mod|sin|cos|tan|log|exp|root|factorial|squared|cubed"
+CHANGES_NUMBER = re.compile(  # 5 million, 5 or 6, 5 squared, 5 sin x, 5万; but not 5千克
+    r"and|or|to|plus|minus|but|not|than|choose|mod|sin|cos|tan|log|ln|exp|root|factorial|squared|cubed"
     r"|(?:hundred|thousand|[mbtr]+illion|milliard|dozen|lakh|crore|hal[fv]|third|quarter|fourth|fifth|sixth"
     r"|seventh|eighth|ninth|tenth)\w*"
     r"|(?!千[克米瓦卡])[十百千万萬亿億兆半만억천백].*"
@@ -419,7 +420,7 @@ def _is_unit(text: str) -> bool:
 def _is_unit_word(word: str) -> bool:
     """Returns whether a word may be part of a unit. Short ones are mostly variables: 5 x, 5 π."""
     is_word = word and all(unicodedata.category(c)[0] in "LM" or c == "'" for c in word)
-    if not is_word or _CHANGES_NUMBER.fullmatch(word):
+    if not is_word or CHANGES_NUMBER.fullmatch(word):
         return False
     return len(word) > 2 or word[0] > "\u03ff" or word in _SHORT_UNITS
 

@@ -120,11 +120,14 @@ class _Menu:
 
     def mask(self, text: str) -> str:
         """Replaces texts of choices, units and names by lines: the letter of "vitamin C" is no choice."""
-        for pattern in (self.pattern, _PART_OF_NAME):
-            text = pattern.sub(
-                lambda found: found[0] if len(found[0]) == 1 else "_" * len(found[0]), text
-            )
-        return text
+        text = self.pattern.sub(
+            lambda found: found[0] if len(found[0]) == 1 else _line(found), text
+        )
+        return _PART_OF_NAME.sub(_line, text)
+
+
+def _line(found: re.Match) -> str:
+    return "_" * len(found[0])
 
 
 def _find_letter(text: str, menu: _Menu, *unmeant: re.Pattern) -> str | None:
@@ -276,7 +279,9 @@ def _find_text(text: str, menu: _Menu) -> str | None:
 
 _LABEL = re.compile(r"\b(?:choices|options?)\s{0,4}:\s{0,4}", re.IGNORECASE)
 _MARKS = (
-    re.compile(r"(?<![^\W\d_])\(([A-Ja-j])\)\s{0,4}"),  # (a) 0.5 (b) 1, but not f(a)
+    re.compile(
+        r"(?<![A-Za-z\u00c0-\u052f])[(（]([A-Ja-j])[)）]\s{0,4}"
+    ),  # (a) 0.5 (b) 1, but not f(a)
     re.compile(  # A. Left, A: Left, 哪个？A、红, but neither U.S.A. nor a.m.
         r"(?:^|(?<=[\s,;:?!\u2000-\uffff]))([A-Ja-j])[.:)、．：](?![Mm]\b)\s{0,4}"
     ),
@@ -307,7 +312,7 @@ def split_choices(text: str) -> tuple[str, list[str]]:
                 marks = [mark]
             elif marks and follows(mark[1], marks[-1][1]):
                 marks.append(mark)
-        choices = [choice.strip(" \t\r\n,;") for choice in split_behind(text, marks)]
+        choices = [choice.strip(" \t\r\n,;，；") for choice in split_behind(text, marks)]
         if len(choices) > 1 and all(map(says_something, choices)):
             start = label or marks[0]
             return text[: start.start()].rstrip(), choices

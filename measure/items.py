@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from answers import agrees, canonical, extract_answer, read_parts, without_thinking
+from answers import CHANGES_NUMBER, agrees, canonical, extract_answer, read_parts, without_thinking
 from measure.choices import options_in, read_choice, read_yes_no
 
 
@@ -294,7 +294,10 @@ def _read_number(text: str) -> Fraction | None:
         # The first number behind the last "=", with all that follows it
         said = value.rpartition("=")[2]
         found = _NUMBER.search(said)
-        value = read_parts(said[found.start() :]).value if found else ""
+        before = said[: found.start()].split() if found else []
+        if not found or any(map(CHANGES_NUMBER.fullmatch, before)):
+            return None
+        value = read_parts(said[found.start() :]).value
     if isinstance(value, str) and (power := _POWER.fullmatch(value)):
         return Fraction(power[1]) * Fraction(10) ** int(power[2])
     return value if isinstance(value, Fraction) else None
