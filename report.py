@@ -11,6 +11,7 @@ import signal
 if __name__ == "__main__":  # Ctrl-C leaves no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import argparse
 import base64
 import html
 import io
@@ -23,7 +24,7 @@ from collections import Counter
 from pathlib import Path
 
 from answers import canonical, same_answer
-from curate import VotedQuestion
+from curate import VotedQuestion, pool
 from measure.charts import (
     CHARTS,
     Proposed,
@@ -34,13 +35,14 @@ from measure.charts import (
     finite,
     number,
 )
+from measure.comparison import Compared, compare_runs
 from measure.page import LADDER, PAGE, RELOAD, STYLE, TROUBLES
 from toy.answerer import Fact, understand
 from training.folder import read_examples
 from training.images import ImageError, load_image
 from training.scenes import Scene, read_truth
 from training.settings import OneLineParser, printable, shorten
-from training.troubles import find_troubles
+from training.troubles import count_done, find_troubles, is_finished
 
 GALLERY = 12  # images
 QUESTIONS = 2  # of an image and iteration
@@ -87,8 +89,8 @@ def read_lines(path: Path) -> list:
 def read_questions(folder: Path, iterations: int) -> dict[int, list[Proposed]]:
     """Reads the questions that each iteration proposed, and whether each stands in curated/.
 
-    One that was proposed several times about an image is there once, with the votes it was kept with. Older
-    runs have only what was kept. An iteration that is not curated yet is not there.
+    One that was proposed several times about an image is there once, with all its votes. Older runs have only
+    what was kept. An iteration that is not curated yet is not there.
     """
     questions = {}
     for k in range(1, iterations + 1):
@@ -96,7 +98,11 @@ def read_questions(folder: Path, iterations: int) -> dict[int, list[Proposed]]:
         if kept is None:
             continue
         candidates = read_well_formed(folder / "candidates" / f"iteration-{k}.jsonl")
-        asked = {(e.image, e.question): (e, False) for e in candidates or ()}
+        times = Counter((e.image, e.question) for e in candidates or ())
+        several = [e for e in candidates or () if times[e.image, e.question] > 1]
+        asked = {}
+        for example in [*(candidates or ()), *pool(several)]:
+            asked[example.image, example.question] = (example, False)
         for example in kept:
             asked[example.image, example.question] = (example, True)
         questions[k] = list(asked.values())
@@ -404,7 +410,7 @@ def page(folder: Path) -> str:
     charts = "".join(draw_chart(records, chart) for chart in CHARTS)
     charts = charts or none("Nothing to draw", finished)
     for k, asked in questions.items():
-        charts += draw_histogram(f"Difficulty, iteration {k}", asked)
+        charts += draw_histogram(f"Difficulty, iteration {k}", asked, band_of(config))
     return PAGE.format(
         name=escape(folder.resolve().name),
         style=STYLE,
@@ -421,19 +427,15 @@ def page(folder: Path) -> str:
     )
 
 
+def band_of(config: dict) -> tuple[float, float] | None:
+    """Returns tau_low and tau_high; None if a run's config.json does not say."""
+    band = [finite(config.get(name)) for name in ("tau_low", "tau_high")]
+    return None if None in band else tuple(band)
+
+
 def none(what: str, finished: bool) -> str:
     """Says that there is nothing: nothing yet, while the run goes on."""
     return f'<p class="soft">{what}{"" if finished else " yet"}.</p>'
-
-
-def is_finished(records: list[dict], config: dict) -> bool:
-    """Tells if all iterations are done."""
-    return count_done(records) >= config["iterations"]
-
-
-def count_done(records: list[dict]) -> int:
-    """Returns the number of the last iteration that was measured at its end."""
-    return max((r["iteration"] for r in records if r.get("phase") == "measure"), default=0)
 
 
 def tell_place(records: list[dict], config: dict) -> str:
@@ -463,40 +465,77 @@ def trouble_box(records: list[dict], config: dict, skipped: int) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0: done, 2: a wrong argument."""
+    args = parse_arguments(argv)
+    try:
+        if args.samples:
+            read_config(args.run[0])
+            print_samples(args.run[0], args.samples)
+            return 0
+        if args.run[1:]:
+            runs = [Compared(f.resolve().name, read_config(f), read_records(f)) for f in args.run]
+            told, text = compare_runs(runs)
+            print("\n".join(map(printable, told)))
+            write(args.out, text)
+        else:
+            write(args.out, page(args.run[0]))
+            while args.follow and not is_over(args.run[0]):
+                time.sleep(FOLLOW_SECONDS)
+                write(args.out, page(args.run[0]))
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {printable(str(error))}\n")
+        return 2
+    print(f"wrote {printable(str(args.out))} ({args.out.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the arguments; ends the program with code 2 and one sentence if one is wrong."""
     parser = OneLineParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, help="folder of a run, runs/NAME")
-    parser.add_argument(
-        "--out", type=Path, help="where the page goes (default: report.html in that folder)"
+    add = parser.add_argument
+    add(
+        "run",
+        type=Path,
+        nargs="+",
+        help="folder of a run, runs/NAME; several are compared: those that differ in the seed alone "
+        "are one group",
     )
-    parser.add_argument(
+    add(
+        "--out",
+        type=Path,
+        help="where the page goes (default: report.html in that folder, of several comparison.html beside "
+        "the first)",
+    )
+    add(
         "--samples",
         type=int,
         metavar="N",
         help="print what the models wrote in N steps, and no page",
     )
-    parser.add_argument(
+    add(
         "--follow", action="store_true", help="write the page again and again until the run is over"
     )
     args = parser.parse_args(argv)
-    out = args.out or args.run / "report.html"
     if args.samples is not None and args.samples < 1:
         parser.error("--samples must be at least 1")
-    if out.is_file() and out.suffix != ".html" and out.resolve().is_relative_to(args.run.resolve()):
-        parser.error(f"--out {printable(str(out))} is a file of the run itself")
-    try:
-        if args.samples:
-            read_config(args.run)
-            print_samples(args.run, args.samples)
-            return 0
-        out.write_text(page(args.run), encoding="utf-8", errors="backslashreplace")
-        while args.follow and not is_finished(read_records(args.run), read_config(args.run)):
-            time.sleep(FOLLOW_SECONDS)
-            out.write_text(page(args.run), encoding="utf-8", errors="backslashreplace")
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {printable(str(error))}\n")
-        return 2
-    print(f"wrote {printable(str(out))} ({out.stat().st_size / 1e6:.1f} MB)")
-    return 0
+    if args.run[1:] and (args.samples or args.follow):
+        parser.error("--samples and --follow take one run")
+    if args.out is None:
+        several = args.run[0].parent / "comparison.html"
+        args.out = several if args.run[1:] else args.run[0] / "report.html"
+    inside = any(args.out.resolve().is_relative_to(run.resolve()) for run in args.run)
+    if args.out.is_file() and args.out.suffix != ".html" and inside:
+        parser.error(f"--out {args.out} is a file of the run itself")
+    return args
+
+
+def is_over(folder: Path) -> bool:
+    """Tells if all iterations of a run are done."""
+    return is_finished(read_records(folder), read_config(folder))
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a page. Raises OSError."""
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from measure.signatures import split_thirds
 
 Proposed = tuple[VotedQuestion, bool]  # a question with its votes, and whether it was kept
 Points = list[tuple[int, float]]  # (step or iteration, value)
+COLOURS = 6  # of curves: --c0, --c1, ... in measure/page.py
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def number(record: dict, name: str) -> float | None:
     return finite(value)
 
 
-def phases(points: Points, starts: Sequence[int]) -> list[Points]:
+def phases(points: Sequence[tuple], starts: Sequence[int]) -> list[list[tuple]]:
     """Splits points by the phases that they lie in: steps 1 2 3 4 5 with starts [3] are 1 2 and 3 4 5."""
     grouped = groupby(points, key=lambda point: bisect(starts, point[0]))
     return [list(phase) for _, phase in grouped]
@@ -119,67 +120,133 @@ def draw_chart(records: list[dict], chart: Chart) -> str:
 
     Returns "" if the records have no number to draw.
     """
+    curves = {}
+    starts = []
+    for label, name in chart.names.items():
+        curves[label], starts = chart_points(records, chart, name)
+    return plot(chart, curves, starts)
+
+
+def chart_points(records: list[dict], chart: Chart, name: str) -> tuple[Points, list[int]]:
+    """Returns the points of a curve, and the steps at which iterations begin, but for the first."""
     records = [record for record in records if record.get("phase") == chart.phase]
     iterations = [record["iteration"] for record in records]
     if chart.phase in ("questioner", "reasoner"):
         # Steps are counted on through the iterations
-        below = f"{chart.phase.capitalize()} step"
         places = range(1, len(records) + 1)
         changes = enumerate(pairwise(iterations), start=2)
         starts = [step for step, (before, now) in changes if before != now]
     else:
-        below = "iteration"
         places = iterations
         starts = []
+    values = [number(record, name) for record in records]
+    points = [(place, value) for place, value in zip(places, values) if value is not None]
+    return thirds(points, starts) if name == "r_unc" else points, starts
+
+
+def draw_group(chart: Chart, groups: dict[str, list[tuple[Points, list[int]]]]) -> str:
+    """Draws the mean curve of each group of runs, with a band from the lowest to the highest run.
+
+    groups: name -> `chart_points` of each run. Returns "" without any point.
+    """
     curves = {}
-    for label, name in chart.names.items():
-        values = [number(record, name) for record in records]
-        points = [(place, value) for place, value in zip(places, values) if value is not None]
-        curves[label] = thirds(points, starts) if name == "r_unc" else points
-    return plot(chart, curves, below, starts)
+    areas = {}
+    starts = max((starts for runs in groups.values() for _, starts in runs), key=len, default=[])
+    for name, runs in groups.items():
+        values: dict[int, list[float]] = {}
+        for points, _ in runs:
+            for place, value in points:
+                values.setdefault(place, []).append(value)
+        curves[name] = [(place, fmean(values[place])) for place in sorted(values)]
+        areas[name] = [(p, min(values[p]), max(values[p])) for p in sorted(values)]
+    return plot(chart, curves, starts, areas)
 
 
-def plot(chart: Chart, curves: dict[str, Points], below: str, starts: Sequence[int]) -> str:
+def plot(
+    chart: Chart,
+    curves: dict[str, Points],
+    starts: Sequence[int],
+    areas: dict[str, list[tuple[int, float, float]]] | None = None,
+) -> str:
     """Draws the curves of a chart; at `starts` they begin anew, after a dashed line.
 
-    below: the name of the horizontal axis. Returns "" without any point.
+    areas: bands around curves, as (place, lower and upper edge). Returns "" without any point.
     """
+    areas = areas or {}
     points = list(chain.from_iterable(curves.values()))
     if not points:
         return ""
     # The scales
     places = [place for place, _ in points]
     values = [value for _, value in points]
+    for area in areas.values():
+        values += chain.from_iterable(edges for _, *edges in area)
     limits = (0, 1) if chart.is_share else chain.from_iterable(chart.bands.values())
     values += limits
     x = scale(places, 62, 342)
+    if chart.bands:
+        ticks = []
+    else:
+        ticks = round_ticks(min(values), max(values))
+        if all(value == int(value) for value in values) and not chart.is_share:
+            ticks = [tick for tick in ticks if tick == int(tick)]
+        values += ticks
     y = scale(values, 150, 10)
-    # From back to front: bands, the starts of phases, curves
+    # From back to front: bands, areas, the starts of phases, curves
     drawn = ""
     for i, (bottom, top) in enumerate(chart.bands.values()):
         area = f"M52 {y(bottom):.1f}H350V{y(top):.1f}H52"
-        drawn += f'<path class="band" style="fill: var(--c{i % 4})" d="{area}"/>'
+        drawn += f'<path class="band" style="fill: {colour(i)}" d="{area}"/>'
+    for tick in ticks:
+        drawn += f'<path class="axis" d="M52 {y(tick):.1f}H350"/>'
+    for i, area in enumerate(areas.values()):
+        drawn += draw_area(area, starts, colour(i), x, y)
     for place in starts:
         drawn += f'<path class="dashed" d="M{x(place - 0.5):.1f} 10V150"/>'
     for i, curve in enumerate(curves.values()):
-        drawn += draw_curve(curve, starts, f"var(--c{i % 4})", x, y)
+        drawn += draw_curve(curve, starts, colour(i), x, y)
     # Words: along the axes, of the colours, and for those who cannot see the figure
-    first = min(places)
-    last = max(places)
-    ticks = range(first, last + 1) if last - first < 9 else (first, last)
-    xs = {str(place): x(place) for place in ticks}
-    if chart.bands:
-        ys = {name: y(sum(band) / 2) for name, band in chart.bands.items()}
-    else:
-        low = min(values)
-        high = max(values)
-        ys = {f"{value:.3g}": y(value) for value in (low, (low + high) / 2, high)}
-    keys = {name: f"c{i % 4}" for i, name in enumerate(curves)} if len(curves) > 1 else {}
+    xs = {str(place): x(place) for place in whole_ticks(min(places), max(places))}
+    ys = {f"{tick:g}": y(tick) for tick in ticks}
+    for name, band in chart.bands.items():
+        ys[name] = y(sum(band) / 2)
+    keys = {name: colour(i) for i, name in enumerate(curves)} if len(curves) > 1 else {}
     told = []
     for name, curve in curves.items():
         if curve:
             told.append(f"{name} from {curve[0][1]:.3g} to {curve[-1][1]:.3g}")
+    steps = chart.phase in ("questioner", "reasoner")
+    below = f"{chart.phase.capitalize()} step" if steps else "iteration"
     return figure(chart.title, drawn, xs, ys, below, keys, "; ".join(told))
+
+
+def colour(i: int) -> str:
+    """Returns the colour of the i-th curve: the same everywhere in a page."""
+    return f"var(--c{i % COLOURS})"
+
+
+def round_ticks(low: float, high: float) -> list[float]:
+    """Returns 2 to 5 round numbers that reach from below `low` to above `high`: 0, 0.1, 0.2.
+
+    Their step is 1, 2 or 5 times a power of ten.
+    """
+    if not high > low:
+        return [low]
+    width = (high - low) / 3
+    power = 10 ** math.floor(math.log10(width))
+    step = min(m * power for m in (1, 2, 5, 10) if m * power >= width * (1 - 1e-9))
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
+
+
+def whole_ticks(first: int, last: int) -> list[int]:
+    """Returns whole numbers along an axis: all, if there are few, else both ends and round ones between."""
+    if last - first < 10:
+        return list(range(first, last + 1))
+    inner = [int(tick) for tick in round_ticks(first, last)]
+    room = (inner[1] - inner[0]) / 3  # for the numbers at the ends
+    return [first, *(tick for tick in inner if first + room < tick < last - room), last]
 
 
 Scale = Callable[[float], float]  # from a value to pixels
@@ -195,6 +262,19 @@ def scale(values: Sequence[float], start: float, end: float) -> Scale:
         return start + (end - start) * fraction
 
     return to_pixels
+
+
+def draw_area(
+    area: list[tuple[int, float, float]], starts: Sequence[int], colour: str, x: Scale, y: Scale
+) -> str:
+    """Draws the band between the edges of an area, phase by phase."""
+    drawn = ""
+    for phase in phases(area, starts):
+        above = [f"{x(place):.1f} {y(high):.1f}" for place, _, high in phase]
+        below = [f"{x(place):.1f} {y(low):.1f}" for place, low, _ in reversed(phase)]
+        path = f"M{'L'.join(above + below)}Z"
+        drawn += f'<path class="band" style="fill: {colour}" d="{path}"/>'
+    return drawn
 
 
 def draw_curve(points: Points, starts: Sequence[int], colour: str, x: Scale, y: Scale) -> str:
@@ -238,14 +318,14 @@ def figure(
     words.append((201, 184, "middle", below))
     for word, y in ys.items():
         words.append((48, y + 4, "end", word))
-    drawn = '<path class="axis" d="M52 10V150H350M52 80H350"/>' + drawn
+    drawn = '<path class="axis" d="M52 10V150H350"/>' + drawn
     for x, y, anchor, word in words:
-        drawn += f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{html.escape(word)}</text>'
+        drawn += f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{escape(word)}</text>'
     legend = ""
     for name, colour in keys.items():
-        legend += f'<span class="key"><i style="background: var(--{colour})"></i>{html.escape(name)}</span> '
-    caption = html.escape(title)
-    alt = html.escape(f"{title}: {told}")
+        legend += f'<span class="key"><i style="background: {colour}"></i>{escape(name)}</span> '
+    caption = escape(title)
+    alt = escape(f"{title}: {told}")
     picture = f'<svg viewBox="0 0 360 190" role="img" aria-label="{alt}">{drawn}</svg>'
     return f"<figure><figcaption>{caption}</figcaption>{picture}{legend}</figure>"
 
@@ -253,38 +333,54 @@ def figure(
 # ---- Other figures ----
 
 
-def draw_histogram(title: str, asked: list[Proposed]) -> str:
+def draw_histogram(
+    title: str, asked: list[Proposed], band: tuple[float, float] | None = None
+) -> str:
     """Draws how often each confidence occurred, in tenths, and how many of these questions were kept.
 
-    Returns "" if no confidence is known.
+    band: the confidences that loop.py keeps, tau_low and tau_high. Returns "" if no confidence is known.
     """
-    counts = {
-        "pale": Counter(),
-        "c0": Counter(),
-    }  # of all questions, and in front of them of the kept ones
-    for question, kept in asked:
-        if finite(question.confidence) is not None:
-            tenth = int(10 * question.confidence + 0.5)
-            tenth = min(10, max(0, tenth))
-            counts["pale"][tenth] += 1
-            if kept:
-                counts["c0"][tenth] += 1
-    if not counts["pale"]:
+    known = [
+        (question, kept) for question, kept in asked if finite(question.confidence) is not None
+    ]
+    if not known:
         return ""
-    most = max(counts["pale"].values())
+    everything = Counter(to_tenths(question.confidence) for question, _ in known)
+    kept = Counter(to_tenths(question.confidence) for question, kept in known if kept)
+    ticks = [tick for tick in round_ticks(0, max(everything.values())) if tick == int(tick)]
     x = scale((0, 10), 70, 332)
-    y = scale((0, most), 150, 10)
+    y = scale((0, ticks[-1]), 150, 10)
     drawn = ""
-    for colour, tenths in counts.items():
+    for tick in ticks:
+        drawn += f'<path class="axis" d="M52 {y(tick):.1f}H350"/>'
+    # The kept ones stand in front of all
+    keys = {"kept": "var(--c0)", "not kept": "var(--pale)"}
+    for fill, tenths in (("var(--pale)", everything), ("var(--c0)", kept)):
         for tenth, count in sorted(tenths.items()):
             top = y(count)
             box = f'x="{x(tenth) - 11:.1f}" y="{top:.1f}" width="22" height="{150 - top:.1f}"'
-            drawn += f'<rect {box} style="fill: var(--{colour})"/>'
-    xs = {"0": x(0), "0.5": x(5), "1": x(10)}
-    ys = {"0": y(0), str(most): y(most)}
-    kept = sum(kept for _, kept in asked)
-    told = f"{kept} of {len(asked)} different questions are kept"
-    return figure(title, drawn, xs, ys, "confidence", {"kept": "c0", "not kept": "pale"}, told)
+            drawn += f'<rect {box} style="fill: {fill}"/>'
+    # The band, and what it does not explain
+    told = f"{sum(kept for _, kept in asked)} of {len(asked)} different questions are kept"
+    if band is not None:
+        for edge in band:
+            drawn += f'<path class="dashed" d="M{x(10 * edge):.1f} 10V150"/>'
+        inside = sum(band[0] <= q.confidence <= band[1] and not kept for q, kept in known)
+        outside = sum(kept and not band[0] <= q.confidence <= band[1] for q, kept in known)
+        if inside or outside:
+            own_rule = f"by a rule of its own this run left out {inside} between the dashed lines"
+            keys[f"{own_rule} and kept {outside} outside"] = "none"
+    xs = {f"{tenth / 10:g}": x(tenth) for tenth in (0, 5, 10)}
+    ys = {f"{tick:g}": y(tick) for tick in ticks}
+    below = "confidence (across), number of questions (up)"
+    return figure(title, drawn, xs, ys, below, keys, told)
+
+
+def to_tenths(confidence: float) -> int:
+    """Rounds a confidence to tenths, from 0 to 10; 0.25 and 0.75 towards the middle."""
+    tenths = 10 * confidence
+    rounded = math.floor(tenths + 0.5) if confidence < 0.5 else math.ceil(tenths - 0.5)
+    return min(10, max(0, rounded))
 
 
 def draw_ladder(records: list[dict]) -> str:

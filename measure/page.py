@@ -2,7 +2,7 @@
 
 STYLE = """
 :root { color-scheme: light dark; --line: color-mix(in srgb, CanvasText 18%, Canvas);
-  --c0: #2f7dc2; --c1: #c85a14; --c2: #23864f; --c3: #9457ae;
+  --c0: #2f7dc2; --c1: #c85a14; --c2: #23864f; --c3: #9457ae; --c4: #a8871a; --c5: #61717f;
   --pale: color-mix(in srgb, #2f7dc2 35%, Canvas); }
 * { box-sizing: border-box; min-width: 0; overflow-wrap: anywhere; }
 body { margin: 0 auto; padding: 1rem; max-width: 72rem; font: 16px/1.5 system-ui, sans-serif; }
@@ -19,6 +19,8 @@ svg text { fill: CanvasText; opacity: .7; font-size: 11px; }
 .axis { stroke: var(--line); fill: none; } .dashed { stroke: CanvasText; opacity: .4; stroke-dasharray: 3; }
 .curve { fill: none; stroke-width: 2; }
 .band { opacity: .15; }
+table { border-collapse: collapse; margin: .5rem 0 1rem; font-size: .9rem; }
+th, td { border-bottom: 1px solid var(--line); padding: .25rem .8rem .25rem 0; text-align: left; }
 .key { margin-right: .9rem; display: inline-block; }
 .key i { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; }
 .image { margin-bottom: 1rem; display: grid; gap: 1rem; grid-template-columns: 168px 1fr; }
@@ -62,8 +64,29 @@ Reasoner in full. In a Reasoner step these are the answers to one curated questi
 {samples}
 </body></html>
 """
+COMPARISON = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>VisPlay runs compared</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head><body>
+<h1>Runs compared</h1>
+<p class="soft">Runs that differ in nothing but the seed are a group. The accuracies are means over the group,
+at the end of its runs.</p>
+{groups}
+{remarks}
+<h2>The last accuracies</h2>
+<p class="soft">Each group is compared with the first. The interval holds the true difference in 95 of 100
+such experiments (Student's t, over the differences of runs with the same seed). Few seeds make it wide.</p>
+{tests}
+<h2>Settings that differ</h2>
+{settings}
+<h2>Curves</h2>
+<p class="soft">A curve is the mean of a group. Its band reaches from the lowest to the highest run. A dashed
+line marks a new iteration.</p>
+<div class="charts">{charts}</div>
+</body></html>
+"""
 RELOAD = '<meta http-equiv="refresh" content="30">'
 TROUBLES = """<section class="trouble"><h2>What went wrong</h2><ul>{items}</ul></section>"""
+REMARKS = """<section class="trouble"><h2>Look at these first</h2><ul>{items}</ul></section>"""
 LADDER = """<h2>The ladder</h2>
 <p class="soft">A rung is how many objects one must list to answer a question. Accuracy is that of sampled
 answers to held-out questions; iteration 0 is the base. The last chart shows the mean number of objects of

@@ -20,6 +20,16 @@ ADVICE = {  # where most questions are not kept for this reason
 }
 
 
+def is_finished(records: list[dict], settings: dict) -> bool:
+    """Tells if all iterations of a run are done."""
+    return count_done(records) >= settings["iterations"]
+
+
+def count_done(records: list[dict]) -> int:
+    """Returns the number of the last iteration that was measured at its end."""
+    return max((r["iteration"] for r in records if r.get("phase") == "measure"), default=0)
+
+
 def find_troubles(records: list[dict], settings: dict) -> list[str]:
     """Returns a sentence for everything that went wrong, in the order in which it happened."""
     troubles = []
