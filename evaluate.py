@@ -36,38 +36,15 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from measure.choices import read_choice
-from measure.items import Item, read_answer, read_lines, right  # noqa: F401  other programs import them here
+from measure.items import Item, read_answer, read_items, right  # noqa: F401  other programs import them here
 from measure.outcomes import Outcome, answer_all, judge_all
 from measure.scores import compare, full_report, judge_scores
 from model.checkpoint import find_weights, open_checkpoint
 from model.vlm import VLM
-from training.images import ImageError, load_image
 from training.settings import OneLineParser, printable
 
 chosen = read_choice  # its name in earlier versions
 LEAST_PIXELS = 28 * 28  # the smallest image token of any family; a checkpoint may want more
-
-
-# ---- The questions ----
-
-
-def read_items(path: Path) -> tuple[list[Item], list[tuple[str, str]]]:
-    """Reads the items of a JSONL file, and (image, reason) for each with an image that cannot be read.
-
-    Raises ValueError with a sentence, which names the line.
-    """
-    items = []
-    skipped = []
-    for item in read_lines(path):
-        try:
-            for image in item.images:
-                load_image(image)
-            items.append(item)
-        except ImageError as error:
-            skipped.append((image, str(error)))
-    if not items:
-        raise ValueError(f"--data {path} has no question whose image can be read")
-    return items, skipped
 
 
 # ---- The scores ----

@@ -85,6 +85,7 @@ class Rules:
 
 def visplay(s: Settings, run: Run, rules: Rules = Rules()) -> None:  # noqa: B008 (it is frozen)
     """Runs all iterations; a run that was stopped goes on where it was."""
+    watch.check_questions(s)
     run.warn_of_unknown_instructions(questioner.INSTRUCTION, reasoner.INSTRUCTION)
     measure(s, run, 0)
     for k in range(1, s.iterations + 1):

@@ -36,14 +36,19 @@ ACCURACIES = {
     "sampled": "sampled_accuracy",
     "silver labels": "silver_accuracy",
 }
+QUESTIONER = {
+    "greedy": "questioner_greedy_accuracy",
+    "sampled": "questioner_sampled_accuracy",
+}
 AGREEMENT = {"agreement": "base_agreement", "confidence": "probe_confidence"}
 CHARTS = (
     Chart("Share that is right", "measure", ACCURACIES, is_share=True),
+    Chart("Answers of the Questioner that are right", "measure", QUESTIONER, is_share=True),
     Chart("Difficulty r_unc, first and last third of a phase", "questioner", {"r_unc": "r_unc"}),
     Chart("Questioner's reward", "questioner", {"reward": "reward", "penalty r_div": "r_div"}),
     Chart("Reasoner's reward", "reasoner", {"reward": "reward", "confidence": "confidence"}),
     Chart("Valid outputs", "questioner", {"valid questions": "validity"}, is_share=True),
-    Chart("Distance from the start of the phase (KL)", "questioner", {"KL": "kl"}),
+    Chart("The Questioner's KL", "questioner", {"KL": "kl"}),
     Chart("The Reasoner's KL", "reasoner", {"KL": "kl"}),
     Chart("Different questions about an image", "questioner", {"clusters": "clusters"}),
     Chart(

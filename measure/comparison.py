@@ -225,12 +225,15 @@ def tell_remarks(groups: Groups) -> list[str]:
         seeds = [run.seed for run in runs]
         if len(set(map(str, seeds))) < len(seeds):
             told.append(f"{name} has a seed more than once: the last run of it counts")
-    for run in [run for runs in groups.values() for run in runs]:
-        troubles = find_troubles(run.records, run.config)
-        if not is_finished(run.records, run.config):
-            told.append(f"{run.name} is not over: its last accuracy does not count")
-        elif troubles:
-            told.append(f"{run.name}: {troubles[0]}" + (" ..." if troubles[1:] else ""))
+    runs = [run for runs in groups.values() for run in runs]
+    unfinished = [run.name for run in runs if not is_finished(run.records, run.config)]
+    if unfinished:
+        told.append(
+            f"not over, so that their last accuracies do not count: {', '.join(unfinished)}"
+        )
+    warned = [run.name for run in runs if find_troubles(run.records, run.config)]
+    if warned:
+        told.append(f"not all went well, as their own reports say: {', '.join(warned)}")
     return told
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from answers import CHANGES_NUMBER, agrees, canonical, extract_answer, read_parts, without_thinking
 from measure.choices import options_in, read_choice, read_yes_no
+from training.pixels import ImageError, load_image
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,33 @@ class Item:
 # ---- Lines ----
 
 
-def read_lines(path: Path) -> list[Item]:
+def read_items(path: Path, flag: str = "--data") -> tuple[list[Item], list[tuple[str, str]]]:
+    """Reads the items of a JSONL file, and (image, reason) for each with an image that cannot be read.
+
+    flag: what named the file. Raises ValueError with a sentence, which names the line.
+    """
+    items = []
+    skipped = []
+    for item in read_lines(path, flag):
+        try:
+            for image in item.images:
+                load_image(image)
+            items.append(item)
+        except ImageError as error:
+            skipped.append((image, str(error)))
+    if not items:
+        raise ValueError(f"{flag} {path} has no question whose image can be read")
+    return items, skipped
+
+
+def read_lines(path: Path, flag: str = "--data") -> list[Item]:
     """Reads the items of a JSONL file. Raises ValueError with a sentence, which names the line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split(
             "\n"
         )  # not splitlines: U+2028 may stand in a text
     except (OSError, ValueError) as error:
-        raise ValueError(f"--data {path} cannot be read: {error}") from error
+        raise ValueError(f"{flag} {path} cannot be read: {error}") from error
     items = []
     for number, line in enumerate(lines, start=1):
         if line := line.strip(" \t\r\ufeff"):
@@ -76,10 +96,10 @@ def read_lines(path: Path) -> list[Item]:
                 items.append(parse_item(json.loads(line), path.parent))
             except json.JSONDecodeError as error:
                 raise ValueError(
-                    f"--data {path}, line {number} is not JSON: {error.msg}"
+                    f"{flag} {path}, line {number} is not JSON: {error.msg}"
                 ) from error
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"--data {path}, line {number}: {error}") from error
+                raise ValueError(f"{flag} {path}, line {number}: {error}") from error
     return items
 
 

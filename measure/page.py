@@ -19,8 +19,9 @@ svg text { fill: CanvasText; opacity: .7; font-size: 11px; }
 .axis { stroke: var(--line); fill: none; } .dashed { stroke: CanvasText; opacity: .4; stroke-dasharray: 3; }
 .curve { fill: none; stroke-width: 2; }
 .band { opacity: .15; }
-table { border-collapse: collapse; margin: .5rem 0 1rem; font-size: .9rem; }
-th, td { border-bottom: 1px solid var(--line); padding: .25rem .8rem .25rem 0; text-align: left; }
+table { border-collapse: collapse; margin: .5rem 0 1rem; font-size: .9rem; display: block; overflow-x: auto; }
+th, td { border-bottom: 1px solid var(--line); padding: .25rem .8rem .25rem 0; text-align: left;
+  overflow-wrap: break-word; }
 .key { margin-right: .9rem; display: inline-block; }
 .key i { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; }
 .image { margin-bottom: 1rem; display: grid; gap: 1rem; grid-template-columns: 168px 1fr; }

@@ -10,6 +10,7 @@ warn_of_questions, warn_of_label_drift   the failure signatures (see signatures.
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -20,12 +21,13 @@ import reasoner
 import rewards
 from curate import VotedQuestion
 from measure import signatures
-from measure.outcomes import answer_all
+from measure.items import Item, read_items
+from measure.outcomes import Outcome, answer_all
 from measure.scores import mean_scores
 from model.vlm import VLM
 from training.log import mean
 from training.run import Run
-from training.settings import HELD_OUT_QUESTIONS, HELD_OUT_SEED, Settings
+from training.settings import HELD_OUT_QUESTIONS, HELD_OUT_SEED, Settings, printable
 
 PROBES = 64  # fixed questions that the base asks, one an image
 TYPICAL = 8  # questions that the base asks about each of these images: how likely are its own?
@@ -228,10 +230,14 @@ def agreement(run: Run, probes: list[VotedQuestion]) -> dict[tuple[str, str], fl
 
 
 def true_accuracy(s: Settings, run: Run, k: int, probes: list[VotedQuestion]) -> dict:
-    """Measures held-out scenes, silver labels and fixed questions; {} for images of one's own.
+    """Measures held-out questions, and for built-in scenes silver labels and fixed questions.
+
+    Returns {} for images of one's own without --measure. Raises ValueError for a wrong file of --measure.
 
     The true labels stay in here. What is returned is printed and written, and used for nothing else.
     """
+    if s.measure is not None:
+        return file_accuracy(s, run, k)
     if s.images is not None:
         return {}
     from measure import truth  # imports the exact answerer, which self-play must not
@@ -239,15 +245,42 @@ def true_accuracy(s: Settings, run: Run, k: int, probes: list[VotedQuestion]) ->
     # Answer held-out questions.
     held_out = run.folder / "held-out"
     items = truth.held_out_questions(held_out, HELD_OUT_QUESTIONS, HELD_OUT_SEED, run.scene_size)
-    sampling = vars(run.sampling) | dict(generator=run.seeded("held-out"))
-    outcomes = answer_all(run.reasoner, items, SAMPLES, len(items), **sampling)
-    scores = mean_scores(outcomes)
+    outcomes, accuracy = answer_held_out(run, run.reasoner, items, len(items))
 
     # Compare silver labels and fixed questions with the truth.
     scenes = run.folder / "images"
-    accuracy = {name: scores[name] for name in ("greedy_accuracy", "sampled_accuracy")}
     accuracy |= truth.measure(outcomes, run.read_curated(k), held_out, scenes)
     return accuracy | {"probes_right": truth.majority_right(probes, scenes)}
+
+
+def check_questions(s: Settings) -> None:
+    """Raises ValueError, with a sentence, if --measure names a file of no labelled questions."""
+    if s.measure is not None:
+        read_items(Path(s.measure), "--measure")
+
+
+def file_accuracy(s: Settings, run: Run, k: int) -> dict:
+    """Measures both roles on the labelled questions of --measure."""
+    items, skipped = read_items(Path(s.measure), "--measure")
+    _, accuracy = answer_held_out(run, run.reasoner, items)
+    of_questioner = accuracy  # before the first iteration both are the base
+    if k:
+        _, of_questioner = answer_held_out(run, run.questioner, items)
+    else:
+        for path, why in skipped:
+            run.console.say(f"--measure: skipped {printable(path)}: {printable(why)}")
+    accuracy |= {f"questioner_{name}": value for name, value in of_questioner.items()}
+    return accuracy | {"measured": len(items)}
+
+
+def answer_held_out(
+    run: Run, vlm: VLM, items: list[Item], batch: int = 64
+) -> tuple[list[Outcome], dict]:
+    """Answers labelled questions; returns the outcomes, and the accuracy of greedy and sampled answers."""
+    sampling = vars(run.sampling) | dict(generator=run.seeded("held-out"))
+    outcomes = answer_all(vlm, items, SAMPLES, batch, **sampling)
+    scores = mean_scores(outcomes)
+    return outcomes, {name: scores[name] for name in ("greedy_accuracy", "sampled_accuracy")}
 
 
 # ---- Warnings ----------------------------------------------------------------------------------------------

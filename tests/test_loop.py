@@ -861,10 +861,8 @@ def test_a_missing_hub_model_gets_one_sentence(workplace):
 
 
 def test_every_hyper_parameter_is_a_flag_with_help_and_default(capsys):
-    with pytest.raises(SystemExit) as stop:
-        loop.main(["--help"])
+    assert loop.main(["--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0
     for field in dataclasses.fields(Settings):
         assert flag(field.name) + " " in text
         assert field.default in (None, False) or f"(default: {field.default}" in text, field.name

@@ -50,6 +50,7 @@ from training.settings import (
     parse_arguments,
     printable,
     read_saved,
+    split_seeds,
 )
 from training.troubles import find_troubles
 
@@ -65,6 +66,7 @@ TOO_LITTLE_HOST_MEMORY = (
 NO_MEMORY = (
     "can't allocate memory"  # torch's words when the computer has none; a GPU's is OutOfMemoryError
 )
+REPORT = Path(__file__).parent.parent / "report.py"
 TROUBLES_TOLD = 6  # at the end of a run; the report has all
 Loop = Callable[[Settings, Run], None]
 
@@ -78,17 +80,38 @@ class UserError(Exception):
 
 
 def main(loop: Loop, description: str, argv: list[str] | None = None) -> int:
-    """Runs `loop` as the command line says; returns the exit code."""
+    """Runs `loop` as the command line says, once for each of --seeds; returns the exit code."""
     quiet_libraries()
-    settings = parse_arguments(description, argv)
-    program = name_program(loop)
-    ranks = Ranks()
-    go_on = None  # how to continue, once there is something to continue
+    try:
+        settings = parse_arguments(description, argv)
+    except SystemExit as stop:  # --help or a wrong flag; a notebook would end at it
+        return stop.code or 0
+    again = shlex.join(sys.argv[1:] if argv is None else argv) if settings.seeds else None
+    folders = []
     try:
         ranks = join()
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    for one in split_seeds(settings):
+        exit_code = run_once(loop, one, ranks, again)
+        if exit_code:
+            return exit_code
+        folders.append(shlex.quote(f"runs/{one.name}"))
+    if settings.seeds and not settings.dry_run and ranks.is_main:
+        print(f"compare them: python {path_from_here(REPORT)} {' '.join(folders)}")
+    leave()
+    return 0
+
+
+def run_once(loop: Loop, settings: Settings, ranks: Ranks, again: str | None) -> int:
+    """Runs `loop` with these settings; returns the exit code. again: see `tell_how_to_go_on`."""
+    program = name_program(loop)
+    go_on = None  # how to continue, once there is something to continue
+    try:
         console = Console(ranks.is_main)
         with console.break_silence():
-            setup = open_run(settings, ranks, program)
+            setup = open_run(settings, ranks, program.name)
             run = setup.run
             run.console = console
             if run.state.iteration > run.settings.iterations:
@@ -100,10 +123,8 @@ def main(loop: Loop, description: str, argv: list[str] | None = None) -> int:
                 if settings.dry_run:
                     show_time(setup)
                 else:
-                    roles = begin_run(setup, program)
-                    go_on = (
-                        f"continue with: python {program} --resume {shlex.quote(str(run.folder))}"
-                    )
+                    roles = begin_run(setup, program.name)
+                    go_on = tell_how_to_go_on(program, run.folder, ranks, again)
                     train(loop, run, roles)
     except (Exception, KeyboardInterrupt) as error:
         told = explain(error, go_on)
@@ -112,8 +133,26 @@ def main(loop: Loop, description: str, argv: list[str] | None = None) -> int:
         if ranks.is_main or not isinstance(error, (Stopped, KeyboardInterrupt)):
             sys.stderr.write(f"{told}\n")  # in one piece: several processes may say so at once
         return told.exit_code
-    leave()
     return 0
+
+
+def tell_how_to_go_on(program: Path, folder: Path, ranks: Ranks, again: str | None) -> str:
+    """Returns the command that continues a run, from the folder in which the user stands.
+
+    again: the arguments of a command line that runs several seeds.
+    """
+    start = "python"
+    if ranks.size > 1:
+        start = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', ranks.size)}"
+    arguments = again or f"--resume {shlex.quote(str(folder))}"
+    return f"continue with: {start} {path_from_here(program)} {arguments}"
+
+
+def path_from_here(path: Path) -> str:
+    """Returns a path as it is typed in the current folder: relative if it lies in it."""
+    path = Path(os.path.abspath(path))
+    here = Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
 
 def quiet_libraries() -> None:
@@ -165,13 +204,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def name_program(loop: Loop) -> str:
-    """Returns the name of the file that a loop is written in: loop.py, or somebody's own.
+def name_program(loop: Loop) -> Path:
+    """Returns the file that a loop is written in: loop.py, or somebody's own.
 
     Of what is no plain function (functools.partial), it is the file that was started.
     """
     code = getattr(loop, "__code__", None)
-    return Path(code.co_filename if code else sys.argv[0]).name
+    return Path(code.co_filename if code else sys.argv[0])
 
 
 # ---- Opening a run -----------------------------------------------------------------------------------------
@@ -231,16 +270,15 @@ def resolve(settings: Settings, checkpoint: Checkpoint, device: torch.device) ->
         )
     checkpoint.check_max_pixels(settings.max_pixels)
     dtype = find_dtype(settings.dtype, device)
-    # Folders by their absolute paths; a hub id stays.
-    model, images = settings.model, settings.images
-    if model is not None and Path(model).expanduser().is_dir():
-        model = os.path.abspath(os.path.expanduser(model))
-    if images is not None:
-        images = os.path.abspath(os.path.expanduser(images))
+    # Folders and files by their absolute paths; a hub id stays.
+    paths = {}
+    for name in ("model", "images", "measure"):
+        path = getattr(settings, name)
+        is_hub_id = name == "model" and path and not Path(path).expanduser().is_dir()
+        paths[name] = path and (path if is_hub_id else os.path.abspath(os.path.expanduser(path)))
     return dataclasses.replace(
         settings,
-        model=model,
-        images=images,
+        **paths,
         dtype=str(dtype).removeprefix("torch."),
         max_pixels=checkpoint.pixel_limits(settings.max_pixels)["longest_edge"],
     )
@@ -441,8 +479,9 @@ def tell_end(run: Run) -> str:
     """Returns the last lines of a run: where its results are, and what went wrong."""
     what = f"etrics, curated questions and both checkpoints are in {run.folder}"
     troubles = find_troubles(run.records, dataclasses.asdict(run.settings))
+    page = f"make a page of it: python {path_from_here(REPORT)} {shlex.quote(str(run.folder))}"
     if not troubles:
-        return f"done: m{what}"
+        return f"done: m{what}; {page}"
     more = f"\n- and {len(troubles) - TROUBLES_TOLD} more" if troubles[TROUBLES_TOLD:] else ""
     told = "\n- ".join(map(printable, troubles[:TROUBLES_TOLD]))
-    return f"The run is over, and not all went well:\n- {told}{more}\nM{what}"
+    return f"The run is over, and not all went well:\n- {told}{more}\nM{what}; {page}"

@@ -62,6 +62,12 @@ class Settings:
         "folder (with subfolders), glob, or .txt/.jsonl list of images (default: built-in scenes)",
         RUN,
     )
+    measure: str | None = setting(
+        None,
+        "labelled questions (.jsonl, as for evaluate.py) on which each iteration measures both roles; for "
+        "images of your own",
+        RUN,
+    )
     name: str | None = setting(
         None, "the run's folder under runs/ (default: the model's name and the time)", RUN
     )
@@ -191,7 +197,7 @@ class Settings:
             )
         if not 0 < self.top_p <= 1 or not 0 < self.clip < 1:
             raise ValueError("--top-p must be above 0 and at most 1, and --clip between 0 and 1")
-        for name in ("model", "images"):
+        for name in ("model", "images", "measure"):
             text = getattr(self, name)
             if text is not None and not text.strip():
                 raise ValueError(f"{flag(name)} is empty")
@@ -199,6 +205,8 @@ class Settings:
             not self.name.strip(". ") or Path(self.name).name != self.name
         ):
             raise ValueError(f"--name {self.name!r} is not the name of a folder")
+        if self.measure is not None and not Path(self.measure).expanduser().is_file():
+            raise ValueError(f"--measure {self.measure} is not a file")
         if self.seed >= HELD_OUT_SEED:
             raise ValueError(
                 f"--seed must be below {HELD_OUT_SEED}, the seed of the held-out scenes"
@@ -222,6 +230,10 @@ class Settings:
 
     def check_useful(self) -> None:
         """Raises ValueError for settings of a new run with which nothing can be learnt."""
+        if self.measure is not None and self.images is None:
+            raise ValueError(
+                "--measure is for images of your own (--images): built-in scenes have questions of their own"
+            )
         m = self.answers
         if m < 2:
             raise ValueError(
@@ -344,7 +356,7 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> Settings
     """Returns the settings of a command line; exits with code 2 and one sentence if it is wrong.
 
     Settings that are not given are those beside the checkpoint, else the defaults. With --resume they are the
-    run's (see `continue_settings`). `given` lists the names of those that are given.
+    run's (see `continue_settings`). `given` lists the names of those that are given, `seeds` the --seeds.
     """
     parser = OneLineParser(
         description=description,
@@ -357,9 +369,21 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> Settings
         title = field.metadata["group"]
         groups[title] = groups.get(title) or parser.add_argument_group(title)
         _add_flag(groups[title], field)
+    groups[RUN].add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="SEED",
+        help="one run a seed, one after the other, in NAME-seed0, NAME-seed1, ...; report.py compares them",
+    )
     given = {
         name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None
     }
+    seeds = given.pop("seeds", [])
+    if seeds and "resume" in given:
+        parser.error("--seeds: the same command as before continues its runs, without --resume")
+    if seeds and ("name" not in given or "seed" in given or len(set(seeds)) < len(seeds)):
+        parser.error("--seeds takes different seeds, a --name, and no --seed")
     # A run that goes on keeps its settings, but for a few.
     if "resume" in given:
         allowed = {*MAY_CHANGE, "iterations"} - {"name", "dry_run"}
@@ -374,12 +398,23 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> Settings
         )
         settings = Settings(**(beside | given))
         settings.given = tuple(given)  # a value that happens to be the default is given, too
+        settings.seeds = tuple(seeds)
+        for seed in seeds:
+            dataclasses.replace(settings, seed=seed).check()
         settings.check()
         if "resume" not in given:
             settings.check_useful()
         return settings
     except (ValueError, TypeError) as error:
         parser.error(str(error))
+
+
+def split_seeds(settings: Settings) -> list[Settings]:
+    """Returns the settings of each run of a command line: one, or with --seeds one a seed."""
+    seeds = getattr(settings, "seeds", ())
+    names = [f"{settings.name}-seed{seed}" for seed in seeds]
+    runs = [dataclasses.replace(settings, seed=s, name=name) for s, name in zip(seeds, names)]
+    return runs or [settings]
 
 
 def continue_settings(given: Settings) -> tuple[Settings, dict]:
