@@ -164,7 +164,7 @@ class KVCache:
     def __init__(self):
         self.layers: Layers = []  # [prompts, heads, P, head_dim] both
 
-    def update(self, keys: Tensor, values: Tensor, *_) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         """Holds a layer's keys and values, and returns them; each layer calls it."""
         self.layers.append((keys, values))
         return keys, values

@@ -12,6 +12,7 @@ from checkpoints import as_transformers_5_saves, edit, noise_image, plain_inputs
 from safetensors.torch import load_file, save_file
 
 from model.checkpoint import CheckpointError, prove_export
+from model.generate import KVCache
 from model.vlm import VLM
 
 SMALL = (".json", ".txt", ".jinja")
@@ -139,6 +140,15 @@ def test_generation_settings_that_transformers_would_not_save(tmp_path):
     vlm = VLM.load(source, "cpu")
     vlm.save(tmp_path / "second")
     assert VLM.load(tmp_path / "second", "cpu").end_ids == vlm.end_ids
+
+
+@pytest.mark.parametrize("more", [{}, {"cache_kwargs": None}, {"kwargs": {"position": 1}}])
+def test_the_cache_takes_what_any_transformers_hands_over(more):
+    """Up to 5.23 a layer hands over no keyword; 5.24 hands over `kwargs`."""
+    keys, values = torch.zeros(2, 1, 3, 4), torch.ones(2, 1, 3, 4)
+    cache = KVCache()
+    kept = cache.update(keys, values, 0, **more)
+    assert kept[0] is keys and kept[1] is values and len(cache.layers) == 1
 
 
 def test_export_is_proven_at_the_start(published, tmp_path):

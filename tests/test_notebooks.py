@@ -1,4 +1,4 @@
-"""Every notebook runs and is committed with its outputs; the experiments' script runs at its smallest."""
+"""Every notebook runs, also alone, and is committed as it ran; the experiments run at their smallest."""
 
 import json
 import re
@@ -17,6 +17,7 @@ from training.settings import Settings
 LESSONS = ROOT / "notebooks"
 sys.path.insert(0, str(LESSONS))
 from experiments import EXPERIMENTS, clear_majority, is_done, settings, share_of_votes  # noqa: E402
+from figures import RUNG_COLOURS  # noqa: E402
 
 NOTEBOOKS = sorted(LESSONS.glob("*.ipynb"))
 TITLES = "01_rewards 02_grpo 03_generation 04_packed_groups 05_visplay 06_experiments"
@@ -52,7 +53,9 @@ def test_a_notebook_is_committed_as_it_ran(path):
     assert numbers == list(range(1, len(code) + 1)), "run once, from top to bottom"
     outputs = [output for cell in code for output in cell.outputs]
     assert not any(o.output_type == "error" or o.get("name") == "stderr" for o in outputs)
-    assert path.stat().st_size < 600_000 and "Exercises" in notebook.cells[-1].source
+    assert path.stat().st_size < 600_000
+    for part in ("## Exercises", "<details><summary>Answers</summary>", "</details>"):
+        assert part in notebook.cells[-1].source
 
 
 @each_notebook
@@ -62,6 +65,93 @@ def test_no_line_of_code_is_cut_off(path):
         blocks = re.findall(r"^```.*?^```", cell.source, re.M | re.S)
         for block in [cell.source] if cell.cell_type == "code" else blocks:
             assert max(map(len, block.splitlines())) <= WIDTH, block
+
+
+@each_notebook
+def test_each_prediction_is_answered(path):
+    """Below the question and above the next one; each notebook asks for several."""
+    text = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
+    text = text.partition("## Exercises")[0]
+    marks = re.findall(r"\*\*Predict:\*\*|<summary>Answer</summary>", text)
+    assert marks == ["**Predict:**", "<summary>Answer</summary>"] * (len(marks) // 2)
+    assert len(marks) >= 8 and text.count("<details>") == text.count("</details>")
+
+
+# ---- A notebook alone: the first cell ----
+
+
+@pytest.fixture
+def first_cell(tmp_path, monkeypatch):
+    """Runs the first cell in an empty folder; returns the ROOT that it has found."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [])
+    sources = {first_code(nbformat.read(path, 4)) for path in NOTEBOOKS}
+    assert len(sources) == 1, "the first cells are the same"
+
+    def run(address=""):
+        monkeypatch.setenv("VISPLAY_REPOSITORY", str(address))
+        names = {}
+        exec(*sources, names)
+        return names["ROOT"]
+
+    return run
+
+
+def first_code(notebook):
+    return next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+
+
+def make_repository(folder, requirements=""):
+    """A git repository that looks like this one to the first cell."""
+    (folder / "notebooks").mkdir(parents=True)
+    (folder / "grpo.py").touch()
+    (folder / "notebooks" / "requirements.txt").write_text(requirements)
+    git = ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *words], check=True)
+    return folder
+
+
+def test_a_notebook_alone_fetches_the_project(first_cell, tmp_path):
+    """Once: the second time it is there."""
+    root = first_cell(make_repository(tmp_path / "origin"))
+    assert root == tmp_path / "empty" / "visplay" and (root / "notebooks").is_dir()
+    assert sys.path[:3] == [str(root), str(root / "notebooks"), str(root / "bench")]
+    assert first_cell("nowhere") == root
+
+
+def test_a_notebook_alone_says_what_to_fill_in(first_cell):
+    with pytest.raises(ValueError, match="fill in REPOSITORY"):
+        first_cell()
+
+
+def test_what_git_and_pip_say_is_shown(first_cell, tmp_path):
+    with pytest.raises(RuntimeError, match="nowhere"):
+        first_cell(tmp_path / "nowhere")
+    with pytest.raises(RuntimeError, match="torch>=99"):
+        first_cell(make_repository(tmp_path / "origin", "no such name, torch>=99"))
+
+
+@pytest.mark.parametrize("below", ["", "notebooks", "elsewhere"])
+def test_a_notebook_beside_the_project_fetches_nothing(first_cell, tmp_path, monkeypatch, below):
+    """In the project, in a folder of it, and where the project has been imported from before."""
+    root = make_repository(tmp_path / "origin")
+    (tmp_path / "elsewhere").mkdir()
+    if below == "elsewhere":
+        sys.path.append(str(root))
+    monkeypatch.chdir(tmp_path / "elsewhere" if below == "elsewhere" else root / below)
+    assert first_cell("nowhere") == root
+
+
+def test_a_rung_has_a_colour_of_its_own():
+    assert list(RUNG_COLOURS) == ["1-2", "3-4", "5-6", "7-9"]
+    assert len(set(RUNG_COLOURS.values())) == 4
+    assert all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in RUNG_COLOURS.values())
+
+
+# ---- The experiments ----
 
 
 def experiments(*flags):
