@@ -36,8 +36,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from measure.choices import read_choice
-from measure.items import Item, read_answer, read_items, right  # noqa: F401  other programs import them here
-from measure.outcomes import Outcome, answer_all, judge_all
+from measure.items import Item, read_answer, right  # noqa: F401  other programs import them here
+from measure.outcomes import Outcome, answer_all, judge_all, read_items
 from measure.scores import compare, full_report, judge_scores
 from model.checkpoint import find_weights, open_checkpoint
 from model.vlm import VLM

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from answers import CHANGES_NUMBER, agrees, canonical, extract_answer, read_parts, without_thinking
 from measure.choices import options_in, read_choice, read_yes_no
-from training.pixels import ImageError, load_image
 
 
 @dataclass(frozen=True)
@@ -60,25 +59,6 @@ class Item:
 
 
 # ---- Lines ----
-
-
-def read_items(path: Path, flag: str = "--data") -> tuple[list[Item], list[tuple[str, str]]]:
-    """Reads the items of a JSONL file, and (image, reason) for each with an image that cannot be read.
-
-    flag: what named the file. Raises ValueError with a sentence, which names the line.
-    """
-    items = []
-    skipped = []
-    for item in read_lines(path, flag):
-        try:
-            for image in item.images:
-                load_image(image)
-            items.append(item)
-        except ImageError as error:
-            skipped.append((image, str(error)))
-    if not items:
-        raise ValueError(f"{flag} {path} has no question whose image can be read")
-    return items, skipped
 
 
 def read_lines(path: Path, flag: str = "--data") -> list[Item]:

@@ -4,17 +4,18 @@ import string
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 
 from tqdm import tqdm
 
 import reasoner
 from measure.choices import read_yes_no
-from measure.items import Item, find_choices, read_answer, right
+from measure.items import Item, find_choices, read_answer, read_lines, right
 from model.generate import generate
 from model.prompt import Prompt
 from model.vlm import VLM
 from rewards import confidence
-from training.images import load_image
+from training.pixels import ImageError, load_image
 
 # The numbers of each question that are averaged
 MEANS = ("greedy_accuracy", "sampled_accuracy", "majority_accuracy", "pass_at_m", "confidence")
@@ -58,6 +59,25 @@ class Outcome:
     def record(self) -> dict:
         """Returns all fields and `greedy_right`, for --json."""
         return asdict(self) | {"greedy_right": self.greedy_right}
+
+
+def read_items(path: Path, flag: str = "--data") -> tuple[list[Item], list[tuple[str, str]]]:
+    """Reads the items of a JSONL file, and (image, reason) for each with an image that cannot be read.
+
+    flag: what named the file. Raises ValueError with a sentence, which names the line.
+    """
+    items = []
+    skipped = []
+    for item in read_lines(path, flag):
+        try:
+            for image in item.images:
+                load_image(image)
+            items.append(item)
+        except ImageError as error:
+            skipped.append((image, str(error)))
+    if not items:
+        raise ValueError(f"{flag} {path} has no question whose image can be read")
+    return items, skipped
 
 
 def answer_all(

@@ -21,8 +21,8 @@ import reasoner
 import rewards
 from curate import VotedQuestion
 from measure import signatures
-from measure.items import Item, read_items
-from measure.outcomes import Outcome, answer_all
+from measure.items import Item
+from measure.outcomes import Outcome, answer_all, read_items
 from measure.scores import mean_scores
 from model.vlm import VLM
 from training.log import mean
