@@ -113,7 +113,10 @@ def train_questioner(s: Settings, run: Run, k: int, rules: Rules) -> None:
             )
             voted = reasoner.count_votes(asked, answered)
             # Reward the questions, and measure what the rewards are made of.
-            question_rewards = [rules.question_reward(group, s) for group in voted]
+            question_rewards = []
+            for group in voted:
+                given = rules.question_reward(group, s)
+                question_rewards.append(rewards.to_floats(given, len(group), rules.question_reward))
             faults = run.all_gather([each.faults for each in asked])
             metrics = watch.question_metrics(s, run.all_gather_votes(voted), faults)
             # Make one GRPO step, and log it.
@@ -167,9 +170,8 @@ def train_reasoner(s: Settings, run: Run, k: int, rules: Rules) -> None:
             # Reward the answers by the silver labels, and measure.
             answer_rewards = []
             for each, (question, _) in zip(answered, questions):
-                answer_rewards.append(
-                    [rules.answer_reward(answer, question) for answer in each.answers]
-                )
+                given = [rules.answer_reward(answer, question) for answer in each.answers]
+                answer_rewards.append(rewards.to_floats(given, len(given), rules.answer_reward))
             metrics = watch.answer_metrics(run.all_gather([each.answers for each in answered]))
             # Make one GRPO step, and log it.
             groups = [each.completions for each in answered]

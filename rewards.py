@@ -20,9 +20,10 @@ smoothing method 1. But it is the mean of both directions, where the official co
 without spaces are split into characters.
 """
 
+import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,6 +138,40 @@ def answer_reward(answer: str | None, label: str) -> float:
     A unit, a sign or a name that only one of them states is not compared: 5 equals 5 cm, and 5 mm does not.
     """
     return float(answer is not None and agrees(answer, label))
+
+
+def to_floats(given: Iterable, count: int, function: Callable) -> list[float]:
+    """Returns `count` rewards that a researcher's own function gave as floats.
+
+    They may be numbers of any kind: of numpy, of torch, bools. Raises ValueError, with a sentence that names
+    the function, for anything else, and for NaN and infinity.
+    """
+    name = getattr(function, "__name__", repr(function))
+    try:
+        values = list(given)
+    except TypeError:
+        raise ValueError(
+            f"{name} returns {_on_one_line(given)} in place of a list of rewards"
+        ) from None
+    if len(values) != count:
+        raise ValueError(f"{name} returns {len(values)} rewards for {count} outputs")
+    numbers = []
+    for value in values:
+        is_text_or_array = isinstance(value, (str, bytes)) or getattr(value, "ndim", 0) > 0
+        try:
+            number = math.nan if is_text_or_array else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(
+                f"{name} returns the reward {_on_one_line(value)}: it must be a finite number"
+            )
+        numbers.append(number)
+    return numbers
+
+
+def _on_one_line(value: object) -> str:
+    return " ".join(repr(value).split())[:100]
 
 
 # ---- Questions ----

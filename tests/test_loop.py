@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import checkpoints
+import numpy as np
 import pytest
 import torch
 from checkpoints import noise_image, plain_inputs
@@ -428,13 +429,23 @@ def test_invalid_questions_and_an_empty_curated_set(published, workplace, capsys
     assert all(torch.isfinite(p).all() for p in vlm.model.parameters())
 
 
+def test_a_reward_that_is_no_number_names_its_function(workplace):
+    def my_reward(voted, s):
+        return [None] * len(voted)
+
+    run = command.prepare_run(parse_arguments("", [*SMALL, "--name", "x"]))
+    run.is_done = lambda k, phase: phase == "measure"
+    with pytest.raises(ValueError, match="^my_reward returns the reward None: "):
+        loop.visplay(run.settings, run, loop.Rules(question_reward=my_reward))
+
+
 def test_equal_rewards_and_a_gradient_that_is_not_finite(workplace, monkeypatch, capsys):
     """Every answer gets the same reward, then every log-probability is NaN: the Reasoner ends with finite
     weights."""
     s = parse_arguments("", [*SMALL, "--name", "x"])
     run = command.prepare_run(s)
     before = [p.clone() for p in run.reasoner.model.parameters()]
-    loop.visplay(s, run, loop.Rules(answer_reward=lambda answer, question: 1.0))
+    loop.visplay(s, run, loop.Rules(answer_reward=lambda answer, question: np.bool_(True)))
     steps = records(run.folder, "reasoner")
     assert steps and all(r["equal_groups"] == 1 and r["policy_loss"] == 0 for r in steps)
 

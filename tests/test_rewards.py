@@ -1,6 +1,8 @@
 """Rewards against hand-worked numbers, nltk and scikit-learn."""
 
 import random
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -20,8 +22,10 @@ from training.log import all_equal
 EQUAL = [
     ("0.5", "1/2"), ("1/2", r"\frac{1}{2}"), (r"\dfrac{1}{2}", "50%"), (r"50\%", ".5"), ("(B)", "B."),
     ("B", "b"),
-    ("1,000", "1000"), ("1,234,567.50", "1234567.5"), ("Yes.", "yes"), (r"\text{cat}", "cat"), ("$7$", "7"),
-    (" two  words ", "Two words"), ("-3", "\u22123"), ("+4", "4.0"), ("(3)", "3"), ("0", "-0"), ("½", "0.5"),
+    ("1,000", "1000"), ("1,234,567.50", "1234567.5"), ("Yes.", "yes"), (r"\text{cat}", "cat"),
+    ("$7$", "7"),
+    (" two  words ", "Two words"), ("-3", "\u22123"), ("+4", "4.0"), ("(3)", "3"), ("0", "-0"),
+    ("½", "0.5"),
     (r"\(2\)", "2"), ("B)", "b"), ("**B**", "B"), ("(1,000)", "1000"), (r"\text{\textbf{cat}}", "cat"),
 ]  # fmt: skip
 UNEQUAL = [
@@ -100,6 +104,40 @@ def test_answer_reward():
     assert rewards.answer_reward("1/2", "0.5") == 1.0
     assert rewards.answer_reward("1", "0.5") == 0.0
     assert rewards.answer_reward(None, "0.5") == 0.0
+
+
+def my_reward():
+    """A function of a researcher's own; `to_floats` only asks its name."""
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [1, 0.5, True], np.array([1, 0.5, 1], dtype=np.float32), torch.tensor([1.0, 0.5, 1.0]),
+        [np.float16(1), np.bool_(True), np.int64(0)], [Fraction(1, 2), Decimal("0.5"), torch.tensor(1)],
+        (value for value in (1, 2, 3)), [torch.tensor(1.0, dtype=torch.bfloat16), np.array(0.5), False],
+    ],
+)  # fmt: skip
+def test_rewards_may_be_numbers_of_any_kind(given):
+    numbers = rewards.to_floats(given, 3, my_reward)
+    assert len(numbers) == 3 and all(type(number) is float for number in numbers)
+    assert torch.isfinite(group_advantages(torch.tensor([numbers]))).all()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [None, 1, 1], [float("nan"), 1, 1], [1, 1, float("inf")], [np.array([1.0]), 1, 1],
+        [np.zeros((2, 2)), 1, 1],
+        [torch.zeros(3), 1, 1], ["0.5", 1, 1], [1j, 1, 1], [[1.0], 1, 1],
+        [torch.tensor(float("nan")), 1, 1],
+        0.5, None, [1, 1], [1] * 4, torch.tensor(1.0), [10**400, 1, 1], "abc",
+    ],
+)  # fmt: skip
+def test_what_is_no_reward_is_one_sentence_that_names_the_function(given):
+    with pytest.raises(ValueError, match="^my_reward returns ") as error:
+        rewards.to_floats(given, 3, my_reward)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
 
 
 WORDS = st.lists(
