@@ -23,7 +23,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from answers import canonical, same_answer
+import rewards
+from answers import agrees, same_answer
 from curate import VotedQuestion, pool
 from measure.charts import (
     CHARTS,
@@ -195,24 +196,27 @@ def count_votes(answers: list[str | None]) -> list[tuple[str | None, int]]:
 
     None stands for answers that could not be parsed.
     """
-    votes = Counter()
-    written = {}  # as the answer was written first
-    for answer in answers:
-        key = None if answer is None else canonical(answer)
-        votes[key] += 1
-        written.setdefault(key, answer)
-    return [(written[key], count) for key, count in votes.most_common()]
+    label_of = {}
+    for candidate in rewards.count_votes(answers):
+        label_of |= dict.fromkeys(candidate.spellings, candidate.label)
+    votes = Counter(label_of.get(answer, answer) for answer in answers)
+    return votes.most_common()
 
 
 def question_card(example: VotedQuestion, kept: bool, fact: Fact | None) -> str:
     """Shows a question, its votes as bars, its label, and whether that is true, where the fact is known."""
     label = example.label
-    # A bar for each answer
+    # A bar for each answer; a merged one names the spellings that leave something out: 5 cm = 5 (4)
+    spellings = {each.label: each.spellings for each in rewards.count_votes(example.answers)}
     bars = ""
     for answer, count in count_votes(example.answers):
+        written = spellings.get(answer, {})
         name = "no answer" if answer is None else escape(answer)
+        for text, votes in written.items():
+            if not same_answer(text, answer):
+                name += escape(f" = {text} ({votes})")
         word = f"<i>{name}</i>" if answer is None else name  # an answer may read so
-        kind = "bar label" if answer is not None and answer == label else "bar"
+        kind = "bar label" if label in written else "bar"
         width = 100 * count / len(example.answers)
         bar = f'<div class="{kind}" style="width: {width:.0f}%"></div>'
         bars += (
@@ -228,7 +232,7 @@ def question_card(example: VotedQuestion, kept: bool, fact: Fact | None) -> str:
     if fact is not None:
         told.insert(0, f"{len(fact.things)} to list")
     if fact is not None and label is not None:
-        if same_answer(label, fact.answer):
+        if agrees(label, fact.answer):
             told.append('<span class="good">✓ right</span>')
         else:
             told.append(f'<span class="bad">✗ wrong, it is {escape(fact.answer)}</span>')

@@ -143,6 +143,21 @@ def test_a_whole_run(tmp_path):
     assert "1 images skipped" in text and "question collapse" in text
 
 
+def test_a_merged_bar_names_the_spellings_it_holds():
+    votes = ["5", "5 cm", "5", "5cm", "x = 5", None, "..."]
+    card = report.question_card(
+        VotedQuestion("x", "?", "numerical", "5 cm", 5 / 7, votes), True, None
+    )
+    bars = re.findall(r'title="([^"]*)">.*?<div class="(bar[^"]*)".*?<span>(\d)</span>', card)
+    assert bars == [
+        ("5 cm = 5 (2) = x = 5 (1)", "bar label", "5"), ("no answer", "bar", "1"), ("...", "bar", "1")
+    ]  # fmt: skip
+    older = report.question_card(
+        VotedQuestion("x", "?", "numerical", "5", 2 / 7, votes), True, None
+    )
+    assert 'class="bar label"' in older, "a label as it was written before votes were merged"
+
+
 def test_votes_are_counted_as_the_reasoner_counts_them(tmp_path):
     """1 and 1.0 are one answer, what could not be parsed is another; the true label is said to be right."""
     write_scenes(tmp_path, 60, 0)
