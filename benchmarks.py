@@ -29,6 +29,7 @@ from measure.choices import read_choice, split_choices
 from measure.items import parse_item
 from measure.published import LeftOut, list_images, load_records, write_images, write_questions
 from training.settings import OneLineParser
+from training.terminal import prepare_output
 
 # The ends of prompts; the first three leave no room for steps
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -412,6 +413,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command. Returns the exit code: 0 done, 1 interrupted, 2 a wrong argument or input."""
+    prepare_output()
     args = parse_arguments(argv)
     published, config, split, read = BENCHMARKS.get(args.name, (args.name, None, None, official))
     source = args.source or published

@@ -28,8 +28,10 @@ if __name__ == "__main__":  # during the imports, which take seconds, Ctrl-C lea
 import argparse
 import json
 import math
+import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -41,7 +43,9 @@ from measure.outcomes import Outcome, answer_all, judge_all, read_items
 from measure.scores import compare, full_report, judge_scores
 from model.checkpoint import find_weights, open_checkpoint
 from model.vlm import VLM
+from training.folder import replace_text
 from training.settings import OneLineParser, printable
+from training.terminal import prepare_output
 
 chosen = read_choice  # its name in earlier versions
 LEAST_PIXELS = 28 * 28  # the smallest image token of any family; a checkpoint may want more
@@ -204,8 +208,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def answer_items(args: argparse.Namespace) -> dict[str, list[Outcome]]:
-    """Asks each model, and the judge if there is one. Raises ValueError, OSError or RuntimeError."""
+def answer_items(args: argparse.Namespace) -> Iterator[tuple[dict[str, list[Outcome]], bool]]:
+    """Asks one model after the other, and the judge if there is one.
+
+    Yields, after each, the outcomes so far, and if they are judged. Raises ValueError, OSError and
+    RuntimeError.
+    """
     items, skipped = read_items(args.data)
     for image, reason in skipped:
         print(f"skipped {printable(image)}: {printable(reason)}", file=sys.stderr)
@@ -223,49 +231,84 @@ def answer_items(args: argparse.Namespace) -> dict[str, list[Outcome]]:
         generator = torch.Generator(vlm.device).manual_seed(args.seed)
         outcomes[name] = answer_all(vlm, items, args.answers, **sampling, generator=generator)
         del vlm  # before the next one is loaded
+        yield outcomes, False
     if args.judge:
         judge = VLM.load(opened[args.judge], args.device, args.dtype, args.max_pixels)
         for answered in outcomes.values():
             judge_all(judge, answered, args.max_new_tokens)
-    return outcomes
+        yield outcomes, True
+
+
+def write_json(
+    args: argparse.Namespace, outcomes: dict[str, list[Outcome]], reports: dict[str, dict]
+) -> OSError | None:
+    """Writes all there is into the file of --json, in one moment; returns the error if that fails."""
+    answers = {}
+    for name, answered in outcomes.items():
+        answers[name] = [outcome.record() for outcome in answered]
+    content = dict(settings=vars(args), reports=reports, answers=answers)
+    text = json.dumps(content, default=str, indent=1) + "\n"
+    path = args.json.resolve()  # of a link, which stays
+    try:
+        can_replace = path.is_file() and os.access(path.parent, os.W_OK)
+        if can_replace or not path.exists():
+            replace_text(path, text)
+        else:  # a pipe, or a folder that is not the user's
+            path.write_text(text)
+    except OSError as error:
+        return error
+    return None
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns the exit code.
+    """Runs the command; returns the exit code. What is answered by then is written and printed in any case.
 
-    0: done, 1: interrupted or out of memory, 2: a wrong argument or input.
+    0: done, 1: interrupted, out of memory or nothing printed, 2: a wrong argument or input.
     """
+    prepare_output()
     args = parse_arguments(argv)
     warnings.filterwarnings("ignore", module="PIL")
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
+    # Ask, and keep the answers of each model before the next one is asked.
+    reports = {}
+    failure = None  # of the file
+    exit_code = 0
+    told = ""
     try:
-        outcomes = answer_items(args)
+        for outcomes, is_judged in answer_items(args):
+            reports = score(outcomes, is_judged)
+            failure = write_json(args, outcomes, reports) if args.json else None
     except torch.OutOfMemoryError:
         less = "--max-new-tokens, --max-pixels or --answers"
-        sys.stderr.write(f"error: the GPU has too little memory: try a lower {less}\n")
-        return 1
+        told = f"error: the GPU has too little memory: try a lower {less}\n"
+        exit_code = 1
     except (ValueError, OSError, RuntimeError) as error:
         lines = str(error).splitlines() or [repr(error)]
-        sys.stderr.write(f"error: {printable(lines[0])}\n")
-        return 2
+        told = f"error: {printable(lines[0])}\n"
+        exit_code = 2
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; nothing is written\n")
-        return 1
-    reports = score(outcomes, with_judge=bool(args.judge))
-    print(table(reports))
-    if args.json:
-        answers = {}
-        for name, answered in outcomes.items():
-            answers[name] = [outcome.record() for outcome in answered]
-        content = dict(settings=vars(args), reports=reports, answers=answers)
-        try:
-            args.json.write_text(json.dumps(content, default=str, indent=1) + "\n")
-        except OSError as error:  # a full disk: the table stands above
-            path = printable(str(args.json))
-            sys.stderr.write(f"error: --json {path} cannot be written: {error.strerror}\n")
-            return 2
-    return 0
+        told = (
+            "interrupted; what was answered is kept\n"
+            if reports
+            else "interrupted; nothing is written\n"
+        )
+        exit_code = 1
+    # Print.
+    if reports:
+        print(table(reports))
+    sys.stdout.flush()
+    sys.stderr.write(told)
+    if failure:  # a full disk: the table stands above
+        sys.stderr.write(
+            f"error: --json {printable(str(args.json))} cannot be written: {failure.strerror}\n"
+        )
+        return exit_code or 2
+    unprinted = sys.stdout.failure
+    if unprinted and not args.json:
+        sys.stderr.write(f"error: the scores cannot be printed: {unprinted.strerror}\n")
+        return exit_code or 1
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ if (
     import signal
 
     from training.settings import parse_arguments
+    from training.terminal import prepare_output
 
+    prepare_output()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parse_arguments(__doc__)
 

@@ -43,6 +43,7 @@ from training.folder import read_examples
 from training.images import ImageError, load_image
 from training.scenes import Scene, read_truth
 from training.settings import OneLineParser, printable, shorten
+from training.terminal import prepare_output
 from training.troubles import count_done, find_troubles, is_finished
 
 GALLERY = 12  # images
@@ -469,6 +470,7 @@ def trouble_box(records: list[dict], config: dict, skipped: int) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0: done, 2: a wrong argument."""
+    prepare_output()
     args = parse_arguments(argv)
     try:
         if args.samples:

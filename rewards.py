@@ -21,13 +21,14 @@ without spaces are split into characters.
 """
 
 import math
+import os
 import re
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from nltk.util import ngrams
 
 from answers import (
     AS_NUMBER,
@@ -38,6 +39,10 @@ from answers import (
     same_answer,  # noqa: F401  other programs import it here
     says_something,
 )
+
+# Without a home nltk cannot be imported, unless it is told a folder for its data, which nothing here needs.
+os.environ.setdefault("NLTK_DATA", tempfile.gettempdir())
+from nltk.util import ngrams  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Outcomes: a model's answers to labelled questions, read and judged."""
 
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,10 +12,12 @@ import reasoner
 from measure.choices import read_yes_no
 from measure.items import Item, find_choices, read_answer, read_lines, right
 from model.generate import generate
-from model.prompt import Prompt
+from model.prompt import Patches, Prompt
 from model.vlm import VLM
 from rewards import confidence
+from training.images import LONGEST_NAME
 from training.pixels import ImageError, load_image
+from training.settings import shorten
 
 # The numbers of each question that are averaged
 MEANS = ("greedy_accuracy", "sampled_accuracy", "majority_accuracy", "pass_at_m", "confidence")
@@ -68,16 +70,25 @@ def read_items(path: Path, flag: str = "--data") -> tuple[list[Item], list[tuple
     """
     items = []
     skipped = []
+    check = lru_cache(None)(check_image)  # each image is read once
     for item in read_lines(path, flag):
-        try:
-            for image in item.images:
-                load_image(image)
+        bad = next((image for image in item.images if check(image)), None)
+        if bad is None:
             items.append(item)
-        except ImageError as error:
-            skipped.append((image, str(error)))
+        else:
+            skipped.append((shorten(bad, LONGEST_NAME), check(bad)))
     if not items:
         raise ValueError(f"{flag} {path} has no question whose image can be read")
     return items, skipped
+
+
+def check_image(path: str) -> str | None:
+    """Returns why an image cannot be read, None if it can."""
+    try:
+        load_image(path)
+    except ImageError as error:
+        return str(error)
+    return None
 
 
 def answer_all(
@@ -88,13 +99,14 @@ def answer_all(
     batch: the most images that are in memory at a time.
     """
     parts = list(batches(items, batch))
+    read = image_reader(vlm, batch)
     outcomes = []
     # The bar hides where there is no terminal, and where it would have one step
     for part in tqdm(
         parts, desc="answering", leave=False, disable=None if len(parts) > 1 else True
     ):
         some = items[part]
-        prompts = [item_prompt(vlm, item, question_text(item)) for item in some]
+        prompts = [item_prompt(vlm, item, question_text(item), read) for item in some]
         greedy = generate(vlm, prompts, 1, **sampling | {"temperature": 0.0})
         sampled = generate(vlm, prompts, samples, **sampling)
         for item, first, others in zip(some, greedy, sampled):
@@ -107,10 +119,11 @@ def judge_all(
     judge: VLM, outcomes: Sequence[Outcome], max_new_tokens: int, batch: int = 64
 ) -> None:
     """Asks a model whether the greedy answers to free-form questions are right, and sets `judged`."""
+    read = image_reader(judge, batch)
     free_form = [o for o in outcomes if not find_choices(o.item) and o.greedy is not None]
     for part in batches([o.item for o in free_form], batch):
         some = free_form[part]
-        prompts = [judge_prompt(judge, o.item, o.greedy) for o in some]
+        prompts = [judge_prompt(judge, o.item, o.greedy, read) for o in some]
         verdicts = generate(judge, prompts, 1, max_new_tokens, temperature=0.0)
         for outcome, (ids,) in zip(some, verdicts):
             outcome.judged = read_yes_no(judge.output_text(ids))
@@ -133,14 +146,27 @@ def question_text(item: Item) -> str:
     return "\n".join(lines) + ending
 
 
-def item_prompt(vlm: VLM, item: Item, text: str) -> Prompt:
+Reader = Callable[[str], Patches]
+
+
+def image_reader(vlm: VLM, most: int) -> Reader:
+    """Returns a function that reads an image for a model, and keeps the last `most` in memory."""
+
+    @lru_cache(most)
+    def read(path: str) -> Patches:
+        return vlm.patches(load_image(path, vlm.image_size["longest_edge"], vlm.token_side))
+
+    return read
+
+
+def item_prompt(vlm: VLM, item: Item, text: str, read: Reader | None = None) -> Prompt:
     """Encodes a text with the images of an item; its marks, if the item has any, say where they stand."""
-    most = vlm.image_size["longest_edge"]
-    images = [load_image(path, most, vlm.token_side) for path in item.images]
+    read = read or image_reader(vlm, 1)
+    images = [read(path) for path in item.images]
     return vlm.prompt(text, images if item.marks else images[0])
 
 
-def judge_prompt(judge: VLM, item: Item, answer: str) -> Prompt:
+def judge_prompt(judge: VLM, item: Item, answer: str, read: Reader | None = None) -> Prompt:
     """Asks whether an answer says the same as the true one.
 
     Only the question places images. Those that it does not name are named before it. So a mark in an answer,
@@ -149,7 +175,7 @@ def judge_prompt(judge: VLM, item: Item, answer: str) -> Prompt:
     unnamed = [mark for mark in item.marks if mark not in item.question]
     truth = " or ".join(item.answer)
     text = JUDGE.format(question=item.question, truth=truth, answer=answer)
-    return item_prompt(judge, item, "".join(unnamed) + text)
+    return item_prompt(judge, item, "".join(unnamed) + text, read)
 
 
 def batches(items: Sequence[Item], most: int) -> Iterator[slice]:

@@ -18,9 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean, stdev, variance
 
-from nltk.util import ngrams
-
-from rewards import cluster_questions, words
+from rewards import cluster_questions, ngrams, words
 
 SAMPLE = 64  # the most questions that are looked at: the numbers depend on how many there are
 FELL = dict(distinct_2=0.5, kind_entropy=0.2)  # of its first value: how far variety may fall

@@ -9,6 +9,7 @@ as they were. So what has loaded that model so far, transformers 4 or 5 or vLLM,
 
 import json
 import math
+import os
 import shutil
 import sys
 import tempfile
@@ -170,7 +171,7 @@ def find_folder(name_or_path: str | Path, weights: bool = False) -> Path:
     too. Raises CheckpointError.
     """
     name = str(name_or_path)
-    folder = Path(name_or_path).expanduser()
+    folder = Path(os.path.expanduser(name))
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if not folder.exists() and not is_path:
         return _find_in_hub(name, weights, constants.HF_HUB_CACHE)

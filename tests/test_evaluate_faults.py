@@ -1,19 +1,25 @@
 """Evaluation: what was found wrong by a review, each kind with its neighbours."""
 
 import ast
+import errno
+import io
 import json
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 from checkpoints import edit, noise_image
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 
 import benchmarks
 import evaluate
 import report
 from evaluate import Item, table
+from measure import outcomes as outcomes_module
 from measure.outcomes import Outcome
 from measure.scores import bootstrap, compare, full_report, judge_scores
 
@@ -159,6 +165,128 @@ def test_a_gpu_that_is_too_small_is_no_wrong_argument(data, monkeypatch, capsys)
     assert evaluate.main(["--model", str(ROOT / "toy"), "--data", str(data)]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: the GPU has too little memory") and err.count("\n") == 1
+
+
+# ---- Nothing that was worked out is lost -----------------------------------------------------------------
+
+
+def spoilt(folder, value=float("nan")):
+    """A copy of the toy whose last weights cannot be used, which is seen when it is loaded."""
+    shutil.copytree(ROOT / "toy", folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight" if "model.norm.weight" in weights else max(weights)][0] = value
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+def run_evaluate(data, *models, judge=()):
+    out = data.parent / "out.json"
+    args = f"--data {data} --json {out} --answers 2 --max-new-tokens 2 --device cpu".split()
+    for model in models:
+        args += ["--model", str(model)]
+    return evaluate.main([*args, *judge]), out
+
+
+@pytest.mark.parametrize("role", ["model", "judge"])
+def test_a_second_model_that_is_broken_leaves_the_first_ones_answers(data, tmp_path, capsys, role):
+    wrong = spoilt(tmp_path / "spoilt")
+    if role == "model":
+        code, out = run_evaluate(data, ROOT / "toy", wrong)
+    else:
+        code, out = run_evaluate(data, ROOT / "toy", judge=["--judge", wrong])
+    printed = capsys.readouterr()
+    assert code == 2 and "not finite" in printed.err and printed.err.count("error: ") == 1
+    content = json.loads(out.read_text())
+    assert [*content["answers"]] == [*content["reports"]] == [str(ROOT / "toy")]
+    assert "confidence" in printed.out, "its table is printed"
+
+
+@pytest.mark.parametrize(
+    "error, code, word",
+    [
+        (KeyboardInterrupt(), 1, "interrupted"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "too little memory"),
+        (RuntimeError("a kernel failed\nat"), 2, "a kernel failed"),
+        (OSError(errno.EIO, "Input/output error"), 2, "Input/output error"),
+    ],
+)
+def test_whatever_stops_the_second_model(data, monkeypatch, capsys, error, code, word):
+    answer_all, calls = evaluate.answer_all, []
+
+    def stopping(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return answer_all(*arguments, **named)
+
+    monkeypatch.setattr(evaluate, "answer_all", stopping)
+    shutil.copytree(ROOT / "toy", data.parent / "toy")
+    found, out = run_evaluate(data, ROOT / "toy", data.parent / "toy")
+    printed = capsys.readouterr()
+    assert found == code and word in printed.err and printed.err.count("\n") == 1
+    assert len(json.loads(out.read_text())["answers"]) == 1 and "confidence" in printed.out
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+def test_a_table_that_cannot_be_printed(data, monkeypatch, capsys, number):
+    """The file is there; without one a full disk is an error, and a reader who has left is none."""
+
+    class Failing(io.StringIO):
+        def write(self, text):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(sys, "stdout", Failing())
+    code, out = run_evaluate(data, ROOT / "toy")
+    assert code == 0 and json.loads(out.read_text())["answers"]
+    monkeypatch.setattr(sys, "stdout", Failing())
+    args = f"--model {ROOT}/toy --data {data} --answers 2 --max-new-tokens 2 --device cpu"
+    assert evaluate.main(args.split()) == (1 if number == errno.ENOSPC else 0)
+
+
+def test_a_table_in_latin_1(data, monkeypatch):
+    """Kinds are the user's words."""
+    line = dict(image="a.png", question="?", answer="2", kind="数")
+    data.write_text(json.dumps(line))
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "latin-1"))
+    code, out = run_evaluate(data, ROOT / "toy")
+    assert code == 0 and rb"\u6570" in shown.getvalue()
+    assert "数" in json.loads(out.read_text())["reports"][str(ROOT / "toy")]["scores"]
+
+
+def test_a_file_that_cannot_be_written_in_the_end(data, monkeypatch, capsys):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(evaluate, "replace_text", full)
+    code, out = run_evaluate(data, ROOT / "toy")
+    printed = capsys.readouterr()
+    assert (
+        code == 2 and "confidence" in printed.out and "cannot be written: No space" in printed.err
+    )
+
+
+def test_one_photograph_asked_about_many_times_is_read_once(data, monkeypatch, capsys):
+    line = data.read_text()
+    data.write_text(line * 70)
+    reads = []
+    load = outcomes_module.load_image
+    monkeypatch.setattr(outcomes_module, "load_image", lambda *a: reads.append(a[0]) or load(*a))
+    assert run_evaluate(data, ROOT / "toy")[0] == 0
+    assert len(reads) == 2, "once to see that it can be read, once for the model"
+
+
+def test_an_image_that_was_written_out_as_text(data, capsys):
+    text = "data:image/png;base64," + "iVBORw0KGgo/" * 9000
+    lines = [data.read_text()]
+    for image in (text, text[22:], "https://x.org/a.png", "~nosuchuser/a.png"):
+        lines.append(json.dumps(dict(image=image, question="?", answer="2")) + "\n")
+    data.write_text("".join(lines))
+    assert run_evaluate(data, ROOT / "toy")[0] == 0
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 4 and all(len(line) < 600 for line in told)
+    assert "data: is an address; write the image to a file" in told[0]
+    assert "https: is an address" in told[2]
 
 
 # ---- What reaches the terminal -----------------------------------------------------------------------------

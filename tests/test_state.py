@@ -1,14 +1,19 @@
 """The state on disk: whole or passed over, whatever moment a write is cut off at and whatever happens to a
 file later."""
 
+import errno
 import json
 import os
+import subprocess
+import sys
+from functools import partial
 
 import pytest
 import torch
 
 from training import state as state_module
-from training.state import State, entry, read_tensors, recover, write_state, write_tensors
+from training.folder import replace_folder, replace_text
+from training.state import State, entry, lock, read_tensors, recover, write_state, write_tensors
 
 
 class Killed(BaseException):
@@ -145,3 +150,109 @@ def test_a_file_of_a_state_has_about_a_gib(tmp_path, monkeypatch):
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
     assert len(write_tensors(tmp_path, "000001-empty-0", {})) == 1, "a rank may own nothing"
+
+
+# ---- Where files live ----
+
+
+def failing(error, only=lambda *arguments: True):
+    """A function that raises an OSError with this number where `only` says so, else does its work."""
+
+    def wrap(function):
+        def call(*arguments, **named):
+            if only(*arguments):
+                raise OSError(error, os.strerror(error))
+            return function(*arguments, **named)
+
+        return call
+
+    return wrap
+
+
+def is_folder(descriptor):
+    return os.path.isdir(f"/proc/self/fd/{descriptor}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc what a descriptor is")
+@pytest.mark.parametrize("error", ["EINVAL", "ENOTSUP", "ENOSYS", "EIO", "EBADF"])
+def test_a_folder_that_cannot_be_synced(tmp_path, monkeypatch, error):
+    number = getattr(errno, error)
+    monkeypatch.setattr(os, "fsync", failing(number, is_folder)(os.fsync))
+    replace_text(tmp_path / "a", "old")
+    save(tmp_path, 1)
+    assert (tmp_path / "a").read_text() == "old" and recover(tmp_path)[0] == 1
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO)(os.fsync))
+    with pytest.raises(OSError):  # of a file it is the disk
+        replace_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old"
+
+
+@pytest.mark.parametrize("error", ["ENOLCK", "EOPNOTSUPP", "ENOTSUP"])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, error):
+    fcntl = pytest.importorskip("fcntl")
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", failing(getattr(errno, error))(fcntl.flock))
+        assert lock(tmp_path) is None
+    told = capsys.readouterr().err
+    assert told.startswith("warning: ") and told.count("\n") == 1
+    held = lock(tmp_path)
+    with pytest.raises(ValueError, match="another process"):
+        lock(tmp_path)
+    held.release()
+    monkeypatch.setattr(fcntl, "flock", failing(errno.EIO)(fcntl.flock))
+    with pytest.raises(OSError):
+        lock(tmp_path)
+
+
+def write_files(folder, **texts):
+    folder.mkdir()
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("error", [None, "EXDEV", "EBUSY", "EPERM", "ENOTSUP"])
+def test_a_folder_that_cannot_be_renamed(tmp_path, monkeypatch, error):
+    """As one on an overlay that came with a container's image: its files are replaced, one by one."""
+    path, replace = tmp_path / "reasoner", os.replace
+    replace_folder(path, lambda new: write_files(new, weights="1", config="1", index="1"))
+    seen = []
+
+    def reading(source, target):
+        """What a reader finds after each step."""
+        is_old = os.path.isdir(source) and os.fspath(source) == str(path)
+        if error and is_old:
+            raise OSError(getattr(errno, error), "no")
+        replace(source, target)
+        if path.exists():
+            seen.append({file.name: file.read_text() for file in path.iterdir()})
+
+    monkeypatch.setattr(os, "replace", reading)
+    replace_folder(path, lambda new: write_files(new, weights="2", config="2", more="2"))
+    assert {file.name: file.read_text() for file in path.iterdir()} == dict(
+        weights="2", config="2", more="2"
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["reasoner"]
+    assert all({"weights", "config"} <= files.keys() for files in seen)
+    assert len(seen) == (3 if error else 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounts an overlay")
+def test_an_overlay(tmp_path):
+    """The lower folder is the container's image, with a run in it."""
+    lower, upper, work, merged = (tmp_path / name for name in ("lower", "upper", "work", "merged"))
+    for folder in (lower / "x", upper, work, merged):
+        folder.mkdir(parents=True)
+    write_files(lower / "x" / "reasoner", weights="1")
+    options = f"lowerdir={lower},upperdir={upper},workdir={work}"
+    if subprocess.run(["mount", "-t", "overlay", "o", "-o", options, merged]).returncode:
+        pytest.skip("no overlay can be mounted here")
+    try:
+        with pytest.raises(OSError):
+            os.replace(merged / "x" / "reasoner", merged / "x" / "y")
+        for text in "23":
+            replace_folder(merged / "x" / "reasoner", partial(write_files, weights=text))
+            assert (merged / "x" / "reasoner" / "weights").read_text() == text
+        save(merged / "x", 1)
+        assert recover(merged / "x")[0] == 1 and len(list((merged / "x").glob("*.new"))) == 0
+    finally:
+        subprocess.run(["umount", merged], check=True)

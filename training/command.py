@@ -52,6 +52,7 @@ from training.settings import (
     read_saved,
     split_seeds,
 )
+from training.terminal import prepare_output
 from training.troubles import find_troubles
 
 TOO_LITTLE_MEMORY = (
@@ -81,6 +82,7 @@ class UserError(Exception):
 
 def main(loop: Loop, description: str, argv: list[str] | None = None) -> int:
     """Runs `loop` as the command line says, once for each of --seeds; returns the exit code."""
+    prepare_output()
     quiet_libraries()
     try:
         settings = parse_arguments(description, argv)
@@ -165,8 +167,6 @@ def quiet_libraries() -> None:
     )  # a strange image is used, or skipped and listed
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a run need not be UTF-8
 
 
 def explain(error: BaseException, go_on: str | None) -> UserError | None:
@@ -274,7 +274,7 @@ def resolve(settings: Settings, checkpoint: Checkpoint, device: torch.device) ->
     paths = {}
     for name in ("model", "images", "measure"):
         path = getattr(settings, name)
-        is_hub_id = name == "model" and path and not Path(path).expanduser().is_dir()
+        is_hub_id = name == "model" and path and not os.path.isdir(os.path.expanduser(path))
         paths[name] = path and (path if is_hub_id else os.path.abspath(os.path.expanduser(path)))
     return dataclasses.replace(
         settings,
@@ -296,6 +296,10 @@ def new_run(settings: Settings, folder: Path, checkpoint: Checkpoint, ranks: Ran
             raise ValueError(
                 f"{folder} exists already and is not the folder of a run; choose another --name"
             )
+    place = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not place.is_dir():
+        link = f", but a link to {os.readlink(place)}" if place.is_symlink() else ""
+        raise ValueError(f"{folder} cannot be made: {place} is no folder{link}")
     images = Found([], [])  # built-in scenes are drawn when the run begins
     if settings.images is not None:
         images = find_images(settings.images)

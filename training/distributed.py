@@ -99,13 +99,16 @@ class Ranks:
 def join() -> Ranks:
     """Joins the processes that torchrun has started, and returns this one's place; (0, 1) without torchrun.
 
-    Raises ValueError if there are fewer GPUs than processes.
+    Raises ValueError if there are fewer GPUs than processes, or WORLD_SIZE is no number.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1:
+    said = os.environ.get("WORLD_SIZE") or "1"
+    if not said.isdecimal():
+        raise ValueError(f"WORLD_SIZE, which torchrun sets, is no number of processes but {said!r}")
+    size = int(said)
+    if size <= 1:
         return Ranks()
     if torch.cuda.is_available():
-        local_rank = int(os.environ["LOCAL_RANK"])
+        local_rank = int(os.environ.get("LOCAL_RANK") or 0)
         count = torch.cuda.device_count()
         if local_rank >= count:
             raise ValueError(f"torchrun started more processes than there are GPUs here ({count})")

@@ -232,7 +232,7 @@ def check_host_memory(setup: Setup) -> tuple[bool, str]:
             config, dtype, None, work, **flags, batch_scale=setup.batch_scale
         )
         needed = max(moment.total for moment in moments)
-    needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that torchrun started here
+    needed *= int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # processes that torchrun started here
     text = f"in the computer: {needed / GIB:.2f} GiB"
     there = available_memory()
     if there is None:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -60,15 +61,13 @@ def replace_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
-    # The rename is on the disk only when its folder is; Windows opens no folders.
-    try:
+    # The rename is on the disk only when its folder is. Not every system opens or syncs folders.
+    with suppress(OSError):
         descriptor = os.open(path.parent, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
@@ -81,7 +80,22 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
         write(new)
     except SafetensorError as error:
         raise OSError(f"{new} cannot be written: {error}") from error
-    if path.exists():
-        os.replace(path, old)
+    try:
+        if path.exists():
+            os.replace(path, old)
+    except OSError:  # it is mounted, or came with a container's image
+        _replace_files(path, new)
+        return
     os.replace(new, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace_files(path: Path, new: Path) -> None:
+    """Moves the files of one folder into another, each in one moment; then the other's own files go."""
+    names = [file.name for file in new.iterdir()]
+    for name in names:
+        os.replace(new / name, path / name)
+    for file in path.iterdir():
+        if file.name not in names:
+            file.unlink()
+    new.rmdir()

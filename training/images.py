@@ -19,7 +19,7 @@ from pathlib import Path
 from model.prompt import Picture
 from training.distributed import Ranks
 from training.pixels import SUFFIXES, UNREAD, ImageError, load_image, open_image
-from training.settings import printable
+from training.settings import printable, shorten
 
 # How image files of any other name begin: IMG_0001, photo.jpg_large.
 SIGNATURE = re.compile(
@@ -63,13 +63,8 @@ def find_images(where: str) -> Found:
             with open_image(path):
                 good.append(path)
         except ImageError as error:
-            skipped.append((shorten(path), str(error)))
+            skipped.append((shorten(path, LONGEST_NAME), str(error)))
     return Found(good, skipped)
-
-
-def shorten(path: str) -> str:
-    """Returns a path as it is shown to people: not all of an image that was written out as text."""
-    return path if len(path) <= LONGEST_NAME else f"{path[:60]}... ({len(path)} characters)"
 
 
 def _may_be_image(path: str) -> bool:

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -272,7 +273,7 @@ def read_beside(model: str | Path) -> dict:
 
     Each may be missing. Raises ValueError for the user.
     """
-    file = Path(model).expanduser() / BESIDE
+    file = Path(os.path.expanduser(model)) / BESIDE
     try:
         said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError) as error:

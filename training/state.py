@@ -12,8 +12,10 @@ of the frozen role, is not written again: the new state refers to the old file. 
 remember: see `Run.seeded`.
 """
 
+import errno
 import json
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -30,6 +32,7 @@ from training.folder import replace_text
 
 Part = tuple[str, int, int]  # a file's path in the run's folder, its length in bytes, its checksum
 KEPT = 2  # states
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)  # of NFS and others
 PART_BYTES = 1 << 30  # of a file, unless one tensor has more
 UNREADABLE = (
     OSError,
@@ -126,14 +129,23 @@ def _parts(body: dict) -> list[Part]:
     return [part for parts in body["files"].values() for part in parts]
 
 
-def lock(folder: Path) -> FileLock:
-    """Locks the run in `folder`, until this process ends. Raises ValueError if another one works on it."""
+def lock(folder: Path) -> FileLock | None:
+    """Locks the run in `folder`, until this process ends. Where files cannot be locked it warns: None.
+
+    Raises ValueError if another process works on it.
+    """
     (folder / "state").mkdir(parents=True, exist_ok=True)
     file = FileLock(folder / "lock")
     try:
         file.acquire(blocking=False)
     except Timeout as error:
         raise ValueError(f"another process is working on {folder}") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        why = "files cannot be locked here, so start no second process on it"
+        print(f"warning: {folder}: {why} ({error.strerror})", file=sys.stderr)
+        return None
     return file
 
 
