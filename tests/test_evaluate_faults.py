@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 import benchmarks
 import evaluate
-import report
 from evaluate import Item, table
 from measure import outcomes as outcomes_module
 from measure.outcomes import Outcome
@@ -357,7 +356,7 @@ def test_images_questions_and_answers_do_not_reach_the_terminal_raw(data, tmp_pa
         ),
         (evaluate.main, ["--modle", "x", "--data", "y"], "did you mean --model?"),
         (benchmarks.main, ["mathvista", "x", "--limt", "3"], "did you mean --limit?"),
-        (report.main, ["runs/x", "and", "more"], "is one argument too many"),
+        (benchmarks.main, ["mathvista", "x", "more"], "is one argument too many"),
     ],
 )
 def test_a_mistyped_flag_is_told_which_one_is_meant(main, argv, said, capsys):
