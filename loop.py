@@ -88,7 +88,7 @@ class Rules:
 def visplay(s: Settings, run: Run, rules: Rules = Rules()) -> None:  # noqa: B008 (it is frozen)
     """Runs all iterations; a run that was stopped goes on where it was."""
     watch.check_questions(s)
-    run.warn_of_unknown_instructions(questioner.INSTRUCTION, reasoner.INSTRUCTION)
+    run.warn_of_prompts()
     measure(s, run, 0)
     for k in range(1, s.iterations + 1):
         train_questioner(s, run, k, rules)
@@ -107,11 +107,16 @@ def train_questioner(s: Settings, run: Run, k: int, rules: Rules) -> None:
             # Take images, and ask G questions about each.
             images = run.next_images(s.images_per_step)
             asked = questioner.ask(
-                run.questioner, images, s.group_size, run.sampling, run.generator
+                run.questioner,
+                images,
+                s.group_size,
+                run.sampling,
+                run.generator,
+                run.questioner_prompt,
             )
             # Vote: the Reasoner answers each valid question m times.
             answered = reasoner.answer_questions(
-                run.reasoner, asked, s.answers, run.sampling, run.generator
+                run.reasoner, asked, s.answers, run.sampling, run.generator, run.reasoner_prompt
             )
             voted = reasoner.count_votes(asked, answered)
             # Reward the questions, and measure what the rewards are made of.
@@ -136,8 +141,12 @@ def curate_questions(s: Settings, run: Run, k: int, rules: Rules) -> None:
     candidates = []
     for images in run.image_batches(k, "curation", s.candidates, s.images_per_step):
         # Ask one question about each image, and vote on it.
-        asked = questioner.ask(run.questioner, images, 1, run.sampling, run.generator)
-        voted = reasoner.vote(run.reasoner, asked, s.answers, run.sampling, run.generator)
+        asked = questioner.ask(
+            run.questioner, images, 1, run.sampling, run.generator, run.questioner_prompt
+        )
+        voted = reasoner.vote(
+            run.reasoner, asked, s.answers, run.sampling, run.generator, run.reasoner_prompt
+        )
         candidates += [
             question for (question,) in run.all_gather_votes(voted) if question is not None
         ]
@@ -164,7 +173,8 @@ def train_reasoner(s: Settings, run: Run, k: int, rules: Rules) -> None:
             # Take curated questions with their images, and answer each G times.
             questions = run.next_questions(order, step)
             prompts = [
-                reasoner.answer_prompt(run.reasoner, image, q.question) for q, image in questions
+                reasoner.answer_prompt(run.reasoner, image, q.question, run.reasoner_prompt)
+                for q, image in questions
             ]
             answered = reasoner.answer(
                 run.reasoner, prompts, s.group_size, run.sampling, run.generator

@@ -62,10 +62,11 @@ def ask(
     n: int,
     sampling: Sampling,
     generator: torch.Generator | None = None,
+    instruction: str | None = None,
 ) -> list[Asked]:
-    """Samples n questions about each picture."""
+    """Samples n questions about each picture. instruction: the prompt, in place of INSTRUCTION."""
     patches = [vlm.patches(picture.image) for picture in pictures]
-    prompts = [vlm.prompt(INSTRUCTION, p) for p in patches]
+    prompts = [vlm.prompt(instruction or INSTRUCTION, p) for p in patches]
     outputs = generate(vlm, prompts, n, **vars(sampling), generator=generator)
     asked = []
     for picture, p, prompt, group in zip(pictures, patches, prompts, outputs):

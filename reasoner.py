@@ -36,9 +36,11 @@ class Answered:
     answers: list[str | None]
 
 
-def answer_prompt(vlm: VLM, image: Image.Image | Patches, question: str) -> Prompt:
-    """Returns the Reasoner's prompt for a question about an image."""
-    return vlm.prompt(question + INSTRUCTION, image)
+def answer_prompt(
+    vlm: VLM, image: Image.Image | Patches, question: str, instruction: str | None = None
+) -> Prompt:
+    """Returns the Reasoner's prompt for a question about an image. instruction: in place of INSTRUCTION."""
+    return vlm.prompt(question + (instruction or INSTRUCTION), image)
 
 
 def answer(
@@ -63,12 +65,14 @@ def vote(
     m: int,
     sampling: Sampling,
     generator: torch.Generator | None = None,
+    instruction: str | None = None,
 ) -> list[list[VotedQuestion | None]]:
     """Answers every valid question m times; returns each with its silver label and confidence.
 
     The result has a list for each image, with an entry for each output (None: invalid).
     """
-    return count_votes(asked, answer_questions(vlm, asked, m, sampling, generator))
+    answered = answer_questions(vlm, asked, m, sampling, generator, instruction)
+    return count_votes(asked, answered)
 
 
 def answer_questions(
@@ -77,12 +81,13 @@ def answer_questions(
     m: int,
     sampling: Sampling,
     generator: torch.Generator | None = None,
+    instruction: str | None = None,
 ) -> list[list[Answered | None]]:
     """Answers the valid questions of all images together, each m times (None: invalid)."""
     prompts = []
     for a in asked:
         valid = [question for question in a.questions if question is not None]
-        prompts += [answer_prompt(vlm, a.patches, question.text) for question in valid]
+        prompts += [answer_prompt(vlm, a.patches, q.text, instruction) for q in valid]
     answered = iter(answer(vlm, prompts, m, sampling, generator))
     return [[question and next(answered) for question in a.questions] for a in asked]
 

@@ -464,6 +464,9 @@ def trouble_box(records: list[dict], config: dict, skipped: int) -> str:
     troubles = find_troubles(records, config)
     if skipped:
         troubles.append(f"images that could not be used: {skipped}, listed below with the reasons")
+    codes = config.get("code")
+    if isinstance(codes, list) and len(codes) > 1:
+        troubles.append(f"{len(codes)} versions of the code made this run: see the settings")
     items = "".join(f"<li>{escape(trouble)}</li>" for trouble in troubles)
     return items and TROUBLES.format(items=items)
 

@@ -92,11 +92,16 @@ def check_image(path: str) -> str | None:
 
 
 def answer_all(
-    vlm: VLM, items: Sequence[Item], samples: int, batch: int = 64, **sampling
+    vlm: VLM,
+    items: Sequence[Item],
+    samples: int,
+    batch: int = 64,
+    instruction: str | None = None,
+    **sampling,
 ) -> list[Outcome]:
     """Asks every item once greedily and `samples` times at random; `sampling` goes to `generate.generate`.
 
-    batch: the most images that are in memory at a time.
+    batch: the most images that are in memory at a time. instruction: see `question_text`.
     """
     parts = list(batches(items, batch))
     read = image_reader(vlm, batch)
@@ -106,7 +111,8 @@ def answer_all(
         parts, desc="answering", leave=False, disable=None if len(parts) > 1 else True
     ):
         some = items[part]
-        prompts = [item_prompt(vlm, item, question_text(item), read) for item in some]
+        texts = [question_text(item, instruction) for item in some]
+        prompts = [item_prompt(vlm, item, text, read) for item, text in zip(some, texts)]
         greedy = generate(vlm, prompts, 1, **sampling | {"temperature": 0.0})
         sampled = generate(vlm, prompts, samples, **sampling)
         for item, first, others in zip(some, greedy, sampled):
@@ -132,8 +138,10 @@ def judge_all(
 # ---- Prompts ----
 
 
-def question_text(item: Item) -> str:
+def question_text(item: Item, instruction: str | None = None) -> str:
     """Returns the question, its choices as lettered lines, and its own ending or the Reasoner's instruction.
+
+    instruction: a run's, in place of reasoner.INSTRUCTION.
 
     Which is red?
     (A) the disc
@@ -142,7 +150,7 @@ def question_text(item: Item) -> str:
     lines = [item.question]
     for letter, choice in zip(string.ascii_uppercase, item.choices):
         lines.append(f"({letter}) {choice}")
-    ending = f"\n{item.ending}" if item.ending else reasoner.INSTRUCTION
+    ending = f"\n{item.ending}" if item.ending else instruction or reasoner.INSTRUCTION
     return "\n".join(lines) + ending
 
 

@@ -188,14 +188,21 @@ def vote_on_probes(s: Settings, run: Run, k: int) -> list[VotedQuestion]:
     run.generator = run.seeded(k, "probe")
     if k == 0:
         images = run.probe_images(PROBES)
-        asked = questioner.ask(run.questioner, images, 1, run.sampling, run.generator)
-        votes = reasoner.vote(run.reasoner, asked, s.answers, run.sampling, run.generator)
+        asked = questioner.ask(
+            run.questioner, images, 1, run.sampling, run.generator, run.questioner_prompt
+        )
+        votes = reasoner.vote(
+            run.reasoner, asked, s.answers, run.sampling, run.generator, run.reasoner_prompt
+        )
         first = [vote for (vote,) in run.all_gather_votes(votes) if vote is not None]
         run.write_probes("base", [vote for vote in first if vote.label is not None])
 
     # Each process votes on its part of the questions.
     mine = run.load_images(run.shard(run.read_probes("base")))
-    prompts = [reasoner.answer_prompt(run.reasoner, image, probe.question) for probe, image in mine]
+    prompts = []
+    for probe, image in mine:
+        prompt = reasoner.answer_prompt(run.reasoner, image, probe.question, run.reasoner_prompt)
+        prompts.append(prompt)
     answered = reasoner.answer(run.reasoner, prompts, s.answers, run.sampling, run.generator)
     voted = []
     for (probe, _), each in zip(mine, answered):
@@ -278,7 +285,7 @@ def answer_held_out(
 ) -> tuple[list[Outcome], dict]:
     """Answers labelled questions; returns the outcomes, and the accuracy of greedy and sampled answers."""
     sampling = vars(run.sampling) | dict(generator=run.seeded("held-out"))
-    outcomes = answer_all(vlm, items, SAMPLES, batch, **sampling)
+    outcomes = answer_all(vlm, items, SAMPLES, batch, run.reasoner_prompt, **sampling)
     scores = mean_scores(outcomes)
     return outcomes, {name: scores[name] for name in ("greedy_accuracy", "sampled_accuracy")}
 

@@ -371,7 +371,10 @@ def test_settings_are_resolved_into_new_ones_and_the_checkpoint_is_opened_once(
     changed = {
         name for name, value in dataclasses.asdict(run.settings).items() if value != before[name]
     }
-    assert changed <= {"dtype", "max_pixels"} and run.settings.max_pixels < 999_999
+    assert (
+        changed <= {"dtype", "max_pixels", "questioner_prompt", "reasoner_prompt"}
+        and run.settings.max_pixels < 999_999
+    )
     assert run.settings.dtype == "float32" and run.questioner.image_size["longest_edge"] < 999_999
 
 

@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
+import questioner
+import reasoner
 from model import lora
 from model.checkpoint import (
     Checkpoint,
@@ -38,22 +40,26 @@ from model.vlm import VLM
 from training import dry_run
 from training.distributed import Ranks, is_lost, join, leave
 from training.dry_run import Setup, describe, rehearse
+from training.folder import replace_text
 from training.images import Found, ImageError, find_images, say_why_none
 from training.log import Console
 from training.run import Run, RunError, Stopped
 from training.scenes import write_scenes
 from training.settings import (
     MAY_CHANGE,
+    PROMPTS,
     Settings,
     continue_settings,
     flag,
     parse_arguments,
     printable,
     read_saved,
+    shorten,
     split_seeds,
 )
 from training.terminal import prepare_output
 from training.troubles import find_troubles
+from training.versions import compare_code, describe_code
 
 TOO_LITTLE_MEMORY = (
     "the GPU has too little memory: run again with the same --name and --gradient-checkpointing, --offload "
@@ -279,6 +285,8 @@ def resolve(settings: Settings, checkpoint: Checkpoint, device: torch.device) ->
     return dataclasses.replace(
         settings,
         **paths,
+        questioner_prompt=settings.questioner_prompt or questioner.INSTRUCTION,
+        reasoner_prompt=settings.reasoner_prompt or reasoner.INSTRUCTION,
         dtype=str(dtype).removeprefix("torch."),
         max_pixels=checkpoint.pixel_limits(settings.max_pixels)["longest_edge"],
     )
@@ -320,9 +328,11 @@ def check_same_settings(settings: Settings, folder: Path) -> dict:
         was = getattr(before, field.name)
         now = getattr(settings, field.name)
         further = field.name == "iterations" and now > was
-        if field.name not in MAY_CHANGE and was != now and not further:
+        unknown = field.name in PROMPTS and was is None  # in runs of earlier versions
+        told = [printable(shorten(str(value), 60)) for value in (was, now)]
+        if field.name not in MAY_CHANGE and was != now and not further and not unknown:
             raise ValueError(
-                f"{folder} was started with {flag(field.name)} {was}, not {now}; "
+                f"{folder} was started with {flag(field.name)} {told[0]}, not {told[1]}; "
                 f"--resume {folder} goes on with its own settings, another --name starts a new run"
             )
     return saved
@@ -382,9 +392,10 @@ def begin_run(setup: Setup, program: str | None = None) -> tuple[VLM, VLM]:
     dry_run.check_disk(setup)  # again, as weights may have been downloaded
     is_new = run.number == 0
     if is_new:
-        run.create(
-            dataclasses.asdict(run.settings) | {"scene_size": run.scene_size, "program": program}
-        )
+        more = dict(scene_size=run.scene_size, program=program, code=[describe_code()])
+        run.create(dataclasses.asdict(run.settings) | more)
+    elif run.ranks.is_main:
+        tell_other_code(run)
     # Rank 0 draws the scenes for all. What the answers are, only toy/answerer.py knows.
     if run.settings.images is None:
         drawn = []
@@ -399,6 +410,20 @@ def begin_run(setup: Setup, program: str | None = None) -> tuple[VLM, VLM]:
     if run.ranks.is_main:
         prove_export(roles[0], run.folder)
     return roles
+
+
+def tell_other_code(run: Run) -> None:
+    """Says if a run goes on with other code than it had before, and adds it to its config.json."""
+    path = run.folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    now = describe_code()
+    codes = config.get("code") or [now]
+    differences = compare_code(codes[-1], now)
+    if differences:
+        run.console.say(
+            f"warning: {run.folder} goes on with other code ({differences}); its prompts stay"
+        )
+        replace_text(path, json.dumps(config | {"code": [*codes, now]}, indent=2) + "\n")
 
 
 def load_roles(setup: Setup) -> tuple[VLM, VLM]:

@@ -31,6 +31,8 @@ from PIL import Image
 from torch import Tensor
 
 import grpo
+import questioner
+import reasoner
 from curate import VotedQuestion
 from model import lora
 from model.prompt import Picture
@@ -264,6 +266,16 @@ class Run:
         return generator.manual_seed(self.ranks.seed(self.seed, *place))
 
     @property
+    def questioner_prompt(self) -> str:
+        """Returns what the Questioner is told."""
+        return self.settings.questioner_prompt or questioner.INSTRUCTION
+
+    @property
+    def reasoner_prompt(self) -> str:
+        """Returns what the Reasoner is told behind a question."""
+        return self.settings.reasoner_prompt or reasoner.INSTRUCTION
+
+    @property
     def sampling(self) -> Sampling:
         """Returns how the models' outputs are drawn."""
         s = self.settings
@@ -476,10 +488,15 @@ class Run:
             place = f"iteration-{self.state.iteration}/{self.state.phase}-{step:04}.jsonl"
             write_json_lines(self.folder / "samples" / place, samples)
 
-    def warn_of_unknown_instructions(self, *instructions: str) -> None:
-        """Warns if the checkpoint was made for other instructions than these."""
-        if not knows(self.questioner.source, instructions):
+    def warn_of_prompts(self) -> None:
+        """Warns if the checkpoint was made for other prompts, or the Questioner's names not all blocks."""
+        prompts = (self.questioner_prompt, self.reasoner_prompt)
+        if not knows(self.questioner.source, prompts):
             self.console.say(UNKNOWN_INSTRUCTIONS)
+        for tag in ("<type>", "<question>", "<answer>"):
+            if tag not in self.questioner_prompt:
+                why = "an output without this block is no valid question"
+                self.console.say(f"warning: the Questioner's prompt does not name {tag}; {why}")
 
     def warn(self, signature: str, message: str | None) -> None:
         """Writes and prints that a failure signature has shown itself, if there is a message."""

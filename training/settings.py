@@ -33,6 +33,8 @@ MAY_CHANGE = (
     "samples",
 )
 
+PROMPTS = {"questioner_prompt", "reasoner_prompt"}  # a flag names a file, a setting is its text
+
 
 def setting(default, help: str, group: str, least: float | None = None, most: float | None = None):
     """Makes a field of `Settings`: its flag's help text and group, and the limits of its value, inclusive."""
@@ -135,6 +137,14 @@ class Settings:
     )
     max_new_tokens: int = setting(
         1024, "longest completion, in tokens", SAMPLING, least=1, most=MOST
+    )
+    questioner_prompt: str | None = setting(
+        None, "file with the Questioner's prompt (default: INSTRUCTION in questioner.py)", SAMPLING
+    )
+    reasoner_prompt: str | None = setting(
+        None,
+        "file with what the Reasoner is told behind a question (default: INSTRUCTION in reasoner.py)",
+        SAMPLING,
     )
     max_pixels: int = setting(
         802_816,
@@ -304,12 +314,16 @@ TOY_DEFAULTS = read_beside(TOY)["settings"]
 def read_saved(folder: Path) -> tuple[Settings, dict]:
     """Reads a run's config.json: its settings, and what else is there.
 
-    That is `scene_size`, the width of its scenes, and `program`, which started it. Raises ValueError for the
-    user.
+    That is `scene_size`, the width of its scenes, `program`, which started it, and `code`, each version that
+    worked on it (see training/versions.py). Raises ValueError for the user.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        more = dict(scene_size=config.pop("scene_size"), program=config.pop("program", None))
+        more = dict(
+            scene_size=config.pop("scene_size"),
+            program=config.pop("program", None),
+            code=config.pop("code", []),
+        )
         settings = Settings(**config)
         settings.check()
         return settings, more
@@ -397,6 +411,8 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> Settings
         beside = (
             {} if "resume" in given else read_beside(given.get("model", TOY)).get("settings", {})
         )
+        for name in PROMPTS & given.keys():
+            given[name] = read_prompt(given[name], name)
         settings = Settings(**(beside | given))
         settings.given = tuple(given)  # a value that happens to be the default is given, too
         settings.seeds = tuple(seeds)
@@ -416,6 +432,20 @@ def split_seeds(settings: Settings) -> list[Settings]:
     names = [f"{settings.name}-seed{seed}" for seed in seeds]
     runs = [dataclasses.replace(settings, seed=s, name=name) for s, name in zip(seeds, names)]
     return runs or [settings]
+
+
+def read_prompt(path: str, name: str) -> str:
+    """Reads the prompt of --questioner-prompt or --reasoner-prompt; the latter begins on a new line.
+
+    Raises ValueError for the user.
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig").strip()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{flag(name)} {path} cannot be read: {error}") from error
+    if not text:
+        raise ValueError(f"{flag(name)} {path} is empty")
+    return f"\n{text}" if name == "reasoner_prompt" else text
 
 
 def continue_settings(given: Settings) -> tuple[Settings, dict]:
