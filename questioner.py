@@ -80,11 +80,13 @@ def ask(
     return asked
 
 
-def question_logps(vlm: VLM, asked: list[tuple[Image.Image, str, str]]) -> list[Tensor]:
+def question_logps(
+    vlm: VLM, asked: list[tuple[Image.Image, str, str]], instruction: str | None = None
+) -> list[Tensor]:
     """Returns log pi(x_t | image, kind, x_<t) of the tokens of each question's text: [T_i], float32.
 
-    asked: image, kind and text of each question. A thought that stood in front of it is not there: these
-    numbers are for comparing questions with one another.
+    asked: image, kind and text of each question. instruction: see `ask`. A thought that stood in front of it
+    is not there: these numbers are for comparing questions with one another.
 
         <type>numerical</type><question>How many cats?</question>
                                         ^^^^^^^^^^^^^^ the tokens that count
@@ -103,7 +105,9 @@ def question_logps(vlm: VLM, asked: list[tuple[Image.Image, str, str]]) -> list[
         first, end = len(start), len(start) + len(text)
         spans = encoded["offset_mapping"]
         of_the_text.append([begin < end and stop > first for begin, stop in spans])
-        groups.append(make_group(vlm.prompt(INSTRUCTION, image), [encoded["input_ids"]]))
+        groups.append(
+            make_group(vlm.prompt(instruction or INSTRUCTION, image), [encoded["input_ids"]])
+        )
     add_reference(groups, vlm)
     logps = [completion.ref_logp.cpu() for (completion,) in groups]
     return [logp[torch.tensor(mask)] for logp, mask in zip(logps, of_the_text)]

@@ -141,11 +141,13 @@ def typical_logp(run: Run) -> dict:
     """
     images = run.probe_images(PROBES)
     generator = run.seeded("typical")
-    asked = questioner.ask(run.questioner, images, TYPICAL, run.sampling, generator)
+    asked = questioner.ask(
+        run.questioner, images, TYPICAL, run.sampling, generator, run.questioner_prompt
+    )
     questions = []
     for picture, each in zip(images, asked):
         questions += [(picture.image, q.kind, q.text) for q in each.questions if q is not None]
-    logps = run.all_gather(least_likely_logps(run.questioner, questions))
+    logps = run.all_gather(least_likely_logps(run.questioner, questions, run.questioner_prompt))
     if not logps:
         return {}
     return dict(typical_logp=float(np.quantile(logps, QUANTILE)), least_logp=min(logps))
@@ -163,17 +165,19 @@ def atypical_share(run: Run, curated: list[VotedQuestion]) -> float | None:
     sample = [curated[i * len(curated) // size] for i in range(size)]
     mine = run.load_images(run.shard(sample))
     questions = [(image, question.kind, question.question) for question, image in mine]
-    logps = run.all_gather(least_likely_logps(run.load_base(), questions))
+    logps = run.all_gather(least_likely_logps(run.load_base(), questions, run.questioner_prompt))
     return mean([logp < limit for logp in logps])
 
 
-def least_likely_logps(vlm: VLM, questions: list[tuple[Image.Image, str, str]]) -> list[float]:
+def least_likely_logps(
+    vlm: VLM, questions: list[tuple[Image.Image, str, str]], instruction: str | None = None
+) -> list[float]:
     """Returns the mean log-probability of the two least likely tokens of each question (image, kind, text).
 
     A sentence that nobody would say has a word or two that nobody would expect there. The lowest one alone is
     low in rare but sound questions, too; the sum over all tokens grows with the length.
     """
-    logps = questioner.question_logps(vlm, questions)
+    logps = questioner.question_logps(vlm, questions, instruction)
     return [float(logp.sort().values[:2].mean()) for logp in logps]
 
 

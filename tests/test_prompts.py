@@ -63,15 +63,19 @@ def test_a_prompt_that_cannot_be_read_is_a_sentence(workplace, capsys, name, con
     assert not (workplace / "runs").exists()
 
 
+IMAGES = [*SMALL, "--images", "images", "--name", "x"]
+
+
 def stopped(s, run):
     run.warn_of_prompts()
     raise Stopped
 
 
 def test_a_run_says_which_code_made_it_and_when_it_is_other_code(workplace, monkeypatch, capsys):  # noqa: F811
+    write_scenes(workplace / "images", 2, 0)
     code = dict(commit="a" * 40, changes="", torch=torch.__version__)
     monkeypatch.setattr(command, "describe_code", lambda: code)
-    assert command.main(stopped, "", [*SMALL, "--name", "x"]) == 1
+    assert command.main(stopped, "", IMAGES) == 1
     assert config()["questioner_prompt"] == questioner.INSTRUCTION and config()["code"] == [code]
     assert command.main(stopped, "", ["--resume", "runs/x"]) == 1
     assert "warning" not in capsys.readouterr().err
@@ -89,19 +93,19 @@ def test_a_run_says_which_code_made_it_and_when_it_is_other_code(workplace, monk
         if k not in ("code", "questioner_prompt", "reasoner_prompt")
     }
     (workplace / "runs" / "x" / "config.json").write_text(json.dumps(old))
-    for args in (["--resume", "runs/x"], [*SMALL, "--name", "x"]):
+    for args in (["--resume", "runs/x"], IMAGES):
         assert command.main(stopped, "", args) == 1, capsys.readouterr().err
 
 
 def test_other_prompts_are_another_run(workplace, capsys):  # noqa: F811
-    assert command.main(stopped, "", [*SMALL, "--name", "x"]) == 1
+    write_scenes(workplace / "images", 2, 0)
+    assert command.main(stopped, "", IMAGES) == 1
     (workplace / "p").write_text("a new prompt\n" * 99)
     capsys.readouterr()
-    flags = ["--questioner-prompt", "p", "--name"]
-    assert command.main(stopped, "", [*SMALL, *flags, "x"]) == 2
+    assert command.main(stopped, "", [*IMAGES, "--questioner-prompt", "p"]) == 2
     err = capsys.readouterr().err
     assert "was started with --questioner-prompt" in err and len(err) < 400 and err.count("\n") == 1
-    assert command.main(stopped, "", [*SMALL, *flags, "y"]) == 1
+    assert command.main(stopped, "", [*IMAGES[:-1], "y", "--questioner-prompt", "p"]) == 1
     assert "does not name <question>" in capsys.readouterr().err
 
 
