@@ -392,7 +392,7 @@ def _normalize_element(element: str) -> str:
 
 
 _SHORT_UNITS = set(  # of one or two letters; 5x, 5i and 5π have none
-    "m g s l h v w j cm mm km dm nm μm kg mg μg ms μs ml dl cl kl ft in yd mi lb oz hr am pm ha pa hz kw mw"
+    "m g s l h v w cm mm km dm nm μm kg mg μg ms μs ml dl cl kl ft in yd mi lb oz hr am pm ha pa hz kw mw"
     " mv kv ma mj kj kn ω kω kb mb gb tb db st nd rd th".split()
 )
 _SMALL_WORDS = set("of in on at a an by".split())  # behind others: 5 cups of tea

@@ -108,14 +108,21 @@ class _Menu:
             before += r"(?<!\d[.,])(?<!-)"
         if text[-1].isdigit():
             after += r"(?![.,]?\d)"
-        return before + r"\s+".join(map(re.escape, text.split())) + after
+        # Blanks part words; beside a sign, and between a number and its unit, they say nothing: 30°C, 30 °C
+        pattern = ""
+        for piece in re.finditer(r"(\s*)(\d+(?:[.,]\d+)*|[^\W\d_]+|\S)", text):
+            two_words = piece[1] and text[piece.start() - 1].isalpha() and piece[2].isalpha()
+            blank = r"\s+" if two_words else r"\s*"
+            pattern += blank * bool(pattern) + re.escape(piece[2])
+        return before + pattern + after
 
     def find_letter(self, mention: str) -> str | None:
         """Returns the letter of the choice with this text, None if there is none."""
         words = mention.lower().split()
-        for letter, text in zip(string.ascii_uppercase, self.texts):
-            if text.split() == words:
-                return letter
+        for glue in (" ", ""):
+            for letter, text in zip(string.ascii_uppercase, self.texts):
+                if glue.join(text.split()) == glue.join(words):
+                    return letter
         return None
 
     def mask(self, text: str) -> str:
