@@ -99,9 +99,9 @@ class Parts(NamedTuple):
 
     def fits(self, other: "Parts") -> bool:
         """Returns whether the values are equal, and units and names where both state them."""
-        return all(
-            a == b or part > 0 and "" in (a, b) for part, (a, b) in enumerate(zip(self, other))
-        )
+        is_same_unit = self.unit == other.unit or not self.unit or not other.unit
+        is_same_name = self.name == other.name or not self.name or not other.name
+        return self.value == other.value and is_same_unit and is_same_name
 
 
 def same_answer(a: str, b: str) -> bool:

@@ -4,6 +4,7 @@ The Reasoner answers a question m times: y_1 .. y_m. The majority answer is the 
 confidence:
 
     y~ = argmax_y  sum_j 1[y_j = y]          c = (1/m) sum_j 1[y_j = y~]              -> confidence
+    y_j = y if they say the same; 5 counts for 5 cm where no vote says 5 mm          -> count_votes
 
 The Questioner asks G questions x_1 .. x_G about one image; C_k is the BLEU cluster that x_i falls in:
 

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from answers import CHANGES_NUMBER, agrees, canonical, extract_answer, read_parts, without_thinking
+from answers import (
+    CHANGES_NUMBER,
+    agrees,
+    canonical,
+    extract_answer,
+    plain_characters,
+    read_parts,
+    without_thinking,
+)
 from measure.choices import options_in, read_choice, read_yes_no
 
 
@@ -280,7 +288,7 @@ def _same_to_precision(a: str, b: str, precision: int) -> bool:
 
 
 _NUMBER = re.compile(r"(?<![^\s=~≈])[+-]?[$€£¥]?[+-]?\.?\d")  # begins here
-_POWER = re.compile(r"(.+)×10\^(-?\d{1,3})")
+_POWER = re.compile(r"(-?\d+(?:/\d+)?)×10\^(-?\d{1,3})")
 
 
 def _read_number(text: str) -> Fraction | None:
@@ -305,7 +313,7 @@ def _read_number(text: str) -> Fraction | None:
 
 def _has_all_parts(answer: str, truth: str) -> bool:
     """Returns whether each of the texts that <AND> joins stands in the answer, as whole words."""
-    parts = [" ".join(part.lower().split()) for part in truth.split("<AND>")]
-    plain = re.sub(r"[.,;:!?](?=\s|$)", " ", answer.lower())
+    parts = [" ".join(plain_characters(part).split()) for part in truth.split("<AND>")]
+    plain = re.sub(r"[.,;:!?](?=\s|$)", " ", plain_characters(answer))
     words = f" {' '.join(plain.split())} "
     return len(parts) > 1 and all(part and f" {part} " in words for part in parts)

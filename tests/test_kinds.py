@@ -275,6 +275,8 @@ def test_no_answer_is_not_no(text, verdict):
         ("$1,234.56", "1234.56", 2, True),
         ("1 1/2", "1.5", 1, True), ("roughly 1{,}200", "1200", 0, True), ("1e-1", "0.1", 1, True),
         ("5.0", "5", 0, True),
+        ("x \\times 10^3", "3", 0, False), ("10^{999}", "1", 0, False), ("1e-999", "0", 0, True),
+        ("3 4", "3", 0, False),
         ("2 \\times 3", "2", 0, False), ("2\\cdot 3 = 6", "6", 0, True), ("7!", "7", 0, False),
         ("٥", "5", 0, True),
         ("\\log 5", "5", 0, False), ("5 kg", "5", 0, True), ("x = 3 or x = 5", "5", 0, True),
@@ -359,3 +361,10 @@ def test_questions_in_other_forms_of_unicode_are_one():
         other = unicodedata.normalize("NFD", question)
         assert other != question and bleu_similarity(question, other) == 1.0
         assert cluster_questions([question, "Who is on the left?", other]) == [0, 1, 0]
+
+
+def test_parts_of_an_answer_in_another_form_of_unicode():
+    item = Item("x", "?", ("café<AND>5 €",))
+    assert right(unicodedata.normalize("NFD", "A CAFÉ; it costs ５ €."), item) and not right(
+        "cafe, 5 €", item
+    )
