@@ -44,7 +44,7 @@ from measure.scores import compare, full_report, judge_scores
 from model.checkpoint import find_weights, open_checkpoint
 from model.vlm import VLM
 from training.folder import replace_text
-from training.settings import OneLineParser, printable
+from training.settings import OneLineParser, find_model, printable
 from training.terminal import prepare_output
 
 chosen = read_choice  # its name in earlier versions
@@ -71,16 +71,17 @@ Row = tuple[str, str, str]  # model; kind or name of a score; numbers
 
 
 def table(reports: dict[str, dict]) -> str:
-    """Returns the comparisons with the first model, then the scores of all models side by side, as text."""
+    """Returns as text the scores of all models, the comparisons with the first, and their calibration."""
     first = next(iter(reports))
     means = list(reports[first]["scores"]["all"]["intervals"])
     heads = [f"{name.removesuffix('_accuracy'):>18}" for name in means]
-    rows: list[Row] = []
-    for model, report in reports.items():
-        rows += comparison_rows(model, report, first)
-    rows.append(("model", "kind", " ".join([f"{'n':>5}", *heads, f"{'ece':>6}"])))
+    rows: list[Row] = [("model", "kind", " ".join([f"{'n':>5}", *heads, f"{'ece':>6}"]))]
     for model, report in reports.items():
         rows += score_rows(model, report, means)
+    for model, report in reports.items():
+        rows += comparison_rows(model, report, first)
+    for model, report in reports.items():
+        rows += reliability_rows(model, report)
     # Names are not cut off: two might look the same then
     rows = [(printable(model), printable(name), numbers) for model, name, numbers in rows]
     width = max(len(model) for model, _, _ in rows)
@@ -106,7 +107,7 @@ def comparison_rows(model: str, report: dict, first: str) -> list[Row]:
 
 
 def score_rows(model: str, report: dict, means: list[str]) -> list[Row]:
-    """Returns a row for each kind, for each score of a benchmark or the judge, and for each bin."""
+    """Returns a row for each kind, and for each score of a benchmark or the judge."""
     rows = []
     for kind, scores in report["scores"].items():
         cells = [f"{scores['questions']:>5}"]
@@ -118,6 +119,12 @@ def score_rows(model: str, report: dict, means: list[str]) -> list[Row]:
     for name, value in report.items():
         if isinstance(value, float):
             rows.append((model, name, f"{value:>14.3f}"))
+    return rows
+
+
+def reliability_rows(model: str, report: dict) -> list[Row]:
+    """Returns a row for each bin of confidence."""
+    rows = []
     for row in report["reliability"]:
         name = f"confidence ({row['above']:.1f}, {row['upto']:.1f}]"
         found = f"mean {row['confidence']:.3f}, right {row['right']:.3f}"
@@ -162,7 +169,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--model",
         action="append",
         required=True,
-        help="folder or hub id; give it again to compare several",
+        help="folder or hub id, or toy; give it again to compare several",
     )
     add("--data", type=Path, required=True, help="labelled questions, JSON lines")
     add("--answers", type=int, default=10, help="sampled answers a question, m (default: 10)")
@@ -219,7 +226,7 @@ def answer_items(args: argparse.Namespace) -> Iterator[tuple[dict[str, list[Outc
         print(f"skipped {printable(image)}: {printable(reason)}", file=sys.stderr)
     opened = {}
     for name in filter(None, [*args.model, args.judge]):  # before the first one answers for hours
-        opened[name] = open_checkpoint(name)
+        opened[name] = open_checkpoint(find_model(name))
         opened[name].check_max_pixels(args.max_pixels)
         find_weights(opened[name])
     outcomes = {}

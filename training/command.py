@@ -48,6 +48,7 @@ from training.scenes import write_scenes
 from training.settings import (
     MAY_CHANGE,
     PROMPTS,
+    TOY,
     Settings,
     continue_settings,
     flag,
@@ -282,6 +283,8 @@ def resolve(settings: Settings, checkpoint: Checkpoint, device: torch.device) ->
         path = getattr(settings, name)
         is_hub_id = name == "model" and path and not os.path.isdir(os.path.expanduser(path))
         paths[name] = path and (path if is_hub_id else os.path.abspath(os.path.expanduser(path)))
+    if os.path.realpath(settings.base_model) == os.path.realpath(TOY):
+        paths["model"] = None  # wherever this project is
     return dataclasses.replace(
         settings,
         **paths,

@@ -57,7 +57,7 @@ class Settings:
 
     model: str | None = setting(
         None,
-        "folder or hub id of a Qwen2.5-VL, MiMo-VL or Qwen3-VL checkpoint (default: the toy here)",
+        "folder or hub id of a Qwen2.5-VL, MiMo-VL or Qwen3-VL checkpoint (default: toy, the one here)",
         RUN,
     )
     images: str | None = setting(
@@ -192,7 +192,7 @@ class Settings:
     @property
     def base_model(self) -> str:
         """Returns the folder or hub id of the model that both roles start from."""
-        return str(TOY) if self.model is None else self.model
+        return find_model("toy" if self.model is None else self.model)
 
     def check(self) -> None:
         """Raises ValueError, with a sentence for the user, for a value out of range or of another type."""
@@ -255,6 +255,12 @@ class Settings:
             raise ValueError(
                 f"no share of {m} --answers lies {band}, so that no question would be kept"
             )
+
+
+def find_model(name: str) -> str:
+    """Returns the folder or hub id of a model; "toy" is this project's, unless a folder here is called so."""
+    is_the_toy = name == TOY.name and not Path(name).is_dir()
+    return str(TOY) if is_the_toy else name
 
 
 def flag(name: str) -> str:
@@ -408,9 +414,9 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> Settings
                     f"--resume takes the settings of the run it continues, not {flag(name)}"
                 )
     try:
-        beside = (
-            {} if "resume" in given else read_beside(given.get("model", TOY)).get("settings", {})
-        )
+        beside = {}
+        if "resume" not in given:
+            beside = read_beside(find_model(given.get("model", "toy"))).get("settings", {})
         for name in PROMPTS & given.keys():
             given[name] = read_prompt(given[name], name)
         settings = Settings(**(beside | given))
