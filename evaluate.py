@@ -23,6 +23,9 @@ How the paper's benchmarks become such lines is in docs/evaluation.md.
 import signal
 
 if __name__ == "__main__":  # during the imports, which take seconds, Ctrl-C leaves no traceback
+    from training.terminal import prepare_output
+
+    prepare_output()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -155,6 +158,8 @@ def prove_writable(path: Path) -> None:
     """Raises OSError if a file cannot be written; leaves its content as it is."""
     path = path.resolve()  # of a link, which stays
     is_new = not path.exists()
+    if not is_new and not path.is_file():  # opening a pipe would take its reader away
+        return
     path.open("a").close()
     if is_new:
         path.unlink()

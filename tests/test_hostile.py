@@ -2,15 +2,20 @@
 
 import os
 import random
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from checkpoints import noise_image
+from conftest import ROOT
 from PIL import Image
 
+import evaluate
 import loop
+from training.distributed import join
 from training.images import ImageError, find_images, load_image
 
 USABLE = {
@@ -184,3 +189,64 @@ def test_a_run_on_the_hostile_folder_completes_and_lists_what_it_skipped(
         and "Traceback" not in err
         and "Warning" not in err
     )
+
+
+# ---- Places that are not as they should be ----
+
+NOBODY = """
+import os, pwd
+def nobody(number):
+    raise KeyError(number)
+pwd.getpwuid = nobody
+os.environ.pop("HOME", None)
+assert os.path.expanduser("~/x") == "~/x"
+import rewards
+print(rewards.bleu_similarity("How many red rings are there?", "How many red discs are there?"))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="asks for a user's entry")
+def test_without_a_home_and_a_user(monkeypatch):
+    """As in many containers: nltk looks for a folder for its data when it is imported."""
+    monkeypatch.delenv("NLTK_DATA", raising=False)
+    done = subprocess.run([sys.executable, "-c", NOBODY], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and 0.2 < float(done.stdout) < 0.3, done.stderr
+
+
+@pytest.mark.parametrize(
+    "runs", ["link to nothing", "file", "link to a file", "x is a link to nothing"]
+)
+def test_a_folder_of_runs_that_is_none(tmp_path, monkeypatch, capsys, runs):
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "runs"
+    if runs.startswith("x"):
+        place.mkdir()
+        place /= "x"
+    if "link" in runs:
+        place.symlink_to(tmp_path / "gone")
+    if "file" in runs:
+        place.resolve().write_text("no folder")
+    assert loop.main(["--name", "x", "--device", "cpu"]) == 2
+    told = capsys.readouterr().err
+    assert "runs/x cannot be made: " in told and told.count("\n") == 1
+    assert ("but a link to " in told) == ("link" in runs)
+
+
+def test_the_number_of_processes(monkeypatch):
+    for said in (None, "", "1", "0"):
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        if said is not None:
+            monkeypatch.setenv("WORLD_SIZE", said)
+        assert join().size == 1
+    for said in ("two", "-1", "1.5", " "):
+        monkeypatch.setenv("WORLD_SIZE", said)
+        with pytest.raises(ValueError, match="WORLD_SIZE"):
+            join()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes a named pipe")
+def test_a_pipe_is_not_opened_twice(tmp_path, monkeypatch):
+    """--json >(gzip > x): its reader ends with the first writer."""
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(Path, "open", None)
+    evaluate.prove_writable(tmp_path / "pipe")
