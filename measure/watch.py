@@ -158,7 +158,9 @@ def atypical_share(run: Run, curated: list[VotedQuestion]) -> float | None:
 
     It looks at a sample of at most SAMPLE. None without questions, or without `typical_logp`.
     """
-    limit = run.phase_records("measure")[0].get("typical_logp")
+    # A loop of one's own may begin without the first measurement.
+    measured = run.phase_records("measure")
+    limit = measured[0].get("typical_logp") if measured else None
     if limit is None or not curated:
         return None
     size = min(SAMPLE, len(curated))

@@ -344,6 +344,15 @@ def test_failure_signatures_are_printed_and_written(workplace, monkeypatch, caps
     assert loop.main([*args, "y"]) == 0, "judged for real, without a truth"
 
 
+def test_a_loop_of_ones_own_may_skip_the_first_measurement(workplace):
+    s = parse_arguments("", [*SMALL, "--name", "x"])
+    run = command.prepare_run(s)
+    run.state.phase, run.state.iteration = "questioner", 1
+    loop.train_questioner(run.settings, run, 1, loop.Rules())
+    loop.curate_questions(run.settings, run, 1, loop.Rules())
+    assert records(run.folder, "curation")[0]["atypical"] is None
+
+
 def test_with_a_truth_drift_is_told_by_it(workplace, monkeypatch):
     seen = []
     monkeypatch.setattr(watch.signatures, "label_drift", lambda *given: seen.append(given))
