@@ -182,7 +182,7 @@ PLAIN_CHARACTERS = (
     | dict.fromkeys("“”„‟«»「」『』《》〝〞", '"')
     | dict.fromkeys("‘’‚‛′", "'")
     | {"º": "°", "˚": "°", "。": ".", "、": "、", "∶": ":", "【": "[", "】": "]", "¿": "", "¡": ""}
-    | {"⩾": "≥", "≧": "≥", "⩽": "≤", "≦": "≤", "∼": "~", "⋅": "·", "∣": "|"}
+    | {"⩾": "≥", "≧": "≥", "⩽": "≤", "≦": "≤", "∼": r"\sim ", "⋅": "·", "∣": "|"}
     | dict.fromkeys("\u2009\u202f", r"\,")  # thin blanks part thousands
     | dict.fromkeys("\u2062\u2063\u2064", " ")  # invisible times, comma and plus
     | dict.fromkeys("\u115f\u1160\u3164\uffa0\u2800\ufe0e\ufe0f\u034f", "")  # show nothing
@@ -315,7 +315,7 @@ def _is_sign(character: str) -> bool:
 
 def _normalize_signs(text: str) -> str:
     """Writes each sign in one way: >= as ≥, -(1/2) as -1/2, 5 degrees as 5°, 5 p.m. as 5 pm."""
-    text = text.replace("、", ",").replace(">=", "≥").replace("<=", "≤")
+    text = text.replace("、", ",").replace(">=", "≥").replace("<=", "≤").replace("¬=", "≠")
     text = re.sub(r"(?<=\d) deg(?:rees?)?\b ?", "°", text)
     text = re.sub(r"(?<=\d) per ?cent\b", "%", text)
     text = re.sub(r"(?<=\d) ?([ap])\. ?m\b\.?", r" \1m", text)
@@ -325,15 +325,12 @@ def _normalize_signs(text: str) -> str:
 
 # -- Names, numbers and units
 
-_NAMED = re.compile(  # x=, f(-1)=, ∠abc=, area of abc=; but neither x+1= nor a second =
-    r"((?:[∠△]?[^\W\d_][^=<>≤≥≠≈≅~+*/^|,;:!?→·×÷±√%$()\[\]{}\"-]{0,40}(?:\([^()=]{0,20}\))?)?)="
-    r"(?=[^=<>≤≥≠≈≅]+$)"
-)
-_MONEY = "[$¢£¥฿\u20a0-\u20cf]"
+_EQUATION = re.compile(r"(?:([^=()]{1,40})(?:\([^()=]{0,20}\))?)?=(?=[^=<>≤≥≠≈≅]+$)")
+_MONEY = r"(?:(?:us|hk|[acs])?\$|[¢£¥฿\u20a0-\u20cf])"
 _NUMBER = r"(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})"
 _SIGNED_BRACKET = re.compile(rf"^([+-])\(({_NUMBER}/{_NUMBER})\)(?=$|[ %°])", re.ASCII)
 _QUANTITY = re.compile(  # 1.5, 1/2, (-1)/2, 1 1/2, $5, 1.5×10^3, 1.5 e3, with or without a sign
-    rf"([+-]?)({_MONEY}?)([+-]?)(?:(\d{{1,400}}) (?=\d+/\d))?({_NUMBER}|\([+-]?{_NUMBER}\))"
+    rf"([+-]?)({_MONEY})?([+-]?)(?:(\d{{1,400}}) (?=\d+/\d))?({_NUMBER}|\([+-]?{_NUMBER}\))"
     rf"(?:/([+-]?{_NUMBER}|\([+-]?{_NUMBER}\)))?"
     r"(?:(?: ?[×·*]| x ?)10\^\(?([+-]?\d{1,9})\)?(?![\d.])| e([+-]?\d{1,9})(?![\w.]))?",
     re.ASCII,
@@ -343,9 +340,18 @@ _SEPARATOR = re.compile(r"([()\[\]{},;&])")
 
 
 def _split_name(text: str) -> tuple[str, str]:
-    """Splits the left side off an equation: "x=5" is "x", "5". Without one the name is ""."""
-    found = _NAMED.match(text)
-    return (found[1], text[found.end() :]) if found else ("", text)
+    """Splits a name off an equation: "x=5" is "x", "5", and so f(-1)=, ∠abc= and area of abc=.
+
+    The name is "" if there is none, as in x+1=5 and a=b=5.
+    """
+    found = _EQUATION.match(text)
+    if not found:
+        return "", text
+    name = found[1] or ""
+    is_name = all(unicodedata.category(c)[0] in "LMN" or c in " _'∠△" for c in name)
+    if not is_name or name[:1].isdecimal() or {"and", "or", "not"} & set(name.split()):
+        return "", text
+    return text[: found.end() - 1], text[found.end() :]
 
 
 def _read_quantity(text: str) -> tuple[Fraction | str, str]:
@@ -359,7 +365,7 @@ def _read_quantity(text: str) -> tuple[Fraction | str, str]:
     # A number, but not 1/0, 1 3/2 and 1/2 + x
     is_number = value is not None and re.match(rf"$|%|[°'\"]| [^\W\d_]|{_MONEY}$", rest)
     if is_number:
-        money = found[2]
+        money = found[2] or ""
         unit = money + rest
         if not unit or not (money and rest) and _is_unit(unit):
             return value, unit
@@ -393,7 +399,7 @@ def _normalize_element(element: str) -> str:
 
 _SHORT_UNITS = set(  # of one or two letters; 5x, 5i and 5π have none
     "m g s l h v w cm mm km dm nm μm kg mg μg ms μs ml dl cl kl ft in yd mi lb oz hr am pm ha pa hz kw mw"
-    " mv kv ma mj kj kn ω kω kb mb gb tb db st nd rd th".split()
+    " mv kv ma mj kj kn ω kω kb mb gb tb db st nd rd th sq".split()
 )
 _SMALL_WORDS = set("of in on at a an by".split())  # behind others: 5 cups of tea
 CHANGES_NUMBER = re.compile(  # 5 million, 5 or 6, 5 squared, 5 sin x, 5万; but not 5千克
@@ -419,6 +425,7 @@ def _is_unit(text: str) -> bool:
 
 def _is_unit_word(word: str) -> bool:
     """Returns whether a word may be part of a unit. Short ones are mostly variables: 5 x, 5 π."""
+    word = word.rstrip(".")
     is_word = word and all(unicodedata.category(c)[0] in "LM" or c == "'" for c in word)
     if not is_word or CHANGES_NUMBER.fullmatch(word):
         return False
@@ -442,10 +449,10 @@ _OTHERS = (
     "cdot ·,neq ≠,infty ∞,circ °,degree °,textdegree °,to →,triangle △,ldots ...,dots ...,cdots ...,prime ',"
     "exists ∃,neg ¬,lnot ¬,land ∧,lor ∨,partial ∂,lvert |,rvert |,pounds £"
 )
-_IN_HTML = {  # nearly all symbols have the same names there: \le is &le; but \Pr, \it and \not are no symbols
+_IN_HTML = {  # nearly all symbols have the same names there: \le is &le; but \Pr and \it are no symbols
     name.removesuffix(";"): plain_characters(sign)
     for name, sign in html5.items()
-    if name.islower() and name not in ("pr;", "it;", "sc;", "not;")
+    if name.islower() and name not in ("pr;", "it;", "sc;")
 }
 _SYMBOLS = {name: sign for name, sign in _IN_HTML.items() if len(sign) == 1}
 _SYMBOLS |= dict(pair.split() for pair in _OTHERS.split(","))
