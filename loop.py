@@ -163,7 +163,7 @@ def train_reasoner(s: Settings, run: Run, k: int, rules: Rules) -> None:
     if run.is_done(k, "reasoner"):
         return
     curated = run.read_curated(k)
-    if not curated:  # nothing to learn from, as finish_curation has said
+    if not curated:  # nothing to learn from, as the run has said
         run.finish_phase()
         return
     # Shuffle them.

@@ -487,6 +487,8 @@ def main(argv: list[str] | None = None) -> int:
             write(args.out, text)
         else:
             write(args.out, page(args.run[0]))
+            if args.follow:
+                print(f"writing {printable(str(args.out))} until the run is over", flush=True)
             while args.follow and not is_over(args.run[0]):
                 time.sleep(FOLLOW_SECONDS)
                 write(args.out, page(args.run[0]))

@@ -41,9 +41,9 @@ class Compared:
     records: list[dict]
 
     @property
-    def seed(self) -> object:
-        """Returns the run's seed."""
-        return self.config.get("seed")
+    def seed(self) -> str:
+        """Returns the run's seed, as text: a file may hold anything."""
+        return str(self.config.get("seed"))
 
     def last(self, name: str) -> float | None:
         """Returns a number of the last measurement; None before the run's end."""
@@ -196,7 +196,7 @@ def tell_groups(groups: Groups) -> list[list[str]]:
     """Returns the rows of a table: each group, its runs, its seeds, and its mean last accuracies."""
     rows = [["group", "runs", "seeds", *(name.replace("_", " ") for name in ACCURACIES)]]
     for name, runs in groups.items():
-        row = [name, str(len(runs)), ", ".join(str(run.seed) for run in runs)]
+        row = [name, str(len(runs)), ", ".join(run.seed for run in runs)]
         for accuracy in ACCURACIES:
             values = [run.last(accuracy) for run in runs if run.last(accuracy) is not None]
             row.append(f"{fmean(values):.3f}" if values else "-")
@@ -223,7 +223,7 @@ def tell_remarks(groups: Groups) -> list[str]:
                 f"the runs of {name} were not all made by the same code: see their config.json"
             )
         seeds = [run.seed for run in runs]
-        if len(set(map(str, seeds))) < len(seeds):
+        if len(set(seeds)) < len(seeds):
             told.append(f"{name} has a seed more than once: the last run of it counts")
     runs = [run for runs in groups.values() for run in runs]
     unfinished = [run.name for run in runs if not is_finished(run.records, run.config)]

@@ -433,11 +433,15 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> Settings
 
 
 def split_seeds(settings: Settings) -> list[Settings]:
-    """Returns the settings of each run of a command line: one, or with --seeds one a seed."""
+    """Returns the settings of each run of a command line: one, or with --seeds one a seed.
+
+    --dry-run shows the first.
+    """
     seeds = getattr(settings, "seeds", ())
     names = [f"{settings.name}-seed{seed}" for seed in seeds]
     runs = [dataclasses.replace(settings, seed=s, name=name) for s, name in zip(seeds, names)]
-    return runs or [settings]
+    runs = runs or [settings]
+    return runs[:1] if settings.dry_run else runs
 
 
 def read_prompt(path: str, name: str) -> str:
