@@ -289,8 +289,8 @@ _MARKS = (
     re.compile(
         r"(?<![A-Za-z\u00c0-\u052f])[(（]([A-Ja-j])[)）]\s{0,4}"
     ),  # (a) 0.5 (b) 1, but not f(a)
-    re.compile(  # A. Left, A: Left, 哪个？A、红, but neither U.S.A. nor a.m.
-        r"(?:^|(?<=[\s,;:?!\u2000-\uffff]))([A-Ja-j])[.:)、．：](?![Mm]\b)\s{0,4}"
+    re.compile(  # A. Left, A: Left, 哪个？A、红, but not U.S.A., a.m., A.D.
+        r"(?:^|(?<=[\s,;:?!\u2000-\uffff]))([A-Ja-j])[.:)、．：](?!(?<=\.)(?:[A-Za-z]\.|[Mm]\b))\s{0,4}"
     ),
 )
 

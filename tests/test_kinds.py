@@ -313,6 +313,7 @@ def test_a_stray_end_of_a_thought(text, answer):
         ("When? a) 5 a.m. b) 6 a.m.", ("5 a.m.", "6 a.m.")),
         ("哪个？A．红 B．绿 C．蓝", ("红", "绿", "蓝")), ("哪个？A.红B.绿", ("红", "绿")),
         ("哪个？（A）红（B）绿", ("红", "绿")), ("选择：A：红，B：绿", ("红", "绿")),
+        ("When? A. A.D. 5 B. B.C. 5", ("A.D. 5", "B.C. 5")), ("Which? A)x B)y", ("x", "y")),
         ("If f(a) = 1, what is f(b)? (a) 1 (b) 2", ("1", "2")), ("Is P(A) > P(B)?", ()),
         ("Who? A) J. F. Kennedy B) F. D. Roosevelt", ("J. F. Kennedy", "F. D. Roosevelt")),
         ("Which is larger, (a) or (b)?", ()),
