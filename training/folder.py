@@ -1,10 +1,10 @@
 """Reads and writes the plain files of a run's folder, among them questions with their votes as JSON lines."""
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from curate import VotedQuestion
 
 # The bytes of a path that are not UTF-8 are kept.
 TEXT = dict(encoding="utf-8", errors="surrogateescape")
+# Errors of file systems that sync files, and no folders.
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO, errno.EBADF)
 
 
 def write_examples(path: Path, examples: Iterable[VotedQuestion]) -> None:
@@ -61,13 +63,18 @@ def replace_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
-    # The rename is on the disk only when its folder is. Not every system opens or syncs folders.
-    with suppress(OSError):
+    # The rename is on the disk only when its folder is; Windows opens no folders.
+    try:
         descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
