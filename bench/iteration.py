@@ -87,6 +87,7 @@ def watch_all(watch: Stopwatch, policy: Trained) -> None:
         watch.watch(module, "embed", "encode images")
     watch.watch(logprobs.PackedForward, "__call__", "log-probabilities")
     watch.watch(generate, "prefill", "prefill")
+    watch.watch(generate, "prefill_tails", "prefill")
     watch.watch(generate, "sample", "sampling")
     watch.watch(torch.Tensor, "backward", "backward")
     watch.watch(torch.nn.utils, "clip_grad_norm_", "optimizer")

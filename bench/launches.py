@@ -22,11 +22,13 @@ from shapes import random_vlm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import decode as cache
-from model import fused, generate
+from model import fused, sampling
+from model.lora import add_lora
+from model.schedule import Limits
 
 # As counted by --schedule with torch 2.13 and Triton 3.7.1; matrix products included.
 KERNELS = dict(begin=4, add_norm=1, rotate_and_write=2, attend=8, swiglu=1, write_logits=1)
-KERNELS |= dict(likelihoods=6, draw=3, likelier=1, draw_again=4)
+KERNELS |= dict(uniform_numbers=1, likelihoods=6, draw=3, likelier=1, draw_again=4)
 NO_KERNEL = {
     "empty",
     "empty_like",
@@ -36,7 +38,8 @@ NO_KERNEL = {
     "detach",
     "scalar_tensor",
 }
-PROMPTS, GROUP, PROMPT_TOKENS, NEW_TOKENS, WRITTEN = 32, 8, 1100, 512, 128
+LIMITS = Limits(rows=256, slots=32, cells=16, prefix_tokens=1050, own_tokens=612)
+SHAPE = (256, 32, 16, 1050, 256)
 
 
 class Launches(TorchDispatchMode):
@@ -73,22 +76,36 @@ def bmm_of_cuda(q, keys):
     return torch.bmm(q, keys.transpose(1, 2), out_dtype=torch.float32)
 
 
-def launches(compiled: bool, size: str = "3b") -> tuple[Launches, Launches]:
-    """What one step and one sampling of 256 rows launch."""
-    vlm, step, sampling = random_vlm(size, "meta", "bfloat16"), Launches(), Launches()
-    shape = PROMPTS * GROUP, PROMPTS, PROMPT_TOKENS, WRITTEN
+def mm_of_cuda(hidden, weight):
+    """`fused.float_logits` as it is on a GPU, in bfloat16."""
+    return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+
+
+def launches(
+    compiled: bool, size: str = "3b", lora_rank: int = 0, merged: bool = True
+) -> tuple[Launches, Launches]:
+    """What one step and one sampling of 256 rows launch; merged: there is room for copies of weights."""
+    vlm, step, draw = random_vlm(size, "meta", "bfloat16"), Launches(), Launches()
+    if lora_rank:
+        with torch.device("meta"):
+            add_lora(vlm.model, lora_rank)
+    layers = vlm.model.model.language_model.layers
+    merge = (compiled and merged, compiled and merged and lora_rank > 0)
     with (
         torch.no_grad(),
-        mock.patch.dict(cache.BUCKETS, meta=(64, 8, 256, 128)),
         mock.patch.object(fused, "float_scores", bmm_of_cuda),
+        mock.patch.object(fused, "float_logits", mm_of_cuda),
     ):
-        rows = cache.Rows(vlm, PROMPTS, GROUP, PROMPT_TOKENS, NEW_TOKENS)
-        if compiled:
-            layers = vlm.model.model.language_model.layers
-            rows.project = [cache.project_qkv(layer.self_attn, merge=True) for layer in layers]
+        products = [cache._products(cache._linears(layer), *merge) for layer in layers]
+        rows = cache.Rows(vlm, LIMITS, 512, products)
+
+        def sample() -> None:
+            uniform = lambda n: rows.pieces.uniform_numbers(rows.seeds, rows.written, n)  # noqa: E731
+            sampling.sample(rows.logits, 1.0, 0.99, 0, uniform, rows.pieces)
+
         for counting, work in (
-            (step, lambda: cache.step(vlm, rows, *shape)),
-            (sampling, lambda: generate.sample(rows.logits, 1.0, 0.99, 0, None, rows.pieces)),
+            (step, lambda: cache.step(vlm, rows, *SHAPE)),
+            (draw, sample),
         ):
             if compiled:
                 rows.pieces = SimpleNamespace(
@@ -96,7 +113,7 @@ def launches(compiled: bool, size: str = "3b") -> tuple[Launches, Launches]:
                 )
             with counting:
                 work()
-    return step, sampling
+    return step, draw
 
 
 def total(counted: Launches, kernels: dict[str, int]) -> int:
@@ -240,10 +257,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     plain, fast = launches(False), launches(True)
+    lora = dict(lora=launches(True, lora_rank=16))
+    lora["lora, no room to merge"] = launches(True, lora_rank=16, merged=False)
     arguments = fast[0].arguments | fast[1].arguments
     kernels = scheduled(arguments) if args.schedule else KERNELS
     results = dict(kernels=kernels)
-    for name, kind in dict(plain=plain, compiled=fast).items():
+    for name, kind in (dict(plain=plain, compiled=fast) | lora).items():
         step, sampling = (total(part, kernels) for part in kind)
         results[name] = dict(step=step, sampling=sampling, both=step + sampling)
     if args.json:

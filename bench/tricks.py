@@ -20,7 +20,6 @@ from shapes import (
 )
 
 import grpo
-from model import decode as cache
 from model import generate, logprobs, packing
 
 
@@ -46,10 +45,11 @@ def rollout_tricks(args, vlm) -> dict[str, float]:
     results = ratio("prompt once a group", rollout, lambda: rollout(repeated, 1), args)
     results |= ratio("top-p without a sort", rollout, by_sorting, args)
 
-    ends = append_until(geometric_lengths(len(prompts) * n, args.new_tokens), n)
-    uneven = changed(lambda: rollout(new_tokens=4 * args.new_tokens), cache.Rows, append=ends)
-    staying = changed(uneven, generate, LEAVE_BELOW=1e-9)
-    return results | ratio("finished rows leave", uneven, staying, args)
+    lengths = geometric_lengths(len(prompts) * n, args.new_tokens)
+    uneven = lambda: rollout(new_tokens=4 * args.new_tokens)  # noqa: E731
+    leaving = changed(uneven, generate.Rollout, find_finished=finished_at(lengths, n, False))
+    staying = changed(uneven, generate.Rollout, find_finished=finished_at(lengths, n, True))
+    return results | ratio("finished rows leave", leaving, staying, args)
 
 
 def geometric_lengths(count: int, mean: int) -> list[int]:
@@ -61,23 +61,26 @@ def geometric_lengths(count: int, mean: int) -> list[int]:
     return [4 * mean, *drawn[1:]]
 
 
-def append_until(lengths: list[int], n: int):
-    """`Rows.append` with an end for each row at its own length, the same with and without the trick."""
-    append = cache.Rows.append
+def finished_at(lengths: list[int], n: int, together: bool):
+    """`Rollout.find_finished` with an end for each row at its own length; together: all leave at the end."""
 
-    def append_and_end(rows, token) -> None:
-        append(rows, token)
-        goals = [lengths[prompt * n + sample] for prompt, sample, _ in rows.owners]
-        rows.finished[: len(goals)] |= rows.written[: len(goals)] >= rows.written.new_tensor(goals)
+    def find_finished(rollout, schedule) -> list[int]:
+        written = rollout.rows.written.tolist()
+        found = [
+            row
+            for row, owner in schedule.owners.items()
+            if written[row] >= lengths[owner.prompt * n + owner.sample]
+        ]
+        return [] if together and len(found) < len(schedule.owners) else found
 
-    return append_and_end
+    return find_finished
 
 
-def sample_by_sorting(logits, temperature, top_p, top_k, generator, pieces=None):
+def sample_by_sorting(logits, temperature, top_p, top_k, uniform, pieces=None):
     """Nucleus sampling as it is usually written."""
     probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     probs = torch.where(probs.cumsum(dim=-1) - probs < top_p, probs, 0)
-    return order.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+    return order.gather(1, torch.multinomial(probs, 1))[:, 0]
 
 
 def update_tricks(args, vlm) -> dict[str, float]:

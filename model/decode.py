@@ -1,6 +1,6 @@
-"""Decoding: the KV cache that the samples of a prompt share, and one step of all rows on it.
+"""Decoding: the KV cache whose prefixes many rows share, and one step of all rows on it.
 
-    step     forwards one token per row; a row attends to its prompt's keys and to its own (`fused.attend`)
+    step     forwards one token per row; a row attends to its prefix's keys and to its own (`fused.attend`)
 
 All tensors are allocated once and written in place, so a step is a fixed sequence of kernels on fixed
 addresses. A GPU captures it once as a CUDA graph and replays it: launching hundreds of small kernels from
@@ -9,73 +9,75 @@ makes few kernels of many (fused.py).
 """
 
 import functools
-import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from model import fused
-from model.prompt import Prompt
+from model.lora import LoRALinear
+from model.schedule import CELLS, Limits, find_limits
 from model.vlm import VLM
 
-CPU_CACHE_BYTES = (
-    1 << 29
-)  # memory for keys and values on a CPU; on CUDA it is derived from what is free
-SAMPLING_BYTES = (
-    32  # per row and vocabulary entry: logits, probabilities and their sums, in all their copies
-)
-# Rows, slots, prompt tokens and new tokens of a step are rounded up to multiples of these, so that a GPU
-# captures few graphs.
-BUCKETS = {"cpu": (1, 1, 1, 1), "cuda": (64, 8, 256, 128)}
+CPU_CACHE_BYTES = 1 << 29  # for keys and values on a CPU; on CUDA it is derived from what is free
+# Per row and vocabulary entry: logits, probabilities and their sums, in all their copies.
+SAMPLING_BYTES = 32
 
 Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer
 
 
-class Owner(NamedTuple):
-    """The completion that a row writes: sample number `sample` of prompt number `prompt`."""
+@dataclass(frozen=True)
+class Prefix:
+    """The tokens that prompts have in common, after they have been forwarded."""
 
-    prompt: int
-    sample: int
-    born: int  # tokens that `Rows` had drawn when it began
+    layers: Layers  # of a batch, [rows, heads, tokens, d] each
+    row: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A prompt that has been forwarded and waits for rows."""
+
+    prefix: Prefix
+    layers: Layers  # of the batch with its tail, [rows, heads, tokens, d] each
+    row: int
+    start: int  # where its tail begins in the row
+    tail: int  # tokens
+    first: int  # the position of the first token of its completions
+    logits: Tensor  # [vocabulary] of that token
 
 
 class Rows:
-    """The rows being decoded and the prompts they belong to, in tensors that are allocated once.
+    """The rows that are decoded and the prefixes that they read, in tensors that are allocated once.
 
-    A prompt sits in a *slot*. Sample i of the prompt in slot s has the *cell* s * n + i, by which `attend`
-    finds its prompt. Rows are dense: when some are evicted, the others move up. Prompts A and B with n = 2,
-    after A1 has left:
+    Which of them is whose is the schedule's business (schedule.py). A row's own tokens are those that its
+    prompt has behind the prefix, its *tail*, and those that it writes. With a tail of 2, after 3 tokens:
 
-        slot            0       1
-        prompt          A       B
-        cell            0   1   2   3
-        sample          A0  -   B0  B1
-        row_of_cell     0   0   1   2       nobody uses cell 1; it points to any row
+        own token    0   1   2   3   4   -   -
+        key of       t0  t1  w0  w1  w2             w2 is forwarded by the next step, which writes its key
+        position     5   6   7   8   9              first = 7, written = 3, tail = 2
 
-        row             0   1   2   3
-        sample          A0  B0  B1  -
-        cell_of_row     0   2   3   0       nobody uses row 3; it points to any cell
-
-    R: rows, S: slots, P: tokens of the longest prompt, T: new tokens of a row, at most.
+    R: rows, S: slots, P: tokens of the longest prefix, T: own tokens of a row, at most.
     """
 
     def __init__(
         self,
         vlm: VLM,
-        slots: int,
-        n: int,
-        prompt_tokens: int,
+        limits: Limits,
         new_tokens: int,
+        products: "list[Products]",
     ):
         text = vlm.model.config.text_config
-        rows = slots * n
-        self.n = n  # samples of a prompt
+        rows = limits.rows
+        self.new_tokens = new_tokens
+        self.products = products  # of each layer
         self.heads = text.num_key_value_heads
         self.dtype = vlm.model.dtype
-        self.limits = (rows, slots, prompt_tokens, new_tokens)  # R, S, P, T as allocated
         zeros = functools.partial(torch.zeros, device=vlm.device)
         integers = functools.partial(zeros, dtype=torch.long)
 
@@ -83,19 +85,23 @@ class Rows:
             shape = (count, self.heads, tokens, head_size(text))
             return [zeros(shape, dtype=self.dtype) for _ in range(text.num_hidden_layers)]
 
-        # The KV cache: of each prompt once, and of the tokens that each row has written.
-        self.prompt_keys = cache(slots, prompt_tokens)  # [layers][S, heads, P, head_dim]
-        self.prompt_values = cache(slots, prompt_tokens)  # [layers][S, heads, P, head_dim]
-        self.keys = cache(rows, new_tokens)  # [layers][R, heads, T, head_dim]
-        self.values = cache(rows, new_tokens)  # [layers][R, heads, T, head_dim]
+        # The KV cache: of each prefix, and of each row's own tokens.
+        self.prefix_keys = cache(limits.slots, limits.prefix_tokens)  # [layers][S, heads, P, d]
+        self.prefix_values = cache(limits.slots, limits.prefix_tokens)  # [layers][S, heads, P, d]
+        self.keys = cache(rows, limits.own_tokens)  # [layers][R, heads, T, d]
+        self.values = cache(rows, limits.own_tokens)  # [layers][R, heads, T, d]
 
-        # Where prompts and rows are, and what rows have written.
-        self.prompt_length = integers(slots)  # [S]
-        self.row_of_cell = integers(rows)  # [S * n]
+        # Where rows find their prefix. What nobody uses points to any row or cell.
+        self.prefix_length = integers(limits.slots)  # [S]
+        self.row_of_cell = integers(limits.slots * limits.cells)  # [S * cells]
         self.cell_of_row = integers(rows)  # [R]
+
+        # What rows have written.
+        self.seeds = integers(rows)  # [R] of their random numbers
+        self.tail = integers(rows)  # [R]
         self.first = integers(rows)  # [R] the position of the first token written
         self.written = integers(rows)  # [R] tokens written
-        self.tokens = integers(rows, new_tokens + 1)  # [R, T + 1] the last column is scrap
+        self.tokens = integers(rows, new_tokens + 1)  # [R, new tokens + 1] the last column is scrap
         self.finished = zeros(rows, dtype=torch.bool)  # [R]
         self.logits = zeros(rows, text.vocab_size)  # [R, vocabulary] float32
 
@@ -103,126 +109,102 @@ class Rows:
         self.end_ids = torch.tensor(vlm.end_ids, device=vlm.device)
         self.banned = zeros(text.vocab_size, dtype=torch.bool)  # [vocabulary] never sampled
         self.banned[torch.tensor(vlm.vision_ids, device=vlm.device)] = True
-        self.count = torch.arange(max(prompt_tokens, new_tokens), device=vlm.device)  # 0, 1, 2, ...
-        merge = can_merge_qkv(vlm)
-        blocks = vlm.model.model.language_model.layers
-        self.project = [
-            project_qkv(block.self_attn, merge) for block in blocks
-        ]  # [layers] functions
+        longest = max(limits.prefix_tokens, limits.own_tokens)
+        self.count = torch.arange(longest, device=vlm.device)  # 0, 1, 2, ...
         self.pieces = fused.compiled(vlm.fallbacks) if vlm.device.type == "cuda" else fused
 
-        # What the host knows without asking the GPU.
-        self.buckets = BUCKETS[vlm.device.type]
-        self.owners: list[Owner] = []  # of each row
-        self.prompt_lengths: list[int] = []  # of each slot in use
-        self.time = 0  # tokens drawn so far
-
-    def add(
-        self,
-        numbers: list[int],
-        prompts: list[Prompt],
-        logits: Tensor,
-        layers: Layers,
+    def open(
+        self, prompt: Prefilled, seeds: Tensor, rows: Sequence[int], slots: Sequence[int]
     ) -> None:
-        """Puts prompts into the next free slots and opens n rows for each.
+        """Lets rows write completions of a prompt; its prefix goes into these slots.
 
-        numbers: of the prompts, for the owners of their rows. logits: [prompts, vocabulary] of their first
-        tokens. layers: [prompts, heads, tokens, head_dim] each.
+        seeds: [rows] of the random numbers of each.
         """
-        slot = len(self.prompt_lengths)
-        slots = slice(slot, slot + len(prompts))
-        start = len(self.owners)
-        rows = slice(start, start + len(prompts) * self.n)
-        # The prompts: their keys, values and lengths.
-        for layer, (keys, values) in enumerate(layers):
-            tokens = keys.shape[2]
-            self.prompt_keys[layer][slots, :, :tokens] = keys
-            self.prompt_values[layer][slots, :, :tokens] = values
-        lengths = [len(prompt) for prompt in prompts]
-        self.prompt_lengths += lengths
-        self.prompt_length[slots] = self.prompt_length.new_tensor(lengths)
-        # Their rows: nothing is written yet, and the logits of the first token are there.
-        first = self.first.new_tensor([prompt.next_position for prompt in prompts])
-        self.first[rows] = first.repeat_interleave(self.n)
+        places = torch.tensor([*rows, *slots], device=self.tokens.device)
+        rows, slots = places.split([len(rows), len(slots)])
+        end = prompt.start + prompt.tail
+        prefix = prompt.prefix
+        for layer, made in enumerate(prompt.layers):
+            for own, each in zip((self.keys[layer], self.values[layer]), made):
+                own[rows, :, : prompt.tail] = each[prompt.row, :, prompt.start : end]
+            shared = (self.prefix_keys[layer], self.prefix_values[layer])
+            for slot, each in zip(shared, prefix.layers[layer] if len(slots) else ()):
+                slot[slots, :, : prefix.tokens] = each[prefix.row, :, : prefix.tokens]
+        self.prefix_length[slots] = prefix.tokens
+        # Nothing is written yet, and the logits of the first token are there.
+        self.seeds[rows] = seeds
+        self.tail[rows] = prompt.tail
+        self.first[rows] = prompt.first
         self.written[rows] = 0
         self.finished[rows] = False
-        logits = logits.masked_fill(self.banned, -torch.inf)
-        self.logits[rows] = logits.repeat_interleave(self.n, dim=0)
-        cell = slot * self.n
-        self._assign([*range(cell, cell + len(prompts) * self.n)], start)
-        for number in numbers:
-            self.owners += [Owner(number, sample, self.time) for sample in range(self.n)]
+        self.logits[rows] = prompt.logits.masked_fill(self.banned, -torch.inf)
+
+    def point(self, cells: dict[int, int]) -> None:
+        """Points rows to their cells, and cells to their rows; cells: of each row in use."""
+        row_of_cell = [0] * len(self.row_of_cell)
+        cell_of_row = [0] * len(self.cell_of_row)
+        for row, cell in cells.items():
+            row_of_cell[cell] = row
+            cell_of_row[row] = cell
+        self.row_of_cell.copy_(torch.tensor(row_of_cell))
+        self.cell_of_row.copy_(torch.tensor(cell_of_row))
+
+    def per_head(self, layer: int, R: int, S: int, P: int, T: int) -> list[Tensor]:
+        """Returns views of the keys and values of prefixes, then of rows: [places * heads, tokens, d]."""
+        prefixes = (self.prefix_keys[layer], self.prefix_values[layer])
+        own = (self.keys[layer], self.values[layer])
+        views = [cache.flatten(0, 1)[: S * self.heads, :P] for cache in prefixes]
+        views += [cache.flatten(0, 1)[: R * self.heads, :T] for cache in own]
+        return views
 
     def append(self, token: Tensor) -> None:
         """Appends the token [R] drawn for each row, and marks the rows that it finishes."""
-        live = slice(len(self.owners))
-        new_tokens = self.limits[3]
-        column = self.written[live, None].clamp(max=new_tokens)
+        live = slice(len(token))
+        column = self.written[live, None].clamp(max=self.new_tokens)
         self.tokens[live].scatter_(1, column, token[:, None])
         self.written[live] += 1
-        full = self.written[live] >= new_tokens
+        full = self.written[live] >= self.new_tokens
         self.finished[live] |= torch.isin(token, self.end_ids) | full
-        self.time += 1
 
-    def shape(self) -> tuple[int, ...]:
-        """Returns the R, S, P and T that the next step covers.
-
-        Each is what is needed, rounded up to BUCKETS, and at most what is allocated.
-        """
-        oldest = min(owner.born for owner in self.owners)
-        needed = (
-            len(self.owners),
-            len(self.prompt_lengths),
-            max(self.prompt_lengths),
-            self.time - oldest,
-        )
-        rounded = [math.ceil(size / bucket) * bucket for size, bucket in zip(needed, self.buckets)]
-        return tuple(map(min, rounded, self.limits))
-
-    def compact(self, rows: list[int]) -> None:
-        """Moves these rows, and the prompts that they need, up to the front; all others are gone."""
-        cell_of_row = self.cell_of_row.tolist()
-        cells = [cell_of_row[row] for row in rows]
-        slots = sorted({cell // self.n for cell in cells})
-        _move_up(rows, [*self.keys, *self.values])
-        _move_up(rows, [self.first, self.written, self.tokens, self.finished])
-        _move_up(slots, [*self.prompt_keys, *self.prompt_values, self.prompt_length])
-        self.owners = [self.owners[row] for row in rows]
-        self.prompt_lengths = [self.prompt_lengths[slot] for slot in slots]
-        # Rows and cells that nobody uses must still point inside.
-        self.cell_of_row.zero_()
-        self.row_of_cell.zero_()
-        first_cell = {slot: new * self.n for new, slot in enumerate(slots)}
-        self._assign([first_cell[cell // self.n] + cell % self.n for cell in cells], 0)
-
-    def _assign(self, cells: list[int], start: int) -> None:
-        """Gives the rows from `start` on these cells."""
-        cell = self.cell_of_row.new_tensor(cells)
-        row = torch.arange(start, start + len(cells), device=cell.device)
-        self.cell_of_row[row] = cell
-        self.row_of_cell[cell] = row
+    def move(
+        self,
+        rows: dict[int, int],
+        slots: dict[int, int],
+    ) -> None:
+        """Copies rows and slots to other places, to which the keys of each dict go."""
+        own = [self.seeds, self.tail, self.first, self.written, self.tokens, self.finished]
+        _move(rows, [*self.keys, *self.values, *own])
+        _move(slots, [*self.prefix_keys, *self.prefix_values, self.prefix_length])
 
 
-def _move_up(kept: list[int], tensors: list[Tensor]) -> None:
-    """Moves the kept entries of each tensor to its front, in place."""
-    if kept == list(range(len(kept))):
+def _move(places: dict[int, int], tensors: list[Tensor]) -> None:
+    """Copies entries of each tensor from the keys of `places` to their values."""
+    if not places:
         return
-    index = torch.tensor(kept, device=tensors[0].device)
+    pairs = torch.tensor([[*places.keys()], [*places.values()]], device=tensors[0].device)
+    source, target = pairs
     for tensor in tensors:
-        tensor[: len(kept)] = tensor[index]
+        tensor[target] = tensor[source]
 
 
 # ---- Memory ------------------------------------------------------------------------------------------------
 
 
-def slots_in_memory(vlm: VLM, prompt_tokens: int, n: int, new_tokens: int) -> int:
-    """Returns how many prompts, with n rows each, fit into the free memory: at least one."""
+def limits_in_memory(
+    vlm: VLM, prefixes: Sequence[int], prefix_tokens: int, own_tokens: int, n: int
+) -> Limits:
+    """Returns how many rows and slots fit into the free memory: see `schedule.find_limits`."""
     config = vlm.model.config
-    token = cache_token_bytes(config, vlm.model.dtype)
-    row = new_tokens * token + SAMPLING_BYTES * config.text_config.vocab_size
-    slot = prompt_tokens * token + n * row
-    budget = int(cache_budget(vlm.device) * vlm.fallbacks.row_scale)
-    return max(1, budget // slot)
+    return find_limits(
+        prefixes,
+        prefix_tokens,
+        own_tokens,
+        n,
+        most_cells=CELLS[vlm.device.type],
+        token_bytes=cache_token_bytes(config, vlm.model.dtype),
+        row_bytes=SAMPLING_BYTES * config.text_config.vocab_size,
+        budget=int(cache_budget(vlm.device) * vlm.fallbacks.row_scale),
+    )
 
 
 def cache_token_bytes(config, dtype: torch.dtype) -> int:
@@ -250,11 +232,19 @@ def cache_budget(device: torch.device) -> int:
 # ---- A step ------------------------------------------------------------------------------------------------
 
 
-def step(vlm: VLM, rows: Rows, R: int, S: int, P: int, T: int) -> None:
+def step(
+    vlm: VLM,
+    rows: Rows,
+    R: int,
+    S: int,
+    C: int,
+    P: int,
+    T: int,
+) -> None:
     """Forwards the last token of the first R rows; leaves the logits of the next in `rows.logits`.
 
     This is the transformer, a token a row: everything but attention treats the R tokens like any [R, hidden]
-    batch. It covers S slots, P tokens of each prompt and T written tokens of each row (see `Rows.shape`).
+    batch. It covers S slots of C cells, P tokens of a prefix and T own tokens of a row (`Schedule.shape`).
     Idempotent, and never synchronizes with the GPU. CUDA graph capture needs both.
     """
     model = vlm.model.model.language_model
@@ -264,7 +254,8 @@ def step(vlm: VLM, rows: Rows, R: int, S: int, P: int, T: int) -> None:
         rows.tokens[:R],
         rows.written[:R],
         rows.first[:R],
-        rows.prompt_length[:S],
+        rows.tail[:R],
+        rows.prefix_length[:S],
         rows.count[:P],
         rows.count[:T],
         model.rotary_emb.inv_freq,
@@ -272,51 +263,28 @@ def step(vlm: VLM, rows: Rows, R: int, S: int, P: int, T: int) -> None:
         rows.heads,
         rows.dtype,
     )
-    row_of_cell = rows.row_of_cell[: S * rows.n].view(S, rows.n)
+    row_of_cell = rows.row_of_cell[: S * C].view(S, C)
     cell_of_row = rows.cell_of_row[:R]
     x = model.embed_tokens(token)
     change = torch.zeros_like(x)
     for layer, block in enumerate(model.layers):
-        attention = block.self_attn
-        mlp = block.mlp
+        products = rows.products[layer]
         # Queries, keys and values; the keys and values go into the row's cache.
         x, h = f.add_norm(x, change, *scale(block.input_layernorm))
-        q, k, v = rows.project[layer](h)
-        keys = rows.keys[layer]
-        values = rows.values[layer]
-        q = f.rotate_and_write(
-            q,
-            k,
-            v,
-            cos,
-            sin,
-            index,
-            keys[:R],
-            values[:R],
-            head_norms(attention),
-        )
-        # Attention to the prompt's tokens and to the row's own.
-        caches = (
-            _per_head(rows.prompt_keys[layer], S, P),
-            _per_head(rows.prompt_values[layer], S, P),
-            _per_head(keys, R, T),
-            _per_head(values, R, T),
-        )
+        q, k, v = products.qkv(h)
+        own = (rows.keys[layer][:R], rows.values[layer][:R])
+        q = f.rotate_and_write(q, k, v, cos, sin, index, *own, head_norms(block.self_attn))
+        # Attention to the prefix's tokens and to the row's own.
+        caches = rows.per_head(layer, R, S, P, T)
         h = f.attend(q, *caches, unseen, unwritten, row_of_cell, cell_of_row)
         # The MLP.
-        change = attention.o_proj(h)
+        change = products.o(h)
         x, h = f.add_norm(x, change, *scale(block.post_attention_layernorm))
-        h = f.swiglu(mlp.gate_proj(h), mlp.up_proj(h))
-        change = mlp.down_proj(h)
+        h = f.swiglu(products.gate(h), products.up(h))
+        change = products.down(h)
     x, h = f.add_norm(x, change, *scale(model.norm))
     logits = fused.float_logits(h, vlm.model.lm_head.weight)
     f.write_logits(logits, rows.banned, rows.logits[:R])
-
-
-def _per_head(cache: Tensor, count: int, tokens: int) -> Tensor:
-    """Returns a view [count * heads, tokens, d] of the first of a cache [rows, heads, all tokens, d]."""
-    heads = cache.shape[1]
-    return cache.flatten(0, 1)[: count * heads, :tokens]
 
 
 def scale(norm) -> tuple[Tensor, float]:
@@ -331,46 +299,90 @@ def head_norms(attention) -> tuple[Tensor, Tensor, float] | None:
     return attention.q_norm.weight, *scale(attention.k_norm)
 
 
-def can_merge_qkv(vlm: VLM) -> bool:
-    """Tells if `project_qkv` may merge: on a GPU where the copies take a tenth of what is free at most."""
-    size = 0
-    for layer in vlm.model.model.language_model.layers:
-        size += sum(projection.weight.nbytes for projection in qkv_projections(layer.self_attn))
-    return vlm.device.type == "cuda" and 5 * size <= cache_budget(vlm.device)
+# ---- Its matrix products -----------------------------------------------------------------------------------
+
+Product = Callable[[Tensor], Tensor]  # [R, in] -> [R, out]
 
 
-def qkv_projections(attention) -> list[torch.nn.Linear]:
-    """Returns the three projections in front of an attention."""
-    return [attention.q_proj, attention.k_proj, attention.v_proj]
+class Products(NamedTuple):
+    """The matrix products of a layer."""
+
+    qkv: Callable[[Tensor], Sequence[Tensor]]  # queries, keys and values
+    o: Product
+    gate: Product
+    up: Product
+    down: Product
 
 
-def project_qkv(attention, merge: bool) -> Callable[[Tensor], Sequence[Tensor]]:
-    """Returns the function from h [R, hidden] to its queries, keys and values.
+def make_products(vlm: VLM) -> list[Products]:
+    """Returns the matrix products of each layer, in few kernels where a GPU has room for copies of weights.
 
-    merge: the three matrices become one, unless one does more (LoRA). It is a copy, up to 6% of the weights,
-    for the length of a rollout: one matrix product is faster than three.
+    The three projections in front of an attention become one matrix, up to 6% of the weights: one product is
+    faster than three. With LoRA each product would take three kernels; there all changed weights are merged,
+    W + (alpha / R) B A rounded to W's dtype, which is also what a run exports. All for the length of a
+    rollout.
     """
-    projections = qkv_projections(attention)
-    if not merge or any(type(each) is not torch.nn.Linear for each in projections):
-        return lambda h: [each(h) for each in projections]
-    weight = torch.cat([each.weight for each in projections])
-    bias = None
-    if projections[0].bias is not None:
-        bias = torch.cat([each.bias for each in projections])
-    widths = [each.out_features for each in projections]
-    return lambda h: torch.nn.functional.linear(h, weight, bias).split(widths, dim=1)
+    blocks = vlm.model.model.language_model.layers
+    found = [_linears(block) for block in blocks]
+    merge_qkv = merge_change = False
+    if vlm.device.type == "cuda":
+        room = cache_budget(vlm.device)
+        linears = [layer for layers in found for layer in layers]
+        changed = sum(each.weight.nbytes for each in linears if type(each) is LoRALinear)
+        merge_change = 0 < changed <= room
+        qkv = sum(each.weight.nbytes for layers in found for each in layers[:3])
+        merge_qkv = 5 * qkv <= room and (merge_change or not changed)
+    return [_products(layers, merge_qkv, merge_change) for layers in found]
+
+
+def _linears(block) -> list[torch.nn.Linear]:
+    attention, mlp = block.self_attn, block.mlp
+    qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+    return [*qkv, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def _products(
+    linears: list,
+    merge_qkv: bool,
+    merge_change: bool,
+) -> Products:
+    """Returns the products of a layer; see `make_products`."""
+
+    def weight(layer) -> Tensor:
+        return layer.merged() if type(layer) is LoRALinear else layer.weight
+
+    def product(layer) -> Product:
+        if type(layer) is not LoRALinear:
+            return layer
+        if not merge_change:
+            return layer.cast()
+        return functools.partial(linear, weight=layer.merged(), bias=layer.bias)
+
+    qkv = linears[:3]
+    others = [product(layer) for layer in linears[3:]]
+    if not merge_qkv:
+        separate = [product(layer) for layer in qkv]
+        return Products(lambda h: [each(h) for each in separate], *others)
+    matrix = torch.cat([weight(each) for each in qkv])
+    bias = None if qkv[0].bias is None else torch.cat([each.bias for each in qkv])
+    widths = [each.out_features for each in qkv]
+    return Products(lambda h: linear(h, matrix, bias).split(widths, dim=1), *others)
 
 
 # ---- CUDA graphs -------------------------------------------------------------------------------------------
 
 
-def capture_graph(step: Callable[[], None], vlm: VLM, pool) -> Callable[[], None]:
+def capture_graph(
+    step: Callable[[], None],
+    vlm: VLM,
+    pool,
+) -> Callable[[], None]:
     """Captures a step as a CUDA graph and returns its replay; returns the step itself where that fails.
 
     A graph is the list of kernels that a function launches, with their addresses and all numbers that Python
-    worked out (here R, S, P and T) frozen into it. A replay launches the list at once and runs no Python, so
-    everything that changes from step to step must be in tensors that stay where they are: hence `Rows`, and a
-    graph for each shape.
+    worked out (here R, S, C, P and T) frozen into it. A replay launches the list at once and runs no Python,
+    so everything that changes from step to step must be in tensors that stay where they are: hence `Rows`,
+    and a graph for each shape.
 
     The step runs once before its capture, because libraries set themselves up in their first call, which they
     may not do during a capture. Capturing computes nothing. All graphs take their scratch memory from one
@@ -398,7 +410,11 @@ def capture_graph(step: Callable[[], None], vlm: VLM, pool) -> Callable[[], None
         return step
 
 
-def _leave_capture(stream, device: torch.device, pool) -> None:
+def _leave_capture(
+    stream,
+    device: torch.device,
+    pool,
+) -> None:
     """Undoes what a capture that breaks off leaves behind.
 
     Its stream is current, and the allocator believes that it goes on, so that freeing memory would fail.

@@ -41,8 +41,9 @@ def begin(
     tokens: Tensor,
     written: Tensor,
     first: Tensor,
-    prompt_length: Tensor,
-    prompt_count: Tensor,
+    tail: Tensor,
+    prefix_length: Tensor,
+    prefix_count: Tensor,
     own_count: Tensor,
     inv_freq: Tensor,
     scaling: float,
@@ -53,16 +54,21 @@ def begin(
 
     The tensors are those of `Rows`; the counts are 0, 1, 2, ... up to P and T. Returns the last token [R] of
     each row, its index [R] among the row's own, cos and sin of its position, and `unseen` and `unwritten`,
-    the masks of `attend`. A row with 3 tokens written has index 2; with T = 5 it is unwritten at 3 and 4.
+    the masks of `attend`. A row with a tail of 2 and 3 tokens written has index 4; with T = 7 it is unwritten
+    at 5 and 6.
     """
-    index = (written - 1).clamp(0, tokens.shape[1] - 2)
-    token = tokens.gather(1, index[:, None])
-    unseen = prompt_count >= prompt_length[:, None, None]
-    unseen = unseen.repeat_interleave(heads, dim=0)
-    unwritten = own_count > index[:, None, None]
-    unwritten = unwritten.repeat_interleave(heads, dim=0)
-    cos, sin = rotation(first + index, inv_freq, scaling, dtype)
+    last = (written - 1).clamp(0, tokens.shape[1] - 2)
+    token = tokens.gather(1, last[:, None])
+    index = tail + last
+    unseen = hide(prefix_count >= prefix_length[:, None, None], heads)
+    unwritten = hide(own_count > index[:, None, None], heads)
+    cos, sin = rotation(first + last, inv_freq, scaling, dtype)
     return token[:, 0], index, cos, sin, unseen, unwritten
+
+
+def hide(hidden: Tensor, heads: int) -> Tensor:
+    """Returns what is added to the scores [B * heads, Q, K] of keys, of which some are hidden [B, 1, K]."""
+    return torch.where(hidden, -torch.inf, 0.0).repeat_interleave(heads, dim=0)
 
 
 def rotation(
@@ -119,8 +125,8 @@ def rotate_and_write(
 
 def attend(
     q: Tensor,
-    prompt_keys: Tensor,
-    prompt_values: Tensor,
+    prefix_keys: Tensor,
+    prefix_values: Tensor,
     keys: Tensor,
     values: Tensor,
     unseen: Tensor,
@@ -128,34 +134,34 @@ def attend(
     row_of_cell: Tensor,
     cell_of_row: Tensor,
 ) -> Tensor:
-    """Attends from q [R, key heads, query heads of each, d] to the row's prompt and to its own tokens.
+    """Attends from q [R, key heads, query heads of each, d] to the row's prefix and to its own tokens.
 
     The softmax over both is the mean of the two softmaxes, weighted with their sums (Hydragen, arXiv
-    2402.05099). So the n samples of a prompt can read its keys together, as one matrix product, and none
-    needs a copy of them: queries are laid out by cell for the prompts, and what comes of it by row again.
-    With prompts A, B and n = 2, after A1 has left (see `Rows`):
+    2402.05099). So the rows with a prefix can read its keys together, as one matrix product, and none needs a
+    copy of them: queries are laid out by cell for the prefixes, and what comes of it by row again. With the
+    prefixes A and B, 2 cells a slot, and one row that reads A (see schedule.py):
 
         by row     A0  B0  B1
-        by cell    A0  A0  B0  B1      A0 stands in A1's cell, too, and nobody reads what comes of it
+        by cell    A0  A0  B0  B1      A0 stands in the free cell, too, and nobody reads what comes of it
 
-    prompt_keys, prompt_values: [S * key heads, P, d]; keys, values: [R * key heads, T, d]. unseen:
-    [S * key heads, 1, P], unwritten: [R * key heads, 1, T]: True where there is no token. row_of_cell:
-    [S, n], cell_of_row: [R]. Returns [R, heads * d].
+    prefix_keys, prefix_values: [S * key heads, P, d]; keys, values: [R * key heads, T, d]. unseen:
+    [S * key heads, 1, P], unwritten: [R * key heads, 1, T]: -inf where there is no token, else 0.
+    row_of_cell: [S, cells], cell_of_row: [R]. Returns [R, heads * d].
     """
     R, kv, g, d = q.shape
     S, n = row_of_cell.shape
-    # To the prompts.
+    # To the prefixes.
     cells = q[row_of_cell].transpose(1, 2).reshape(S * kv, n * g, d)
-    parts = partial_attention(cells, prompt_keys, prompt_values, unseen)
+    parts = partial_attention(cells, prefix_keys, prefix_values, unseen)
     parts = [x.view(S, kv, n, g, -1).transpose(1, 2) for x in parts]
-    prompt_sum, prompt_weight, prompt_top = (x.flatten(0, 1)[cell_of_row] for x in parts)
+    prefix_sum, prefix_weight, prefix_top = (x.flatten(0, 1)[cell_of_row] for x in parts)
     # To the rows' own tokens.
     parts = partial_attention(q.flatten(0, 1), keys, values, unwritten)
     own_sum, own_weight, own_top = (x.view(R, kv, g, -1) for x in parts)
     # Together: e^top over the sum of both, which does not overflow.
-    a = (prompt_top - own_top).sigmoid()
-    b = (own_top - prompt_top).sigmoid()
-    out = (a * prompt_sum + b * own_sum) / (a * prompt_weight + b * own_weight)
+    a = (prefix_top - own_top).sigmoid()
+    b = (own_top - prefix_top).sigmoid()
+    out = (a * prefix_sum + b * own_sum) / (a * prefix_weight + b * own_weight)
     return out.to(q.dtype).flatten(1)
 
 
@@ -165,12 +171,13 @@ def partial_attention(
     values: Tensor,
     hidden: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns sum_j e^(s_j - top) v_j, sum_j e^(s_j - top) and top = max_j s_j over keys not hidden.
+    """Returns sum_j e^(s_j - top) v_j, sum_j e^(s_j - top) and top = max_j s_j.
 
-    s_j = q . k_j. q: [B, Q, d]; keys, values: [B, K, d]; hidden: [B, 1, K]. Float32, [B, Q, d] and [B, Q, 1].
+    s_j = q . k_j + hidden_j. q: [B, Q, d]; keys, values: [B, K, d]; hidden: [B, 1, K]. Float32, [B, Q, d] and
+    [B, Q, 1].
     The shapes are those of torch.bmm throughout: of others torch.compile makes more kernels.
     """
-    scores = float_scores(q, keys).masked_fill_(hidden, -torch.inf)
+    scores = float_scores(q, keys).add_(hidden)
     top = scores.amax(dim=-1, keepdim=True)
     weights = scores.sub_(top).exp_()
     weighted = torch.bmm(weights.to(values.dtype), values).float()
@@ -203,6 +210,31 @@ def write_logits(logits: Tensor, banned: Tensor, into: Tensor) -> None:
 
 
 # ---- Sampling ----------------------------------------------------------------------------------------------
+
+# Of SplitMix64, as int64: what its state grows by, and what its mixing multiplies with.
+GROWTH, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+MOST_ROUNDS = 64  # draws of a token
+
+
+def uniform_numbers(seeds: Tensor, drawn: Tensor, rounds: int) -> Tensor:
+    """Returns random numbers [rounds, R, 1] in [0, 1) that depend on seeds [R] and drawn [R] alone.
+
+    drawn: how many tokens a row has drawn. So what a completion draws does not depend on when it is written,
+    in which row, and beside which others. They are numbers of SplitMix64 (Steele et al. 2014, "Fast
+    splittable pseudorandom number generators"): number i of a seed is a mix of the bits of seed + i * GROWTH.
+    """
+    number = 1 + MOST_ROUNDS * drawn + torch.arange(rounds, device=seeds.device)[:, None]
+    x = seeds + number * GROWTH
+    x = (x ^ shifted(x, 30)) * FIRST
+    x = (x ^ shifted(x, 27)) * SECOND
+    x = x ^ shifted(x, 31)
+    # The 24 bits of a float32.
+    return (shifted(x, 40).float() / 2**24)[..., None]
+
+
+def shifted(x: Tensor, bits: int) -> Tensor:
+    """Shifts int64 to the right, filling with zeros."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def likelihoods(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -265,10 +297,11 @@ def draw_again(
 CHANGING = {
     add_norm: (0, 0),
     swiglu: (0, 0),
-    begin: ((0, 1), 0, 0, 0, 0, 0),
+    begin: ((0, 1), 0, 0, 0, 0, 0, 0),
     rotate_and_write: (0, 0, 0, 0, 0, 0, (0, 2), (0, 2)),
     attend: (0, (0, 1), (0, 1), (0, 1), (0, 1), (0, 2), (0, 2), (0, 1), 0),
     write_logits: (0, (), 0),
+    uniform_numbers: (0, 0),
     likelihoods: (0,),
     draw: (0, 0, 0),
     likelier: (0, 0),

@@ -48,6 +48,14 @@ class Prompt:
         return int(self.positions.max()) + 1
 
 
+def split_prompt(prompt: Prompt) -> int:
+    """Returns where a prompt's tail begins: behind the last image and the token that ends it.
+
+    Prompts about the same images share what stands before. At least one token is behind.
+    """
+    return min(int(prompt.places[-1]) + 2, len(prompt) - 1)
+
+
 def make_prompt(ids: list[int], image_token: int, images: list[Patches], merge: int) -> Prompt:
     """Makes the prompt of ids, in which one image token stands for each image.
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +26,12 @@ def sample(
     temperature: float,
     top_p: float,
     top_k: int,
-    generator: torch.Generator | None,
+    uniform: Callable[[int], Tensor],
     pieces=fused,
 ) -> Tensor:
     """Draws one token a row [R] from logits [R, vocabulary]; temperature 0 takes the likeliest.
+
+    uniform: how many draws -> random numbers in [0, 1), [draws, R, 1].
 
     The nucleus is every token that has less than top_p of probability in likelier ones (equally likely tokens
     are in it together, where a sort would cut between them). Sorting 151,936 probabilities to find it takes
@@ -47,11 +49,10 @@ def sample(
     # The first draw, of all rows.
     probs, likeliest = pieces.likelihoods(logits, temperature)
     on_cpu = probs.device.type == "cpu"
-    rounds = _count_rounds(top_p)
     bound = top_p if top_p < 1 else math.inf
-    numbers = uniform_numbers(rounds, len(probs), probs.device, generator)
-    token, drawn, outside = pieces.draw(probs, probs.cumsum(dim=1), next(numbers), bound)
-    if rounds == 1:
+    first, *more = uniform(_count_rounds(top_p))
+    token, drawn, outside = pieces.draw(probs, probs.cumsum(dim=1), first, bound)
+    if not more:
         return torch.where(outside, likeliest, token)[:, 0]
     # The rows that draw again.
     if on_cpu:
@@ -62,23 +63,12 @@ def sample(
     left = probs[which]
     drawn = drawn[which]
     # They draw from what is likelier than what they drew.
-    for _ in range(rounds - 1):
+    for numbers in more:
         if on_cpu and not outside.any():
             break
         left = pieces.likelier(left, drawn)
-        drawn = pieces.draw_again(
-            which, left, left.cumsum(dim=1), token, outside, next(numbers), bound
-        )
+        drawn = pieces.draw_again(which, left, left.cumsum(dim=1), token, outside, numbers, bound)
     return torch.where(outside, likeliest, token)[:, 0]
-
-
-def uniform_numbers(rounds: int, rows: int, device: torch.device, generator) -> Iterator[Tensor]:
-    """Yields random numbers [rows, 1] for each round; a CPU draws them only for the rounds that there are."""
-    at_once = 1 if device.type == "cpu" else rounds
-    source = device if generator is None else generator.device
-    for _ in range(rounds // at_once):
-        numbers = torch.rand(at_once, rows, 1, device=source, generator=generator)
-        yield from numbers.to(device)
 
 
 def _count_rounds(top_p: float) -> int:
@@ -89,7 +79,7 @@ def _count_rounds(top_p: float) -> int:
     """
     if top_p == 1:
         return 1
-    return math.ceil(min(64.0, math.log(1e-9) / math.log1p(-top_p)))
+    return math.ceil(min(fused.MOST_ROUNDS, math.log(1e-9) / math.log1p(-top_p)))
 
 
 @functools.cache

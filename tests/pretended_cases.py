@@ -77,16 +77,28 @@ def lent(vlm):
 def prompts_of(vlm, count):
     from shapes import random_prompt
 
-    return [random_prompt(vlm, 50 + 7 * i, i) for i in range(count)]
+    prompts = [random_prompt(vlm, 50 + 7 * i, i) for i in range(count)]
+    # Two more questions about the first image, and one more about the second.
+    for prompt, cut in ((prompts[0], 0), (prompts[0], 3), (prompts[1], 1)):
+        end = len(prompt) - cut
+        ids = torch.cat([prompt.ids[: end - 3], prompt.ids[end - 3 : end] - 1])
+        positions = prompt.positions[:, :end]
+        prompts.append(type(prompt)(ids, positions, prompt.images, prompt.places))
+    return prompts
 
 
 def small_buckets():
     """Several graphs, rows that leave and prompts that wait, although all is tiny."""
-    from model import decode as cache
-    from model import generate
+    from model import generate, schedule
 
-    cache.BUCKETS["cuda"], generate.CHECK_EVERY["cuda"] = (4, 2, 16, 8), 4
-    generate.slots_in_memory = lambda *_: 2
+    schedule.BUCKETS["cuda"], schedule.CHECK_EVERY["cuda"] = (4, 2, 2, 16, 8), 4
+    schedule.CELLS["cuda"] = 3
+
+    def limits(vlm, prefixes, prefix_tokens, own_tokens, n):
+        cells = min(3, n * max(prefixes))
+        return schedule.Limits(2 * n, 3, cells, prefix_tokens, own_tokens)
+
+    generate.limits_in_memory = limits
 
 
 def scratch():
@@ -115,7 +127,7 @@ def refused(work, error=Refused):
 @both_families
 def greedy_rollout():
     """Recorded and replayed, with refills: the CPU's tokens."""
-    from model.decode import can_merge_qkv
+    from model.decode import make_products
     from model.generate import generate
 
     vlm, prompts = tiny(lively=True), prompts_of(tiny(), 8)
@@ -132,7 +144,26 @@ def greedy_rollout():
     assert gpu.compiled.keys() == set(pieces.split()) and twin.fallbacks.compile
     for free in (1 << 32, 1 << 16):  # projections are merged where there is room
         with GPU(free=free):
-            assert can_merge_qkv(lent(vlm)) == (free == 1 << 32)
+            products = make_products(lent(vlm))[0].qkv
+            assert ("matrix" in products.__code__.co_freevars) == (free == 1 << 32)
+
+
+@both_families
+def lora_rollout():
+    """Merged where there is room for it, and not: the CPU's tokens."""
+    from model.decode import make_products
+    from model.generate import generate
+
+    vlm, prompts = tiny(lively=True, rank=4), prompts_of(tiny(), 4)
+    want = generate(vlm, prompts, 2, 24, temperature=0.0)
+    small_buckets()
+    for free in (1 << 32, 1 << 12):
+        with GPU(free=free) as gpu:
+            twin = lent(vlm)
+            is_merged = hasattr(make_products(twin)[0].down, "keywords")
+            assert is_merged == (free == 1 << 32)
+            assert generate(twin, prompts, 2, 24, temperature=0.0) == want
+        assert gpu.replays > 20
 
 
 @both_families
@@ -152,13 +183,11 @@ def sampled_rollout():
                 results.append(generate(twin, prompts, 2, 10, **settings))
             generate(twin, prompts, 2, 3, top_p=top_p, generator=torch.Generator().manual_seed(0))
         assert results[0] == results[1] and gpu.recordings and gpu.replays
-        assert set(gpu.waits) <= {"evict", "compact"}, set(gpu.waits)
+        assert set(gpu.waits) <= {"find_finished", "leave"}, set(gpu.waits)
         # A copy that is not "goes on" waits, too: where prompts come in and rows leave, and nowhere else.
-        waiting = {who for how, who in gpu.copies if how.endswith("waits")} - {
-            "uniform_numbers"
-        }  # asked for
-        inside = {"image_features", "encode", "prefill", "_assign"}
-        may = {"__init__", "add", "embed", "_move_up", "evict", "a test", *inside}
+        waiting = {who for how, who in gpu.copies if how.endswith("waits")} - {"generate"}
+        prefilling = {"image_features", "encode", "embed", "pad", "first_logits", "prefill_tails"}
+        may = {"__init__", "open", "point", "_move", "leave", "a test", *prefilling}
         assert waiting <= may, waiting - may
 
 
@@ -228,11 +257,9 @@ def nucleus():
     probs = torch.tensor([0.4, 0.25, 0.0, 0.15, 0.1, 0.06, 0.04])
     for top_p, kept in ((0.85, [0, 1, 3, 4]), (0.7, [0, 1, 3]), (0.99, [0, 1, 3, 4, 5, 6])):
         with GPU() as gpu:
-            logits, rng = (
-                probs.log().expand(64, -1).to("cuda"),
-                torch.Generator("cuda").manual_seed(0),
-            )
-            draws = [sample(logits, 1.0, top_p, 0, rng).cpu() for _ in range(150)]
+            logits = probs.log().expand(64, -1).to("cuda")
+            uniform = lambda rounds: torch.rand(rounds, 64, 1, device="cuda")  # noqa: E731
+            draws = [sample(logits, 1.0, top_p, 0, uniform).cpu() for _ in range(150)]
         assert not gpu.waits and 0 < _rows_outside(64, top_p) <= 64
         counts, want = torch.cat(draws).bincount(minlength=7), probs[kept].double()
         assert counts[kept].sum() == counts.sum() == 64 * 150, "nothing outside the nucleus"

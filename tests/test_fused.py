@@ -16,9 +16,10 @@ import torch
 from conftest import ROOT
 
 from model import decode as cache
-from model import fused, generate
+from model import fused, generate, schedule
 from model import sampling as sampling_module
 from model.offload import Fallbacks
+from model.schedule import Limits
 
 sys.path.append(str(ROOT / "bench"))  # at the end: it has a rewards.py of its own
 import launches  # noqa: E402
@@ -41,12 +42,18 @@ def arguments(dtype, R, S, n, P, T, spare, kv=2, g=3, d=16, hidden=48, mlp=70, w
     prompt = [normal((S + spare) * kv, P + spare, d)[: S * kv, :P] for _ in range(2)]
     keys, values = (normal(R + spare, kv, T + spare, d) for _ in range(2))
     own = [x.flatten(0, 1)[: R * kv, :T] for x in (keys, values)]
-    unseen = (torch.arange(P) >= 1 + numbers(P, S, 1, 1)).repeat_interleave(kv, dim=0)
-    unwritten = (torch.arange(T) > numbers(T, R, 1, 1)).repeat_interleave(kv, dim=0)
+    unseen = fused.hide(torch.arange(P) >= 1 + numbers(P, S, 1, 1), kv)
+    unwritten = fused.hide(torch.arange(T) > numbers(T, R, 1, 1), kv)
     cells, row_of_cell = torch.randperm(S * n, generator=rng)[:R], torch.zeros(S * n, dtype=long)
     row_of_cell[cells] = torch.arange(len(cells))
     count, inv_freq = torch.arange(P + T + spare), uniform(d // 2)
-    slots = numbers(9, R, T + spare + 1), numbers(T, R), numbers(99, R), 1 + numbers(P, S)
+    slots = (
+        numbers(9, R, T + spare + 1),
+        numbers(T, R),
+        numbers(99, R),
+        numbers(3, R),
+        1 + numbers(P, S),
+    )
     probs, drawn = (normal(R, words).float() * 3).softmax(dim=1), uniform(R, 1) / 100
     state = numbers(9, R, 1), numbers(2, R, 1).bool(), uniform(R, 1)
     which = torch.arange(R)[: max(1, R // 2)]
@@ -67,6 +74,7 @@ def arguments(dtype, R, S, n, P, T, spare, kv=2, g=3, d=16, hidden=48, mlp=70, w
             numbers(5, words) == 0,
             torch.zeros(R + spare, words)[:R],
         ),
+        fused.uniform_numbers: (numbers(2**62, R), numbers(99, R), 5),
         fused.likelihoods: (normal(R, words).float(), 0.7),
         fused.draw: (probs, probs.cumsum(dim=1), state[2], 0.9),
         fused.likelier: (probs, drawn),
@@ -131,8 +139,9 @@ def test_a_compiled_step_writes_the_same_tokens(monkeypatch, size):
     for p in vlm.model.parameters():
         p.data += 0.12 * torch.randn(p.shape, generator=rng)
     prompts = [random_prompt(vlm, 50 + 7 * i, i) for i in range(5)]
-    monkeypatch.setattr(generate, "slots_in_memory", lambda *_: 2)
-    monkeypatch.setitem(cache.BUCKETS, "cpu", (4, 2, 16, 8))
+    limits = lambda vlm, prefixes, prefix, own, n: Limits(2 * n, 2, n, prefix, own)  # noqa: E731
+    monkeypatch.setattr(generate, "limits_in_memory", limits)
+    monkeypatch.setitem(schedule.BUCKETS, "cpu", (4, 2, 2, 16, 8))
 
     def texts():
         greedy = generate.generate(vlm, prompts, 3, 12, temperature=0.0)
@@ -140,11 +149,12 @@ def test_a_compiled_step_writes_the_same_tokens(monkeypatch, size):
         return greedy, generate.generate(vlm, prompts, 3, 12, top_p=0.9, generator=rng)
 
     class Compiled(cache.Rows):
-        def __init__(self, vlm, *sizes):
-            super().__init__(vlm, *sizes)
+        def __init__(self, *args):
+            super().__init__(*args)
             self.pieces = fused.compiled(fallbacks)
             layers = vlm.model.model.language_model.layers
-            self.project = [cache.project_qkv(layer.self_attn, merge=True) for layer in layers]
+            merged = [cache._products(cache._linears(layer), True, False) for layer in layers]
+            self.products = merged
 
     want = texts()
     monkeypatch.setattr(generate, "Rows", Compiled)

@@ -102,16 +102,18 @@ def test_the_peak_of_known_allocations():
 @models("float32", "bfloat16")
 def test_rollouts_against_the_tensors_of_a_rollout(small):
     vlm, n, new_tokens = small, 4, 20
-    rows = cache.Rows(vlm, 3, n, 300, new_tokens)
-    caches = rows.prompt_keys + rows.prompt_values + rows.keys + rows.values
+    limits = cache.Limits(3 * n, 3, n, prefix_tokens=250, own_tokens=50 + new_tokens)
+    rows = cache.Rows(vlm, limits, new_tokens, cache.make_products(vlm))
+    caches = rows.prefix_keys + rows.prefix_values + rows.keys + rows.values
     token = cache.cache_token_bytes(vlm.model.config, vlm.model.dtype)
-    assert sum(x.nbytes for x in caches) == 3 * (300 + n * new_tokens) * token
+    taken = 3 * (250 + n * (50 + new_tokens)) * token
+    assert sum(x.nbytes for x in caches) == taken
     work = plan.Work(250, 50, new_tokens, n, 3, n)
     assert (
         plan.rollout_bytes(
             plan.Case(vlm.model.config, vlm.model.dtype, work, {}, False, "cpu"), 3 * n, n
         )
-        > 3 * (300 + n * new_tokens) * token
+        > taken
     )
 
 

@@ -34,7 +34,7 @@ model.fused, greedy_rollout: an index made on the CPU
 
 model.decode, greedy_rollout: a number asked for in the step
 - x = model.embed_tokens(token)
-+ x = model.embed_tokens(token + 0 * int(rows.prompt_length.max()))
++ x = model.embed_tokens(token + 0 * int(rows.prefix_length.max()))
 
 model.decode, greedy_rollout: a random number in the step
 - x = model.embed_tokens(token)
@@ -50,7 +50,7 @@ model.decode, greedy_rollout: logits at a new address in each step
 
 model.decode, greedy_rollout: a Python number that changes from step to step
 - rows.written[:R],
-+ rows.written[:R] * 0 + rows.time - rows.owners[0].born,
++ rows.written[:R] * 0 + next(rows.__dict__.setdefault("calls", iter(range(1, 10**9)))),
 
 model.decode, greedy_rollout: compiled for the first time in a capture
 - graph = torch.cuda.CUDAGraph()
@@ -105,16 +105,36 @@ model.sampling, nucleus: too few rows draw again
 + count = 1
 
 model.sampling, nucleus: rows that are inside draw again, too
-- which, left, left.cumsum(dim=1), token, outside, next
-+ which, left, left.cumsum(dim=1), token, outside | True, next
+- which, left, left.cumsum(dim=1), token, outside, numbers
++ which, left, left.cumsum(dim=1), token, outside | True, numbers
 
-model.sampling, sampled_rollout: uniform numbers left on the CPU
-- yield from numbers.to(device)
-+ yield from numbers
+model.generate, sampled_rollout: seeds left on the CPU
+- generator=generator).to(vlm.device)
++ generator=generator)
+
+model.fused, sampled_rollout: random numbers counted on the CPU
+- torch.arange(rounds, device=seeds.device)
++ torch.arange(rounds)
+
+model.decode, greedy_rollout: prefixes of other slots are read
+- cell_of_row[row] = cell
++ cell_of_row[row] = 0
+
+model.decode, greedy_rollout: a prefix that its first slot does not get
+- slot[slots, :, : prefix.tokens] =
++ slot[slots[1:], :, : prefix.tokens] =
+
+model.decode, greedy_rollout: rows that move leave their tail behind
+- own = [self.seeds, self.tail,
++ own = [self.seeds,
+
+model.schedule, greedy_rollout: a row that has left keeps its cell
+- self.rows_of[owner.prefix].remove(row)
++ pass
 
 model.generate, greedy_rollout: positions left on the CPU
-- positions.permute(2, 0, 1).to(vlm.device)
-+ positions.permute(2, 0, 1)
+- places.permute(2, 0, 1).to(device)
++ places.permute(2, 0, 1)
 
 model.offload, offloaded_roles: buffers forgotten in offloading
 - return [*trained, *model.buffers()]
@@ -179,6 +199,14 @@ grpo, lora_update: a mask of tokens made on the CPU
 training.policy, moments_come_back: moments left on the CPU
 - return whole.to(master.device)
 + return whole
+
+model.decode, lora_rollout: a change that is left out
+- return layer.merged() if type(layer) is LoRALinear else layer.weight
++ return layer.weight
+
+model.decode, lora_rollout: merged where there is no room
+- merge_change = 0 < changed <= room
++ merge_change = 0 < changed
 
 model.lora, lora_export: a change merged on the other device
 - change = change.to(self.weight.device)

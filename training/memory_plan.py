@@ -157,10 +157,9 @@ def memory_plan(
         parts = stays | in_training if training else base
         if "trained role" not in parts or not name.startswith(role.title()):
             parts = parts | {role: copy}
-        # Half of what is free, but enough for one prompt's n rows.
-        free = max(0, device_bytes - sum(parts.values())) // 2 if on_gpu else CPU_CACHE_BYTES
-        cache = max(rollout_bytes(case, n, n), min(rollout_bytes(case, rows, n), free))
-        return Moment(name, parts | {"cache": cache})
+        return Moment(
+            name, parts | rollout_parts(case, parts, device_bytes, rows, n, lora_rank > 0)
+        )
 
     questions = work.questions
     answers = work.questions * work.answers
@@ -318,15 +317,39 @@ def layer_sizes(sizes: dict[str, int]) -> tuple[int, int]:
     return rest, max(layers.values())
 
 
+def rollout_parts(
+    case: Case, others: dict[str, int], device_bytes: int | None, rows: int, n: int, lora: bool
+) -> dict[str, int]:
+    """Returns what a rollout takes besides `others`: half of what is free, but enough for n rows."""
+    parts = {}
+    free = CPU_CACHE_BYTES
+    if device_bytes is not None:
+        free = max(0, device_bytes - sum(others.values())) // 2
+        if lora and (merged := merged_bytes(case.config, case.dtype)) <= free:
+            parts = {"merged weights": merged}
+            free -= merged // 2
+    parts["cache"] = max(rollout_bytes(case, n, n), min(rollout_bytes(case, rows, n), free))
+    return parts
+
+
+def merged_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Returns the bytes of weights that LoRA changes, which a rollout merges (see `decode.make_products`)."""
+    linear = re.compile(r"language_model\.layers\..*proj\.weight")
+    sizes = parameter_sizes(config).items()
+    return sum(size for name, size in sizes if linear.search(name)) * dtype.itemsize
+
+
 def rollout_bytes(case: Case, rows: int, n: int) -> int:
     """Returns the bytes of a rollout: the KV cache, what sampling needs, and one layer of a prefill.
 
-    rows: completions that are sampled together, n of each prompt.
+    rows: completions that are sampled together, n of each prompt. An image's keys are there once for n rows
+    at most, and each row has those of its prompt's text.
     """
     text = case.config.text_config
     work = case.work
     prompt_tokens = rows // n * work.prompt_tokens
-    cache = (prompt_tokens + rows * work.new_tokens) * cache_token_bytes(case.config, case.dtype)
+    tokens = rows // n * work.image_tokens + rows * (work.text_tokens + work.new_tokens)
+    cache = tokens * cache_token_bytes(case.config, case.dtype)
     sampling = rows * text.vocab_size * SAMPLING_BYTES
     layer = (6 * text.hidden_size + 3 * text.intermediate_size) * case.dtype.itemsize  # of a token
     prefilled = min(prompt_tokens, max(int(PREFILL_TOKENS * case.batch_scale), work.prompt_tokens))
