@@ -22,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 
 import rewards
 from answers import agrees, same_answer
@@ -285,6 +286,12 @@ def sample_list(samples: dict[tuple[int, str, int], list[dict]], folder: Path) -
     shown = ""
     for (k, phase, step), examples in spread(list(samples.items()), SAMPLED_STEPS):
         name = f"Iteration {k}, {phase.capitalize()}, step {step}"
+        rewards = [
+            number(o, "reward") for e in examples[:2] for o in e["outputs"] if isinstance(o, dict)
+        ]
+        rewards = [reward for reward in rewards if reward is not None]
+        if rewards:
+            name += f" · mean reward {fmean(rewards):.2f}"
         cards = "".join(sample_card(example, folder) for example in examples[:2])
         shown += f"<details><summary>{name}</summary>{cards}</details>"
         if len(shown) > SAMPLES_LENGTH:
@@ -314,8 +321,9 @@ def sample_card(example: dict, folder: Path) -> str:
     for output in example["outputs"][:SHOWN_OUTPUTS]:
         told += output_text(output)
     answers = example.get("answers")
-    for answer in answers[:2] if isinstance(answers, list) else ():
-        told += f"<h3>The Reasoner, asked the first valid question</h3>{output_text(answer)}"
+    if isinstance(answers, list) and answers:
+        told += "<h3>The Reasoner, asked the first valid question</h3>"
+        told += "".join(map(output_text, answers[:2]))
     return f'<div class="sample"><div class="soft">{image}<br>{name}</div><div>{told}</div></div>'
 
 
@@ -407,6 +415,7 @@ def page(folder: Path) -> str:
         f"{tell_place(records, config)} · {minutes:.1f} minutes of work"
         f" · model: {config.get('model') or 'the toy of this repository'}"
         f" · images: {config.get('images') or 'built-in scenes'}"
+        f"{'' if finished else ' · this page reloads itself'}"
     )
     skips = folder / "skipped.txt"
     skipped = skips.read_text(encoding="utf-8", errors="replace") if skips.exists() else ""

@@ -35,7 +35,7 @@ img { width: 168px; }
 .sample { padding: .2rem 0 .6rem 1rem; display: grid; gap: 1rem; grid-template-columns: 168px 1fr; }
 .output { border-top: 1px solid var(--line); padding: .3rem 0; } .output pre { margin: .2rem 0; }
 @media (max-width: 45rem) { .sample { grid-template-columns: 1fr; padding-left: 0; } }
-summary { cursor: pointer; }
+summary { cursor: pointer; } .sample h3 { margin-top: .8rem; }
 .good { color: var(--c2); } .bad { color: var(--c1); }
 """
 

@@ -193,7 +193,7 @@ def test_a_run_that_goes_on_says_where_it_is_and_its_page_reloads(tmp_path, line
     whole = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(whole[:lines]))
     text = written(folder)
-    assert place in text and '<meta http-equiv="refresh"' in text
+    assert place in text and '<meta http-equiv="refresh"' in text and "reloads itself" in text
 
 
 def test_following_writes_the_page_until_the_run_is_over(tmp_path, monkeypatch):
@@ -251,7 +251,10 @@ def test_what_models_write_is_text_in_the_report_and_on_the_terminal(tmp_path, c
     page = written(folder)
     check_page(page)
     block = page.split("What the models wrote")[1]
-    assert "<details><summary>Iteration 1, Questioner, step 1</summary>" in block and shown in block
+    assert (
+        "<details><summary>Iteration 1, Questioner, step 1 · mean reward 0.50</summary>" in block
+        and shown in block
+    )
     assert not re.search(
         "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", block
     )
