@@ -109,8 +109,8 @@ model.sampling, nucleus: rows that are inside draw again, too
 + which, left, left.cumsum(dim=1), token, outside | True, numbers
 
 model.generate, sampled_rollout: seeds left on the CPU
-- generator=generator).to(vlm.device)
-+ generator=generator)
+- ).to(vlm.device)
++ )
 
 model.fused, sampled_rollout: random numbers counted on the CPU
 - torch.arange(rounds, device=seeds.device)
@@ -119,10 +119,6 @@ model.fused, sampled_rollout: random numbers counted on the CPU
 model.decode, greedy_rollout: prefixes of other slots are read
 - cell_of_row[row] = cell
 + cell_of_row[row] = 0
-
-model.decode, greedy_rollout: a prefix that its first slot does not get
-- slot[slots, :, : prefix.tokens] =
-+ slot[slots[1:], :, : prefix.tokens] =
 
 model.decode, greedy_rollout: rows that move leave their tail behind
 - own = [self.seeds, self.tail,

@@ -447,6 +447,7 @@ def load_roles(setup: Setup) -> tuple[VLM, VLM]:
 def show_time(setup: Setup) -> None:
     """Prints how long an iteration takes, measured with the weights and a few images, or why it does not."""
     run = setup.run
+    dry_run.show_estimate(setup)
     tell = print if run.ranks.is_main else lambda _: None
     if not any(setup.checkpoint.folder.glob("*.safetensors")):
         tell("time     not measured: the weights are not on this machine yet")

@@ -1,6 +1,7 @@
 """The dry run: what would run, how much memory and disk it takes, and how long, measured on a few images."""
 
 import gc
+import math
 import os
 import re
 import shutil
@@ -18,8 +19,10 @@ from model.checkpoint import Checkpoint
 from model.prompt import Picture
 from model.sampling import Sampling
 from model.vlm import VLM
+from training import estimate
 from training import memory_plan as plan
 from training.distributed import Ranks
+from training.pixels import HEADROOM
 from training.policy import Trained
 from training.run import Run
 from training.settings import MOST, Settings, printable
@@ -232,6 +235,7 @@ def check_host_memory(setup: Setup) -> tuple[bool, str]:
             config, dtype, None, work, **flags, batch_scale=setup.batch_scale
         )
         needed = max(moment.total for moment in moments)
+    needed += photograph_bytes(setup)
     needed *= int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # processes that torchrun started here
     text = f"in the computer: {needed / GIB:.2f} GiB"
     there = available_memory()
@@ -241,15 +245,63 @@ def check_host_memory(setup: Setup) -> tuple[bool, str]:
     return needed <= there, f"{text}{verdict} {there / GIB:.1f} that are available"
 
 
+def photograph_bytes(setup: Setup) -> int:
+    """Returns the bytes of two steps of images of a process: the next one's are decoded meanwhile."""
+    run = setup.run
+    s = run.settings
+    pixels = run.scene_size**2 if s.images is None else HEADROOM * s.max_pixels
+    images = 2 * math.ceil(s.images_per_step / run.ranks.size)
+    return 3 * pixels * images
+
+
 def available_memory() -> int | None:
-    """Returns the bytes that processes can still have, by Linux; None where nothing says so."""
+    """Returns the bytes that processes can still have, by Linux; None where nothing says so.
+
+    A container has limits of its own, of which the kernel's MemAvailable knows nothing.
+    """
+    there = free_in_containers()
     try:
-        found = re.search(
-            r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE
-        )
+        text = Path("/proc/meminfo").read_text()
     except OSError:
+        text = ""
+    if found := re.search(r"^MemAvailable:\s+(\d+) kB$", text, re.MULTILINE):
+        there.append(int(found[1]) * 1024)
+    return min(there, default=None)
+
+
+def free_in_containers(
+    groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> list[int]:
+    """Returns what the memory limits of this process's control groups leave, in bytes, by cgroup v1 or v2.
+
+    own: a line for each hierarchy, "0::/a/b" of v2 and "5:memory:/a/b" of v1. The limits of /a/b, /a and /
+    all count. Inside a container they are often mounted as if /a/b were /.
+    """
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return []
+    free = []
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        mount = groups / "memory" if kinds else groups
+        names = ("limit_in_bytes", "usage_in_bytes") if kinds else ("max", "current")
+        place = Path(path.lstrip("/"))
+        for folder in (place, *place.parents):
+            limit, used = (_read_number(mount / folder / f"memory.{name}") for name in names)
+            if limit is not None:
+                free.append(max(0, limit - (used or 0)))
+    return free
+
+
+def _read_number(path: Path) -> int | None:
+    """Reads the number in a file; None if there is none, or the word "max"."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
         return None
-    return int(found[1]) * 1024 if found else None
 
 
 def advise(free: int, batch_scale: float, inputs: tuple, flags: dict) -> str:
@@ -381,6 +433,24 @@ def describe(s: Settings, rehearsal: Rehearsal, ranks: int) -> str:
     return (
         text
         + f"all {s.iterations} of them {format_duration(whole * s.iterations)}, measuring not counted"
+    )
+
+
+def show_estimate(setup: Setup) -> None:
+    """Prints how long steps would take on the GPU of --for, or on the one here if it is a known one."""
+    s = setup.run.settings
+    here = torch.cuda.get_device_name(setup.device).lower() if setup.device.type == "cuda" else ""
+    card = s.for_ or next((name for name in estimate.CARDS if name in here), None)
+    if card is None or not setup.run.ranks.is_main:
+        return
+    config, _, work = setup.plan_inputs
+    found = estimate.estimate(estimate.Case(config, s, work, estimate.CARDS[card]))["seconds"]
+    names = ("questioner_step", "curation", "reasoner_step", "iteration")
+    one, two, three, whole = (format_duration(found[name]) for name in names)
+    print(
+        f"time     an estimate for one {card.upper()}, not measured: a Questioner step takes about {one}, a "
+        f"curation {two}, a Reasoner step {three}; an iteration {whole}, all {s.iterations} of them "
+        f"{format_duration(found['iteration'] * s.iterations)}"
     )
 
 

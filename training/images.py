@@ -18,7 +18,14 @@ from pathlib import Path
 
 from model.prompt import Picture
 from training.distributed import Ranks
-from training.pixels import SUFFIXES, UNREAD, ImageError, load_image, open_image
+from training.photographs import Photographs
+from training.pixels import (  # noqa: F401  load_image stays importable from here
+    SUFFIXES,
+    UNREAD,
+    ImageError,
+    load_image,
+    open_image,
+)
 from training.settings import printable, shorten
 
 # How image files of any other name begin: IMG_0001, photo.jpg_large.
@@ -226,6 +233,9 @@ class Pictures:
     max_pixels: int | None = None  # that the model takes of an image (see `load_image`)
     token_side: int = 28
 
+    def __post_init__(self):
+        self.photographs = Photographs(self.max_pixels, self.token_side)
+
     def load_next(self, count: int, ranks: Ranks) -> list[Picture]:
         """Loads the next `count` pictures; of several ranks each loads its part of them.
 
@@ -235,17 +245,18 @@ class Pictures:
         pictures = []
         missing = count
         while missing:
-            bad = []
-            for path in ranks.shard(self._next_paths(missing)):
-                try:
-                    pictures.append(
-                        Picture(path, load_image(path, self.max_pixels, self.token_side))
-                    )
-                except ImageError as error:
-                    bad.append((path, str(error)))
+            paths = ranks.shard(self._next_paths(missing))
+            loaded = self.photographs.load(paths)
+            good = [path for path in paths if not isinstance(loaded[path], ImageError)]
+            pictures += [Picture(path, loaded[path]) for path in good]
+            bad = [(path, str(loaded[path])) for path in paths if path not in good]
             bad = [(path, why) for path, why in ranks.all_gather(bad)]
             self.found.skipped.extend(dict.fromkeys(bad))
             missing = len(bad)
+        # The next step asks for as many: they are decoded while this one runs.
+        position = self.position
+        self.photographs.expect(ranks.shard(self._next_paths(count)))
+        self.position = position
         return pictures
 
     def _next_paths(self, count: int) -> list[str]:

@@ -48,8 +48,9 @@ from training.folder import (
     write_examples,
     write_json_lines,
 )
-from training.images import Found, ImageError, Pictures, load_image, make_relative
+from training.images import Found, ImageError, Pictures, make_relative
 from training.log import HEADER, Console, plain, rollout_metrics, skipped_in_a_row, table_row
+from training.photographs import Photographs
 from training.policy import Trained
 from training.settings import UNKNOWN_INSTRUCTIONS, Settings, knows, printable
 from training.state import (
@@ -108,6 +109,7 @@ class Run:
         self.state = State()
         self.number = 0  # states that were written
         self.pictures = self.in_order("")
+        self.photographs = Photographs(settings.max_pixels, token_side)  # of curated questions
         self.records: list[dict] = []  # the lines of metrics.jsonl
         self.started = time.monotonic()  # of the phase or step at hand
         self.header_printed = False
@@ -308,8 +310,16 @@ class Run:
         With fewer questions than images a step, each step takes all of them.
         """
         count = min(self.settings.images_per_step, len(order))
-        places = range((step - 1) * count, step * count)
-        return self.load_images(self.shard([order[place % len(order)] for place in places]))
+
+        def of_step(step: int) -> list[VotedQuestion]:
+            places = range((step - 1) * count, step * count)
+            return self.shard([order[place % len(order)] for place in places])
+
+        found = self.load_images(of_step(step))
+        if step < self.settings.reasoner_steps:
+            upcoming = [str(self.folder / question.image) for question in of_step(step + 1)]
+            self.photographs.expect(upcoming)
+        return found
 
     def finish_phase(
         self,
@@ -422,13 +432,14 @@ class Run:
         """Returns questions with their images. Those that can no longer be read join the skipped ones."""
         found = []
         unreadable = []
-        for question in questions:
-            path = str(self.folder / question.image)
-            try:
-                image = load_image(path, self.settings.max_pixels, self.token_side)
+        paths = [str(self.folder / question.image) for question in questions]
+        loaded = self.photographs.load(paths)
+        for question, path in zip(questions, paths):
+            image = loaded[path]
+            if isinstance(image, ImageError):
+                unreadable.append((question.image, str(image)))
+            else:
                 found.append((question, image))
-            except ImageError as error:
-                unreadable.append((question.image, str(error)))
         for path, why in self.all_gather(unreadable):
             if (path, why) not in self.images.skipped:
                 self.images.skipped.append((path, why))

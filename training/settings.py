@@ -43,6 +43,8 @@ def setting(default, help: str, group: str, least: float | None = None, most: fl
     )
 
 
+GPUS = ("a100", "h100", "h200", "l40s", "4090")  # see training/estimate.py
+
 # The groups of `python loop.py --help`.
 RUN = "what runs"
 LOOP = "the loop"
@@ -188,6 +190,9 @@ class Settings:
         "print what would run, how much memory it takes and how long (measured), then stop",
         RUN,
     )
+    for_: str | None = setting(
+        None, f"with --dry-run: a GPU to estimate the time for, one of {', '.join(GPUS)}", RUN
+    )
 
     @property
     def base_model(self) -> str:
@@ -198,6 +203,8 @@ class Settings:
         """Raises ValueError, with a sentence for the user, for a value out of range or of another type."""
         for field in dataclasses.fields(self):
             self._check_field(field)
+        if self.for_ not in (None, *GPUS):
+            raise ValueError(f"--for {self.for_}: it must be one of {', '.join(GPUS)}")
         if not self.tau_low <= self.tau_high <= 1:
             raise ValueError(
                 f"--tau-low ({self.tau_low}) must not be above --tau-high ({self.tau_high}), nor that above 1"
@@ -265,7 +272,7 @@ def find_model(name: str) -> str:
 
 def flag(name: str) -> str:
     """Returns a field's name as it is written on the command line."""
-    return "--" + name.replace("_", "-")
+    return "--" + name.strip("_").replace("_", "-")
 
 
 def printable(text: str) -> str:
@@ -485,6 +492,7 @@ def _add_flag(group, field: dataclasses.Field) -> None:
         text += f" (default: {field.default}{toy})"
     group.add_argument(
         flag(field.name),
+        dest=field.name,
         type=field.type if field.type in (int, float) else str,
         choices=("float32", "bfloat16") if field.name == "dtype" else None,
         metavar=field.name.upper(),
