@@ -207,7 +207,8 @@ def test_a_run_with_lora(workplace, dtype):  # noqa: F811
     """It trains, stops, goes on to the same end, and leaves merged checkpoints and adapters."""
     flags = [
         *SMALL,
-        *"--lora-rank 4 --lr 1e-3 --save-every 1 --tau-low 0 --tau-high 1 --dtype".split(),
+        *"--lora-rank 4 --lr 1e-3 --save-every 1 --tau-low 0 --tau-high 1".split(),
+        *"--group-size 8 --images-per-step 4 --dtype".split(),
         dtype,
     ]
     assert loop.main([*flags, "--name", "whole"]) == 0
