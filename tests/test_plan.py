@@ -215,3 +215,23 @@ def test_more_rows_or_tokens_take_more():
     ]
     update = lambda work: plan.memory_plan(config, torch.float32, None, work, False, False)[2].total  # noqa: E731
     assert all(update(work) > update(base) for work in grown)
+
+
+def test_offloaded_batches_are_as_large_as_the_card_allows():
+    """All weights come to the GPU for each batch: the fewer batches, the better; nothing else is larger."""
+    config = random_vlm("tiny", "meta", "bfloat16").model.config
+    work = plan.Work(200, 50, 40, 8, 64, 10)
+    flags = dict(checkpointing=True, offload=True)
+    scales = []
+    for free in (1 << 40, *(2**i for i in range(34, 20, -1))):
+        scale = plan.fit_batches(free, config, torch.bfloat16, work, **flags)
+        fits = [
+            plan.fits(free, config, torch.bfloat16, work, **flags, batch_scale=each)
+            for each in (scale, 2 * scale)
+        ]
+        assert fits[0] or scale == 1 / 64
+        assert scale == 4 or not fits[1], "the next larger one would not fit"
+        scales.append(scale)
+    assert scales[0] == 4 and scales == sorted(scales, reverse=True) and scales[-1] < 1
+    flags["offload"] = False
+    assert plan.fit_batches(1 << 40, config, torch.bfloat16, work, **flags) == 1

@@ -316,7 +316,7 @@ def advise(free: int, batch_scale: float, inputs: tuple, flags: dict) -> str:
     text = f"{free / GIB:.1f} GiB are free on the GPU: this fits"
     if not fits(flags, batch_scale):
         text += " not even with the smallest batches"
-    elif batch_scale == 1:
+    elif batch_scale >= 1:
         return text
     else:
         text += f" with batches of {batch_scale:g} of the usual size"

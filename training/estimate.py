@@ -271,6 +271,8 @@ def update_seconds(case: Case, mean: float) -> dict[str, float]:
         plan.trained_sizes(case.config, flags["lora_rank"], flags["freeze_vision"]).values()
     )
     batches = max(tokens / BATCH_TOKENS, groups * work.image_tokens / BATCH_IMAGE_TOKENS)
+    memory = int(case.card.memory)
+    batches /= plan.fit_batches(memory, case.config, torch.bfloat16, work, **flags)
     moved = 2 * trained  # the plain copy, made anew
     if flags[
         "offload"

@@ -16,6 +16,7 @@ most between them.
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass, replace
 from functools import cache
@@ -31,6 +32,7 @@ from model.logprobs import LOGITS
 from model.packing import BATCH_IMAGE_TOKENS, BATCH_TOKENS, ROW_TOKENS
 
 LAYER = re.compile(r"\w+\.(layers|blocks)\.\d+")  # in the name of a parameter
+OFFLOADED = 4.0  # times the usual batch size with --offload
 USABLE = 0.95  # of a GPU's memory: a twentieth is left for what nobody planned
 
 
@@ -183,13 +185,15 @@ def fits(
 def fit_batches(device_bytes: int | None, *inputs, **flags) -> float:
     """Returns the fraction of the usual batch size with which every moment fits: 1, 1/2, ... 1/64.
 
-    A GPU with less memory forwards and differentiates fewer tokens at a time. device_bytes: what is free of
-    it; None on a CPU, where it is 1. inputs, flags: see `fits`. It is 1/64, too, if nothing fits.
+    A GPU with less memory forwards and differentiates fewer tokens at a time. With --offload all weights come
+    to the GPU and go again for each batch, so there it may be 4, too. device_bytes: what is free of it; None
+    on a CPU, where it is 1. inputs, flags: see `fits`. It is 1/64, too, if nothing fits.
     """
     if device_bytes is None:
         return 1.0
-    for halvings in range(7):
-        batch_scale = 0.5**halvings
+    most = OFFLOADED if flags.get("offload") else 1.0
+    for halvings in range(round(math.log2(64 * most)) + 1):
+        batch_scale = most * 0.5**halvings
         if fits(device_bytes, *inputs, **flags, batch_scale=batch_scale):
             break
     return batch_scale
