@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ import loop
 import report
 import rewards
 from questioner import parse_question, read_question
+from training import command
 from training.scenes import write_scenes
+from training.settings import Settings
 from training.troubles import find_troubles
 
 IMAGES = [
@@ -163,6 +166,21 @@ def test_what_went_wrong_is_a_sentence_with_the_flag_to_turn(record, words):
     steps = 1 if record["phase"] in ("curation", "warning") else 2
     told = find_troubles([dict(iteration=1) | record] * steps, SETTINGS)
     assert len(told) == bool(words) and all(word in told[0] for word in words), told
+
+
+@pytest.mark.parametrize(
+    "records, first",
+    [
+        ([ASKED], "done: metrics"),
+        ([ASKED, dict(phase="warning", signature="x", message="y")], "done, with warnings:"),
+        ([ASKED | dict(truncated=1.0)], "The run is over, and not all went well:"),
+    ],
+)
+def test_the_last_lines_of_a_run_say_how_it_went(records, first):
+    run = SimpleNamespace(folder="runs/X y", settings=Settings(), records=[])
+    run.records = [dict(iteration=1) | record for record in records]
+    *_, last = lines = command.tell_end(run).splitlines()
+    assert lines[0].startswith(first) and last.endswith("report.py 'runs/X y'")
 
 
 def test_a_report_begins_with_what_went_wrong(tmp_path):

@@ -511,10 +511,14 @@ def train(loop: Loop, run: Run, roles: tuple[VLM, VLM]) -> None:
 def tell_end(run: Run) -> str:
     """Returns the last lines of a run: where its results are, and what went wrong."""
     what = f"etrics, curated questions and both checkpoints are in {run.folder}"
-    troubles = find_troubles(run.records, dataclasses.asdict(run.settings))
+    settings = dataclasses.asdict(run.settings)
+    troubles = find_troubles(run.records, settings)
+    steps = [record for record in run.records if record["phase"] != "warning"]
+    is_sound = not find_troubles(steps, settings)
+    head = "done, with warnings:" if is_sound else "The run is over, and not all went well:"
     page = f"make a page of it: python {path_from_here(REPORT)} {shlex.quote(str(run.folder))}"
     if not troubles:
         return f"done: m{what}; {page}"
     more = f"\n- and {len(troubles) - TROUBLES_TOLD} more" if troubles[TROUBLES_TOLD:] else ""
     told = "\n- ".join(map(printable, troubles[:TROUBLES_TOLD]))
-    return f"The run is over, and not all went well:\n- {told}{more}\nM{what}; {page}"
+    return f"{head}\n- {told}{more}\nM{what}; {page}"
