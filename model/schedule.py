@@ -54,9 +54,7 @@ class Owner(NamedTuple):
     prompt: int
     sample: int
     prefix: Hashable
-    born: (
-        int  # tokens drawn before its first, less the tokens that its prompt has behind the prefix
-    )
+    born: int  # tokens drawn before its first, less the tail of its prompt
 
 
 class Limits(NamedTuple):

@@ -9,6 +9,7 @@ lengths that are drawn (geometric); the rates are what such cards usually reach.
 import math
 import random
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -78,6 +79,7 @@ class Counts:
     moved: int = 0  # rows that moved up
     ends: dict[tuple[int, int], int] = field(default_factory=dict)  # completion -> its last token
     time: int = 0
+    last: Hashable = None  # the prefix that was forwarded last
 
     @property
     def steps(self) -> int:
@@ -94,7 +96,7 @@ class Counts:
         """Counts the tokens: of a prefix once, of a tail for each prompt."""
         self.prefills += 1
         for group in groups:
-            if not hasattr(self, "last") or self.last != group[0].prefix:
+            if self.last != group[0].prefix:  # else it is the rest of a group that was cut
                 self.images += 1
                 self.prefill_tokens += group[0].prefix_tokens
             self.last = group[0].prefix
