@@ -87,7 +87,6 @@ class Rules:
 
 def visplay(s: Settings, run: Run, rules: Rules = Rules()) -> None:  # noqa: B008 (it is frozen)
     """Runs all iterations; a run that was stopped goes on where it was."""
-    watch.check_questions(s)
     run.warn_of_prompts()
     measure(s, run, 0)
     for k in range(1, s.iterations + 1):
@@ -217,7 +216,7 @@ def measure(s: Settings, run: Run, k: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code (see training/command.py)."""
-    return command.main(visplay, __doc__, argv)
+    return command.main(visplay, __doc__, argv, watch.check_questions)
 
 
 if __name__ == "__main__":

@@ -87,8 +87,16 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
-def main(loop: Loop, description: str, argv: list[str] | None = None) -> int:
-    """Runs `loop` as the command line says, once for each of --seeds; returns the exit code."""
+def main(
+    loop: Loop,
+    description: str,
+    argv: list[str] | None = None,
+    check: Callable[[Settings], None] = lambda settings: None,
+) -> int:
+    """Runs `loop` as the command line says, once for each of --seeds; returns the exit code.
+
+    check: raises ValueError for a setting that `loop` cannot use, before anything is loaded or written.
+    """
     prepare_output()
     quiet_libraries()
     try:
@@ -103,7 +111,7 @@ def main(loop: Loop, description: str, argv: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     for one in split_seeds(settings):
-        exit_code = run_once(loop, one, ranks, again)
+        exit_code = run_once(loop, one, ranks, again, check)
         if exit_code:
             return exit_code
         folders.append(shlex.quote(f"runs/{one.name}"))
@@ -113,8 +121,17 @@ def main(loop: Loop, description: str, argv: list[str] | None = None) -> int:
     return 0
 
 
-def run_once(loop: Loop, settings: Settings, ranks: Ranks, again: str | None) -> int:
-    """Runs `loop` with these settings; returns the exit code. again: see `tell_how_to_go_on`."""
+def run_once(
+    loop: Loop,
+    settings: Settings,
+    ranks: Ranks,
+    again: str | None,
+    check: Callable[[Settings], None],
+) -> int:
+    """Runs `loop` with these settings; returns the exit code.
+
+    again: see `tell_how_to_go_on`. check: see `main`.
+    """
     program = name_program(loop)
     go_on = None  # how to continue, once there is something to continue
     try:
@@ -123,6 +140,7 @@ def run_once(loop: Loop, settings: Settings, ranks: Ranks, again: str | None) ->
             setup = open_run(settings, ranks, program.name)
             run = setup.run
             run.console = console
+            check(run.settings)
             if run.state.iteration > run.settings.iterations:
                 if ranks.is_main:
                     count = run.settings.iterations
