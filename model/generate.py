@@ -59,8 +59,8 @@ def generate(
 
     temperature 0 is greedy. top_p in (0, 1] keeps the likeliest tokens up to that much probability, top_k the
     k likeliest (0: all). `generator` makes it reproducible: each completion has random numbers of its own,
-    whatever fits into memory at once. On out-of-memory it keeps the finished prompts and retries the rest with
-    half as many rows. Raises ValueError for arguments out of range, OutOfMemoryError if not even a few
+    whatever fits into memory at once. On out-of-memory it keeps the finished prompts and retries the rest
+    with half as many rows. Raises ValueError for arguments out of range, OutOfMemoryError if not even a few
     rows fit.
     """
     whole_numbers = n >= 1 and max_new_tokens >= 1 and top_k >= 0
