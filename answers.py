@@ -17,11 +17,13 @@ with others. Nothing is evaluated, and all work is linear in the text. Matters o
   is not 5.
 * A letter from A to J with its text is the letter: B. cat = (B) cat = Option B = B. So J. Smith is J and
   C. elegans is C. But "A cat", "I think", "a.m.", "a:b" and the list "a: 5, b: 6" are no letters.
-* Capitals and marks at the end say nothing, but 5! is not 5. Blanks count between words and nowhere else.
+* Capitals and marks at the end say nothing. But 5! is not 5, and 5M is 5 million. Blanks count between words
+  and nowhere else.
 * Digits in groups of three are one number: 1,000 = 1{,}000 = 1\,000. But (10,200) is a pair, and 1 000 is two
   numbers. Digits of other scripts are digits: ٥ is 5. Number words and 五 are not.
-* No algebra and no dictionary: x + 1 is not 1 + x, \sqrt{4} is not 2, 1e3 is not 1000, two is not 2, dollars
-  are not $.
+* No algebra: x + 1 is not 1 + x, \sqrt{4} is not 2, 1e3 is not 1000.
+* No dictionary: two is not 2, 5 centimeters are not 5 cm, dollars are not $. But 50 percent is 50%, and 90
+  degrees are 90°.
 """
 
 import re
@@ -67,7 +69,7 @@ def without_thinking(text: str) -> str:
 
         "<think>a</think>b</think>"  ->  "b"
 
-    The template may have written the first <think> itself. Thoughts that were cut off say nothing yet. A
+    The template may have written the first <think> itself. A thought that was cut off says nothing yet. A
     </think> at the end that closes no thought is passed over.
     """
     first, *others = text.split("</think>")
@@ -125,7 +127,7 @@ def agrees(a: str, b: str) -> bool:
 def says_something(answer: str) -> bool:
     """Returns whether an answer is more than punctuation and blanks: "..." and "?" are no votes."""
     form = "".join(map(str, read_parts(answer)))
-    return any(unicodedata.category(c)[0] in "LNS" for c in form)
+    return bool(_categories(form) & set("LNS"))
 
 
 def canonical(answer: str) -> Fraction | str:
@@ -142,14 +144,14 @@ def canonical(answer: str) -> Fraction | str:
 
 @lru_cache(maxsize=10_000)  # votes repeat
 def read_parts(answer: str) -> Parts:
-    r"""Takes an answer apart, in the steps below. The value of nothing but marks is "".
+    r"""Takes an answer apart, in the steps below. An answer of marks alone has the value "".
 
     "**The answer is** $x = \frac{10}{2}\,\text{cm}$."        Parts(Fraction(5), " cm", "x")
     """
     # Long answers, and those that become long: words in one spelling, nothing else
     text = answer.strip()
     if len(text) <= _LONGEST:
-        text = plain_characters(text)
+        text = plain_characters(_MILLIONS.sub(r"\1 million", text))
     if len(text) > _LONGEST:
         return Parts(" ".join(compose(text).casefold().split()))
     # LaTeX as plain text                     \frac{10}{2}\,\text{cm}     10/2  cm
@@ -177,21 +179,20 @@ def read_parts(answer: str) -> Parts:
 
 # -- Characters
 
+_LOOK_ALIKES = (  # the first of a group stands for the others; Arabic ones by number
+    "-‐‑‒–—−﹣－ \"“”„‟«»「」『』《》〝〞 '‘’‚‛′ °º˚ ≥⩾≧ ≤⩽≦ ·⋅ |∣ :∶ [【 ]】"
+    " .。։।॥།༎။።᙮᠃។៕\u066b\u06d4\u0701\u0702 ,՝၊፣᠂\u060c\u066c\u07f8 ;፤\u061b ?՞፧\u061f !՜\u07f9 %\u066a"
+)
 PLAIN_CHARACTERS = (
-    dict.fromkeys("‐‑‒–—−﹣－", "-")
-    | dict.fromkeys("“”„‟«»「」『』《》〝〞", '"')
-    | dict.fromkeys("‘’‚‛′", "'")
-    | {"º": "°", "˚": "°", "。": ".", "、": "、", "∶": ":", "【": "[", "】": "]", "¿": "", "¡": ""}
-    | {"⩾": "≥", "≧": "≥", "⩽": "≤", "≦": "≤", "∼": r"\sim ", "⋅": "·", "∣": "|"}
+    {"∼": r"\sim "}
     | dict.fromkeys("\u2009\u202f", r"\,")  # thin blanks part thousands
     | dict.fromkeys("\u2062\u2063\u2064", " ")  # invisible times, comma and plus
-    | dict.fromkeys("\u115f\u1160\u3164\uffa0\u2800\ufe0e\ufe0f\u034f", "")  # show nothing
+    | dict.fromkeys("¿¡\u115f\u1160\u3164\uffa0\u2800\ufe0e\ufe0f\u034f", "")  # most show nothing
 )
-_MARK_NAMES = {  # how the names of marks of other scripts end: ARABIC QUESTION MARK
-    "FULL STOP": ".", "DANDA": ".", "SIGN KHAN": ".", "SIGN SECTION": ".", "MARK SHAD": ".",
-    "COMMA": ",", "LITTLE SECTION": ",", "SEMICOLON": ";", "QUESTION MARK": "?",
-    "EXCLAMATION MARK": "!", "DECIMAL SEPARATOR": ".", "THOUSANDS SEPARATOR": ",", "PERCENT SIGN": "%",
-}  # fmt: skip
+for plain, *others in _LOOK_ALIKES.split():
+    PLAIN_CHARACTERS |= dict.fromkeys(others, plain)
+_PIECE = re.compile(rf"\S{{1,{_LONGEST}}}")
+_MILLIONS = re.compile(r"\b(\d[\d.,]*)M\b")  # 5M, but 5m and 5 M are meters
 _RAISED = re.compile("[⁰¹²³ⁱ⁴-⁾ⁿ]+|[₀-₎]+")
 
 
@@ -202,14 +203,13 @@ def plain_characters(text: str) -> str:
 
 
 def compose(text: str) -> str:
-    """Writes e and its accent as é, word by word.
+    """Writes e and its accent as é. In pieces: many accents on one letter take quadratic time."""
+    return _PIECE.sub(lambda piece: unicodedata.normalize("NFC", piece[0]), text)
 
-    A word of over 400 characters stays: to sort the marks of a single letter takes quadratic time.
-    """
-    words = re.split(r"(\s)", text)
-    return "".join(
-        unicodedata.normalize("NFC", word) if len(word) <= _LONGEST else word for word in words
-    )
+
+def _categories(text: str) -> set[str]:
+    """Returns the kinds of characters in a text: L letters, M accents, N numbers, P marks, S signs."""
+    return {unicodedata.category(character)[0] for character in text}
 
 
 def _mark_raised(raised: re.Match) -> str:
@@ -231,11 +231,6 @@ def plain_character(character: str) -> str:
         return ""
     if category == "Nd":
         return str(unicodedata.decimal(character))
-    if category == "Po":
-        name = unicodedata.name(character)
-        for ending, mark in _MARK_NAMES.items():
-            if name.endswith(ending):
-                return mark
     plain = unicodedata.normalize("NFKC", character).replace("⁄", "/").replace("−", "-")
     kind = unicodedata.decomposition(character).partition(" ")[0]
     return f" {plain} " if kind in ("<fraction>", "<circle>", "<super>") else plain
@@ -251,23 +246,23 @@ _THOUSANDS = re.compile(  # 1,000 anywhere, but in brackets only what cannot be 
     re.ASCII,
 )
 _LETTER = re.compile(  # "b", "b. cat", "(b) cat", "option b: cat"; but not (a)(b), (a) + 1 or a : b
-    r"(?:option|choice|选项)? ?:? ?"
+    r"(?:option|choice|选[项择]?)? ?:? ?"
     r"(?:[(\[] ?([a-j]) ?[)\]](?! ?[=(]|[+*/^-]| [+*/^-] )"
-    r"|([a-j])(?: ?[.)、](?= |[^\x00-\x7f])| ?:(?= \S\S| ?[^\x00-\x7f])|[.:](?=[a-z]{2})|\)|$))"
+    r"|([a-j])(?: ?[.)、](?= |[^\x00-\x7f])| ?:(?= \S\S| \d| ?[^\x00-\x7f])|[.:](?=[a-z]{2})|\)|$))"
 )
 NEXT_LETTER = re.compile(
-    r"(?<![\w.'(])(?:\( ?[a-j] ?\)|[a-j] ?(?:[.:)](?= \S)|\)$))", re.IGNORECASE
+    r"(?<![\w.'(])(?:\( ?[a-j] ?\)|[a-j] ?(?:[.:)、](?= \S|[^\x00-\x7f])|\)$))", re.IGNORECASE
 )
-_PREFACE = re.compile(r"(?:the )?(?:correct |final )?answer(?: is ?:?| ?[:=])|答案(?:是|为)? ?:?")
+_PREFACE = re.compile(r"(?:the )?(?:correct |final )?answer(?: is ?:?| ?[:=])|答案[是为选]? ?:?")
 
 
 def _unwrap(text: str) -> str:
-    """Removes the marks at the end, and quotes and brackets around the whole, up to three layers of them."""
+    """Removes up to three layers of marks at the end, and of quotes and brackets around the whole."""
     for _ in range(3):
         text = " ".join(text.split()).rstrip(" .,;:?、")
         # The exclamation mark of a word, but not of 5! and n!
         calm = text.rstrip(" !")
-        if not calm or re.search(r"[^\W\d_]{2}$|[^\W\d_a-z]$", calm) or _is_accent(calm[-1]):
+        if not calm or re.search(r"[^\W\d_]{2}$|[^\x00-\x7f]$", calm):
             text = calm
         # Quotes
         inside = text[1:-1]
@@ -278,11 +273,6 @@ def _unwrap(text: str) -> str:
         if not set("(),") & set(bare):
             text = bare
     return text
-
-
-def _is_accent(character: str) -> bool:
-    """Returns whether a character belongs to the letter before it, as the vowels of Hindi do."""
-    return unicodedata.category(character)[0] == "M"
 
 
 def _read_letter(text: str) -> str | None:
@@ -325,7 +315,9 @@ def _normalize_signs(text: str) -> str:
 
 # -- Names, numbers and units
 
-_EQUATION = re.compile(r"(?:([^=()]{1,40})(?:\([^()=]{0,20}\))?)?=(?=[^=<>≤≥≠≈≅]+$)")
+_EQUATION = re.compile(  # x=5, f(2)=5, area of abc=5, =5; but not 2x=5, x=1 or x=5, a=b=5
+    r"(?:(?!\d|[^=(]*\b(?:and|or|not)\b)([^=()]{1,40})(?:\([^()=]{0,20}\))?)?=(?=[^=<>≤≥≠≈≅]+$)"
+)
 _MONEY = r"(?:(?:us|hk|[acs])?\$|[¢£¥฿\u20a0-\u20cf])"
 _NUMBER = r"(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})"
 _SIGNED_BRACKET = re.compile(rf"^([+-])\(({_NUMBER}/{_NUMBER})\)(?=$|[ %°])", re.ASCII)
@@ -347,9 +339,8 @@ def _split_name(text: str) -> tuple[str, str]:
     found = _EQUATION.match(text)
     if not found:
         return "", text
-    name = found[1] or ""
-    is_name = all(unicodedata.category(c)[0] in "LMN" or c in " _'∠△" for c in name)
-    if not is_name or name[:1].isdecimal() or {"and", "or", "not"} & set(name.split()):
+    letters = re.sub("[ _'∠△]", "", found[1] or "")
+    if not _categories(letters) <= set("LMN"):
         return "", text
     return text[: found.end() - 1], text[found.end() :]
 
@@ -399,20 +390,22 @@ def _normalize_element(element: str) -> str:
 
 _SHORT_UNITS = set(  # of one or two letters; 5x, 5i and 5π have none
     "m g s l h v w cm mm km dm nm μm kg mg μg ms μs ml dl cl kl ft in yd mi lb oz hr am pm ha pa hz kw mw"
-    " mv kv ma mj kj kn ω kω kb mb gb tb db st nd rd th sq".split()
+    " mv kv ma mj kj kn ω kω kb mb gb tb db st nd rd th sq ev px wk".split()
 )
 _SMALL_WORDS = set("of in on at a an by".split())  # behind others: 5 cups of tea
-CHANGES_NUMBER = re.compile(  # 5 million, 5 or 6, 5 squared, 5 sin x, 5万; but not 5千克
+CHANGES_NUMBER = re.compile(  # 5 million, 5 mrd, 5 or 6, 5 squared, 5 sin x, 5万; but not 5千克
     r"and|or|to|plus|minus|but|not|than|choose|mod|sin|cos|tan|log|ln|exp|root|factorial|squared|cubed"
-    r"|(?:hundred|thousand|[mbtr]+illion|milliard|dozen|lakh|crore|hal[fv]|third|quarter|fourth|fifth|sixth"
-    r"|seventh|eighth|ninth|tenth)\w*"
+    r"|(?:hundred|thousand|[mbtr]+illion|mill?iard|dozen|lakh|crore|hal[fv]|third|quarter|fourth|fifth|sixth"
+    r"|seventh|eighth|ninth|tenth|mil(?:l?[oó]n|h[oõã]|ion|yon)|tausend|млн|млрд|тыс|милли(?:он|ард))\w*"
+    r"|mil|mln|mio|mrd|bln|tsd|lac|grand|nghìn|triệu|tỷ|ribu|juta|लाख|करोड.*|हज.*ार|مليون|مليار|ألف|آلاف"
+    r"|(?:ล้าน|แสน|หมื่น|พัน).*"
     r"|(?!千[克米瓦卡])[十百千万萬亿億兆半만억천백].*"
 )
 
 
 def _is_unit(text: str) -> bool:
     """Returns whether a text behind a number is a unit, or what is counted: "°c", " cm^2", " red apples"."""
-    if text in ("%", "°", "'", '"', "°c", "°f", "°k") or re.fullmatch(_MONEY, text):
+    if re.fullmatch(rf"[%'\"]|°[cfk]?|{_MONEY}", text):
         return True
     plain = re.sub(r"\^\(?-?[1-4]\)?", "", text.removeprefix("°"))
     first, *others = re.split(r"[ /·*-]", plain.strip())
@@ -426,8 +419,8 @@ def _is_unit(text: str) -> bool:
 def _is_unit_word(word: str) -> bool:
     """Returns whether a word may be part of a unit. Short ones are mostly variables: 5 x, 5 π."""
     word = word.rstrip(".")
-    is_word = word and all(unicodedata.category(c)[0] in "LM" or c == "'" for c in word)
-    if not is_word or CHANGES_NUMBER.fullmatch(word):
+    is_word = _categories(word.replace("'", "")) <= set("LM")
+    if not word or not is_word or CHANGES_NUMBER.fullmatch(word):
         return False
     return len(word) > 2 or word[0] > "\u03ff" or word in _SHORT_UNITS
 

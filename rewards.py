@@ -62,7 +62,7 @@ class Candidate:
 def confidence(answers: Sequence[str | None]) -> tuple[str | None, float]:
     """Returns the silver label y~ and its share c of the m answers (the paper's confidence).
 
-    None stands for an answer that could not be parsed: it counts in m and never wins, and neither does one
+    None stands for an answer that could not be parsed. It counts in m and never wins; the same holds for one
     that says nothing ("..."). A tie goes to the answer that appeared first. Without any answer: (None, 0.0).
     """
     candidates = count_votes(answers)
@@ -82,14 +82,15 @@ def count_votes(answers: Sequence[str | None]) -> list[Candidate]:
         5, 5 cm, 5 cm      5 cm: 3            5, 5 cm, 5 mm     5: 1, 5 cm: 1, 5 mm: 1
         50, 50%            50%: 2             50, 50%, 0.5      50: 1, 0.5: 2
 
-    The label states what the answer's votes state, so that a reward parts 5 mm from it: it is the first vote
-    that states most, and 0.5 rather than 50%.
+    The label is the first vote that states most: a reward can then part 5 mm from it. It is 0.5 rather than
+    50%.
     """
     given = []
+    written = []
     for answer in answers:
         if answer is not None and says_something(answer):
             given.append(answer)
-    written = [read_parts(answer) for answer in given]
+            written.append(read_parts(answer))
     # 50% is 0.5 if a vote says 0.5, else it is 50 with a sign.
     bare = {parts.value for parts in written if not parts.unit}
     read = []
@@ -115,9 +116,9 @@ def count_votes(answers: Sequence[str | None]) -> list[Candidate]:
 
 
 def _the_only(stated: set[str]) -> str:
-    """Returns what a vote is given that states nothing, "" for nothing.
+    """Returns the unit or name that is given to a vote without one; "" if none, or several, are stated.
 
-    A bare 0.5 is 50% in any case.
+    0.5 always joins 50%.
     """
     if AS_NUMBER in stated:
         return AS_NUMBER
@@ -126,12 +127,11 @@ def _the_only(stated: set[str]) -> str:
 
 def _candidate(full: Parts, votes: list[tuple[Parts, str]]) -> Candidate:
     """Returns the answer with these votes; full: what they state together."""
+    unit = "" if full.unit == AS_NUMBER else full.unit  # 0.5, not 50%
 
     def states(vote: tuple[Parts, str]) -> tuple[bool, bool]:
         own, _ = vote
-        says_half = full.unit == AS_NUMBER and not own.unit  # 0.5, not 50%
-        states_unit = own.unit == full.unit
-        return says_half or states_unit, own.name == full.name
+        return own.unit == unit, own.name == full.name
 
     _, label = max(votes, key=states)
     spellings = Counter(answer for _, answer in votes)

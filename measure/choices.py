@@ -43,11 +43,14 @@ _CALLED_RIGHT = re.compile(
     rf"(?<![{_EDGE}])([A-Z])\)? (?:is|was|must be|would be|seems|looks) (?:the |most |best |clearly ){{0,3}}"
     r"(?:correct|right|true|best|answer|appropriate)|([A-Z])\)? ?(?:选项)?是?(?:正确|对的)"
 )
-_PART_OF_NAME = re.compile(  # letters that are no choices: 5 A, 30 °C, vitamin C, D.C., N/A, C++, T-shirt
-    r"\d ?[A-Z]\b(?![):])|°\s?[A-Z]\b|(?i:\b(?:degrees?|deg|celsius)) [A-Z]\b"
-    r"|(?i:\b(?:vitamins?|hepatitis|influenza|plan|types?|grade|class|appendix|malcolm)) [A-Z]\b"
-    r"|\b(?:[A-Z]\.)+[A-Z]\b\.?|\b[A-Z](?:[/&][A-Z])+\b"
-    r"|\b[A-Z](?:[+#]{1,2}(?!\w)|-[a-z]+)|\b[A-Z](?= (?:major|minor|flat|sharp)\b)"
+_PART_OF_NAME = (
+    re.compile(  # no choices: 5 A, 2-D, 30 °C, vitamin C, angle B, Ph.D., N/A, C++, T-shirt
+        r"\d[ -]?[A-Z]\b(?![):])|°\s?[A-Z]\b|(?i:\b(?:degrees?|deg|celsius)) [A-Z]\b"
+        r"|(?i:\b(?:vitamins?|hepatitis|influenza|plan|types?|grade|class|appendix|malcolm"
+        r"|angle|vertex|side|gate|terminal|platform|room|zone))[ -][A-Z]\b"
+        r"|\b(?:[A-Z][a-z]?\.)+[A-Z]\b\.?|\b[A-Z](?:[/&][A-Z])+\b"
+        r"|\b[A-Z](?:[+#]{1,2}(?!\w)|-(?:[a-z]+|\d+))|\b[A-Z](?= (?:major|minor|flat|sharp)\b)"
+    )
 )
 _UNDECIDED = re.compile(  # no answer is not no
     r"(?i:\b(?:yes (?:or|and|nor) no|no (?:or|and|nor) yes|yes ?/ ?no|no ?/ ?yes)\b"

@@ -77,6 +77,15 @@ SAME = {
         (r"\begin{pmatrix}1\\[2pt]2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
         (r"\left[\begin{matrix}1\cr 2\end{matrix}\right]", r"[\begin{matrix}1\\2\end{matrix}]"),
     ],
+    "a letter called the choice": [
+        ("选B", "B"), ("选 (B)", "B"), ("选择B。", "B"), ("答案选C", "C"), ("答案：选B", "B"),
+        ("A: 5 cm", "A"), ("A: 5", "A. 7"), ("(C): 1/2", "C"),
+    ],
+    "capital millions": [
+        ("5.7M", "5.7 million"), ("$5M", "$5.0 million"), ("1,200M", "1200 million"), (".5M", "0.5M"),
+        ("5MM", "5 mm"), ("5 M", "5 m"), ("AB5M", "ab5m"),
+    ],
+    "calm": [("👍!", "👍"), ("90°!", "90°"), ("naïv!", "naïv"), ("是b!", "是b"), ("∞!", "∞"), ("π!", "π")],
     "numbers in tuples": [
         ("(1, 9/2)", "(1, 4.5)"), ("[0.50, 1)", r"[\frac12, 1)"), (r"\{1.0, 2.0\}", r"\{1,2\}"),
         ("1.0, 2.50", "1, 5/2"),
@@ -117,6 +126,10 @@ DIFFERENT = {
         (r"\begin{vmatrix}1&2\end{vmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"),
         (r"\begin{pmatrix}1\\-2\end{pmatrix}", r"\begin{pmatrix}1-2\end{pmatrix}"),
     ],
+    "a letter called the choice": [
+        ("a: 5, b: 6", "a"), ("a:5", "a"), ("A：红，B：绿", "A"), ("A、红, B、绿", "A"), ("选", "选B"), ("A: B", "A"), ("3: 5", "3"),
+    ],
+    "capital millions": [("5M", "5m"), ("5M", "5 m"), ("5M", "5"), ("5MHz", "5M"), ("M", "million")],
     "numbers in tuples": [("(1,2.5)", "(1,2)"), ("[1,2]", "(1,2)"), ("(1,2)", "(2,1)"),
     ("(1/2)^2", "1/2^2"), ("1,5", "1.5")],
 }  # fmt: skip
@@ -156,8 +169,10 @@ LEFT_OUT = [  # one vote each: all are one answer
     ["1/2 cup", "0.5"], ["1 1/2 cups", "3/2"], ["12.5%", "12.5"], ["-5°", "-5"], ["5 o'clock", "5"],
     ["area = 5", "5"],
     ["5'", "5"], ["21st", "21"], ["5-6 hours", "5–6"], ["5 किलो", "5"], ["5千克", "5"], ["= 5", "5"],
-    ["US$5.00", "US$5", "5"], ["5 sq. units", "5"], ["P(A∪B) = 1/3", "1/3"],
+    ["US$5.00", "US$5", "5"], ["5 sq. units", "5"], ["P(A∪B) = 1/3", "1/3"], ["P(A or B) = 1/3", "1/3"],
     ["5 kg", "5", None],
+    ["5 miles", "5"], ["5 milk bottles", "5"], ["5 millilitres", "5"], ["5 миллиметров", "5"], ["5 eV", "5"],
+    ["800 px", "800"], ["Größe = 5", "5"], ["Länge AB = 5", "5"], ["ऊँचाई = 5", "5"],
     ["٥ cm", "5"], ["x = (1, 4.5)", "(1, 9/2)"], ["5 cups of tea", "5"], ["5 N m".replace("N", "kN"),
     "5"],
 ]  # fmt: skip
@@ -166,6 +181,10 @@ APART = [  # one vote each: all are different answers
     ["90°", "90 cm", "90"],
     ["2x", "2"], ["2\\pi", "2"], ["5i", "5"], ["3a", "3"], ["5 million", "5"],
     ["5 thousand dollars", "5"], ["5 or 6", "5"],
+    ["5M", "5 m"], ["$5M", "$5"], ["5 mln", "5"], ["5 Mrd.", "5"], ["5 mil", "5"], ["5 grand", "5"],
+    ["5 millones", "5"], ["5 milhões", "5"], ["5 тысяч", "5"], ["5 млн", "5"], ["5 миллионов", "5"],
+    ["5 करोड़", "5"], ["5 हज़ार", "5"], ["5 مليون", "5"], ["5 ล้านบาท", "5"], ["5 triệu", "5"], ["5 juta", "5"],
+    ["x and y = 5", "5"], ["not x = 5", "5"], ["2x = 5", "5"], ["x = 5 or y = 5", "5"],
     ["5 apples and 3 pears", "5"], ["5 to 6", "5"], ["5!", "5"], ["5^2", "5"], ["2 sin x", "2"],
     ["5万", "5"],
     ["5 squared", "5"], ["5 tenths", "5"], ["5 dozen eggs", "5"], ["x + 1 = 5", "5"], [r"x\not=5", "5"],
@@ -229,6 +248,12 @@ READ = {
         ("\u200eB\u200e", ("red", "green"), "B"), ("Ｂ", ("red", "green"), "B"),
         ("It's hepatitis B.", ("hepatitis B", "hepatitis A"), "A"),
         ("Point C is highest", ("red", "green", "blue"), "C"),
+        ("Angle B measures 90°.", ("30°", "60°", "90°"), "C"),
+        ("Vertex C has 30°", ("30°", "60°", "90°"), "A"),
+        ("He has a Ph.D.", ("w", "x", "y", "z"), None), ("Vitamin-C", ("x", "y", "z"), None),
+        ("2-D", ("w", "x", "y", "z"), None), ("B-12", ("x", "y"), None),
+        ("Gate B", ("Gate C", "Gate B"), "B"),
+        ("2 - D", ("w", "x", "y", "z"), "D"), ("No. 2 (B)", ("x", "y"), "B"),
         ("<think>A</think>The answer is B</think>\n", ("x", "y"), "B"),
     ],
 }  # fmt: skip
