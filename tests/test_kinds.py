@@ -127,7 +127,8 @@ DIFFERENT = {
         (r"\begin{pmatrix}1\\-2\end{pmatrix}", r"\begin{pmatrix}1-2\end{pmatrix}"),
     ],
     "a letter called the choice": [
-        ("a: 5, b: 6", "a"), ("a:5", "a"), ("A：红，B：绿", "A"), ("A、红, B、绿", "A"), ("选", "选B"), ("A: B", "A"), ("3: 5", "3"),
+        ("a: 5, b: 6", "a"), ("a:5", "a"), ("A：红，B：绿", "A"), ("A、红, B、绿", "A"),
+        ("选", "选B"), ("A: B", "A"), ("3: 5", "3"),
     ],
     "capital millions": [("5M", "5m"), ("5M", "5 m"), ("5M", "5"), ("5MHz", "5M"), ("M", "million")],
     "numbers in tuples": [("(1,2.5)", "(1,2)"), ("[1,2]", "(1,2)"), ("(1,2)", "(2,1)"),

@@ -212,4 +212,4 @@ def test_counting_takes_linear_time():
         return time.process_time() - start
 
     small = min(seconds(299), seconds(301), seconds(303))
-    assert seconds(3000) < 20 * small + 0.05
+    assert min(seconds(3000), seconds(3001), seconds(3002)) < 20 * small + 0.05
