@@ -538,10 +538,10 @@ def _read_argument(tokens: Iterator[str]) -> str:
 def _bracket(text: str, product: bool = False, signed: bool = False) -> str:
     """Puts a text in brackets, unless it needs none: a number, a word, a bracket.
 
-    product: above a fraction's line 2π needs none either. signed: nor does -1 in an exponent.
+    product: above a fraction's line 2π needs none either. signed: nor do -1 and + in an exponent.
     """
     text = text.strip()
     bare = text.lstrip("+-") if signed else text
     simple = r"√?[\d.]*[^\W\d_]*" if product else r"√?(\d+(\.\d+)?|[^\W\d_]+)|°"
-    needs_none = text and re.fullmatch(simple + r"|\([^()]*\)", bare)
+    needs_none = text and re.fullmatch(simple + r"|\([^()]*\)|", bare)
     return text if needs_none else f"({text})"

@@ -48,7 +48,7 @@ _PART_OF_NAME = (
         r"\d[ -]?[A-Z]\b(?![):])|°\s?[A-Z]\b|(?i:\b(?:degrees?|deg|celsius)) [A-Z]\b"
         r"|(?i:\b(?:vitamins?|hepatitis|influenza|plan|types?|grade|class|appendix|malcolm"
         r"|angle|vertex|side|gate|terminal|platform|room|zone))[ -][A-Z]\b"
-        r"|\b(?:[A-Z][a-z]?\.)+[A-Z]\b\.?|\b[A-Z](?:[/&][A-Z])+\b"
+        r"|\b(?:[A-Z][a-z]?\.){1,5}[A-Z]\b\.?|\b[A-Z](?:[/&][A-Z])+\b"
         r"|\b[A-Z](?:[+#]{1,2}(?!\w)|-(?:[a-z]+|\d+))|\b[A-Z](?= (?:major|minor|flat|sharp)\b)"
     )
 )

@@ -357,6 +357,9 @@ HOSTILE = (
     "answer is B ",
     "A is wrong ",
     "not B ",
+    "Ph.",
+    "A.",
+    "e\u0301",
     "12 34/",
     "a. ",
 ]

@@ -394,14 +394,18 @@ def test_sampling_draws_from_the_whole_vocabulary():
     logits[likely] = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).log()
     rng, counts = torch.Generator().manual_seed(0), torch.zeros(VOCABULARY)
     for _ in range(8):
-        drawn = sampling.sample(logits.repeat(64, 1), 1.0, 1.0, 0, rng)
+        drawn = sampling.sample(
+            logits.repeat(64, 1), 1.0, 1.0, 0, lambda n: torch.rand(n, 64, 1, generator=rng)
+        )
         counts += drawn.bincount(minlength=VOCABULARY)
     assert (counts[likely] / 512 - logits[likely].exp()).abs().max() < 0.08
     assert counts.sum() == counts[likely].sum() == 512
     noise = torch.randn(VOCABULARY, generator=rng) * 3
     share, order = noise.softmax(0).sort(descending=True)
     nucleus = set(order[share.cumsum(0) - share < 0.9].tolist())
-    drawn = sampling.sample(noise.repeat(32, 1), 1.0, 0.9, 0, rng)
+    drawn = sampling.sample(
+        noise.repeat(32, 1), 1.0, 0.9, 0, lambda n: torch.rand(n, 32, 1, generator=rng)
+    )
     assert len(nucleus) > 1000 and {*drawn.tolist()} <= nucleus and len(set(drawn.tolist())) > 20
 
 
