@@ -280,14 +280,16 @@ def disk_plan(
     """Returns what the run folder takes at most, besides images and lists.
 
     stored: the dtype of exports, the base's. saves: how many states are saved within a phase.
-    Of what is trained a state has weights of the base, both roles and the reference, and AdamW's two moments.
+    Of what is trained a state has the base's weights as they were stored, float32 weights of both roles and
+    of the reference, and AdamW's two moments.
     Two states are kept while a third is written, and share what has not changed; one more than `saves` is
     counted, as Ctrl-C saves another. An export is written beside the one that it replaces.
     """
     trained = sum(trained_sizes(config, lora_rank, freeze_vision).values())
     whole = sum(parameter_sizes(config).values()) * stored.itemsize
-    # Base, reference and other role once; of each state the role in training and its moments.
-    states = 4 * trained * (3 + 3 * min(3, saves + 1))
+    base = trained * (4 if lora_rank else stored.itemsize)
+    # Reference and other role once; of each state the role in training and its moments.
+    states = base + 4 * trained * (2 + 3 * min(3, saves + 1))
     return Moment("on the disk, at most", {"states": states, "checkpoints": 3 * whole})
 
 
