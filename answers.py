@@ -291,16 +291,13 @@ def _normalize_blanks(text: str) -> str:
     text = re.sub(r"(?<=\d)(?=[^\W\d_])", " ", text)
     text = re.sub(r" !=", "≠", text)  # but 5!=120
     text = " ".join(text.split())
-    kept = []
-    for i, character in enumerate(text):
-        if character != " " or not _is_sign(text[i - 1]) and not _is_sign(text[i + 1]):
-            kept.append(character)
-    return "".join(kept)
+    return re.sub(r"(?<=(.)) (?=(.))", _read_blank, text)
 
 
-def _is_sign(character: str) -> bool:
-    """Returns whether blanks beside a character say nothing. A full stop keeps them: 3. 5 is not 3.5."""
-    return character != "." and unicodedata.category(character)[0] in "PS"
+def _read_blank(blank: re.Match) -> str:
+    """Removes a blank beside a sign. A full stop keeps it: 3. 5 is not 3.5."""
+    beside = (blank[1] + blank[2]).replace(".", "")
+    return "" if _categories(beside) & {"P", "S"} else " "
 
 
 def _normalize_signs(text: str) -> str:
