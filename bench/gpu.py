@@ -1,32 +1,41 @@
-"""Everything that only a GPU can tell, in one command and under nine minutes: `python bench/gpu.py`.
+"""Everything that only a GPU can tell, in one command and eight minutes: `python bench/gpu.py`.
 
-Random weights of the published shapes, made on the device; nothing is downloaded. Each part is a process of
-its own, so that what fails or takes too long is reported and the rest goes on, and no part finds the memory
-of another.
+Random weights of a published shape, made on the device; nothing is downloaded. Each part is a process of its
+own with a time limit of its own. What it finds is printed at once, and written to --out as a JSON line: a
+part that fails or hangs costs only itself. In this order:
 
-    bandwidth   bytes a second that the device copies, and the matrix products it does in --dtype
-    rollout     `generate` against `model.generate` (bench/rollout.py)
-    decode      a decode step against reading weights and live cache once at that bandwidth
-    update      the packed update against the plain one (bench/update.py), and its share of the matrix peak
-    memory      the peak of rollouts and of an update, with all that the loop keeps on the device, and the
-                plan's: 3B, 3B and 7B with --offload
-    iteration   where the seconds go (bench/iteration.py)
-    learn       the toy's own run on this device: accuracy before and after
+    machine     versions, the card, the bytes a second that it copies and the matrix products that it does
+    attention   gradients of masked attention, with cuDNN's backend on and off (pytorch#196678)
     tests       the tests that run on a device (tests/test_device.py)
+    rollout     seconds of a capture and of a decode step, against the bytes that a step must read
+    update      one with T % 128 == 64: finite or not, its seconds, its peak against the memory plan's
+    gap         log-probabilities of the same tokens by decoding and by the packed forward pass
+    toy         one iteration of the toy's own run: accuracy before and after
+    lora        rollout and update again, with LoRA
+    estimate    what training/estimate.py expects for rollout and update, against what was found
 
-On a machine without a GPU the same runs at --size tiny.
+On a machine without a GPU the same runs at a tiny size. --part runs some parts in this process, without a
+limit.
 """
 
 import argparse
-import gc
+import contextlib
+import copy
+import importlib.metadata
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from iteration import Stopwatch, watch_rollouts, watch_updates
 from shapes import (
     ROOT,
     add_counts,
@@ -38,230 +47,380 @@ from shapes import (
     random_vlm,
     seconds,
     shape_config,
-    show,
-    synchronize,
 )
+from torch.nn.attention import SDPBackend
+from torch.nn.functional import scaled_dot_product_attention
 
 import grpo
-from model.decode import cache_token_bytes
-from model.generate import generate
+import loop
+from model import generate as rollouts
+from model.lora import add_lora
+from model.packing import lay_out, pack
+from model.schedule import CELLS, Waiting, find_limits
+from model.vlm import VLM
+from training import estimate as estimates
 from training import memory_plan as plan
 from training.policy import Trained
+from training.settings import Settings
 
-BENCH = ROOT / "bench"
-SECONDS = dict(  # that a part may take
-    bandwidth=30, rollout=90, decode=60, update=60, memory=150, iteration=60, learn=150, tests=120
-)
+GIB = 2**30
 SIZES = dict(prompt_tokens=1205, group_size=8, new_tokens=256, prompts=32)
 TINY_SIZES = dict(prompt_tokens=60, group_size=2, new_tokens=8, prompts=2)
+UPDATED = 8  # groups of an update at most
+LORA_RANK = 16
+SHARP = 0.3  # temperature: random weights are nearly undecided
+
+Found = Iterator[tuple[str, object]]  # names and values, as they become known
 
 
-# ---- Parts that are measured here; each returns name -> number ---------------------------------------------
+# ---- The machine -------------------------------------------------------------------------------------------
 
 
-def bandwidth(args) -> dict:
-    """A copy of n bytes reads and writes 2 n; a product of two n x n matrices is 2 n^3 operations."""
-    size, n = (2**30, 8192) if args.device == "cuda" else (2**26, 1024)
-    source, target = (torch.ones(size, dtype=torch.uint8, device=args.device) for _ in range(2))
-    a = torch.ones(n, n, device=args.device, dtype=getattr(torch, args.dtype))
-    copy = min(seconds(lambda: target.copy_(source), args.device) for _ in range(10))
+def machine(args) -> Found:
+    """Names what is there, and measures the memory and the matrix products."""
+    for name in ("torch", "transformers", "triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield name, importlib.metadata.version(name)
+    n = 1024
+    if args.device == "cuda":
+        n = 8192
+        yield "CUDA, cuDNN", f"{torch.version.cuda}, {torch.backends.cudnn.version()}"
+        yield "card", torch.cuda.get_device_name()
+        yield "memory (GiB)", torch.cuda.mem_get_info()[1] / GIB
+    yield "copy (GB/s)", copy_bandwidth(args.device) / 1e9
+    a = torch.randn(n, n, device=args.device, dtype=getattr(torch, args.dtype))
     product = min(seconds(lambda: a @ a, args.device) for _ in range(10))
-    return {"copy_gb_per_s": 2 * size / copy / 1e9, "matrix_tflops": 2 * n**3 / product / 1e12}
+    yield "matrix products (TFLOP/s)", 2 * n**3 / product / 1e12
 
 
-def decode(args) -> dict:
-    """The time of a step is the difference of a long and a short rollout, divided by that of their lengths.
-
-    A step must read all weights of the text model and, of each layer, the keys and values of every prompt
-    once and of every row.
-    """
-    vlm, rng = (
-        random_vlm(args.size, args.device, args.dtype),
-        torch.Generator(args.device).manual_seed(0),
-    )
-    vlm.end_ids, prompts = [-1], random_prompts(vlm, args)
-
-    def rollout(new_tokens: int) -> float:
-        sampling = dict(max_new_tokens=new_tokens, top_p=0.99, generator=rng)
-        return seconds(lambda: generate(vlm, prompts, args.group_size, **sampling), args.device)
-
-    short = max(1, args.new_tokens // 4)
-    rollout(short), rollout(args.new_tokens)
-    step = (rollout(args.new_tokens) - rollout(short)) / (args.new_tokens - short)
-    weights = sum(p.nbytes for name, p in vlm.model.named_parameters() if "visual" not in name)
-    rows, average = args.prompts * args.group_size, (args.new_tokens + short) / 2
-    tokens = args.prompts * args.prompt_tokens + rows * average
-    cache = tokens * cache_token_bytes(vlm.model.config, vlm.model.dtype)
-    bound = (weights + cache) / (bandwidth(args)["copy_gb_per_s"] * 1e9)
-    return {"step_ms": 1000 * step, "bound_ms": 1000 * bound, "share_of_bound": bound / step}
+def copy_bandwidth(device: str) -> float:
+    """Returns bytes a second; a copy reads and writes each byte."""
+    size = 2**30 if device == "cuda" else 2**26
+    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * size / min(seconds(lambda: target.copy_(source), device) for _ in range(10))
 
 
-def memory(args) -> dict:
-    """Peaks of a role's rollouts and update, and the plan's numbers for the same moments."""
-    published = [("3b", False), ("3b", True), ("7b", True)]
-    results = {}
-    for size, offload in published if args.device == "cuda" else [(args.size, False)]:
-        measured, planned = peaks(args, size, offload), planned_peaks(args, size, offload)
-        for moment in measured:
-            name = f"{size}{', offload' if offload else ''}: {moment}"
-            results[f"{name} (GiB)"] = measured[moment] / 2**30
-            results[f"{name}, planned (GiB)"] = planned[moment] / 2**30
-        if args.device == "cuda":
-            gc.collect()  # FSDP's modules refer to one another
-            torch.cuda.empty_cache()
-    return results
+def attention(args) -> Found:
+    """Differentiates masked attention whose scores are all far below -88.7, at T % 128 == 64."""
+    T, d = 704, 128
+    for enabled in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+        made = dict(device=args.device, dtype=getattr(torch, args.dtype))
+        noise = [torch.randn(1, 2, T, d, **made) for _ in range(3)]
+        q, k, v = (x + shift for x, shift in zip(noise, (4, -4, 0)))  # scores near -181
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        mask = torch.full((1, 1, T, T), -torch.inf, **made).triu(1)
+        scaled_dot_product_attention(*inputs, attn_mask=mask).square().sum().backward()
+        is_finite = all(x.grad.isfinite().all() for x in inputs)
+        backend = SDPBackend(torch._fused_sdp_choice(*inputs, mask)).name
+        yield (
+            f"cuDNN {'on' if enabled else 'off'}",
+            f"{'finite' if is_finite else 'NaN'}, {backend}",
+        )
 
 
-def peaks(args, size: str, offload: bool) -> dict[str, int]:
-    """Bytes on the device at the peak of each; on a CPU only what they need beside the models."""
-    vlm = random_vlm(size, args.device, args.dtype)
+def tests(args) -> Found:
+    """Runs the tests of a device."""
+    import pytest
+
+    file = str(ROOT / "tests" / "test_device.py")
+    yield "exit code", int(pytest.main(["-q", file, "--device", args.device]))
+
+
+# ---- What an iteration is made of --------------------------------------------------------------------------
+
+
+def random_role(args, lora_rank: int) -> VLM:
+    """Returns a role whose completions never end early."""
+    vlm = random_vlm(args.size, args.device, args.dtype)
     vlm.end_ids = [-1]
+    if lora_rank:
+        add_lora(vlm.model, lora_rank)
+    return vlm
+
+
+def rollout(args, lora_rank: int = 0) -> Found:
+    """Measures the second of two rollouts; the first one compiles."""
+    vlm = random_role(args, lora_rank)
+    prompts = random_prompts(vlm, args)
+    sizes = (args.group_size, args.new_tokens)
+    rng = torch.Generator(args.device).manual_seed(0)
+
+    def work() -> None:
+        rollouts.generate(vlm, prompts, *sizes, top_p=0.99, generator=rng)
+
+    yield "the first (s)", seconds(work, args.device)
+    with Stopwatch(args.device) as watch:
+        watch_rollouts(watch)
+        watch.clear()
+        work()
+        watch.lap()
+    spent = watch.spent
+    yield "in all (s)", spent.total()
+    yield "decode (s)", spent["decode"] + spent["sampling"]
+    yield "prefill (s)", spent["prefill"] + spent["encode images"]
+    yield "captures (s)", spent["record graphs"]
+    # A step against its bytes. The steps are those of the same schedule.
+    counts = counted(args)
+    config = vlm.model.config
+    read = sum(
+        steps * estimates.read_bytes(config, vlm.model.dtype, shape)
+        for shape, steps in counts.shapes.items()
+    )
+    yield "a capture (s)", spent["record graphs"] / len(counts.shapes)
+    yield "a step (ms)", 1e3 * spent["decode"] / counts.steps
+    yield "sampling of a step (ms)", 1e3 * spent["sampling"] / (counts.steps + 1)
+    yield "bytes of a step (GB)", read / counts.steps / 1e9
+    yield "share of the copies' bandwidth", read / spent["decode"] / copy_bandwidth(args.device)
+
+
+def counted(args) -> estimates.Counts:
+    """Counts the work of this rollout, if all of its rows fit."""
+    prefix = 4 + image_side(args.prompt_tokens) ** 2 + 1
+    tail = args.prompt_tokens - prefix
+    lengths = [[args.new_tokens] * args.group_size] * args.prompts
+    waiting = [Waiting(i, i, prefix, tail) for i in range(args.prompts)]
+    free = dict(most_cells=CELLS[args.device], token_bytes=0, row_bytes=0, budget=0)
+    own = tail + args.new_tokens
+    limits = find_limits([1] * args.prompts, prefix, own, args.group_size, **free)
+    return estimates.count_rollout(waiting, lengths, limits, args.device)
+
+
+def update(args, lora_rank: int = 0) -> Found:
+    """Measures the second of two updates; the first one makes AdamW's moments."""
+    vlm = random_role(args, lora_rank)
+    push_scores_down(vlm)
     vlm.offload()
-    reference = vlm.copy()
-    policy = Trained(vlm, 1e-6, 1e-2, offload, checkpointing=True)
-    groups, rng = random_groups(vlm, args), torch.Generator(args.device).manual_seed(0)
-    prompts = [group[0].prompt for group in groups]
+    policy = Trained(vlm, 1e-6, 1e-2, checkpointing=True)
+    groups = random_groups(vlm, updated(args))
+    grpo.add_reference(groups, vlm)
+    rows, *_ = pack(grpo.flatten(groups))
+    yield "T % 128", lay_out(rows).ids.shape[1] % 128
+    metrics = {}
 
-    def rollouts() -> None:
-        generate(vlm, prompts, args.group_size, args.new_tokens, generator=rng)
+    def work() -> None:
+        metrics.update(grpo.update(policy, policy.optimizer, groups))
 
-    def update() -> None:
-        grpo.add_reference(groups, reference)
-        grpo.update(policy, policy.optimizer, groups)
-
-    update()  # so that the moments are there
+    yield "the first (s)", seconds(work, args.device)
+    yield "gradient's norm", metrics["grad_norm"]
     there = torch.cuda.memory_allocated() if args.device == "cuda" else 0
-    return {
-        work.__name__: there + peak_extra_bytes(work, args.device) for work in (rollouts, update)
-    }
-
-
-def planned_peaks(args, size: str, offload: bool) -> dict[str, int]:
-    """The same by the memory plan."""
-    image_tokens = image_side(args.prompt_tokens) ** 2
-    text_tokens, questions = args.prompt_tokens - image_tokens, args.prompts * args.group_size
-    work = plan.Work(
-        image_tokens, text_tokens, args.new_tokens, args.group_size, questions, answers=1
-    )
-    total = torch.cuda.get_device_properties(0).total_memory if args.device == "cuda" else None
+    with Stopwatch(args.device) as watch:
+        watch_updates(watch, policy)
+        watch.clear()
+        watch.timed(grpo.add_reference, "reference")(groups, vlm)
+        peak = there + peak_extra_bytes(work, args.device)
+        watch.lap()
+    spent = watch.spent
+    yield "skipped", metrics["skipped"]
+    yield "forward, and of the reference (s)", spent["log-probabilities"] + spent["encode images"]
+    yield "backward (s)", spent["backward"]
+    yield "optimizer (s)", spent["optimizer"]
+    yield "refresh (s)", spent["refresh"]
+    yield "in all (s)", spent.total()
+    yield "peak (GiB)", peak / GIB
+    case = planned(args, lora_rank)
+    total = torch.cuda.mem_get_info()[1] if args.device == "cuda" else None
     dtype = getattr(torch, args.dtype)
-    moments = plan.memory_plan(shape_config(size), dtype, total, work, True, offload)
-    totals = {moment.name: moment.total for moment in moments}
-    names = dict(rollouts="Reasoner's phase, answering", update="an update, in both phases")
-    return {name: totals[moment] for name, moment in names.items()}
+    moments = plan.memory_plan(case.config, dtype, total, case.work, **case.flags)
+    (most,) = (moment.total for moment in moments if moment.name.startswith("an update"))
+    yield "planned (GiB)", most / GIB
 
 
-def learn(args) -> dict:
-    """`python loop.py` on this device; on a CPU at its smallest, as the tests have the whole one."""
-    small = (
-        "--iterations 1 --questioner-steps 1 --reasoner-steps 1 --images-per-step 4 --candidates 8"
-    )
-    flags = [
-        "--device",
-        args.device,
-        "--name",
-        "x",
-        *(small.split() if args.device == "cpu" else []),
-    ]
+@torch.no_grad()
+def push_scores_down(vlm: VLM) -> None:
+    """Lets every attention score of one layer be below -88.7, which cuDNN's backward pass cannot bear.
+
+    Published Qwen2.5-VL has such heads. Qwen3-VL has no biases to make them with.
+    """
+    attention = vlm.model.model.language_model.layers[0].self_attn
+    if attention.q_proj.bias is not None:
+        attention.q_proj.bias.fill_(8)
+        attention.k_proj.bias.fill_(-8)
+
+
+def updated(args) -> argparse.Namespace:
+    """Returns the sizes of the update: a few groups, and rows that are 64 tokens longer than n times 128."""
+    changed = copy.copy(args)
+    row = args.prompt_tokens + args.group_size * (args.new_tokens - 1)
+    changed.prompt_tokens += (64 - row) % 128
+    changed.prompts = min(args.prompts, UPDATED)
+    return changed
+
+
+def gap(args) -> Found:
+    """Compares log-probabilities: of a token when it was drawn, and in the packed row of its group."""
+    vlm = random_role(args, 0)
+    vlm.vision_ids = np.zeros(0, int)  # the packed forward pass bans nothing
+    prompts = random_prompts(vlm, args)
+    drawn: list[torch.Tensor] = []  # [rows] of each step
+    true_sample = rollouts.sample
+
+    def sample(logits, temperature, **how) -> torch.Tensor:
+        token = true_sample(logits, temperature=temperature, **how)
+        drawn.append(
+            (logits / temperature).log_softmax(dim=1).gather(1, token[:, None])[:, 0].clone()
+        )
+        tokens.append(token)
+        return token
+
+    tokens: list[torch.Tensor] = []
+    with Stopwatch(args.device) as watch:
+        watch.replace(rollouts, "sample", sample)
+        rng = torch.Generator(args.device).manual_seed(0)
+        sizes = (args.group_size, args.new_tokens)
+        written = rollouts.generate(vlm, prompts, *sizes, temperature=SHARP, generator=rng)
+    # All rows begin and end together; which is whose, their tokens tell.
+    tokens = torch.stack(tokens[: args.new_tokens], dim=1).tolist()
+    decoded = torch.stack(drawn[: args.new_tokens], dim=1).cpu()
+    rows = {tuple(row): logp for row, logp in zip(tokens, decoded)}
+    apart = []
+    with torch.no_grad():
+        for prompt, group in zip(prompts, written):
+            packed = vlm.logprobs(prompt, group, SHARP)
+            apart += [x.cpu() - rows[tuple(ids)] for ids, x in zip(group, packed)]
+    apart = torch.cat(apart).abs()
+    yield "mean log-probability", decoded.mean().item()
+    yield "mean gap", apart.mean().item()
+    yield "largest gap", apart.max().item()
+
+
+def lora(args) -> Found:
+    """Measures a rollout and an update with LoRA."""
+    for part in (rollout, update):
+        for name, value in part(args, LORA_RANK):
+            yield f"{part.__name__}: {name}", value
+
+
+def toy(args) -> Found:
+    """Runs `python loop.py`; on a CPU at its smallest, as the tests have the whole of it."""
+    flags = ["--device", args.device, "--name", "x", "--iterations", "1"]
+    if args.device == "cpu":
+        flags += (
+            "--questioner-steps 1 --reasoner-steps 1 --images-per-step 4 --candidates 8".split()
+        )
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "loop.py"), *flags]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stderr.strip().splitlines()[-1])
-        lines = (Path(folder) / "runs" / "x" / "metrics.jsonl").read_text().splitlines()
+        os.chdir(folder)
+        yield "exit code", loop.main(flags)
+        lines = Path("runs/x/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        os.chdir(ROOT)
     measured = [record for record in map(json.loads, lines) if record["phase"] == "measure"]
-    return {
-        f"{name}, {when}": measured[i][name]
-        for name in ("sampled_accuracy", "greedy_accuracy")
-        for i, when in ((0, "base"), (-1, "end"))
-    }
+    for when, record in (("base", measured[0]), ("end", measured[-1])):
+        for name in ("sampled_accuracy", "greedy_accuracy"):
+            yield f"{name}, {when}", record[name]
 
 
-def tests(args) -> dict:
-    """The tests that run on a device."""
-    file, start = str(ROOT / "tests" / "test_device.py"), time.time()
-    command = [sys.executable, "-m", "pytest", "-q", file, "--device", args.device]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    print(done.stdout[-2000:], file=sys.stderr)
-    return {"exit code (0: all passed)": float(done.returncode), "seconds": time.time() - start}
+# ---- Against the estimate ----------------------------------------------------------------------------------
 
 
-HERE = dict(bandwidth=bandwidth, decode=decode, memory=memory, learn=learn, tests=tests)
-OTHERS = ("rollout", "update", "iteration")
+def planned(args, lora_rank: int = 0) -> estimates.Case:
+    """Returns the update as the memory plan and the estimate see it."""
+    changed = updated(args)
+    image = image_side(changed.prompt_tokens) ** 2
+    text = changed.prompt_tokens - image
+    questions = changed.prompts * args.group_size
+    work = plan.Work(image, text, args.new_tokens, args.group_size, questions, answers=1)
+    settings = Settings(gradient_checkpointing=True, lora_rank=lora_rank)
+    return estimates.Case(shape_config(args.size), settings, work, card(args.device))
+
+
+def card(device: str) -> estimates.Card:
+    """Returns the card by its name; an H100 if it is another one."""
+    name = torch.cuda.get_device_name().lower() if device == "cuda" else ""
+    cards = [card for known, card in estimates.CARDS.items() if known in name]
+    return (cards or [estimates.CARDS["h100"]])[0]
+
+
+def estimate(args) -> Found:
+    """Gives the seconds that were estimated, and how many times as long it took."""
+    lines = args.out.read_text(encoding="utf-8").splitlines() if args.out.exists() else []
+    found = {(line["part"], line["name"]): line["value"] for line in map(json.loads, lines)}
+    case = planned(args)
+    parts = estimates.update_seconds(case, args.new_tokens)
+    expected = {"in all": parts["update"] + parts["optimizer"] + parts["copies"]}
+    expected = {"update": expected, "rollout": estimates.rollout_seconds(case, counted(args))}
+    for part, names in expected.items():
+        for name, guess in names.items():
+            yield f"{part}, {name}: estimated (s)", guess
+            if value := found.get((part, f"{name} (s)")):
+                yield f"{part}, {name}: found / estimated", value / guess
 
 
 # ---- Running the parts -------------------------------------------------------------------------------------
 
+PARTS = {  # with the seconds that each may take
+    machine: 25,
+    attention: 25,
+    tests: 80,
+    rollout: 75,
+    update: 75,
+    gap: 45,
+    toy: 60,
+    lora: 75,
+    estimate: 15,
+}
 
-def run_part(part: str, args) -> dict:
-    """The results of a part, in a process of its own; raises RuntimeError with its last words."""
-    sizes = {name: getattr(args, name) for name in SIZES}
-    if part in ("update", "iteration"):
-        sizes["prompts"] = min(args.prompts, 4)  # the plain side takes long
-    flags = ["--size", args.size, "--device", args.device, "--dtype", args.dtype, "--json"]
-    flags += [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
-    file, extra = (
-        (f"{part}.py", ["--repeats=1"]) if part in OTHERS else ("gpu.py", [f"--part={part}"])
-    )
-    command = [sys.executable, str(BENCH / file), *flags, *extra]
+
+def report(args, part: str, name: str, value: object) -> None:
+    """Prints what was found, and appends it to the file."""
+    line = json.dumps(dict(part=part, name=name, value=value))
+    shown = f"{value:,.4g}" if isinstance(value, float) else value
+    print(line if args.json else f"{part}: {name:50} {shown}", flush=True)
+    with open(args.out, "a", encoding="utf-8") as file:
+        print(line, file=file)
+
+
+def run_here(part: Callable[..., Found], args) -> None:
+    """Runs a part in this process."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS[part])
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"took longer than {SECONDS[part]} s") from error
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["no word"])[-1])
-    results = json.loads(done.stdout)["results"]
-    return results | update_share(args, sizes, results["ours_s"]) if part == "update" else results
+        for name, value in part(args):
+            report(args, part.__name__, name, value)
+    except Exception as error:
+        traceback.print_exc()
+        report(args, part.__name__, "FAILED", f"{type(error).__name__}: {error}"[:300])
 
 
-def update_share(args, sizes: dict[str, int], spent: float) -> dict:
-    """6 operations a weight and token (2 forward, 4 backward), without attention and the image encoder."""
-    parameters = plan.parameter_sizes(shape_config(args.size)).items()
-    weights = sum(
-        n for name, n in parameters if "visual" not in name and "embed_tokens" not in name
-    )
-    row = sizes["prompt_tokens"] + sizes["group_size"] * (sizes["new_tokens"] - 1)
-    tflops = 6 * weights * sizes["prompts"] * row / spent / 1e12
-    return {
-        "ours_tflops": tflops,
-        "share_of_matrix_peak": tflops / bandwidth(args)["matrix_tflops"],
-    }
+def run_apart(part: Callable[..., Found], args) -> None:
+    """Runs a part in a process of its own, and ends all that the part has started."""
+    start = time.time()
+    command = [sys.executable, __file__, *sys.argv[1:], "--part", part.__name__]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        if code := process.wait(PARTS[part]):
+            report(args, part.__name__, "FAILED", f"exit code {code}")
+    except subprocess.TimeoutExpired:
+        report(args, part.__name__, "FAILED", f"took longer than {PARTS[part]} s")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    report(args, part.__name__, "seconds", time.time() - start)
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    cuda, style = torch.cuda.is_available(), argparse.RawDescriptionHelpFormatter
+    cuda = torch.cuda.is_available()
+    style = argparse.RawDescriptionHelpFormatter
+    names = [part.__name__ for part in PARTS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    parser.add_argument(
-        "--part", choices=[*SECONDS], help="one part; in this process if it is measured here"
-    )
+    parser.add_argument("--part", nargs="+", choices=names, help="only these, in this process")
+    parser.add_argument("--out", default="gpu.jsonl", help="the file (default: gpu.jsonl)")
     add_model_flags(parser, *(("3b", "cuda") if cuda else ("tiny", "cpu")))
+    parser.set_defaults(dtype="bfloat16")
     add_counts(parser, SIZES if cuda else TINY_SIZES)
     args = parser.parse_args()
     if args.device not in ("cpu", "cuda") or args.device == "cuda" and not cuda:
         parser.error(f"--device {args.device}: there is no such device here")
+    args.out = Path(args.out).resolve()
     return args
 
 
 def main() -> None:
-    """One part, or each in a process of its own."""
+    """Some parts here, or each in a process of its own."""
     args = parse_arguments()
-    if args.part in HERE:
-        results = HERE[args.part](args)
-        synchronize(args.device)
-        show(f"gpu: {args.part}", args, results)
-        return
-    results, start = {}, time.time()
-    for part in [args.part] if args.part else SECONDS:
-        began = time.time()
-        try:
-            found = run_part(part, args)
-            results |= {f"{part}: {name}": value for name, value in found.items()}
-        except (RuntimeError, ValueError, KeyError) as error:
-            results[f"{part}: FAILED"] = str(error)[:200]
-        print(f"{part}: {time.time() - began:.0f} s", file=sys.stderr, flush=True)
-    results["seconds in all"] = time.time() - start
-    show("gpu", args, results)
+    for part in PARTS:
+        if not args.part:
+            run_apart(part, args)
+        elif part.__name__ in args.part:
+            run_here(part, args)
 
 
 if __name__ == "__main__":

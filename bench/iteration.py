@@ -12,6 +12,8 @@ memory.
 
 import time
 from collections import Counter
+from contextlib import ExitStack
+from unittest import mock
 
 import torch
 from shapes import arguments, random_prompts, random_questions, random_vlm, show, synchronize
@@ -22,26 +24,30 @@ from model import generate, logprobs
 from training.policy import Trained
 
 
-class Stopwatch:
+class Stopwatch(ExitStack):
     """Adds up the seconds that are spent in the watched functions, each second in the innermost of them."""
 
     def __init__(self, device: str):
-        self.device, self.parts, self.spent, self.last = (
-            device,
-            ["other"],
-            Counter(),
-            time.perf_counter(),
-        )
+        super().__init__()
+        self.device = device
+        self.parts = ["other"]
+        self.spent = Counter()
+        self.last = time.perf_counter()
 
     def lap(self) -> None:
-        """What has passed since the last lap was spent in the innermost function."""
+        """Counts what has passed since the last lap for the innermost function."""
         synchronize(self.device)
         now = time.perf_counter()
         self.spent[self.parts[-1]] += now - self.last
         self.last = now
 
+    def clear(self) -> None:
+        """Begins anew."""
+        self.lap()
+        self.spent.clear()
+
     def timed(self, function, part: str):
-        """The function, timed."""
+        """Returns the function, timed."""
 
         def run(*args, **kwargs):
             self.lap()
@@ -55,8 +61,12 @@ class Stopwatch:
         return run
 
     def watch(self, owner, name: str, part: str) -> None:
-        """Times a function of a module, or a method, from now on."""
-        setattr(owner, name, self.timed(getattr(owner, name), part))
+        """Times a function of a module, or a method, until the stopwatch is closed."""
+        self.replace(owner, name, self.timed(getattr(owner, name), part))
+
+    def replace(self, owner, name: str, new) -> None:
+        """Puts something in a function's place, until the stopwatch is closed."""
+        self.enter_context(mock.patch.object(owner, name, new))
 
 
 def main() -> None:
@@ -67,42 +77,43 @@ def main() -> None:
     role.offload()
     reference = role.copy()
     policy = Trained(role, lr=1e-6, weight_decay=1e-2)
-    watch = Stopwatch(args.device)
-    watch_all(watch, policy)
-    iteration(args, policy, reference)  # warm-up: libraries, allocators, moments
-    watch.lap()
-    watch.spent.clear()
-    start = time.perf_counter()
-    iteration(args, policy, reference)
-    watch.lap()
+    with Stopwatch(args.device) as watch:
+        watch_rollouts(watch)
+        watch_updates(watch, policy)
+        watch.watch(rewards, "questioner_rewards", "rewards")
+        iteration(args, policy, reference)  # warm-up: libraries, allocators, moments
+        watch.clear()
+        start = time.perf_counter()
+        iteration(args, policy, reference)
+        watch.lap()
     results = {"total_s": time.perf_counter() - start}
     for part, spent in watch.spent.most_common():
         results |= {f"{part} (s)": spent, f"{part} (%)": 100 * spent / results["total_s"]}
     show("iteration", args, results)
 
 
-def watch_all(watch: Stopwatch, policy: Trained) -> None:
-    """Names the parts."""
-    for module in (logprobs, generate):  # both call it
-        watch.watch(module, "embed", "encode images")
-    watch.watch(logprobs.PackedForward, "__call__", "log-probabilities")
+def watch_rollouts(watch: Stopwatch) -> None:
+    """Names the parts of a rollout."""
+    watch.watch(generate, "embed", "encode images")
     watch.watch(generate, "prefill", "prefill")
     watch.watch(generate, "prefill_tails", "prefill")
     watch.watch(generate, "sample", "sampling")
-    watch.watch(torch.Tensor, "backward", "backward")
-    watch.watch(torch.nn.utils, "clip_grad_norm_", "optimizer")
-    watch.watch(
-        policy.optimizer, "step", "optimizer"
-    )  # and where there are masters, the plain copy made anew
-    watch.watch(rewards, "questioner_rewards", "rewards")
-    capture = (
-        generate.capture_graph
-    )  # on CUDA it makes a graph, which is timed as a step too when it is replayed
+    capture = generate.capture_graph
 
     def capture_and_time(step, *rest):
         return watch.timed(watch.timed(capture, "record graphs")(step, *rest), "decode")
 
-    generate.capture_graph = capture_and_time
+    watch.replace(generate, "capture_graph", capture_and_time)
+
+
+def watch_updates(watch: Stopwatch, policy: Trained) -> None:
+    """Names the parts of an update; where there are masters, the plain copy is made anew after it."""
+    watch.watch(logprobs, "embed", "encode images")
+    watch.watch(logprobs.PackedForward, "__call__", "log-probabilities")
+    watch.watch(torch.Tensor, "backward", "backward")
+    watch.watch(torch.nn.utils, "clip_grad_norm_", "optimizer")
+    watch.watch(policy.optimizer, "step", "optimizer")
+    watch.watch(policy, "refresh", "refresh")
 
 
 def iteration(args, policy: Trained, reference) -> None:

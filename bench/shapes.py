@@ -112,7 +112,10 @@ def shape_config(size: str, vocab_size: int = 0) -> PreTrainedConfig:
 
 
 def random_vlm(size: str, device: str, dtype: str, vocab_size: int = 0) -> VLM:
-    """A model with random weights, made on its device; the toy's tokenizer stands in, as no word matters."""
+    """A model with random weights, made on its device, whose images are cut as the model reads them.
+
+    The toy's tokenizer stands in, as no word matters.
+    """
     config = shape_config(size, vocab_size)
     torch.manual_seed(0)
     default = torch.get_default_dtype()
@@ -124,7 +127,11 @@ def random_vlm(size: str, device: str, dtype: str, vocab_size: int = 0) -> VLM:
         torch.set_default_dtype(default)
     model.generation_config.eos_token_id = config.text_config.eos_token_id
     ends = [config.text_config.eos_token_id]  # as `model.generate` has it
-    opened = replace(open_checkpoint(ROOT / "toy"), config=config, end_ids=ends)
+    toy = open_checkpoint(ROOT / "toy")
+    cut = toy.image_processor.to_dict() | dict(patch_size=config.vision_config.patch_size)
+    opened = replace(
+        toy, config=config, end_ids=ends, image_processor=type(toy.image_processor)(**cut)
+    )
     return VLM(model.eval(), opened)
 
 

@@ -4,9 +4,15 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from checkpoints import noise_image
 from conftest import ROOT
+
+from model import logprobs
+from model.families import encode_images
 
 SMALL = "--size tiny --prompt-tokens 60 --group-size 2 --new-tokens 4"
 SMALLEST = {
@@ -54,33 +60,106 @@ def test_benchmarks(name):
         assert min(spent) > 0 and sum(spent) == pytest.approx(results["total_s"], rel=0.02)
 
 
-@pytest.mark.parametrize("part", ["bandwidth", "decode", "memory"])
-def test_parts_of_the_gpu_benchmark(part):
-    """At its tiny CPU sizes; the parts that are other benchmarks are tested as those."""
-    flags = (
-        "--device cpu --dtype float32 --size tiny --prompt-tokens 60 --group-size 2 --new-tokens 8"
-    )
-    printed = json.loads(run("gpu", "--part", part, *flags.split(), "--prompts", "2", "--json"))
-    results = printed["results"]
-    assert results and all(value > 0 for value in results.values())
-    if part == "decode":
-        assert results["share_of_bound"] == pytest.approx(results["bound_ms"] / results["step_ms"])
+@pytest.fixture
+def gpu(monkeypatch):
+    """bench/gpu.py; its folder stands at the end, as it has a rewards.py of its own."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "bench")])
+    return importlib.import_module("gpu")
 
 
-def test_a_part_that_fails_does_not_stop_the_others(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import gpu
-
-    monkeypatch.setattr(gpu, "SECONDS", dict(rollout=0.01, tests=9, bandwidth=60))
-    monkeypatch.setattr(
-        sys, "argv", "gpu.py --device cpu --dtype float32 --size tiny --json".split()
-    )
-    monkeypatch.setattr(gpu, "OTHERS", ("rollout", "tests"))  # there is no bench/tests.py
+def found_by(gpu, monkeypatch, tmp_path, flags=""):
+    """What gpu.py writes: (part, name) -> value."""
+    tiny = f"{SMALL} --new-tokens 9 --prompts 3 --device cpu --out {tmp_path / 'found'}"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *tiny.split(), *flags.split()])
     gpu.main()
-    results = json.loads(capsys.readouterr().out)["results"]
-    assert "took longer than 0.01 s" in results["rollout: FAILED"]
-    assert "No such file" in results["tests: FAILED"]
-    assert results["bandwidth: copy_gb_per_s"] > 0
+    lines = (tmp_path / "found").read_text().splitlines()
+    return {(line["part"], line["name"]): line["value"] for line in map(json.loads, lines)}
+
+
+def test_parts_of_the_gpu_benchmark(gpu, monkeypatch, tmp_path, capsys):
+    """At a tiny size on the CPU; those that run tests and the toy are tested as those."""
+    parts = "machine attention rollout update gap lora estimate"
+    found = found_by(gpu, monkeypatch, tmp_path, f"--part {parts}")
+    assert {part for part, _ in found} == set(parts.split())
+    assert not [name for _, name in found if name == "FAILED"]
+    for enabled in ("on", "off"):
+        assert found["attention", f"cuDNN {enabled}"].startswith("finite")
+    for part, before in (("update", ""), ("lora", "update: ")):
+        assert found[part, f"{before}T % 128"] == 64 and found[part, f"{before}skipped"] == 0
+        assert found[part, f"{before}gradient's norm"] > 0
+    spent = [found["update", f"{name} (s)"] for name in ("backward", "optimizer", "refresh")]
+    assert min(spent) > 0 and sum(spent) < found["update", "in all (s)"]
+    # 8 steps write what follows the first token, and the estimate's counts are those of the rollout.
+    step = found["rollout", "a step (ms)"] / 1e3
+    assert 0 < 8 * step < found["rollout", "decode (s)"]
+    estimated = found["estimate", "rollout, decode: estimated (s)"]
+    ratio = found["estimate", "rollout, decode: found / estimated"]
+    assert ratio == pytest.approx(found["rollout", "decode (s)"] / estimated)
+    assert "skipped" in capsys.readouterr().out
+
+
+def test_what_the_gpu_benchmark_must_see(gpu, monkeypatch, tmp_path):
+    """NaN gradients; and rows whose completions see one another, where decoding and packing are apart."""
+    right = found_by(gpu, monkeypatch, tmp_path, "--dtype float32 --part gap")
+    assert right["gap", "largest gap"] < 1e-4 and right["gap", "mean log-probability"] < -1
+    true_mask = logprobs.packed_mask
+    monkeypatch.setattr(logprobs, "packed_mask", lambda segment: true_mask(segment.clamp(max=1)))
+    true = gpu.scaled_dot_product_attention
+    monkeypatch.setattr(
+        gpu, "scaled_dot_product_attention", lambda *x, **how: true(*x, **how) * torch.nan
+    )
+    wrong = found_by(gpu, monkeypatch, tmp_path, "--dtype float32 --part gap attention")
+    assert wrong["gap", "largest gap"] > 1e-3
+    assert wrong["attention", "cuDNN off"].startswith("NaN")
+
+
+def test_a_part_that_fails_or_hangs_costs_only_itself(gpu, monkeypatch, tmp_path):
+    """And what it has started ends with it."""
+    script = tmp_path / "parts.py"
+    lines = ["import subprocess, sys, time", "part = sys.argv[-1]", "if part == 'tests':"]
+    lines += [
+        "    sys.exit(3)",
+        "if part == 'rollout':",
+        "    p = subprocess.Popen(['sleep', '99'])",
+    ]
+    lines += ["    open(sys.argv[0] + '.pid', 'w').write(str(p.pid))", "    time.sleep(99)"]
+    script.write_text("\n".join(lines))
+    parts = {gpu.tests: 9, gpu.rollout: 1, gpu.machine: 9}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    found = found_by(gpu, monkeypatch, tmp_path)
+    assert found["tests", "FAILED"] == "exit code 3"
+    assert found["rollout", "FAILED"] == "took longer than 1 s"
+    assert ("machine", "FAILED") not in found and found["machine", "seconds"] < 9
+    state = Path("/proc", Path(f"{script}.pid").read_text(), "stat")
+    assert not state.exists() or state.read_text().split()[2] in "ZX"
+
+
+def test_an_error_in_a_part_is_written_and_the_next_runs(gpu, monkeypatch, tmp_path):
+    def machine(args):
+        yield "first", 1
+        raise ValueError("broken")
+
+    parts = {machine: 1, gpu.estimate: 1}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    found = found_by(gpu, monkeypatch, tmp_path, "--part machine estimate")
+    assert found["machine", "first"] == 1 and found["machine", "FAILED"] == "ValueError: broken"
+    assert ("estimate", "update, in all: estimated (s)") in found
+
+
+def test_the_gpu_benchmark_fits_into_eight_minutes_and_starts_itself(gpu, monkeypatch, tmp_path):
+    assert sum(gpu.PARTS.values()) <= 480
+    monkeypatch.setattr(gpu, "PARTS", {gpu.machine: 60})
+    found = found_by(gpu, monkeypatch, tmp_path)
+    assert found["machine", "torch"] == torch.__version__ and found["machine", "copy (GB/s)"] > 0
+
+
+@pytest.mark.parametrize("size", ["tiny", "qwen3-tiny"])
+def test_random_models_read_what_their_image_processor_cuts(gpu, size):
+    vlm = gpu.random_vlm(size, "cpu", "float32")
+    patches = vlm.patches(noise_image(100, 70))
+    assert patches.pixels.shape[1] == vlm.model.model.visual.patch_embed.proj.weight[0].numel()
+    assert encode_images(vlm.model.model.visual, patches.pixels, patches.grid)[0].isfinite().all()
 
 
 def test_a_table_for_people():

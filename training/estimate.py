@@ -230,22 +230,31 @@ def rollout_seconds(case: Case, counts: Counts) -> dict[str, float]:
     """Returns the seconds of a rollout's parts."""
     text = case.config.text_config
     text_weights, image_weights = weights(case.config)
-    bandwidth = READ * case.card.bandwidth
-    token = cache_token_bytes(case.config, torch.bfloat16)
-    # A step reads the weights and the caches, and its attention scores and probabilities several times.
-    step_bytes = 0
-    for (R, S, C, P, T), steps in counts.shapes.items():
-        scores = 4 * SCORES * text.num_attention_heads * (S * C * P + R * T)
-        read = 2 * text_weights + token * (S * P + R * T) + text.num_hidden_layers * scores
-        step_bytes += steps * (read + R * text.vocab_size * SAMPLING_BYTES)
+    step_bytes = sum(
+        steps * read_bytes(case.config, torch.bfloat16, shape)
+        for shape, steps in counts.shapes.items()
+    )
     kernels = STEP_KERNELS * text.num_hidden_layers + SAMPLING_KERNELS
-    decode = step_bytes / bandwidth + counts.steps * kernels * KERNEL
+    decode = step_bytes / (READ * case.card.bandwidth) + counts.steps * kernels * KERNEL
     # A prefill multiplies each token, and each image token's four patches, with all weights.
     operations = 2 * text_weights * counts.prefill_tokens
     operations += 2 * image_weights * 4 * counts.images * case.work.image_tokens
     launches = counts.prefills * PREFILL_KERNELS * text.num_hidden_layers * LAUNCH
     prefill = operations / (COMPUTED * case.card.operations) + launches
     return dict(decode=decode, prefill=prefill, captures=CAPTURE * len(counts.shapes))
+
+
+def read_bytes(config: PreTrainedConfig, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Counts the bytes that a decode step of this shape reads (see `Schedule.shape`).
+
+    They are the weights and the caches, and attention scores and probabilities several times.
+    """
+    R, S, C, P, T = shape
+    text = config.text_config
+    text_weights, _ = weights(config)
+    scores = 4 * SCORES * text.num_attention_heads * (S * C * P + R * T)
+    read = text_weights * dtype.itemsize + cache_token_bytes(config, dtype) * (S * P + R * T)
+    return read + text.num_hidden_layers * scores + R * text.vocab_size * SAMPLING_BYTES
 
 
 def weights(config: PreTrainedConfig) -> tuple[int, int]:
