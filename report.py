@@ -24,6 +24,8 @@ from collections import Counter
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
+
 import rewards
 from answers import agrees, same_answer
 from curate import VotedQuestion, pool
@@ -38,7 +40,7 @@ from measure.charts import (
     number,
 )
 from measure.comparison import Compared, compare_runs
-from measure.page import LADDER, PAGE, RELOAD, STYLE, TROUBLES
+from measure.page import LADDER, PAGE, RELOAD, STYLE, draw_box
 from toy.answerer import Fact, understand
 from training.folder import read_examples
 from training.images import ImageError, load_image
@@ -52,6 +54,7 @@ QUESTIONS = 2  # of an image and iteration
 THUMBNAIL = 168  # pixels
 SAMPLED_STEPS = 60  # whose samples are shown
 SAMPLES_LENGTH = 1_500_000  # characters of the page: from here on no more samples are shown
+SHOWN_EXAMPLES = 2  # of a step
 SHOWN_OUTPUTS = 16  # of a sample
 SHOWN_CHARACTERS = 2000  # of a text
 FOLLOW_SECONDS = 20
@@ -73,20 +76,29 @@ def read_config(folder: Path) -> dict:
 
 def read_records(folder: Path) -> list[dict]:
     """Reads the records of metrics.jsonl; leaves out a line that is being written, or is no record."""
-    records = read_lines(folder / "metrics.jsonl")
-    return [r for r in records if isinstance(r, dict) and type(r.get("iteration")) is int]
+    records = read_objects(folder / "metrics.jsonl")
+    return [record for record in records if type(record.get("iteration")) is int]
 
 
-def read_lines(path: Path) -> list:
-    """Reads JSON lines; leaves out a line that is not JSON. The file may not be there."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
-    read = []
-    for line in lines:
+def read_objects(path: Path) -> list[dict]:
+    """Reads JSON lines; leaves out a line that is no object. The file may not be there."""
+    objects = []
+    for line in read_text(path).split("\n"):
         try:
-            read.append(json.loads(line))
+            objects.append(json.loads(line))
         except (ValueError, RecursionError):
             continue
-    return read
+    return only_dicts(objects)
+
+
+def read_text(path: Path) -> str:
+    """Reads a text file; "" if it is not there."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def only_dicts(value: object) -> list[dict]:
+    """Returns the dicts in a list; none if it is no list."""
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
 def read_questions(folder: Path, iterations: int) -> dict[int, list[Proposed]]:
@@ -124,28 +136,27 @@ def is_well_formed(example: VotedQuestion) -> bool:
     """Returns whether a question can be shown; its confidence may be unknown."""
     if not isinstance(example.image, str) or not isinstance(example.question, str):
         return False
-    if not isinstance(example.answers, list) or not example.answers:
-        return False
-    return all(
-        answer is None or isinstance(answer, str) for answer in [example.label, *example.answers]
-    )
+    return bool(example.answers) and are_answers(example.answers) and are_answers([example.label])
+
+
+def are_answers(value: object) -> bool:
+    """Returns whether a value is a list of answers, None among them for what could not be parsed."""
+    return isinstance(value, list) and all(a is None or isinstance(a, str) for a in value)
 
 
 def read_samples(folder: Path) -> dict[tuple[int, str, int], list[dict]]:
     """Reads samples/: (iteration, phase, step) -> its examples, in the order of the run.
 
-    What is not an example, or is being written, is left out.
+    `outputs` and `answers` of an example are lists of dicts. What is not, or is being written, is left out.
     """
     samples = {}
     for path in (folder / "samples").glob("iteration-*/*.jsonl"):
-        place = re.fullmatch(
-            r"iteration-(\d+)/(questioner|reasoner)-(\d+)",
-            "/".join(path.with_suffix("").parts[-2:]),
-        )
+        place = re.search(r"iteration-(\d+)/(questioner|reasoner)-(\d+)\.jsonl$", path.as_posix())
         examples = []
-        for line in read_lines(path):
-            if isinstance(line, dict) and isinstance(line.get("outputs"), list):
-                examples.append(line)
+        for line in read_objects(path):
+            lists = {name: only_dicts(line.get(name)) for name in ("outputs", "answers")}
+            if lists["outputs"]:
+                examples.append(line | lists)
         if place and examples:
             samples[int(place[1]), place[2], int(place[3])] = examples
     return dict(sorted(samples.items()))
@@ -225,18 +236,12 @@ def question_card(example: VotedQuestion, kept: bool, fact: Fact | None) -> str:
             f'<div class="vote"><span title="{name}">{word}</span>{bar}<span>{count}</span></div>'
         )
     # A line of facts
-    confidence = finite(example.confidence)
-    told = [
-        f"silver label {'none' if label is None else escape(label[:80])}",
-        f"confidence {'unknown' if confidence is None else format(confidence, '.2f')}",
-        "kept" if kept else "not kept",
-    ]
+    told = [escape(describe_label(label, example.confidence)), "kept" if kept else "not kept"]
     if fact is not None:
         told.insert(0, f"{len(fact.things)} to list")
-    if fact is not None and label is not None:
-        if agrees(label, fact.answer):
+        if label is not None and agrees(label, fact.answer):
             told.append('<span class="good">✓ right</span>')
-        else:
+        elif label is not None:
             told.append(f'<span class="bad">✗ wrong, it is {escape(fact.answer)}</span>')
     line = f'<div class="soft">{" · ".join(told)}</div>'
     return f'<div class="question"><div>{escape(example.question)}</div>{bars}{line}</div>'
@@ -246,12 +251,6 @@ def image_card(
     path: str, questions: dict[int, list[Proposed]], folder: Path, scene: Scene | None
 ) -> str:
     """Shows an image, with the questions of each iteration side by side."""
-    name = escape(split_path(path)[-1] or "?")
-    source = thumbnail(find_picture(folder, path))
-    if source:
-        picture = f'<img src="{source}" alt="{name}, an image of the run"><br>{name}'
-    else:
-        picture = f"{name} can no longer be read."
     turns = ""
     for k, asked in questions.items():
         about = [(e, kept) for e, kept in asked if e.image == path]
@@ -260,8 +259,17 @@ def image_card(
             fact = understand(example.question, scene) if scene else None
             cards += question_card(example, kept, fact)
         turns += f"<div><h3>Iteration {k}</h3>{cards or 'Nothing was asked about it.'}</div>"
-    picture = f'<div class="soft">{picture}</div>'
-    return f'<div class="image">{picture}<div class="turns">{turns}</div></div>'
+    return f'<div class="image">{small_picture(path, folder)}<div class="turns">{turns}</div></div>'
+
+
+def small_picture(path: str, folder: Path) -> str:
+    """Shows an image above its name."""
+    name = escape(split_path(path)[-1][:200] or "?")
+    source = thumbnail(find_picture(folder, path))
+    shown = f"{name} can no longer be read."
+    if source:
+        shown = f'<img src="{source}" alt="{name}, an image of the run"><br>{name}'
+    return f'<div class="soft">{shown}</div>'
 
 
 def gallery(questions: dict[int, list[Proposed]], folder: Path) -> str:
@@ -286,13 +294,14 @@ def sample_list(samples: dict[tuple[int, str, int], list[dict]], folder: Path) -
     shown = ""
     for (k, phase, step), examples in spread(list(samples.items()), SAMPLED_STEPS):
         name = f"Iteration {k}, {phase.capitalize()}, step {step}"
-        rewards = [
-            number(o, "reward") for e in examples[:2] for o in e["outputs"] if isinstance(o, dict)
-        ]
-        rewards = [reward for reward in rewards if reward is not None]
-        if rewards:
-            name += f" · mean reward {fmean(rewards):.2f}"
-        cards = "".join(sample_card(example, folder) for example in examples[:2])
+        cards = ""
+        earned = []
+        for example in examples[:SHOWN_EXAMPLES]:
+            cards += sample_card(example, folder)
+            earned += [finite(output.get("reward")) for output in example["outputs"]]
+        earned = [reward for reward in earned if reward is not None]
+        if earned:
+            name += f" · mean reward {fmean(earned):.2f}"
         shown += f"<details><summary>{name}</summary>{cards}</details>"
         if len(shown) > SAMPLES_LENGTH:
             shown += '<p class="soft">More are in samples/.</p>'
@@ -302,35 +311,26 @@ def sample_list(samples: dict[tuple[int, str, int], list[dict]], folder: Path) -
 
 def spread(items: list, most: int) -> list:
     """Returns at most so many of the items, the first and the last among them, spread evenly."""
-    if len(items) <= most:
-        return items
-    places = [round(i * (len(items) - 1) / max(1, most - 1)) for i in range(most)]
-    return [items[place] for place in places]
+    places = np.linspace(0, len(items) - 1, min(most, len(items)))
+    return [items[round(place)] for place in places]
 
 
 def sample_card(example: dict, folder: Path) -> str:
     """Shows an example: its image, its outputs, and what each earned."""
-    path = str(example.get("image"))
-    name = escape(split_path(path)[-1][:200])
-    source = thumbnail(find_picture(folder, path))
-    image = f'<img src="{source}" alt="{name}">' if source else ""
+    picture = small_picture(str(example.get("image")), folder)
     told = ""
     if "question" in example:
         told = f"<p>{escape(cut(example['question']))}</p>"
         told += f'<div class="soft">{escape(describe_vote(example))}</div>'
-    for output in example["outputs"][:SHOWN_OUTPUTS]:
-        told += output_text(output)
-    answers = example.get("answers")
-    if isinstance(answers, list) and answers:
+    told += "".join(map(output_text, example["outputs"][:SHOWN_OUTPUTS]))
+    if example["answers"]:
         told += "<h3>The Reasoner, asked the first valid question</h3>"
-        told += "".join(map(output_text, answers[:2]))
-    return f'<div class="sample"><div class="soft">{image}<br>{name}</div><div>{told}</div></div>'
+        told += "".join(map(output_text, example["answers"][:SHOWN_EXAMPLES]))
+    return f'<div class="sample">{picture}<div>{told}</div></div>'
 
 
-def output_text(output: object) -> str:
+def output_text(output: dict) -> str:
     """Shows an output as it was written, below a line of what became of it."""
-    if not isinstance(output, dict):
-        return ""
     line = f'<div class="soft">{escape(describe_output(output))}</div>'
     return f'<div class="output">{line}<pre>{escape(cut(output.get("text")))}</pre></div>'
 
@@ -356,16 +356,19 @@ def describe_output(output: dict) -> str:
 
 def describe_vote(voted: dict) -> str:
     """Says on a line how the Reasoner voted: the label, its confidence and the votes."""
-    label = voted.get("label")
-    told = [f"silver label {'none' if label is None else cut(label)}"]
-    confidence = finite(voted.get("confidence"))
-    if confidence is not None:
-        told.append(f"confidence {confidence:.2f}")
+    told = describe_label(voted.get("label"), voted.get("confidence"))
     answers = voted.get("answers")
-    if isinstance(answers, list) and all(a is None or isinstance(a, str) for a in answers):
+    if answers and are_answers(answers):
         votes = [f"{'no answer' if a is None else cut(a)} x {n}" for a, n in count_votes(answers)]
-        told.append(f"votes: {', '.join(votes[:8])}")
-    return " · ".join(told)
+        told += f" · votes: {', '.join(votes[:8])}"
+    return told
+
+
+def describe_label(label: object, confidence: object) -> str:
+    """Says what the majority's answer is, and its share of the votes."""
+    share = finite(confidence)
+    told = f"silver label {'none' if label is None else cut(label)}"
+    return f"{told} · confidence {'unknown' if share is None else format(share, '.2f')}"
 
 
 def cut(value: object) -> str:
@@ -380,15 +383,12 @@ def print_samples(folder: Path, count: int) -> None:
         print("no samples: the run has made no step, or had --samples 0")
     for (k, phase, step), examples in spread(list(samples.items()), count):
         for example in examples:
-            print(
-                f"\n==== iteration {k}, {phase}, step {step}: {printable(str(example.get('image')))}"
-            )
+            image = printable(str(example.get("image")))
+            print(f"\n==== iteration {k}, {phase}, step {step}: {image}")
             if "question" in example:
                 print(printable(f"{example['question']}   [{describe_vote(example)}]"))
-            answers = example.get("answers")
-            for output in [*example["outputs"], *(answers if isinstance(answers, list) else ())]:
-                if isinstance(output, dict):
-                    print_output(output)
+            for output in example["outputs"] + example["answers"]:
+                print_output(output)
 
 
 def print_output(output: dict) -> None:
@@ -417,8 +417,8 @@ def page(folder: Path) -> str:
         f" · images: {config.get('images') or 'built-in scenes'}"
         f"{'' if finished else ' · this page reloads itself'}"
     )
-    skips = folder / "skipped.txt"
-    skipped = skips.read_text(encoding="utf-8", errors="replace") if skips.exists() else ""
+    skipped = read_text(folder / "skipped.txt")
+    skips = len(skipped.splitlines())
     # The figures
     ladder = draw_ladder(records)
     charts = "".join(draw_chart(records, chart) for chart in CHARTS)
@@ -430,9 +430,9 @@ def page(folder: Path) -> str:
         style=STYLE,
         reload="" if finished else RELOAD,
         state=escape(state),
-        troubles=trouble_box(records, config, len(skipped.splitlines())),
+        troubles=draw_box("What went wrong", tell_troubles(records, config, skips)),
         settings=html.escape(json.dumps(config, indent=1)),
-        skips=len(skipped.splitlines()),
+        skips=skips,
         skipped=escape(skipped[:20_000]),
         ladder=ladder and LADDER.format(charts=ladder),
         charts=charts,
@@ -454,30 +454,34 @@ def none(what: str, finished: bool) -> str:
 
 def tell_place(records: list[dict], config: dict) -> str:
     """Says how far the run is: the iterations that are complete and, before the end, the last step."""
-    told = f"{count_done(records)} of {config['iterations']} iterations complete"
+    done = count_done(records)
+    told = f"{done} of {config['iterations']} iterations complete"
     if is_finished(records, config):
         return told
-    steps = [r for r in records if r.get("phase") in ("questioner", "curation", "reasoner")]
-    if not steps or steps[-1]["iteration"] <= count_done(records):
-        return f"{told} · at the start of iteration {count_done(records) + 1}"
-    k = steps[-1]["iteration"]
+    now = [record for record in records if record["iteration"] > done]
+    steps = [r for r in now if r.get("phase") in ("questioner", "curation", "reasoner")]
+    if not steps:
+        return f"{told} · at the start of iteration {done + 1}"
     phase = steps[-1]["phase"]
+    told += f" · iteration {steps[-1]['iteration']}"
     if phase == "curation":
-        return f"{told} · iteration {k}: curation is done"
+        return f"{told}: curation is done"
     step = steps[-1].get("step")
-    return f"{told} · iteration {k}: {phase.capitalize()} step {step} of {config.get(f'{phase}_steps')}"
+    return f"{told}: {phase.capitalize()} step {step} of {config.get(f'{phase}_steps')}"
 
 
-def trouble_box(records: list[dict], config: dict, skipped: int) -> str:
-    """Shows what went wrong; "" if nothing did."""
+def tell_troubles(records: list[dict], config: dict, skipped: int) -> list[str]:
+    """Says what went wrong: troubles of the records, images that were skipped, changes of the code."""
     troubles = find_troubles(records, config)
     if skipped:
-        troubles.append(f"images that could not be used: {skipped}, listed below with the reasons")
+        troubles.append(
+            f"images that could not be used: {skipped}, listed below with the reasons: convert them to PNG "
+            "or JPEG, or leave them out of --images"
+        )
     codes = config.get("code")
     if isinstance(codes, list) and len(codes) > 1:
         troubles.append(f"{len(codes)} versions of the code made this run: see the settings")
-    items = "".join(f"<li>{escape(trouble)}</li>" for trouble in troubles)
-    return items and TROUBLES.format(items=items)
+    return troubles
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
 
-from measure.charts import CHARTS, Chart, chart_points, draw_group, escape, number
-from measure.page import COMPARISON, REMARKS, STYLE
+from measure.charts import CHARTS, chart_points, draw_group, escape, number
+from measure.page import COMPARISON, STYLE, draw_box, draw_list
 from training.settings import MAY_CHANGE, Settings, flag, shorten
 from training.troubles import find_troubles, is_finished
 
@@ -107,8 +107,8 @@ def compare_groups(groups: Groups) -> list[str]:
 
 def compare_last(before: list[Compared], after: list[Compared], accuracy: str) -> str:
     """Compares the last accuracies of two groups of runs; returns half a sentence."""
-    old = {run.seed: run.last(accuracy) for run in before if run.last(accuracy) is not None}
-    new = {run.seed: run.last(accuracy) for run in after if run.last(accuracy) is not None}
+    old = last_by_seed(before, accuracy)
+    new = last_by_seed(after, accuracy)
     if not old or not new:
         return "not known (no finished run whose accuracy was measured: see --measure of loop.py)"
     seeds = [seed for seed in old if seed in new]
@@ -127,6 +127,12 @@ def compare_last(before: list[Compared], after: list[Compared], accuracy: str) -
     high = difference + half
     verdict = "may be chance" if low <= 0 <= high else "is more than chance explains"
     return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}] {how}, which {verdict}"
+
+
+def last_by_seed(runs: Sequence[Compared], accuracy: str) -> dict[str, float]:
+    """Returns the last accuracies of those runs that have one."""
+    last = {run.seed: run.last(accuracy) for run in runs}
+    return {seed: value for seed, value in last.items() if value is not None}
 
 
 def paired_half_width(differences: Sequence[float]) -> float:
@@ -158,12 +164,11 @@ def compare_runs(runs: Sequence[Compared]) -> tuple[list[str], str]:
     rows = tell_groups(groups)
     tests = compare_groups(groups)
     settings = tell_settings(groups)
-    remarks = list_items(tell_remarks(groups))
     page = COMPARISON.format(
         style=STYLE,
         groups=draw_table(rows),
-        remarks=remarks and REMARKS.format(items=remarks),
-        tests=f"<ul>{list_items(tests)}</ul>" if tests else "<p>There is one group alone.</p>",
+        remarks=draw_box("Look at these first", tell_remarks(groups)),
+        tests=draw_list(tests) if tests else "<p>There is one group alone.</p>",
         settings=draw_table(settings) if settings[1:] else "<p>None but the seed.</p>",
         charts=draw_groups(groups),
     )
@@ -172,18 +177,13 @@ def compare_runs(runs: Sequence[Compared]) -> tuple[list[str], str]:
     return [*lines, *tests], page
 
 
-def list_items(texts: Sequence[str]) -> str:
-    """Returns texts as items of an HTML list."""
-    return "".join(f"<li>{escape(text)}</li>" for text in texts)
-
-
 def draw_groups(groups: Groups) -> str:
     """Draws every number of a report's charts: a curve and a band for each group."""
     drawn = ""
     for chart in CHARTS:
         for label, name in chart.names.items():
             title = chart.title if len(chart.names) == 1 else f"{chart.title}: {label}"
-            one = Chart(title, chart.phase, {label: name}, chart.is_share)
+            one = dataclasses.replace(chart, title=title, names={label: name})
             curves = {
                 group: [chart_points(run.records, one, name) for run in runs]
                 for group, runs in groups.items()

@@ -1,5 +1,9 @@
 """The page that report.py fills in: its style, and its parts in order."""
 
+from collections.abc import Sequence
+
+from measure.charts import escape
+
 STYLE = """
 :root { color-scheme: light dark; --line: color-mix(in srgb, CanvasText 18%, Canvas);
   --c0: #2f7dc2; --c1: #c85a14; --c2: #23864f; --c3: #9457ae; --c4: #a8871a; --c5: #61717f;
@@ -86,10 +90,21 @@ line marks a new iteration.</p>
 </body></html>
 """
 RELOAD = '<meta http-equiv="refresh" content="30">'
-TROUBLES = """<section class="trouble"><h2>What went wrong</h2><ul>{items}</ul></section>"""
-REMARKS = """<section class="trouble"><h2>Look at these first</h2><ul>{items}</ul></section>"""
 LADDER = """<h2>The ladder</h2>
 <p class="soft">A rung is how many objects one must list to answer a question. Accuracy is that of sampled
 answers to held-out questions; iteration 0 is the base. The last chart shows the mean number of objects of
 the curated questions.</p>
 <div class="charts">{charts}</div>"""
+
+
+def draw_box(title: str, texts: Sequence[str]) -> str:
+    """Returns a box that catches the eye, with an item for each text; "" without any."""
+    if not texts:
+        return ""
+    return f'<section class="trouble"><h2>{title}</h2>{draw_list(texts)}</section>'
+
+
+def draw_list(texts: Sequence[str]) -> str:
+    """Returns texts as an HTML list."""
+    items = "".join(f"<li>{escape(text)}</li>" for text in texts)
+    return f"<ul>{items}</ul>"

@@ -109,7 +109,9 @@ def _judge_curation(record: dict, settings: dict) -> dict[str, str]:
     if curated >= least:
         return {}
     if not _number(record, "validity"):
-        return {"few": "not one question was valid, so that the Reasoner is not trained"}
+        advice = "try another --questioner-prompt or --model, or a higher --max-new-tokens"
+        told = "not one question was valid, so that the Reasoner is not trained"
+        return {"few": f"{told}: {advice}"}
     left_out = _counts(record, "left_out")
     each = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
     why = f" (left out: {each})" if each else ""
