@@ -44,7 +44,7 @@ from measure.choices import read_choice
 from measure.items import Item, read_answer, right  # noqa: F401  other programs import them here
 from measure.outcomes import Outcome, answer_all, judge_all, read_items
 from measure.scores import compare, full_report, judge_scores
-from model.checkpoint import find_weights, open_checkpoint
+from model.checkpoint import find_device, find_weights, open_checkpoint
 from model.vlm import VLM
 from training.folder import replace_text
 from training.settings import OneLineParser, find_model, printable
@@ -86,7 +86,7 @@ def table(reports: dict[str, dict]) -> str:
     for model, report in reports.items():
         rows += reliability_rows(model, report)
     # Names are not cut off: two might look the same then
-    rows = [(printable(model), printable(name), numbers) for model, name, numbers in rows]
+    rows = [tuple(map(printable, row)) for row in rows]
     width = max(len(model) for model, _, _ in rows)
     name_width = max(len(name) for _, name, _ in rows)
     return "\n".join(
@@ -99,9 +99,7 @@ def comparison_rows(model: str, report: dict, first: str) -> list[Row]:
     rows = []
     for name, change in report.get("against_first", {}).items():
         low, high = change["interval"]
-        numbers = (
-            f"{change['difference']:>+8.3f} against {printable(first)} [{low:+.3f}, {high:+.3f}]"
-        )
+        numbers = f"{change['difference']:>+8.3f} against {first} [{low:+.3f}, {high:+.3f}]"
         if "p" in change:
             p = change["p"]
             numbers += ", McNemar p < 0.0001" if p < 1e-4 else f", McNemar p = {p:.4f}"
@@ -141,13 +139,8 @@ def reliability_rows(model: str, report: dict) -> list[Row]:
 def device(name: str) -> str:
     """Returns the name of a device that is there. Raises ArgumentTypeError for others."""
     try:
-        found = torch.device(name)
-        known = (
-            found.type == "cpu"
-            or found.type == "cuda"
-            and (found.index or 0) < torch.cuda.device_count()
-        )
-    except RuntimeError:
+        known = find_device(name).type in ("cpu", "cuda")
+    except ValueError:
         known = False
     if not known:
         raise argparse.ArgumentTypeError(f"there is no device {name} here, cpu and cuda are known")
@@ -300,11 +293,7 @@ def main(argv: list[str] | None = None) -> int:
         told = f"error: {printable(lines[0])}\n"
         exit_code = 2
     except KeyboardInterrupt:
-        told = (
-            "interrupted; what was answered is kept\n"
-            if reports
-            else "interrupted; nothing is written\n"
-        )
+        told = f"interrupted; {'what was answered is kept' if reports else 'nothing is written'}\n"
         exit_code = 1
     # Print.
     if reports:

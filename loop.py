@@ -19,9 +19,8 @@ the random numbers of each step and the files. Several processes may share a run
 the images, and `all_gather` gives every process the results of all.
 """
 
-if (
-    __name__ == "__main__"
-):  # a first parse: --help, a wrong flag and Ctrl-C need not wait for torch's import
+if __name__ == "__main__":
+    # A first parse: --help, a wrong flag and Ctrl-C need not wait for torch's import.
     import signal
 
     from training.settings import parse_arguments

@@ -112,11 +112,12 @@ def read_questions(folder: Path, iterations: int) -> dict[int, list[Proposed]]:
         kept = read_well_formed(folder / "curated" / f"iteration-{k}.jsonl")
         if kept is None:
             continue
-        candidates = read_well_formed(folder / "candidates" / f"iteration-{k}.jsonl")
-        times = Counter((e.image, e.question) for e in candidates or ())
-        several = [e for e in candidates or () if times[e.image, e.question] > 1]
+        candidates = read_well_formed(folder / "candidates" / f"iteration-{k}.jsonl") or []
+        # A single one stays as it was written: its confidence may be unknown.
+        times = Counter((e.image, e.question) for e in candidates)
+        several = [e for e in candidates if times[e.image, e.question] > 1]
         asked = {}
-        for example in [*(candidates or ()), *pool(several)]:
+        for example in candidates + pool(several):
             asked[example.image, example.question] = (example, False)
         for example in kept:
             asked[example.image, example.question] = (example, True)
@@ -301,7 +302,7 @@ def sample_list(samples: dict[tuple[int, str, int], list[dict]], folder: Path) -
             earned += [finite(output.get("reward")) for output in example["outputs"]]
         earned = [reward for reward in earned if reward is not None]
         if earned:
-            name += f" · mean reward {fmean(earned):.2f}"
+            name += f" · mean reward of these {fmean(earned):.2f}"
         shown += f"<details><summary>{name}</summary>{cards}</details>"
         if len(shown) > SAMPLES_LENGTH:
             shown += '<p class="soft">More are in samples/.</p>'
@@ -424,7 +425,7 @@ def page(folder: Path) -> str:
     charts = "".join(draw_chart(records, chart) for chart in CHARTS)
     charts = charts or none("Nothing to draw", finished)
     for k, asked in questions.items():
-        charts += draw_histogram(f"Difficulty, iteration {k}", asked, band_of(config))
+        charts += draw_histogram(f"Difficulty, iteration {k}", asked, read_thresholds(config))
     return PAGE.format(
         name=escape(folder.resolve().name),
         style=STYLE,
@@ -441,7 +442,7 @@ def page(folder: Path) -> str:
     )
 
 
-def band_of(config: dict) -> tuple[float, float] | None:
+def read_thresholds(config: dict) -> tuple[float, float] | None:
     """Returns tau_low and tau_high; None if a run's config.json does not say."""
     band = [finite(config.get(name)) for name in ("tau_low", "tau_high")]
     return None if None in band else tuple(band)

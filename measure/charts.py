@@ -4,7 +4,7 @@ import html
 import math
 import re
 from bisect import bisect
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, groupby, pairwise
@@ -26,9 +26,8 @@ class Chart:
     phase: str  # of the records that it shows: questioner, curation, reasoner or measure
     names: dict[str, str]  # a curve's label -> its number in a record, see `number`
     is_share: bool = False  # drawn from 0 to 1
-    bands: dict[str, tuple[float, float]] = field(
-        default_factory=dict
-    )  # label -> lower and upper edge
+    # label -> lower and upper edge
+    bands: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 ACCURACIES = {
@@ -158,12 +157,12 @@ def draw_group(chart: Chart, groups: dict[str, list[tuple[Points, list[int]]]]) 
     areas = {}
     starts = max((starts for runs in groups.values() for _, starts in runs), key=len, default=[])
     for name, runs in groups.items():
-        values: dict[int, list[float]] = {}
-        for points, _ in runs:
-            for place, value in points:
-                values.setdefault(place, []).append(value)
-        curves[name] = [(place, fmean(values[place])) for place in sorted(values)]
-        areas[name] = [(p, min(values[p]), max(values[p])) for p in sorted(values)]
+        found = defaultdict(list)  # place -> the value of each run
+        for place, value in chain.from_iterable(points for points, _ in runs):
+            found[place].append(value)
+        values = sorted(found.items())
+        curves[name] = [(place, fmean(each)) for place, each in values]
+        areas[name] = [(place, min(each), max(each)) for place, each in values]
     return plot(chart, curves, starts, areas)
 
 
@@ -189,13 +188,11 @@ def plot(
     limits = (0, 1) if chart.is_share else chain.from_iterable(chart.bands.values())
     values += limits
     x = scale(places, 62, 342)
-    if chart.bands:
-        ticks = []
-    else:
-        ticks = round_ticks(min(values), max(values))
-        if all(value == int(value) for value in values) and not chart.is_share:
-            ticks = [tick for tick in ticks if tick == int(tick)]
-        values += ticks
+    ticks = []
+    if not chart.bands:
+        is_counted = all(value == int(value) for value in values) and not chart.is_share
+        ticks = round_ticks(min(values), max(values), 1 if is_counted else 0)
+    values += ticks
     y = scale(values, 150, 10)
     # From back to front: bands, areas, the starts of phases, curves
     drawn = ""
@@ -221,7 +218,7 @@ def plot(
         if curve:
             told.append(f"{name} from {curve[0][1]:.3g} to {curve[-1][1]:.3g}")
     steps = chart.phase in ("questioner", "reasoner")
-    below = f"{chart.phase.capitalize()} step" if steps else "iteration"
+    below = f"{chart.phase.capitalize()} step" if steps else "Iteration"
     return figure(chart.title, drawn, xs, ys, below, keys, "; ".join(told))
 
 
@@ -230,14 +227,14 @@ def colour(i: int) -> str:
     return f"var(--c{i % COLOURS})"
 
 
-def round_ticks(low: float, high: float) -> list[float]:
+def round_ticks(low: float, high: float, least: float = 0) -> list[float]:
     """Returns 2 to 5 round numbers that reach from below `low` to above `high`: 0, 0.1, 0.2.
 
-    Their step is 1, 2 or 5 times a power of ten.
+    Their step is 1, 2 or 5 times a power of ten, and at least `least`.
     """
     if not high > low:
         return [low]
-    width = (high - low) / 3
+    width = max(least, (high - low) / 3)
     power = 10 ** math.floor(math.log10(width))
     step = min(m * power for m in (1, 2, 5, 10) if m * power >= width * (1 - 1e-9))
     first = math.floor(low / step + 1e-9)
@@ -278,7 +275,8 @@ def draw_area(
         above = [f"{x(place):.1f} {y(high):.1f}" for place, _, high in phase]
         below = [f"{x(place):.1f} {y(low):.1f}" for place, low, _ in reversed(phase)]
         path = f"M{'L'.join(above + below)}Z"
-        drawn += f'<path class="band" style="fill: {colour}" d="{path}"/>'
+        # A single place has no width: its outline is seen.
+        drawn += f'<path class="band" style="fill: {colour}; stroke: {colour}" d="{path}"/>'
     return drawn
 
 
@@ -352,7 +350,7 @@ def draw_histogram(
         return ""
     everything = Counter(to_tenths(question.confidence) for question, _ in known)
     kept = Counter(to_tenths(question.confidence) for question, kept in known if kept)
-    ticks = [tick for tick in round_ticks(0, max(everything.values())) if tick == int(tick)]
+    ticks = round_ticks(0, max(everything.values()), 1)
     x = scale((0, 10), 70, 332)
     y = scale((0, ticks[-1]), 150, 10)
     drawn = ""

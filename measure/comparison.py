@@ -60,7 +60,7 @@ def group_runs(runs: Sequence[Compared]) -> Groups:
     """Groups runs by all settings but the seed; a group has the name of its first run, without "-seed0"."""
     groups: dict[str, list[Compared]] = {}
     for run in runs:
-        key = json.dumps(settings_of(run), sort_keys=True)
+        key = json.dumps(read_settings(run), sort_keys=True)
         groups.setdefault(key, []).append(run)
     named: Groups = {}
     for group in groups.values():
@@ -73,7 +73,7 @@ def group_runs(runs: Sequence[Compared]) -> Groups:
     return named
 
 
-def settings_of(run: Compared) -> dict:
+def read_settings(run: Compared) -> dict:
     """Returns what decides about a run's numbers, but for the seed, with defaults where it is silent."""
     settings = dataclasses.asdict(Settings()) | run.config
     return {name: value for name, value in settings.items() if name not in NO_SETTINGS}
@@ -81,7 +81,7 @@ def settings_of(run: Compared) -> dict:
 
 def differing_settings(groups: Groups) -> dict[str, list]:
     """Returns the settings in which groups differ: a name -> its value in each group."""
-    settings = [settings_of(group[0]) for group in groups.values()]
+    settings = [read_settings(group[0]) for group in groups.values()]
     names = dict.fromkeys(name for each in settings for name in each)
     differing = {}
     for name in names:
@@ -112,9 +112,9 @@ def compare_last(before: list[Compared], after: list[Compared], accuracy: str) -
     if not old or not new:
         return "not known (no finished run whose accuracy was measured: see --measure of loop.py)"
     seeds = [seed for seed in old if seed in new]
-    difference = fmean(new[seed] for seed in seeds or new) - fmean(
-        old[seed] for seed in seeds or old
-    )
+    before_mean = fmean(old[seed] for seed in seeds or old)
+    after_mean = fmean(new[seed] for seed in seeds or new)
+    difference = after_mean - before_mean
     if len(seeds) > 1:
         half = paired_half_width([new[seed] - old[seed] for seed in seeds])
         how = f"over {len(seeds)} seeds, paired"
@@ -198,8 +198,8 @@ def tell_groups(groups: Groups) -> list[list[str]]:
     for name, runs in groups.items():
         row = [name, str(len(runs)), ", ".join(run.seed for run in runs)]
         for accuracy in ACCURACIES:
-            values = [run.last(accuracy) for run in runs if run.last(accuracy) is not None]
-            row.append(f"{fmean(values):.3f}" if values else "-")
+            last = last_by_seed(runs, accuracy)
+            row.append(f"{fmean(last.values()):.3f}" if last else "-")
         rows.append(row)
     return rows
 

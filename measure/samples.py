@@ -36,13 +36,10 @@ def write_questions(
 ) -> None:
     """Writes the outputs about the first --samples images of a Questioner step, with their rewards."""
     samples = []
-    for a, answers, votes in islice(zip(asked, answered, voted), s.samples):
-        outputs = describe_questions(s, run.questioner, a, votes)
-        samples.append(
-            dict(
-                image=a.path, outputs=outputs, answers=describe_votes(run.reasoner, answers, votes)
-            )
-        )
+    for about_image, answers, votes in islice(zip(asked, answered, voted), s.samples):
+        outputs = describe_questions(s, run.questioner, about_image, votes)
+        in_full = describe_votes(run.reasoner, answers, votes)
+        samples.append(dict(image=about_image.path, outputs=outputs, answers=in_full))
     run.write_samples(step, samples)
 
 
@@ -75,12 +72,12 @@ def describe_votes(
     """Returns two of the Reasoner's answers to the first valid question, as it wrote them."""
     for each, vote in zip(answered, votes):
         if each is not None:
-            question = dict(question=shorten(vote.question, CHARACTERS))
-            texts = [describe(vlm, completion)["text"] for completion in each.completions[:ANSWERS]]
-            return [
-                question | dict(text=text, answer=answer)
-                for text, answer in zip(texts, each.answers)
-            ]
+            question = shorten(vote.question, CHARACTERS)
+            written = []
+            for completion, answer in zip(each.completions[:ANSWERS], each.answers):
+                text = describe(vlm, completion)["text"]
+                written.append(dict(question=question, text=text, answer=answer))
+            return written
     return []
 
 

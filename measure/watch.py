@@ -84,11 +84,8 @@ def answer_metrics(answers: list[list[str | None]]) -> dict:
     """Returns how many of the Reasoner's outputs have an answer, and the mean share of the majorities."""
     outputs = [answer for group in answers for answer in group]
     validity = mean([answer is not None for answer in outputs])
-    shares = []
-    for group in answers:
-        _, c = rewards.confidence(group)
-        shares.append(c)
-    return dict(validity=validity, confidence=mean(shares))
+    confidences = [c for _, c in map(rewards.confidence, answers)]
+    return dict(validity=validity, confidence=mean(confidences))
 
 
 def curation_metrics(
@@ -205,10 +202,10 @@ def vote_on_probes(s: Settings, run: Run, k: int) -> list[VotedQuestion]:
 
     # Each process votes on its part of the questions.
     mine = run.load_images(run.shard(run.read_probes("base")))
-    prompts = []
-    for probe, image in mine:
-        prompt = reasoner.answer_prompt(run.reasoner, image, probe.question, run.reasoner_prompt)
-        prompts.append(prompt)
+    prompts = [
+        reasoner.answer_prompt(run.reasoner, image, probe.question, run.reasoner_prompt)
+        for probe, image in mine
+    ]
     answered = reasoner.answer(run.reasoner, prompts, s.answers, run.sampling, run.generator)
     voted = []
     for (probe, _), each in zip(mine, answered):

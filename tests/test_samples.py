@@ -145,7 +145,10 @@ CURATED = dict(phase="curation", validity=1.0, curated=2)
         (ASKED | dict(equal_groups=1.0), ["all rewards were equal", "--group-size"]),
         (ASKED | dict(skipped=1.0), ["skipped 2 of 2 steps", "--lr"]),
         (CURATED | dict(curated=1), ["kept: 1", "fewer than --images-per-step 2", "--candidates"]),
-        (CURATED | dict(curated=0, validity=0.0), ["not one question was valid"]),
+        (
+            CURATED | dict(curated=0, validity=0.0),
+            ["not one question was valid", "--questioner-prompt"],
+        ),
         (
             CURATED | dict(curated=0, left_out={"above tau_high": 9, "below tau_low": 2}),
             ["9 above tau_high, 2 below tau_low", "too sure", "--tau-high"],
@@ -186,7 +189,12 @@ def test_the_last_lines_of_a_run_say_how_it_went(records, first):
 def test_a_report_begins_with_what_went_wrong(tmp_path):
     text = written(make_run(tmp_path / "run"))
     box = text.split('<section class="trouble">')[1].split("</section>")[0]
-    assert box.count("<li>") == 3 and "images that could not be used: 1" in box and "&lt;" in box
+    assert (
+        box.count("<li>") == 3
+        and "images that could not be used: 1" in box
+        and "leave them out of --images" in box
+        and "&lt;" in box
+    )
     assert text.index("What went wrong") < text.index("Curves") and "http-equiv" not in text
     assert " yet" not in text.partition("<body>")[2]
 
@@ -270,7 +278,8 @@ def test_what_models_write_is_text_in_the_report_and_on_the_terminal(tmp_path, c
     check_page(page)
     block = page.split("What the models wrote")[1]
     assert (
-        "<details><summary>Iteration 1, Questioner, step 1 · mean reward 0.50</summary>" in block
+        "<details><summary>Iteration 1, Questioner, step 1 · mean reward of these 0.50</summary>"
+        in block
         and shown in block
     )
     assert not re.search(

@@ -71,9 +71,8 @@ TOO_LITTLE_HOST_MEMORY = (
     "the computer has too little memory: begin anew with a lower --images-per-step, --max-new-tokens, "
     "--max-pixels or --group-size"
 )
-NO_MEMORY = (
-    "can't allocate memory"  # torch's words when the computer has none; a GPU's is OutOfMemoryError
-)
+# Torch's words when the computer has none; a GPU's is OutOfMemoryError.
+NO_MEMORY = "can't allocate memory"
 REPORT = Path(__file__).parent.parent / "report.py"
 TROUBLES_TOLD = 6  # at the end of a run; the report has all
 Loop = Callable[[Settings, Run], None]
@@ -184,12 +183,10 @@ def path_from_here(path: Path) -> str:
 
 def quiet_libraries() -> None:
     """Silences what libraries print where a sentence of ours says it, or where nothing is wrong."""
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # its retries, for a mistyped model
-    warnings.filterwarnings(
-        "ignore", module="PIL"
-    )  # a strange image is used, or skipped and listed
+    # The hub's retries, for a mistyped model.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # A strange image is used, or skipped and listed.
+    warnings.filterwarnings("ignore", module="PIL")
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
 
@@ -298,9 +295,9 @@ def resolve(settings: Settings, checkpoint: Checkpoint, device: torch.device) ->
     # Folders and files by their absolute paths; a hub id stays.
     paths = {}
     for name in ("model", "images", "measure"):
-        path = getattr(settings, name)
-        is_hub_id = name == "model" and path and not os.path.isdir(os.path.expanduser(path))
-        paths[name] = path and (path if is_hub_id else os.path.abspath(os.path.expanduser(path)))
+        path = os.path.expanduser(getattr(settings, name) or "")
+        if path and (name != "model" or os.path.isdir(path)):
+            paths[name] = os.path.abspath(path)
     if os.path.realpath(settings.base_model) == os.path.realpath(TOY):
         paths["model"] = None  # wherever this project is
     return dataclasses.replace(
@@ -315,11 +312,8 @@ def resolve(settings: Settings, checkpoint: Checkpoint, device: torch.device) ->
 
 def new_run(settings: Settings, folder: Path, checkpoint: Checkpoint, ranks: Ranks) -> Run:
     """Returns a run that begins, with its images. Raises ValueError if its folder is something else's."""
-    begun = (
-        "state",
-        "lock",
-        "images.json",
-    )  # all there is of a run that was killed before it was there
+    # All there is of a run that was killed before it was there.
+    begun = ("state", "lock", "images.json")
     if folder.exists() and not settings.dry_run:
         if any(path.name not in begun and path.suffix != ".new" for path in folder.iterdir()):
             raise ValueError(
@@ -528,15 +522,17 @@ def train(loop: Loop, run: Run, roles: tuple[VLM, VLM]) -> None:
 
 def tell_end(run: Run) -> str:
     """Returns the last lines of a run: where its results are, and what went wrong."""
-    what = f"etrics, curated questions and both checkpoints are in {run.folder}"
+    page = f"make a page of it: python {path_from_here(REPORT)} {shlex.quote(str(run.folder))}"
+    where = f"metrics, curated questions and both checkpoints are in {run.folder}; {page}"
     settings = dataclasses.asdict(run.settings)
     troubles = find_troubles(run.records, settings)
-    steps = [record for record in run.records if record["phase"] != "warning"]
-    is_sound = not find_troubles(steps, settings)
-    head = "done, with warnings:" if is_sound else "The run is over, and not all went well:"
-    page = f"make a page of it: python {path_from_here(REPORT)} {shlex.quote(str(run.folder))}"
     if not troubles:
-        return f"done: m{what}; {page}"
-    more = f"\n- and {len(troubles) - TROUBLES_TOLD} more" if troubles[TROUBLES_TOLD:] else ""
-    told = "\n- ".join(map(printable, troubles[:TROUBLES_TOLD]))
-    return f"{head}\n- {told}{more}\nM{what}; {page}"
+        return f"done: {where}"
+    # A warning alone is no failure.
+    steps = [record for record in run.records if record["phase"] != "warning"]
+    failed = find_troubles(steps, settings)
+    lines = ["The run is over, and not all went well:" if failed else "done, with warnings:"]
+    lines += [f"- {printable(trouble)}" for trouble in troubles[:TROUBLES_TOLD]]
+    if troubles[TROUBLES_TOLD:]:
+        lines.append(f"- and {len(troubles) - TROUBLES_TOLD} more")
+    return "\n".join([*lines, f"All the same, {where}"])

@@ -34,9 +34,8 @@ UNREAD = (RAW | OTHERS | frozenset(Image.registered_extensions())) - SUFFIXES - 
 ADDRESS = re.compile(r"(?:^|[/\\])(data|https?|file|s3|gs|hf):", re.IGNORECASE)
 MAX_RATIO = 200  # width / height and height / width that the image processor of Qwen2.5-VL accepts
 MAX_PIXELS = 89_478_485  # a larger image is taken for a decompression bomb (Pillow's own limit)
-HEADROOM = (
-    2  # times the pixels that the model takes: it scales such an image as it would the whole one
-)
+# Times the pixels that the model takes: it scales such an image as it would the whole one.
+HEADROOM = 2
 ORIENTATION = 0x0112  # the tag in EXIF
 PHOTOMETRIC = 262  # the tag of TIFF that says which values are white
 # Formats in which the byte of the alpha is often there, and 0, where there is no transparency.
@@ -157,12 +156,8 @@ def _strip_jpeg(data: bytes) -> bytes:
     while data[start : start + 1] == b"\xff" and data[start + 1] != 0xDA:
         length = int.from_bytes(data[start + 2 : start + 4], "big")
         end = start + 2 + length
-        is_metadata = data[start + 1] in (
-            *range(0xE1, 0xEE),
-            0xEF,
-            0xFE,
-        )  # APP14 tells what colours mean
-        if not is_metadata:
+        # APP1 to APP15 and comments, but not APP14 (EE), which tells what colours mean.
+        if data[start + 1] not in (*range(0xE1, 0xEE), 0xEF, 0xFE):
             kept.append(data[start:end])
         start = end
     return b"".join(kept) + data[start:]
@@ -197,9 +192,8 @@ def load_image(path: str, max_pixels: int | None = None, token_side: int = 28) -
 def _rgb(image: Image.Image, most: int | None, token_side: int) -> Image.Image:
     """Reads the pixels of an opened image, `most` at most, upright, on white."""
     size = _scaled_down(image.size, most, token_side)
-    if (
-        size != image.size
-    ):  # a JPEG is read at a half, a quarter or an eighth, if that is still twice as wide
+    if size != image.size:
+        # A JPEG is read at a half, a quarter or an eighth, if that is still twice as wide.
         image.draft(None, (2 * size[0], 2 * size[1]))
     packing = str(image.tile[0].args) if image.tile else ""  # known until the pixels are read
     has_alpha = image.format != "TGA" or _tga_alpha_bits(image) > 0
@@ -245,9 +239,8 @@ def _tga_alpha_bits(image: Image.Image) -> int:
 def _to_eight_bits(image: Image.Image, packing: str, has_alpha: bool) -> Image.Image:
     """Returns the image in one of TRANSPARENT, else as RGB. packing: how the file packs pixels."""
     key = image.info.get("transparency")
-    if (
-        isinstance(key, int) and image.format == "PNG" and image.mode != "P"
-    ):  # packed in 1, 2 or 4 bits
+    if isinstance(key, int) and image.format == "PNG" and image.mode != "P":
+        # A value of 1, 2 or 4 bits, which Pillow has made one of 8.
         image.info["transparency"] = key * {"1": 255, "L;2": 85, "L;4": 17}.get(packing, 1)
     if isinstance(key, tuple) and max(key) > 255:  # 16 bits a channel, of which Pillow keeps 8
         image.info["transparency"] = tuple(value >> 8 for value in key)
@@ -291,10 +284,8 @@ def _strips(image: Image.Image) -> Iterator[tuple[slice, np.ndarray]]:
     for top in range(0, image.height, count):
         rows = slice(top, min(top + count, image.height))
         values = np.asarray(image.crop((0, rows.start, image.width, rows.stop)))
-        yield (
-            rows,
-            values.view(np.uint32) if is_unsigned else values,
-        )  # Pillow knows only signed ones
+        # Pillow knows only signed 32-bit numbers.
+        yield rows, values.view(np.uint32) if is_unsigned else values
 
 
 def _find_range(image: Image.Image) -> tuple[float, float]:

@@ -96,7 +96,6 @@ class Run:
         self.folder = folder
         self.settings = settings
         self.seed = settings.seed
-        self.save_every = settings.save_every  # steps between two saved states
         self.ranks = ranks
         self.console = Console(ranks.is_main)
 
@@ -119,9 +118,7 @@ class Run:
         self.questioner: VLM | None = None
         self.reasoner: VLM | None = None
         self.policy: Trained | None = None  # in a training phase: the role in training
-        self.reference: VLM | None = (
-            None  # in a training phase: the role as it was when the phase began
-        )
+        self.reference: VLM | None = None  # the same, as it was when the phase began
         self.generator: torch.Generator | None = None  # the random numbers of this step
 
     # ---- Beginning, and going on ---------------------------------------------------------------------
@@ -159,9 +156,8 @@ class Run:
         self.number, state = self.ranks.broadcast(found)
         self.state = State(**state)
         self.pictures = self.in_order(self.state.iteration, self.state.pictures)
-        self.images.skipped[:] = [
-            (path, why) for path, why in self.state.skipped
-        ] or self.images.skipped
+        if self.state.skipped:
+            self.images.skipped[:] = [(path, why) for path, why in self.state.skipped]
         self.records, self.skips_told = read_records(self.folder), 0
         self.tell_skips()
 
@@ -256,7 +252,7 @@ class Run:
             if skipped_in_a_row(self.records) >= BAD_STEPS:
                 raise RunError(NOT_FINITE)
             is_stopped = self.ranks.any(self.stopping)
-            is_due = step % self.save_every == 0 and step < count
+            is_due = step % self.settings.save_every == 0 and step < count
             if is_due or is_stopped:
                 self.save({role: self.policy.weights(), "moments": self.policy.optimizer_state()})
             if is_stopped:
@@ -311,13 +307,13 @@ class Run:
         """
         count = min(self.settings.images_per_step, len(order))
 
-        def of_step(step: int) -> list[VotedQuestion]:
+        def choose(step: int) -> list[VotedQuestion]:
             places = range((step - 1) * count, step * count)
             return self.shard([order[place % len(order)] for place in places])
 
-        found = self.load_images(of_step(step))
+        found = self.load_images(choose(step))
         if step < self.settings.reasoner_steps:
-            upcoming = [str(self.folder / question.image) for question in of_step(step + 1)]
+            upcoming = [str(self.folder / question.image) for question in choose(step + 1)]
             self.photographs.expect(upcoming)
         return found
 
