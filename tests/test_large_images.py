@@ -13,6 +13,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from training.images import Found, Pictures, load_image
+from training.photographs import Photographs
 from training.pixels import _scaled_down
 from training.policy import Ranks
 
@@ -38,7 +39,9 @@ def test_a_large_photograph_is_held_no_larger_than_a_model_takes_it(tmp_path, su
         for i in (whole, held)
     )
     assert abs(a - b).mean() < 1 and abs(a - b).max() < 12
-    (picture,) = Pictures(Found([path], []), "0", max_pixels=limit).load_next(1, Ranks())
+    (picture,) = Pictures(Found([path], []), "0", photographs=Photographs(limit)).load_next(
+        1, Ranks()
+    )
     assert picture.image.tobytes() == held.tobytes()
 
 

@@ -12,7 +12,7 @@ import random
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -195,14 +195,12 @@ def _parse_line(number: int, line: bytes, suffix: str) -> list[str]:
     paths = [entry]
     if isinstance(entry, dict):
         one = entry.get("image") or entry.get("path")
-        several = entry.get("images")
-        use_several = one is None and isinstance(several, list) and several
-        paths = several if use_several else [one]
-    for path in paths:
-        if not isinstance(path, str) or not path.strip():
-            raise ValueError(
-                f'line {number} is no path and no object with the path as its "image" or "path"'
-            )
+        paths = entry.get("images") if one is None else [one]
+    are_paths = isinstance(paths, list) and all(isinstance(p, str) and p.strip() for p in paths)
+    if not are_paths or not paths:
+        raise ValueError(
+            f'line {number} is no path and no object with the path as its "image" or "path"'
+        )
     return paths
 
 
@@ -230,11 +228,7 @@ class Pictures:
     found: Found
     seed: str
     position: int = 0
-    max_pixels: int | None = None  # that the model takes of an image (see `load_image`)
-    token_side: int = 28
-
-    def __post_init__(self):
-        self.photographs = Photographs(self.max_pixels, self.token_side)
+    photographs: Photographs = field(default_factory=Photographs)  # decodes them
 
     def load_next(self, count: int, ranks: Ranks) -> list[Picture]:
         """Loads the next `count` pictures; of several ranks each loads its part of them.

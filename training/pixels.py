@@ -93,8 +93,8 @@ def _open_known(path: str, suffix: str) -> Image.Image:
     except Image.DecompressionBombError:
         raise
     except Exception as error:
-        from_disk = getattr(error, "errno", None)
-        bare = None if from_disk else _open_bare(path)
+        is_of_the_disk = getattr(error, "errno", None) is not None
+        bare = None if is_of_the_disk else _open_bare(path)
         if bare is None:
             raise
         return bare
@@ -293,15 +293,15 @@ def _find_range(image: Image.Image) -> tuple[float, float]:
 
     A single value is a part of 1, of 8 bits or of 16 bits, the smallest that holds it.
     """
-    low = math.inf
-    high = -math.inf
+    ends = []  # the least and the largest value of each strip
     for _, values in _strips(image):
         finite = values[np.isfinite(values)]
         if finite.size:
-            low = min(low, float(finite.min()))
-            high = max(high, float(finite.max()))
-    if low > high:
+            ends += [float(finite.min()), float(finite.max())]
+    if not ends:
         raise ImageError("none of its values is a finite number")
+    low = min(ends)
+    high = max(ends)
     if low < high:
         return low, high
     scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)

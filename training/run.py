@@ -107,8 +107,8 @@ class Run:
 
         self.state = State()
         self.number = 0  # states that were written
+        self.photographs = Photographs(settings.max_pixels, token_side)  # scaled for the model
         self.pictures = self.in_order("")
-        self.photographs = Photographs(settings.max_pixels, token_side)  # of curated questions
         self.records: list[dict] = []  # the lines of metrics.jsonl
         self.started = time.monotonic()  # of the phase or step at hand
         self.header_printed = False
@@ -281,8 +281,7 @@ class Run:
 
     def in_order(self, what: int | str, position: int = 0) -> Pictures:
         """Returns the images in the random order of an iteration, scaled down to what a model sees."""
-        seed = f"{self.seed} {what}"
-        return Pictures(self.images, seed, position, self.settings.max_pixels, self.token_side)
+        return Pictures(self.images, f"{self.seed} {what}", position, self.photographs)
 
     def next_images(self, count: int) -> list[Picture]:
         """Returns the next images; of several processes this one's part of them.
