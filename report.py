@@ -251,10 +251,11 @@ def question_card(example: VotedQuestion, kept: bool, fact: Fact | None) -> str:
 def image_card(
     path: str, questions: dict[int, list[Proposed]], folder: Path, scene: Scene | None
 ) -> str:
-    """Shows an image, with the questions of each iteration side by side."""
+    """Shows an image, with the questions of each iteration side by side, those that were kept first."""
     turns = ""
     for k, asked in questions.items():
         about = [(e, kept) for e, kept in asked if e.image == path]
+        about.sort(key=lambda proposed: not proposed[1])
         cards = ""
         for example, kept in about[:QUESTIONS]:
             fact = understand(example.question, scene) if scene else None

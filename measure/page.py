@@ -59,8 +59,8 @@ coloured.</p>
 <div class="charts">{charts}</div>
 <h2>Questions and votes</h2>
 <p class="soft">Each bar is an answer and how often the Reasoner gave it. The coloured one is the majority,
-the silver label. The iterations stand side by side: they show how the questions about an image get harder,
-and how sure the Reasoner is of them.</p>
+the silver label. Questions that were kept come first. The iterations stand side by side: they show how the
+questions about an image get harder, and how sure the Reasoner is of them.</p>
 {gallery}
 <h2>What the models wrote</h2>
 <p class="soft">Whole examples, as the models wrote them. In a Questioner step these are the outputs about one

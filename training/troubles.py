@@ -18,6 +18,13 @@ ADVICE = {  # where most questions are not kept for this reason
     "no answer": "try a higher --max-new-tokens or another --reasoner-prompt",
     "own rule": "look at your own rule, in place of loop.is_middling",
 }
+NOT_VALID = {  # what most outputs of a phase were, and what to try
+    "questioner": (
+        "outputs were no valid question",
+        "try another --questioner-prompt or --model",
+    ),
+    "reasoner": ("outputs had no answer", "try another --reasoner-prompt"),
+}
 
 
 def is_finished(records: list[dict], settings: dict) -> bool:
@@ -53,15 +60,17 @@ def judge_phase(records: list[dict], settings: dict) -> dict[str, str]:
     if phase not in ("questioner", "reasoner"):
         return {}
     troubles = {}
-    cut_off = _mean_field("truncated", records)
-    invalid = 1 - _mean_field("validity", records, 1.0)
     count = sum(_number(record, "outputs") for record in records)
+    invalid = 1 - _mean_field("validity", records, 1.0)
+    cut_off = _mean_field("truncated", records)
+    limit = f"cut off at --max-new-tokens {settings.get('max_new_tokens')}: raise it"
     if invalid >= INVALID:
-        troubles["invalid"] = _tell_invalid(invalid, cut_off, count, records, settings)
+        kind, advice = NOT_VALID[phase]
+        if cut_off >= CUT_OFF:
+            advice = f"{cut_off:.0%} were {limit}"
+        troubles["invalid"] = f"{_part(invalid, count)} {kind}{_tell_reasons(records)}; {advice}"
     elif cut_off >= CUT_OFF:
-        limit = settings.get("max_new_tokens")
-        told = f"{_part(cut_off, count)} outputs were cut off at --max-new-tokens {limit}"
-        troubles["cut off"] = f"{told}: raise it"
+        troubles["cut off"] = f"{_part(cut_off, count)} outputs were {limit}"
     elif len(records) > 1 and all(_number(r, "equal_groups") == 1 for r in records):
         troubles["equal"] = (
             "in each group all rewards were equal, so that nothing was learnt: "
@@ -80,26 +89,13 @@ def judge_phase(records: list[dict], settings: dict) -> dict[str, str]:
     return troubles
 
 
-def _tell_invalid(
-    invalid: float, cut_off: float, count: float, records: list[dict], settings: dict
-) -> str:
-    """Says how many outputs are not valid, and why."""
-    if records[0].get("phase") == "reasoner":
-        told = f"{_part(invalid, count)} outputs had no answer"
-        advice = "try another --reasoner-prompt"
-    else:
-        told = f"{_part(invalid, count)} outputs were no valid question"
-        advice = "try another --questioner-prompt or --model"
+def _tell_reasons(records: list[dict]) -> str:
+    """Says why outputs are not valid, with the most frequent reasons; "" if the records do not say."""
     reasons = Counter()
     for record in records:
         reasons += _counts(record, "invalid")
-    if reasons:
-        each = [f"{reason} {n / reasons.total():.0%}" for reason, n in reasons.most_common(4)]
-        told += f" ({', '.join(each)})"
-    if cut_off >= CUT_OFF:
-        limit = settings.get("max_new_tokens")
-        advice = f"{cut_off:.0%} were cut off at --max-new-tokens {limit}: raise it"
-    return f"{told}; {advice}"
+    each = [f"{reason} {n / reasons.total():.0%}" for reason, n in reasons.most_common(4)]
+    return f" ({', '.join(each)})" if each else ""
 
 
 def _judge_curation(record: dict, settings: dict) -> dict[str, str]:
