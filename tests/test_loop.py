@@ -87,6 +87,8 @@ def test_a_published_checkpoint_on_a_folder_of_images(taught, workplace, capsys)
         "--max-new-tokens",
         "110",
         *SMALL,
+        "--candidates",
+        "16",
     ]
     assert loop.main(args) == 0
     run, err = workplace / "runs" / "x", capsys.readouterr().err
