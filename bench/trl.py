@@ -12,7 +12,8 @@ memory here than it would. It writes all completions at once; reference and upda
 step does besides: in TRL mostly the images of all completions, processed once more.
 
 Before the clock runs, ours is given the completions and rewards of TRL's first step: the gradient and the
-weights after it should be the same. (Not in bfloat16, for which ours keeps float32 masters.)
+weights after it should be the same. In bfloat16 (the default on CUDA) only the gradient is near: ours keeps
+float32 masters.
 """
 
 import importlib.metadata
@@ -22,6 +23,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
 
@@ -30,7 +32,8 @@ import torch
 from iteration import Stopwatch
 from PIL import Image
 from shapes import ROOT, SPECIAL, arguments, image_side, peak_extra_bytes, random_vlm, show
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, TrainerCallback
+from torch.distributed.tensor import DTensor
+from transformers import Qwen2_5_VLProcessor, TrainerCallback
 
 # Else `import trl`, here and in what is imported, would find this file.
 sys.path[:] = [
@@ -90,10 +93,8 @@ def reward(ids: list[int]) -> float:
 
 def write_checkpoint(folder: Path, args) -> None:
     """A random model with the toy's tokenizer, whose control tokens it gets; its images may be large."""
-    model, toy = (
-        random_vlm(args.size, args.device, args.dtype, args.vocab_size).model,
-        open_checkpoint(ROOT / "toy").config,
-    )
+    model = random_vlm(args.size, args.device, args.dtype, args.vocab_size).model
+    toy = open_checkpoint(ROOT / "toy").config
     for name in SPECIAL:
         setattr(model.config, name, getattr(toy, name))
     for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
@@ -103,13 +104,16 @@ def write_checkpoint(folder: Path, args) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(ROOT / "toy" / name, folder)
     settings = json.loads((ROOT / "toy" / "preprocessor_config.json").read_text())
-    published = dict(max_pixels=16384 * 28 * 28)
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings | published))
+    patch = model.config.vision_config.patch_size
+    settings |= dict(patch_size=patch, max_pixels=16384 * (2 * patch) ** 2)
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
 
 def questions(vlm: VLM, args) -> tuple[str, list[Image.Image]]:
     """A text and images that make prompts of exactly --prompt-tokens tokens, about 85% of them the image."""
-    frame = len(vlm.prompt("", Image.new("RGB", (28, 28)))) - 1  # what the chat template writes
+    token = vlm.token_side
+    # What the chat template writes.
+    frame = len(vlm.prompt("", Image.new("RGB", (token, token)))) - 1
     side = image_side(args.prompt_tokens - frame)
     words = args.prompt_tokens - frame - side * side
     if words < 0:
@@ -117,7 +121,7 @@ def questions(vlm: VLM, args) -> tuple[str, list[Image.Image]]:
             f"--prompt-tokens must be at least {frame + side * side}: the chat template and an image"
         )
     rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (args.prompts, 28 * side, 28 * side, 3), dtype=np.uint8)
+    pixels = rng.integers(0, 256, (args.prompts, token * side, token * side, 3), dtype=np.uint8)
     return " red" * words, [Image.fromarray(image) for image in pixels]
 
 
@@ -185,12 +189,12 @@ class Theirs:
 
         self.args, self.watch, self.completions, self.norm = args, Stopwatch(args.device), [], None
         dtype = getattr(torch, args.dtype)
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        opened = open_checkpoint(folder)
+        model = opened.family.MODEL.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa"
         ).to(args.device)
         model.load_state_dict(ours.vlm.model.state_dict())
-        opened = open_checkpoint(folder)
-        tokenizer, image_processor = opened.tokenizer, opened.image_processor
+        tokenizer = opened.tokenizer
         tokenizer.padding_side = "left"
         self.optimizer = torch.optim.AdamW(
             model.parameters(), LR, weight_decay=WEIGHT_DECAY, fused=True
@@ -205,7 +209,7 @@ class Theirs:
             args=their_settings(folder, args),
             train_dataset=Dataset.from_list(asked),
             processing_class=Processor(
-                image_processor, tokenizer, None, chat_template=tokenizer.chat_template
+                opened.image_processor, tokenizer, None, chat_template=tokenizer.chat_template
             ),
             optimizers=(self.optimizer, None),
         )
@@ -267,7 +271,10 @@ def their_settings(folder: str, args):
 
 
 class Processor(Qwen2_5_VLProcessor):
-    """transformers' processor without the one for videos, which would need torchvision."""
+    """transformers' processor without the one for videos, which would need torchvision.
+
+    Qwen3-VL's does the same with images.
+    """
 
     def check_argument_for_proper_class(self, *_) -> None:
         """Would refuse to have none."""
@@ -298,7 +305,7 @@ def agreement(ours: Ours, theirs: Theirs) -> dict[str, float]:
 
     TRL's std of a group's rewards divides by G - 1, ours by G; here ours divides as TRL does.
     """
-    before = [p.detach().clone() for p in ours.policy.parameters()]
+    before = whole(ours.policy.parameters())
     theirs.step()
     n = ours.args.group_size
     rows = [theirs.completions[i : i + n] for i in range(0, len(theirs.completions), n)]
@@ -306,24 +313,35 @@ def agreement(ours: Ours, theirs: Theirs) -> dict[str, float]:
     grpo.add_reference(groups, ours.reference)
     with mock.patch.object(grpo, "group_advantages", their_advantages):
         norm = ours.update(groups)
-    a, b = ours.policy.parameters(), list(theirs.trainer.model.parameters())
-    gradients = [  # after one step AdamW's first moment is a tenth of the clipped gradient
-        [optimizer.state[p]["exp_avg"].float() for p in parameters]
-        for optimizer, parameters in ((ours.policy.optimizer, a), (theirs.optimizer, b))
+    sides = [
+        (ours.policy.optimizer, ours.policy.parameters()),
+        (theirs.optimizer, list(theirs.trainer.model.parameters())),
     ]
-    steps = [[p.detach() - old for p, old in zip(parameters, before)] for parameters in (a, b)]
+    # After one step AdamW's first moment is a tenth of the clipped gradient.
+    gradients = [
+        whole(optimizer.state[p]["exp_avg"] for p in parameters) for optimizer, parameters in sides
+    ]
+    weights = [whole(parameters) for _, parameters in sides]
+    steps = [[new - old for new, old in zip(side, before)] for side in weights]
     return {
         "gradient_norm": theirs.norm,
         "gradient_norm_difference": abs(norm - theirs.norm) / theirs.norm,
         "gradient_difference": difference(*gradients),
         "step_difference": difference(*steps),
-        "weights_difference": difference(a, b),
+        "weights_difference": difference(*weights),
     }
 
 
 def their_advantages(rewards: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
     """`grpo.group_advantages` with the std that TRL takes. rewards: [N, G], returns [N, G]."""
     return (rewards - rewards.mean(dim=1, keepdim=True)) / (rewards.std(dim=1, keepdim=True) + eps)
+
+
+@torch.no_grad()
+def whole(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies tensors in float32, those that FSDP2 has sharded in whole."""
+    together = (x.full_tensor() if isinstance(x, DTensor) else x for x in tensors)
+    return [x.float().clone() for x in together]
 
 
 @torch.no_grad()

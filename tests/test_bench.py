@@ -171,13 +171,19 @@ INSTALLED = {package.name for package in importlib.metadata.distributions()}  # 
 
 
 @pytest.mark.skipif("trl" not in INSTALLED, reason="TRL is in bench/requirements-trl.txt")
-@pytest.mark.parametrize("rows", ["", "--trl-rows 4"])
-def test_trl_and_ours_make_the_same_step(rows):
-    """Given TRL's completions and rewards; TRL adds up the gradients of two batches, or has one."""
-    flags = f"{SMALL} --prompts 2 --repeats 1 --device cpu --dtype float32 {rows}"
+@pytest.mark.parametrize("flags", ["", "--trl-rows 4 --size qwen3-tiny", "--dtype bfloat16"])
+def test_trl_and_ours_make_the_same_step(flags):
+    """Given TRL's completions and rewards; TRL adds up the gradients of two batches, or has one.
+
+    In bfloat16, ours is sharded and has float32 masters.
+    """
+    flags = f"{SMALL} --prompts 2 --repeats 1 --device cpu --dtype float32 {flags}"
     results = json.loads(run("trl", *flags.split(), "--json"))["results"]
-    assert max(results[f"gradient{what}_difference"] for what in ("", "_norm")) < 1e-5
-    assert results["weights_difference"] < 1e-6 and results["step_difference"] < 1e-2
+    is_half = flags.endswith("bfloat16")
+    near = 0.05 if is_half else 1e-5
+    assert max(results[f"gradient{what}_difference"] for what in ("", "_norm")) < near
+    if not is_half:
+        assert results["weights_difference"] < 1e-6 and results["step_difference"] < 1e-2
     for part in ("rollout", "reference", "update", "step"):
         theirs, ours = (results[f"{part}: {side}_s"] for side in ("theirs", "ours"))
         assert 0 < ours and results[f"{part}: ratio"] == pytest.approx(theirs / ours)
@@ -198,9 +204,8 @@ WRONG = ["--group-size 0", "--dtype int8", "--prompt-tokens 5", "--repeats x"]
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_arguments_get_a_sentence(wrong):
-    command = [sys.executable, str(ROOT / "bench" / "rollout.py"), *wrong.split()]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (
-        done.returncode == 2 and wrong.split()[0] in done.stderr and "Traceback" not in done.stderr
-    )
+def test_wrong_arguments_get_a_sentence(gpu, wrong, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rollout.py", *wrong.split()])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module("rollout").main()
+    assert stopped.value.code == 2 and wrong.split()[0] in capsys.readouterr().err
