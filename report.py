@@ -424,7 +424,7 @@ def page(folder: Path) -> str:
     # The figures
     ladder = draw_ladder(records)
     charts = "".join(draw_chart(records, chart) for chart in CHARTS)
-    charts = charts or none("Nothing to draw", finished)
+    charts = charts or say_none("Nothing to draw", finished)
     for k, asked in questions.items():
         charts += draw_histogram(f"Difficulty, iteration {k}", asked, read_thresholds(config))
     return PAGE.format(
@@ -438,8 +438,9 @@ def page(folder: Path) -> str:
         skipped=escape(skipped[:20_000]),
         ladder=ladder and LADDER.format(charts=ladder),
         charts=charts,
-        gallery=gallery(questions, folder) or none("No questions have been curated", finished),
-        samples=sample_list(read_samples(folder), folder) or none("There are no samples", finished),
+        gallery=gallery(questions, folder) or say_none("No questions have been curated", finished),
+        samples=sample_list(read_samples(folder), folder)
+        or say_none("There are no samples", finished),
     )
 
 
@@ -449,7 +450,7 @@ def read_thresholds(config: dict) -> tuple[float, float] | None:
     return None if None in band else tuple(band)
 
 
-def none(what: str, finished: bool) -> str:
+def say_none(what: str, finished: bool) -> str:
     """Says that there is nothing: nothing yet, while the run goes on."""
     return f'<p class="soft">{what}{"" if finished else " yet"}.</p>'
 
@@ -487,7 +488,7 @@ def tell_troubles(records: list[dict], config: dict, skipped: int) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0: done, 2: a wrong argument."""
+    """Runs the command; returns the exit code. 0: done, 2: a wrong argument."""
     prepare_output()
     args = parse_arguments(argv)
     try:
@@ -501,12 +502,9 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(map(printable, told)))
             write(args.out, text)
         else:
-            write(args.out, page(args.run[0]))
             if args.follow:
-                print(f"writing {printable(str(args.out))} until the run is over", flush=True)
-            while args.follow and not is_over(args.run[0]):
-                time.sleep(FOLLOW_SECONDS)
-                write(args.out, page(args.run[0]))
+                follow(args.run[0], args.out)
+            write(args.out, page(args.run[0]))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {printable(str(error))}\n")
         return 2
@@ -554,9 +552,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def is_over(folder: Path) -> bool:
-    """Tells if all iterations of a run are done."""
-    return is_finished(read_records(folder), read_config(folder))
+def follow(folder: Path, out: Path) -> None:
+    """Writes the page of a run again and again until the run is over. Raises ValueError and OSError."""
+    write(out, page(folder))
+    print(f"writing {printable(str(out))} until the run is over", flush=True)
+    while not is_finished(read_records(folder), read_config(folder)):
+        time.sleep(FOLLOW_SECONDS)
+        write(out, page(folder))
 
 
 def write(path: Path, text: str) -> None:

@@ -238,6 +238,23 @@ def test_following_writes_the_page_until_the_run_is_over(tmp_path, monkeypatch):
     assert "2 of 2 iterations complete" in (folder / "report.html").read_text()
 
 
+def test_the_last_page_has_the_end_of_a_run_that_ends_while_a_page_is_made(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "run")
+    whole = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(whole[: len(whole) // 2])
+    make_page = report.page
+
+    def page(folder):
+        text = make_page(folder)
+        (folder / "metrics.jsonl").write_text(whole)
+        return text
+
+    monkeypatch.setattr(report, "page", page)
+    monkeypatch.setattr(report.time, "sleep", lambda seconds: None)
+    assert report.main([str(folder), "--follow"]) == 0
+    assert "2 of 2 iterations complete" in (folder / "report.html").read_text()
+
+
 # ---- Samples in the report ---------------------------------------------------------------------------------
 
 
