@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from multiprocessing import get_context
@@ -35,7 +34,6 @@ import loop
 import reasoner
 import rewards
 import toy.build
-from answers import canonical
 from measure import watch
 from toy.answerer import understand
 from training import command
@@ -114,8 +112,8 @@ def changed(experiment: str, run) -> dict:
 
 def clear_majority(example, s) -> bool:
     """Kept as usual, if the first answer leads the second by MARGIN of the votes."""
-    votes = Counter(canonical(a) for a in example.answers if a is not None).most_common(2)
-    lead = votes[0][1] - votes[1][1] if len(votes) == 2 else len(example.answers)
+    votes = sorted(each.votes for each in rewards.count_votes(example.answers))
+    lead = votes[-1] - votes[-2] if len(votes) > 1 else len(example.answers)
     return loop.is_middling(example, s) and lead >= MARGIN * len(example.answers) - 1e-9
 
 
