@@ -355,7 +355,7 @@ def _products(
         if type(layer) is not LoRALinear:
             return layer
         if not merge_change:
-            return layer.cast()
+            return layer.cast_changes()
         return functools.partial(linear, weight=layer.merged(), bias=layer.bias)
 
     qkv = linears[:3]

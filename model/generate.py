@@ -186,7 +186,7 @@ class Rollout:
             logits, layers = prefill(self.vlm, [self.prompts[each.prompt] for each in new])
             for row, each in enumerate(new):
                 self.prefixes[each.prefix] = Prefix(layers, row, each.prefix_tokens)
-                self._keep(
+                self.hold_prefilled(
                     each,
                     layers,
                     row,
@@ -199,7 +199,7 @@ class Rollout:
             prefixes = [self.prefixes[each.prefix] for each in others]
             logits, layers = prefill_tails(self.vlm, prompts, prefixes)
             for row, each in enumerate(others):
-                self._keep(
+                self.hold_prefilled(
                     each,
                     layers,
                     row,
@@ -210,7 +210,7 @@ class Rollout:
         last = groups[-1][0].prefix
         self.prefixes = {last: self.prefixes[last]}
 
-    def _keep(
+    def hold_prefilled(
         self,
         each: Waiting,
         layers: Layers,
@@ -218,7 +218,7 @@ class Rollout:
         start: int,
         logits: Tensor,
     ) -> None:
-        """Keeps a prompt until it has rows."""
+        """Holds what a prompt brought until it has rows."""
         prefix = self.prefixes[each.prefix]
         first = self.prompts[each.prompt].next_position
         self.prefilled[each.prompt] = Prefilled(

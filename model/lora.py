@@ -30,7 +30,7 @@ class LoRALinear(torch.nn.Linear):
         change = linear(change, self.lora_B.to(x.dtype))
         return super().forward(x) + ALPHA * change
 
-    def cast(self) -> Callable[[Tensor], Tensor]:
+    def cast_changes(self) -> Callable[[Tensor], Tensor]:
         """Returns the map of x [n, in] with A and B cast once, in three kernels."""
         a = self.lora_A.T.to(self.weight.dtype)
         b = (ALPHA * self.lora_B).T.to(self.weight.dtype)

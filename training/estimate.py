@@ -102,12 +102,7 @@ class Counts:
             self.last = group[0].prefix
             self.prefill_tokens += sum(each.tail for each in group)
 
-    def enter(
-        self,
-        new: Waiting,
-        rows: list[int],
-        slots: list[int],
-    ) -> None:
+    def enter(self, new: Waiting, rows: list[int], slots: list[int]) -> None:
         """Notes when each of a prompt's completions ends."""
         for sample, length in enumerate(self.lengths[new.prompt]):
             self.ends[new.prompt, sample] = self.time + length
@@ -123,18 +118,10 @@ class Counts:
             row for row, owner in owners if self.ends[owner.prompt, owner.sample] <= schedule.time
         ]
 
-    def leave(
-        self,
-        finished: list[int],
-        owners: list[Owner],
-    ) -> None:
+    def leave(self, finished: list[int], owners: list[Owner]) -> None:
         """Does nothing: what a row has written is not there."""
 
-    def move_up(
-        self,
-        rows: dict[int, int],
-        slots: dict[int, int],
-    ) -> None:
+    def move_up(self, rows: dict[int, int], slots: dict[int, int]) -> None:
         """Counts the rows."""
         self.moved += len(rows)
 
@@ -193,13 +180,7 @@ class Case:
         return flags
 
 
-def rollout(
-    case: Case,
-    images: int,
-    questions: int,
-    n: int,
-    mean: float,
-) -> Counts:
+def rollout(case: Case, images: int, questions: int, n: int, mean: float) -> Counts:
     """Counts a rollout of n completions of `questions` prompts about each of so many images."""
     work = case.work
     rng = random.Random(0)
