@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import tempfile
+from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -396,6 +397,38 @@ def moments_come_back():
         assert all(map(on_gpu, resumed.optimizer_state().values())) and all(
             torch.equal(a[n], b[n]) for n in a
         )
+
+
+@case
+def gpu_benchmark():
+    """The parts of bench/gpu.py that need no FSDP2: beside times they find what they find on a CPU."""
+    import gpu
+
+    from model.schedule import CHECK_EVERY
+
+    CHECK_EVERY["cuda"] = 4
+    gpu.copy_bandwidth = lambda device: 1e9
+    args = Namespace(size="tiny", dtype="float32", out=Path(scratch(), "none"))
+    vars(args).update(prompt_tokens=60, group_size=2, new_tokens=9, prompts=3)
+    parts = (gpu.attention, gpu.rollout, gpu.update, gpu.gap, gpu.lora, gpu.estimate)
+
+    def found_on(device, make):
+        args.device, gpu.random_vlm = device, make
+        return {(part.__name__, name): value for part in parts for name, value in part(args)}
+
+    want = found_on("cpu", lambda *_: tiny())
+    card = dict(max_memory_allocated=lambda: 2, reset_peak_memory_stats=lambda: None)
+    card["get_device_name"] = lambda: "NVIDIA L40S"
+    with mock.patch.multiple(torch.cuda, **card), GPU() as there:
+        got = found_on("cuda", lambda *_: lent(tiny()))
+        # A look at which rows are finished comes at every fourth token, hence after the twelfth.
+        assert gpu.counted(args).steps == 11
+    for name in ("gradient's norm", "skipped", "T % 128"):
+        for found in (("update", name), ("lora", f"update: {name}")):
+            assert abs(got[found] - want[found]) < 1e-4, (found, got[found], want[found])
+    assert max(want["gap", "largest gap"], got["gap", "largest gap"]) < 1e-4
+    # Two rollouts, two with LoRA, and the gap's.
+    assert there.replays == 5 * 11 and got["rollout", "a capture (s)"] > 0
 
 
 @both_families
