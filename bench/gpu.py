@@ -20,7 +20,6 @@ limit.
 
 import argparse
 import contextlib
-import copy
 import importlib.metadata
 import json
 import os
@@ -32,6 +31,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from shapes import (
     add_counts,
     add_model_flags,
     image_side,
+    parse,
     peak_extra_bytes,
     random_groups,
     random_prompts,
@@ -81,9 +82,8 @@ def machine(args) -> Found:
     for name in ("torch", "transformers", "triton"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             yield name, importlib.metadata.version(name)
-    n = 1024
+    n = 8192 if args.device == "cuda" else 1024
     if args.device == "cuda":
-        n = 8192
         yield "CUDA, cuDNN", f"{torch.version.cuda}, {torch.backends.cudnn.version()}"
         yield "card", torch.cuda.get_device_name()
         yield "memory (GiB)", torch.cuda.mem_get_info()[1] / GIB
@@ -111,12 +111,9 @@ def attention(args) -> Found:
         inputs = [x.requires_grad_() for x in (q, k, v)]
         mask = torch.full((1, 1, T, T), -torch.inf, **made).triu(1)
         scaled_dot_product_attention(*inputs, attn_mask=mask).square().sum().backward()
-        is_finite = all(x.grad.isfinite().all() for x in inputs)
+        gradients = "finite" if all(x.grad.isfinite().all() for x in inputs) else "NaN"
         backend = SDPBackend(torch._fused_sdp_choice(*inputs, mask)).name
-        yield (
-            f"cuDNN {'on' if enabled else 'off'}",
-            f"{'finite' if is_finite else 'NaN'}, {backend}",
-        )
+        yield f"cuDNN {'on' if enabled else 'off'}", f"{gradients}, {backend}"
 
 
 def tests(args) -> Found:
@@ -201,29 +198,30 @@ def update(args, lora_rank: int = 0) -> Found:
     def work() -> None:
         metrics.update(grpo.update(policy, policy.optimizer, groups))
 
-    yield "the first (s)", seconds(work, args.device)
+    work()
     yield "gradient's norm", metrics["grad_norm"]
+    reference = seconds(lambda: grpo.add_reference(groups, vlm), args.device)
     there = torch.cuda.memory_allocated() if args.device == "cuda" else 0
     with Stopwatch(args.device) as watch:
         watch_updates(watch, policy)
         watch.clear()
-        watch.timed(grpo.add_reference, "reference")(groups, vlm)
         peak = there + peak_extra_bytes(work, args.device)
         watch.lap()
     spent = watch.spent
     yield "skipped", metrics["skipped"]
-    yield "forward, and of the reference (s)", spent["log-probabilities"] + spent["encode images"]
+    yield "reference (s)", reference
+    yield "forward (s)", spent["log-probabilities"] + spent["encode images"]
     yield "backward (s)", spent["backward"]
     yield "optimizer (s)", spent["optimizer"]
     yield "refresh (s)", spent["refresh"]
-    yield "in all (s)", spent.total()
+    yield "in all (s)", reference + spent.total()
     yield "peak (GiB)", peak / GIB
     case = planned(args, lora_rank)
     total = torch.cuda.mem_get_info()[1] if args.device == "cuda" else None
     dtype = getattr(torch, args.dtype)
     moments = plan.memory_plan(case.config, dtype, total, case.work, **case.flags)
-    (most,) = (moment.total for moment in moments if moment.name.startswith("an update"))
-    yield "planned (GiB)", most / GIB
+    most = next(moment for moment in moments if moment.name.startswith("an update"))
+    yield "planned (GiB)", most.total / GIB
 
 
 @torch.no_grad()
@@ -240,11 +238,10 @@ def push_scores_down(vlm: VLM) -> None:
 
 def updated(args) -> argparse.Namespace:
     """Returns the sizes of the update: a few groups, and rows that are 64 tokens longer than n times 128."""
-    changed = copy.copy(args)
     row = args.prompt_tokens + args.group_size * (args.new_tokens - 1)
-    changed.prompt_tokens += (64 - row) % 128
-    changed.prompts = min(args.prompts, UPDATED)
-    return changed
+    prompt_tokens = args.prompt_tokens + (64 - row) % 128
+    changed = dict(prompt_tokens=prompt_tokens, prompts=min(args.prompts, UPDATED))
+    return argparse.Namespace(**vars(args) | changed)
 
 
 def gap(args) -> Found:
@@ -252,27 +249,22 @@ def gap(args) -> Found:
     vlm = random_role(args, 0)
     vlm.vision_ids = np.zeros(0, int)  # the packed forward pass bans nothing
     prompts = random_prompts(vlm, args)
-    drawn: list[torch.Tensor] = []  # [rows] of each step
-    true_sample = rollouts.sample
+    sizes = (args.group_size, args.new_tokens)
+    rng = torch.Generator(args.device).manual_seed(0)
+    draw = rollouts.sample
+    drawn: list[tuple[torch.Tensor, torch.Tensor]] = []  # tokens and log-probabilities [rows]
 
     def sample(logits, temperature, **how) -> torch.Tensor:
-        token = true_sample(logits, temperature=temperature, **how)
-        drawn.append(
-            (logits / temperature).log_softmax(dim=1).gather(1, token[:, None])[:, 0].clone()
-        )
-        tokens.append(token)
+        token = draw(logits, temperature=temperature, **how)
+        logp = (logits / temperature).log_softmax(dim=1)
+        drawn.append((token, logp.gather(1, token[:, None])[:, 0]))
         return token
 
-    tokens: list[torch.Tensor] = []
-    with Stopwatch(args.device) as watch:
-        watch.replace(rollouts, "sample", sample)
-        rng = torch.Generator(args.device).manual_seed(0)
-        sizes = (args.group_size, args.new_tokens)
+    with mock.patch.object(rollouts, "sample", sample):
         written = rollouts.generate(vlm, prompts, *sizes, temperature=SHARP, generator=rng)
     # All rows begin and end together; which is whose, their tokens tell.
-    tokens = torch.stack(tokens[: args.new_tokens], dim=1).tolist()
-    decoded = torch.stack(drawn[: args.new_tokens], dim=1).cpu()
-    rows = {tuple(row): logp for row, logp in zip(tokens, decoded)}
+    tokens, decoded = (torch.stack(x[: args.new_tokens], dim=1).cpu() for x in zip(*drawn))
+    rows = dict(zip(map(tuple, tokens.tolist()), decoded))
     apart = []
     with torch.no_grad():
         for prompt, group in zip(prompts, written):
@@ -406,9 +398,7 @@ def parse_arguments() -> argparse.Namespace:
     add_model_flags(parser, *(("3b", "cuda") if cuda else ("tiny", "cpu")))
     parser.set_defaults(dtype="bfloat16")
     add_counts(parser, SIZES if cuda else TINY_SIZES)
-    args = parser.parse_args()
-    if args.device not in ("cpu", "cuda") or args.device == "cuda" and not cuda:
-        parser.error(f"--device {args.device}: there is no such device here")
+    args = parse(parser)
     args.out = Path(args.out).resolve()
     return args
 

@@ -216,6 +216,11 @@ def arguments(description: str, **extra) -> argparse.Namespace:
     add_model_flags(parser, "small", "cuda" if torch.cuda.is_available() else "cpu")
     sizes = dict(prompt_tokens=300, group_size=8, new_tokens=48, prompts=4, repeats=5) | extra
     add_counts(parser, sizes)
+    return parse(parser)
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parses the command line; what cannot run here gets a sentence."""
     args = parser.parse_args()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU here")
@@ -228,7 +233,7 @@ def add_model_flags(parser: argparse.ArgumentParser, size: str, device: str) -> 
     """Which model, where, in which dtype, with these defaults; and --json."""
     dtype = "bfloat16" if device == "cuda" else "float32"
     parser.add_argument("--size", choices=SIZES, default=size, help="shape of the random model")
-    parser.add_argument("--device", default=device, help="cpu or cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="where it runs")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default=dtype, help="of the weights"
     )

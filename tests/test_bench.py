@@ -200,7 +200,7 @@ def test_without_trl_its_benchmark_says_what_to_install():
     assert done.returncode == 1 and done.stderr.strip() == said and not done.stdout
 
 
-WRONG = ["--group-size 0", "--dtype int8", "--prompt-tokens 5", "--repeats x"]
+WRONG = ["--device mps", "--group-size 0", "--dtype int8", "--prompt-tokens 5", "--repeats x"]
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -209,3 +209,7 @@ def test_wrong_arguments_get_a_sentence(gpu, wrong, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module("rollout").main()
     assert stopped.value.code == 2 and wrong.split()[0] in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--part", "machine", *wrong.split()])
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main()
+    assert stopped.value.code == 2
