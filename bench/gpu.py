@@ -325,11 +325,17 @@ def card(device: str) -> estimates.Card:
 def estimate(args) -> Found:
     """Gives the seconds that were estimated, and how many times as long it took."""
     lines = args.out.read_text(encoding="utf-8").splitlines() if args.out.exists() else []
-    found = {(line["part"], line["name"]): line["value"] for line in map(json.loads, lines)}
+    found = {}
+    for line in map(json.loads, lines):
+        if line["name"] == "torch":  # another run begins
+            found.clear()
+        found[line["part"], line["name"]] = line["value"]
     case = planned(args)
     parts = estimates.update_seconds(case, args.new_tokens)
-    expected = {"in all": parts["update"] + parts["optimizer"] + parts["copies"]}
-    expected = {"update": expected, "rollout": estimates.rollout_seconds(case, counted(args))}
+    whole_update = parts["update"] + parts["optimizer"] + parts["copies"]
+    expected = dict(
+        rollout=estimates.rollout_seconds(case, counted(args)), update={"in all": whole_update}
+    )
     for part, names in expected.items():
         for name, guess in names.items():
             yield f"{part}, {name}: estimated (s)", guess

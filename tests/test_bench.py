@@ -95,6 +95,12 @@ def test_parts_of_the_gpu_benchmark(gpu, monkeypatch, tmp_path, capsys):
     estimated = found["estimate", "rollout, decode: estimated (s)"]
     ratio = found["estimate", "rollout, decode: found / estimated"]
     assert ratio == pytest.approx(found["rollout", "decode (s)"] / estimated)
+    # What an earlier run has found is not compared.
+    (tmp_path / "found").write_text("")
+    gpu.report(gpu.parse_arguments(), "update", "in all (s)", 1.0)
+    again = found_by(gpu, monkeypatch, tmp_path, "--part machine estimate")
+    assert ("estimate", "update, in all: estimated (s)") in again
+    assert ("estimate", "update, in all: found / estimated") not in again
     assert "skipped" in capsys.readouterr().out
 
 
