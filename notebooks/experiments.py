@@ -351,7 +351,7 @@ def one(experiment: str, seed: int, short: bool, bases: Path) -> dict:
     disable_progress_bar()
     sys.stdout = open(os.devnull, "w")
     if short:  # this process does nothing else
-        preview.SCENES, watch.HELD_OUT_QUESTIONS, watch.PROBES = 32, 16, 4
+        preview.SCENES, watch.HELD_OUT_QUESTIONS, watch.PROBES, watch.TYPICAL = 32, 16, 4, 1
     result = dict(experiment=experiment, seed=seed, short=short)
     result |= dict(settings=settings(experiment, seed, short))
     s = Settings(**result["settings"], name="x")

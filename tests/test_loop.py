@@ -39,8 +39,9 @@ SMALL += "--answers 4 --candidates 8 --device cpu".split()
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """An empty folder to run in, and fewer held-out questions: they take most of a tiny run's time."""
+    """An empty folder to run in, and less to measure, which takes most of a tiny run's time."""
     monkeypatch.setattr(watch, "HELD_OUT_QUESTIONS", 64)
+    monkeypatch.setattr(watch, "TYPICAL", 1)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
