@@ -30,7 +30,10 @@ from transformers.utils.logging import disable_progress_bar
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import curate
+import grpo
 import loop
+import questioner
 import reasoner
 import rewards
 import toy.build
@@ -74,6 +77,10 @@ EXPERIMENTS: dict[str, dict] = {  # the settings that differ from `python loop.p
     "stops at drift": dict(iterations=5),
     "unlikely not kept": dict(iterations=5),
     "unlikely not rewarded": dict(iterations=5),
+    "five iterations, LoRA": dict(iterations=5, lora_rank=8, lr=6e-4),
+    "anchor .03, LoRA": dict(iterations=5, lora_rank=8, lr=6e-4),
+    "ten iterations": dict(iterations=10),
+    "ten iterations, anchor .03": dict(iterations=10),
     "gentle base": dict(model="gentle"),  # a steepness of toy/build.py, built for it
     "steep base": dict(model="steep"),
     "LoRA": dict(lora_rank=8, lr=6e-4),
@@ -208,6 +215,7 @@ def same_majority_before(run):
 
 ANCHORS = {"anchor .01": 0.01, "anchor .03": 0.03, "anchor .1": 0.1}
 ANCHORS |= {"anchor .03 after drift": 0.03}
+ANCHORS |= {"anchor .03, LoRA": 0.03, "ten iterations, anchor .03": 0.03}
 DRIFT = 0.3  # atypical questions of the last curation or window, from which a remedy acts
 
 
@@ -324,6 +332,64 @@ def only_likely_rewarded(run):
     return reward
 
 
+# ---- How likely the base finds the curated questions ------------------------------------------
+
+READ = ("five iterations", "anchor .03")  # whose questions are looked at one by one
+
+
+def likelihoods(run) -> list[list[list[float]]]:
+    """How likely the base finds the curated questions of each iteration, by several forms.
+
+    Entry 0 has the base's own questions, entry k the curated ones of iteration k. A question has
+    [mean of its two least likely tokens, the least likely one, mean of all, the silver label's
+    log-probability (0 without one), share of votes that name no answer, 1 if it has an answer in
+    its scene].
+    """
+    base, truth = run.load_base(), read_truth(run.folder / "images")
+    table = [describe(run, base, truth, own_questions(run, base))]
+    for k in range(1, run.settings.iterations + 1):
+        table.append(describe(run, base, truth, run.read_curated(k)))
+    return table
+
+
+def own_questions(run, base) -> list[curate.VotedQuestion]:
+    """The base's own questions, those that `watch.typical_logp` had measured; without votes."""
+    pictures = run.probe_images(watch.PROBES)
+    generator = run.seeded("typical")
+    asked = questioner.ask(base, pictures, watch.TYPICAL, run.sampling, generator)
+    questions = []
+    for picture, each in zip(pictures, asked):
+        for question in each.questions:
+            if question is not None:
+                mine = dict(image=picture.path, question=question.text, kind=question.kind)
+                questions.append(
+                    curate.VotedQuestion(**mine, label=None, confidence=0.0, answers=[])
+                )
+    return questions
+
+
+def describe(run, base, truth, questions) -> list[list[float]]:
+    """A row of `likelihoods` for each of these questions."""
+    images = [load_image(str(run.folder / q.image)) for q in questions]
+    asked = [(image, q.kind, q.question) for image, q in zip(images, questions)]
+    labels = []
+    for image, q in zip(images, questions):
+        prompt = reasoner.answer_prompt(base, image, q.question)
+        text = "\\boxed{" + str(q.label) + "}"
+        ids = base.tokenizer(text, add_special_tokens=False).input_ids
+        labels.append(grpo.make_group(prompt, [ids]))
+    grpo.add_reference(labels, base)
+    rows = []
+    for q, logp, (label,) in zip(questions, questioner.question_logps(base, asked), labels):
+        least = logp.sort().values[:2]
+        none = sum(a is None for a in q.answers) / max(1, len(q.answers))
+        sound = understand(q.question, truth[Path(q.image).name]) is not None
+        of_label = label.ref_logp.sum() if q.label is not None else 0.0
+        values = [least.mean(), least[0], logp.mean(), of_label, none, sound]
+        rows.append([round(float(v), 2) for v in values])
+    return rows
+
+
 # ---- Running all of them --------------------------------------------------------------------
 
 
@@ -363,6 +429,8 @@ def one(experiment: str, seed: int, short: bool, bases: Path) -> dict:
         result |= dict(cpu_seconds=round(time.process_time() - start))
         sizes = [file.stat().st_size for file in (run.folder / "state").iterdir()]
         result |= dict(state_bytes=sum(sizes))
+        if experiment in READ:
+            result |= dict(likelihoods=likelihoods(run))
         os.chdir(ROOT)
     wanted = [{k: rounded(v) for k, v in r.items() if k not in UNWANTED} for r in run.records]
     return result | dict(records=wanted)
