@@ -99,7 +99,8 @@ def train_questioner(s: Settings, run: Run, k: int, rules: Rules) -> None:
     """Phase 1: GRPO on the Questioner. Good questions are those that split the frozen Reasoner's votes."""
     if run.is_done(k, "questioner"):
         return
-    # In this block run.policy is the role in training, run.reference its copy from the start of the phase.
+    # In this block run.policy is the role in training, run.reference its copy from the start of the phase, or
+    # the base with --anchor-beta.
     with run.training("questioner"):
         for step in run.steps("questioner", s.questioner_steps):
             # Take images, and ask G questions about each.
@@ -126,7 +127,8 @@ def train_questioner(s: Settings, run: Run, k: int, rules: Rules) -> None:
             metrics = watch.question_metrics(s, run.all_gather_votes(voted), faults)
             # Make one GRPO step, and log it.
             groups = [each.completions for each in asked]
-            update = grpo_step(s, run, groups, question_rewards)
+            beta = s.anchor_beta or s.beta
+            update = grpo_step(s, run, groups, question_rewards, beta)
             run.log(step, groups, update | metrics)
             samples.write_questions(s, run, step, asked, answered, voted)
 
@@ -185,18 +187,22 @@ def train_reasoner(s: Settings, run: Run, k: int, rules: Rules) -> None:
             metrics = watch.answer_metrics(run.all_gather([each.answers for each in answered]))
             # Make one GRPO step, and log it.
             groups = [each.completions for each in answered]
-            update = grpo_step(s, run, groups, answer_rewards)
+            update = grpo_step(s, run, groups, answer_rewards, s.beta)
             run.log(step, groups, update | metrics)
             samples.write_answers(s, run, step, questions, answered)
 
 
 def grpo_step(
-    s: Settings, run: Run, groups: list[grpo.Group], group_rewards: list[list[float]]
+    s: Settings,
+    run: Run,
+    groups: list[grpo.Group],
+    group_rewards: list[list[float]],
+    beta: float,
 ) -> dict[str, float]:
     """Makes one GRPO step of the role in training on its completions; returns the step's metrics."""
     grpo.set_rewards(groups, group_rewards)
     grpo.add_reference(groups, run.reference, s.temperature)
-    metrics = grpo.update(run.policy, run.policy.optimizer, groups, s.clip, s.beta, s.temperature)
+    metrics = grpo.update(run.policy, run.policy.optimizer, groups, s.clip, beta, s.temperature)
     return run.all_mean(metrics)
 
 

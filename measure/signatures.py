@@ -133,7 +133,7 @@ def language_drift(atypical: float | None, count: int) -> str | None:
     """
     if atypical is None or atypical <= ATYPICAL or count < 10:
         return None
-    advice = "read curated/, and try a higher --beta or fewer --questioner-steps"
+    advice = "read curated/, and try --anchor-beta 0.03 or fewer --questioner-steps"
     numbers = f"{atypical:.2f} of the curated questions are ones that the base would hardly ask"
     return f"{numbers}. They may have no answer: {advice}"
 

@@ -19,6 +19,7 @@ from conftest import ROOT
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+import grpo
 import loop
 import questioner
 from measure import truth as measure
@@ -27,7 +28,7 @@ from model import checkpoint, forward
 from model import generate as generate_module
 from model import logprobs as logprobs_module
 from model.vlm import VLM
-from training import command
+from training import command, dry_run
 from training import log as console
 from training import run as run_module
 from training.folder import read_examples
@@ -178,6 +179,56 @@ def test_a_run_is_reproducible_and_resumes(workplace, capsys, monkeypatch):
             (runs / name / role / "model.safetensors").read_bytes() for name in ("whole", "cut")
         ]
         assert weights[0] == weights[1]
+
+
+def test_the_anchor_holds_the_questioner_to_the_base(workplace, monkeypatch):
+    """With --anchor-beta the KL of each Questioner phase is taken to the base, also of one that goes on after
+    a stop; the Reasoner's to the start of its phase, as ever."""
+    seen, add, update = [], grpo.add_reference, grpo.update
+
+    def distance(reference):
+        pairs = zip(reference.model.parameters(), base.model.parameters(), strict=True)
+        return sum((a - b).abs().sum().item() for a, b in pairs)
+
+    def add_reference(groups, reference, temperature):
+        nonlocal base
+        base = base or reference.copy()  # iteration 1 begins with it
+        seen.append([distance(reference)])
+        add(groups, reference, temperature)
+        if stop and len(seen) == 6:
+            raise KeyboardInterrupt
+
+    def noted(policy, optimizer, groups, clip, beta, temperature):
+        seen[-1].append(beta)
+        return update(policy, optimizer, groups, clip, beta, temperature)
+
+    monkeypatch.setattr(dry_run, "SCENES", 16)
+    monkeypatch.setattr(watch, "HELD_OUT_QUESTIONS", 16)
+    monkeypatch.setattr(watch, "PROBES", 2)
+    monkeypatch.setattr(grpo, "add_reference", add_reference)
+    monkeypatch.setattr(grpo, "update", noted)
+    args = [*SMALL, "--iterations", "2", "--tau-low", "0", "--tau-high", "1", "--lr", "1e-3"]
+    args += ["--save-every", "1", "--anchor-beta", "0.5", "--name"]
+    base, stop = None, False
+    assert loop.main([*args, "whole"]) == 0
+    # Two steps of each phase: Questioner, Reasoner, Questioner, Reasoner.
+    assert [beta for _, beta in seen] == [0.5, 0.5, 0.01, 0.01] * 2
+    distances = [distance for distance, _ in seen]
+    assert distances[:6] == [0.0] * 6 and min(distances[6:]) > 0
+    # Stopped in the second step of the Questioner's second phase.
+    whole, base, stop = seen[:], None, True
+    seen.clear()
+    assert loop.main([*args, "cut"]) == 1
+    stop = False
+    del seen[5:]
+    assert loop.main(["--resume", "runs/cut"]) == 0
+    assert seen == whole
+    runs = [records(workplace / "runs" / name) for name in ("whole", "cut")]
+    for run in runs:
+        for record in run:
+            for timing in ("seconds", "tokens_per_second"):
+                record.pop(timing, None)
+    assert runs[0] == runs[1]
 
 
 def test_saving_memory_changes_no_number(workplace):

@@ -216,13 +216,14 @@ class Run:
         s = self.settings
         vlm = self.roles[role]
         files = self.state.files
-        self.reference = vlm.copy()
         is_new = self.state.step == 0
         if is_new:
-            files["reference"] = files[role]
-        else:
-            began = read_tensors(self.folder, files["reference"])
-            copy_tensors(self.reference.model.named_parameters(), began)
+            is_anchored = role == "questioner" and s.anchor_beta > 0
+            files["reference"] = files["base" if is_anchored else role]
+        self.reference = vlm.copy()
+        if files["reference"] != files[role]:
+            tensors = read_tensors(self.folder, files["reference"])
+            copy_tensors(self.reference.model.named_parameters(), tensors)
         self.policy = Trained(
             vlm, s.lr, s.weight_decay, s.offload, s.gradient_checkpointing, self.ranks
         )

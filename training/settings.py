@@ -126,6 +126,13 @@ class Settings:
         GRPO,
         least=0.0,
     )
+    anchor_beta: float = setting(
+        0.0,
+        "weight of the KL to the base in the Questioner's phases, where it replaces --beta and keeps its "
+        "language (0: the paper's KL, to the start of the phase)",
+        GRPO,
+        least=0.0,
+    )
     clip: float = setting(
         0.2,
         "clipping range of the ratio, the paper's epsilon; idle with one update a rollout, as here",
