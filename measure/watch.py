@@ -5,7 +5,7 @@ curation_metrics                         of a curation
 vote_on_probes, probe_metrics            votes on fixed questions, the same at the end of each iteration
 true_accuracy                            where the truth is known: held-out questions, silver labels, probes
 typical_logp, atypical_share             how likely the base finds the curated questions
-warn_of_questions, warn_of_label_drift   the failure signatures (see signatures.py)
+warn_of_questions                         the failure signatures (see signatures.py)
 """
 
 from collections import Counter
@@ -219,21 +219,14 @@ def probe_metrics(run: Run, probes: list[VotedQuestion]) -> dict:
     """Returns how often the majority is the base's, and its mean share; None without any question."""
     if not probes:
         return dict(base_agreement=None, probe_confidence=None)
-    agree = list(agreement(run, probes).values())
+    base = {(probe.image, probe.question): probe.label for probe in run.read_probes("base")}
+    agree = [
+        rewards.answer_reward(probe.label, base[probe.image, probe.question]) for probe in probes
+    ]
     return dict(
         base_agreement=mean(agree),
         probe_confidence=mean([probe.confidence for probe in probes]),
     )
-
-
-def agreement(run: Run, probes: list[VotedQuestion]) -> dict[tuple[str, str], float]:
-    """Returns for each (image, question) 1 if the majority is that of the base's first votes, else 0."""
-    base = {(probe.image, probe.question): probe.label for probe in run.read_probes("base")}
-    agree = {}
-    for probe in probes:
-        place = (probe.image, probe.question)
-        agree[place] = rewards.answer_reward(probe.label, base[place])
-    return agree
 
 
 # ---- Where the truth is known ------------------------------------------------------------------------------
@@ -305,32 +298,3 @@ def warn_of_questions(run: Run, k: int) -> None:
     curation = run.phase_records("curation")[-1]
     drifted = signatures.language_drift(curation["atypical"], curation["curated"])
     run.warn("language drift", drifted)
-
-
-def warn_of_label_drift(s: Settings, run: Run, k: int, probes: list[VotedQuestion]) -> None:
-    """Warns of pseudo-label drift: on the fixed questions majorities get worse, but not less confident.
-
-    Where the truth is known, "worse" means fewer right majorities than after the iteration before. Elsewhere
-    it means fewer of the base's majorities than the base itself had when it was asked a second time.
-    """
-    if k == 0:
-        return
-    records = {record["iteration"]: record for record in run.phase_records("measure")}
-    now = records[k]
-    if "probes_right" in now:
-        earlier = records[k - 1]
-        before, after = earlier["probes_right"], now["probes_right"]
-        if len(before) != len(after):
-            return  # an image was lost meanwhile
-        what = "majorities are right in"
-    else:
-        earlier = records[0]
-        was = agreement(run, run.read_probes(0))
-        is_now = agreement(run, probes)
-        both = [place for place in is_now if place in was]
-        before = [was[place] for place in both]
-        after = [is_now[place] for place in both]
-        what = "majorities are the base's in"
-    confidence = now["probe_confidence"] or 0.0
-    is_as_sure = confidence >= (earlier["probe_confidence"] or 0.0)
-    run.warn("pseudo-label drift", signatures.label_drift(before, after, is_as_sure, what))

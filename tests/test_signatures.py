@@ -123,42 +123,6 @@ def test_a_cluster_that_was_always_large_is_no_collapse():
     )
 
 
-ONES, ZEROS = [1.0], [0.0]
-
-
-@pytest.mark.parametrize(
-    "before, now, surer, said",
-    [
-        (
-            ONES * 60 + ZEROS * 4,
-            ONES * 40 + ZEROS * 24,
-            True,
-            "right in 0.94 -> 0.62 on 64 fixed questions",
-        ),
-        (ONES * 60 + ZEROS * 4, ONES * 40 + ZEROS * 24, False, None),  # less sure as well: honest
-        (ONES * 60 + ZEROS * 4, ONES * 59 + ZEROS * 5, True, None),  # by chance
-        (ONES * 40 + ZEROS * 24, ONES * 60 + ZEROS * 4, True, None),  # better
-        (ZEROS * 32 + ONES * 32, ONES * 32 + ZEROS * 32, True, None),  # other ones, as many
-        (ONES * 3, ZEROS * 3, True, None),  # too few to say
-        ([], [], True, None),
-        (ONES * 64, ONES * 64, True, None),
-    ],
-)
-def test_label_drift(before, now, surer, said):
-    message = signatures.label_drift(before, now, surer, "right in")
-    assert message is None if said is None else said in message and "--answers" in message
-
-
-def test_label_drift_is_seldom_seen_where_there_is_none():
-    """A weak base agrees with itself on 0.35 of its questions: asked again and again, it is hardly ever
-    called drift."""
-    rng, seen = random.Random(1), 0
-    for _ in range(400):
-        before, now = ([float(rng.random() < 0.35) for _ in range(64)] for _ in range(2))
-        seen += signatures.label_drift(before, now, True, "") is not None
-    assert seen <= 20, "2.5% are expected of a 95% interval"
-
-
 def test_stagnant_difficulty():
     assert "0.500 -> 0.500" in signatures.stagnant_difficulty([0.5] * 6)
     assert "--questioner-steps" in signatures.stagnant_difficulty([0.6, 0.6, 0.9, 0.9, 0.5, 0.5])
@@ -170,6 +134,6 @@ def test_stagnant_difficulty():
 
 
 def test_language_drift():
-    assert signatures.language_drift(None, 50) is signatures.language_drift(0.45, 50) is None
+    assert signatures.language_drift(None, 50) is signatures.language_drift(0.3, 50) is None
     assert signatures.language_drift(1.0, 9) is None, "too few to say"
     assert "0.51 of the curated questions" in signatures.language_drift(0.51, 50)
