@@ -65,23 +65,23 @@ def ask(
     instruction: str | None = None,
 ) -> list[Asked]:
     """Samples n questions about each picture. instruction: the prompt, in place of INSTRUCTION."""
-    patches = [vlm.patches(picture.image) for picture in pictures]
-    prompts = [vlm.prompt(instruction or INSTRUCTION, p) for p in patches]
+    prompts = [vlm.prompt(instruction or INSTRUCTION, picture.image) for picture in pictures]
     outputs = generate(vlm, prompts, n, **vars(sampling), generator=generator)
     asked = []
-    for picture, p, prompt, group in zip(pictures, patches, prompts, outputs):
+    for picture, prompt, group in zip(pictures, prompts, outputs):
         questions = []
         faults = []
         for ids in group:
             question, fault = read_question(vlm.output_text(ids))
             questions.append(question)
             faults.append("cut off" if fault and vlm.is_cut_off(ids) else fault)
-        asked.append(Asked(picture.path, p, make_group(prompt, group), questions, faults))
+        (patches,) = prompt.images
+        asked.append(Asked(picture.path, patches, make_group(prompt, group), questions, faults))
     return asked
 
 
 def question_logps(
-    vlm: VLM, asked: list[tuple[Image.Image, str, str]], instruction: str | None = None
+    vlm: VLM, asked: list[tuple[Image.Image | Patches, str, str]], instruction: str | None = None
 ) -> list[Tensor]:
     """Returns log pi(x_t | image, kind, x_<t) of the tokens of each question's text: [T_i], float32.
 

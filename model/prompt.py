@@ -188,7 +188,7 @@ def encode_turn(tokenizer, rendered: str, texts: Sequence[str]) -> list[int]:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image and the path it came from."""
+    """An image, cut into patches or not yet, and the path it came from."""
 
     path: str
-    image: Image.Image
+    image: Image.Image | Patches

@@ -1,16 +1,22 @@
-"""Photographs in threads: the same pictures in the same order, decoded once, ahead and bounded."""
+"""Photographs in threads: the same patches in the same order, made once, ahead and bounded."""
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
+from checkpoints import noise_image, publish
 from PIL import Image
 
+from model.vlm import VLM
+from training import dry_run
 from training import photographs as module
 from training.distributed import Ranks
 from training.dry_run import free_in_containers
-from training.images import Found, ImageError, Pictures
+from training.images import Found, ImageError, Pictures, load_image
 from training.photographs import Photographs
+from training.settings import Settings
 
 
 @pytest.fixture
@@ -36,9 +42,9 @@ def test_images_come_in_order_each_decoded_once(paths, monkeypatch):
     photographs.expect(paths[2:5])  # what was expected before is forgotten, nothing is waited for
     assert time.monotonic() - began < 4
     gate.set()
-    found = photographs.load([paths[3], paths[4], paths[3], paths[8]])
-    assert [*found] == [paths[3], paths[4], paths[8]] and found[paths[3]].size == (43, 40)
-    assert isinstance(found[paths[4]], ImageError) and "end" in str(found[paths[4]])
+    three, error, again, eight = photographs.load([paths[3], paths[4], paths[3], paths[8]])
+    assert three.size == again.size == (43, 40) and eight.size == (48, 40) and three is not again
+    assert isinstance(error, ImageError) and "end" in str(error)
     assert reads.count(paths[3]) == 1 and [*photographs.expected] == [paths[2]]
 
 
@@ -57,6 +63,46 @@ def test_what_is_expected_changes_nothing(paths, monkeypatch):
     *plain, none = taken(False)
     assert ahead == plain and len(ahead[2]) == 1 and all(len(step) == 4 for step in ahead[0])
     assert none == 0 and kept <= 4, "no more than a step's are kept"
+
+
+@pytest.mark.parametrize("style", ["qwen", "qwen3"])
+def test_patches_are_made_ahead_in_threads_and_are_the_same(style, tmp_path, paths):
+    """The main thread makes none; each picture has an object of its own, also of a path that comes twice."""
+    vlm = VLM.load(publish(tmp_path, style), "cpu", torch.float32)
+    for i, path in enumerate(paths):
+        noise_image(30 + 40 * i, 200, seed=i).save(path)
+    makers = set()
+
+    def patches(image):
+        makers.add(threading.current_thread())
+        return vlm.patches(image)
+
+    photographs = Photographs(vlm.image_size["longest_edge"], vlm.token_side)
+    photographs.patches = patches
+    pictures = Pictures(Found([*paths], []), "7", photographs=photographs)
+    taken = [picture for _ in range(3) for picture in pictures.load_next(11, Ranks())]
+    assert threading.main_thread() not in makers and len({picture.path for picture in taken}) == 9
+    assert len({id(picture.image) for picture in taken}) == len(taken) == 33
+    for picture in taken:
+        image = load_image(picture.path, vlm.image_size["longest_edge"], vlm.token_side)
+        alone = vlm.patches(image)
+        assert torch.equal(picture.image.pixels, alone.pixels)
+        assert torch.equal(picture.image.grid, alone.grid)
+
+
+@pytest.mark.parametrize("side, merge, ranks", [(14, 2, 1), (16, 2, 3)])
+def test_the_plan_counts_the_patches_of_two_steps(side, merge, ranks):
+    vision = SimpleNamespace(
+        in_channels=3, temporal_patch_size=2, patch_size=side, spatial_merge_size=merge
+    )
+    run = SimpleNamespace(settings=Settings(images_per_step=10), ranks=SimpleNamespace(size=ranks))
+    setup = SimpleNamespace(
+        run=run,
+        image_tokens=5,
+        checkpoint=SimpleNamespace(config=SimpleNamespace(vision_config=vision)),
+    )
+    pixels = torch.zeros(5 * merge**2, 3 * 2 * side * side)
+    assert dry_run.photograph_bytes(setup) == 2 * -(-10 // ranks) * pixels.nbytes
 
 
 def write(folder, files):

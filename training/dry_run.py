@@ -22,7 +22,6 @@ from model.vlm import VLM
 from training import estimate
 from training import memory_plan as plan
 from training.distributed import Ranks
-from training.pixels import HEADROOM
 from training.policy import Trained
 from training.run import Run
 from training.settings import MOST, Settings, printable
@@ -246,12 +245,12 @@ def check_host_memory(setup: Setup) -> tuple[bool, str]:
 
 
 def photograph_bytes(setup: Setup) -> int:
-    """Returns the bytes of two steps of images of a process: the next one's are decoded meanwhile."""
-    run = setup.run
-    s = run.settings
-    pixels = run.scene_size**2 if s.images is None else HEADROOM * s.max_pixels
-    images = 2 * math.ceil(s.images_per_step / run.ranks.size)
-    return 3 * pixels * images
+    """Returns the bytes of two steps of images of a process: the next one's are made meanwhile."""
+    images = 2 * math.ceil(setup.run.settings.images_per_step / setup.run.ranks.size)
+    vision = setup.checkpoint.config.vision_config
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    patches = images * setup.image_tokens * vision.spatial_merge_size**2
+    return patches * patch * 4  # float32
 
 
 def available_memory() -> int | None:

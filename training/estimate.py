@@ -42,7 +42,6 @@ LAUNCH = 1e-5  # seconds of a kernel that Python launches
 CAPTURE = 0.15  # seconds to capture a CUDA graph
 LINK = 2e10  # bytes a second between a GPU and pinned memory
 DISK = 1.5e9  # bytes a second, written and checked
-PATCHES = 0.03  # seconds to scale an image and cut it into patches
 STEP_KERNELS = 18  # of a layer of a decode step (docs/speed.md)
 PREFILL_KERNELS = 30  # of a layer
 SAMPLING_KERNELS = 40
@@ -287,17 +286,16 @@ def estimate(case: Case) -> dict:
     vote = rollout(case, images, s.group_size, s.answers, ANSWER_TOKENS)
     answer = rollout(case, images, 1, s.group_size, ANSWER_TOKENS)
     poll = rollout(case, images, 1, s.answers, ANSWER_TOKENS)
-    # Parts of a Questioner step. Photographs are decoded while the step before runs.
+    # Parts of a Questioner step. Photographs become patches while the step before runs.
     asking = rollout_seconds(case, ask)
     parts = {f"ask: {name}": value for name, value in asking.items()}
     parts |= {f"vote: {name}": value for name, value in rollout_seconds(case, vote).items()}
     parts |= update_seconds(case, QUESTION_TOKENS)
-    parts["patches"] = PATCHES * images
     questioner = sum(parts.values())
     # The other phases.
     update = sum(update_seconds(case, ANSWER_TOKENS).values())
-    reasoner = sum(rollout_seconds(case, answer).values()) + update + PATCHES * images
-    batch = sum(asking.values()) + sum(rollout_seconds(case, poll).values()) + PATCHES * images
+    reasoner = sum(rollout_seconds(case, answer).values()) + update
+    batch = sum(asking.values()) + sum(rollout_seconds(case, poll).values())
     curation = batch * s.candidates / images
     iteration = s.questioner_steps * questioner + curation + s.reasoner_steps * reasoner
     phases = dict(questioner_step=questioner, curation=curation, reasoner_step=reasoner)

@@ -240,10 +240,12 @@ class Pictures:
         missing = count
         while missing:
             paths = ranks.shard(self._next_paths(missing))
-            loaded = self.photographs.load(paths)
-            good = [path for path in paths if not isinstance(loaded[path], ImageError)]
-            pictures += [Picture(path, loaded[path]) for path in good]
-            bad = [(path, str(loaded[path])) for path in paths if path not in good]
+            bad = []
+            for path, image in zip(paths, self.photographs.load(paths)):
+                if isinstance(image, ImageError):
+                    bad.append((path, str(image)))
+                else:
+                    pictures.append(Picture(path, image))
             bad = [(path, why) for path, why in ranks.all_gather(bad)]
             self.found.skipped.extend(dict.fromkeys(bad))
             missing = len(bad)

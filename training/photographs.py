@@ -1,38 +1,47 @@
-"""Decodes photographs in threads, those of the next step while a GPU works on this one.
+"""Decodes photographs and cuts them into patches in threads, the next step's while a GPU works on this one.
 
     load(paths of step 3), expect(those of step 4)   step 3 runs   load(those of step 4): most are there
 
-A photograph of 12 megapixels takes 0.2 s, and Pillow lets other threads run meanwhile. At most what is
-expected is kept, scaled down as `load_image` does. Nothing depends on whether it was expected.
+A photograph of 12 megapixels takes 0.2 s, and Pillow and NumPy let other threads run meanwhile. At most what
+is expected is kept. Nothing depends on whether it was expected.
 """
 
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from PIL import Image
 
+from model.prompt import Patches
 from training.pixels import ImageError, load_image
 
 THREADS = min(8, os.cpu_count() or 1)
 
 
 class Photographs:
-    """Loads images by their paths; max_pixels, token_side: see `load_image`."""
+    """Loads images by their paths; max_pixels, token_side: see `load_image`.
+
+    patches: cuts an image into patches (`VLM.patches`), once there is a model. Until then images are whole.
+    """
 
     def __init__(self, max_pixels: int | None = None, token_side: int = 28):
         self.max_pixels = max_pixels
         self.token_side = token_side
+        self.patches: Callable[[Image.Image], Patches] | None = None
         self.expected: dict[str, Future] = {}
         self.threads = ThreadPoolExecutor(THREADS)  # which start when there is something to do
 
-    def load(self, paths: Sequence[str]) -> dict[str, Image.Image | ImageError]:
-        """Returns the image of each path, decoded once, or why it cannot be used."""
+    def load(self, paths: Sequence[str]) -> list[Image.Image | Patches | ImageError]:
+        """Returns what each path shows, decoded once, or why it cannot be used.
+
+        A path that comes again has an object of its own: prompts about one object are prefilled together.
+        """
         found = {
             path: self.expected.pop(path, None) or self._start(path)
             for path in [*dict.fromkeys(paths)]
         }
-        return {path: future.result() for path, future in found.items()}
+        return [copy.copy(found[path].result()) for path in paths]
 
     def expect(self, paths: Sequence[str]) -> None:
         """Begins with the images that are probably asked for next, and forgets all others."""
@@ -46,8 +55,9 @@ class Photographs:
     def _start(self, path: str) -> Future:
         return self.threads.submit(self._decode, path)
 
-    def _decode(self, path: str) -> Image.Image | ImageError:
+    def _decode(self, path: str) -> Image.Image | Patches | ImageError:
         try:
-            return load_image(path, self.max_pixels, self.token_side)
+            image = load_image(path, self.max_pixels, self.token_side)
         except ImageError as error:
             return error
+        return image if self.patches is None else self.patches(image)

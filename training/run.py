@@ -27,7 +27,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 import grpo
@@ -35,7 +34,7 @@ import questioner
 import reasoner
 from curate import VotedQuestion
 from model import lora
-from model.prompt import Picture
+from model.prompt import Patches, Picture
 from model.sampling import Sampling
 from model.vlm import VLM
 from training.distributed import Ranks
@@ -166,6 +165,7 @@ class Run:
         """Takes both roles. A resumed run restores their weights; a new run saves the base model's."""
         self.questioner = questioner
         self.reasoner = reasoner
+        self.photographs.patches = questioner.patches  # both roles cut them alike
         if "questioner" in self.state.files:
             for role, vlm in self.roles.items():
                 saved = read_tensors(self.folder, self.state.files[role])
@@ -300,7 +300,7 @@ class Run:
 
     def next_questions(
         self, order: list[VotedQuestion], step: int
-    ) -> list[tuple[VotedQuestion, Image.Image]]:
+    ) -> list[tuple[VotedQuestion, Patches]]:
         """Returns the curated questions of a step with their images; cycles through them in this order.
 
         With fewer questions than images a step, each step takes all of them.
@@ -422,16 +422,12 @@ class Run:
             self.folder, pictures.load_next(min(count, len(self.images.paths)), self.ranks)
         )
 
-    def load_images(
-        self, questions: list[VotedQuestion]
-    ) -> list[tuple[VotedQuestion, Image.Image]]:
+    def load_images(self, questions: list[VotedQuestion]) -> list[tuple[VotedQuestion, Patches]]:
         """Returns questions with their images. Those that can no longer be read join the skipped ones."""
         found = []
         unreadable = []
         paths = [str(self.folder / question.image) for question in questions]
-        loaded = self.photographs.load(paths)
-        for question, path in zip(questions, paths):
-            image = loaded[path]
+        for question, image in zip(questions, self.photographs.load(paths)):
             if isinstance(image, ImageError):
                 unreadable.append((question.image, str(image)))
             else:
