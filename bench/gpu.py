@@ -331,7 +331,11 @@ def estimate(args) -> Found:
             found.clear()
         found[line["part"], line["name"]] = line["value"]
     case = planned(args)
-    parts = estimates.update_seconds(case, args.new_tokens)
+    groups = case.work.questions // args.group_size
+    lengths = [[args.new_tokens] * args.group_size] * groups
+    batches = estimates.pack_update(case, lengths)
+    moved = estimates.moved_bytes(case, [], batches)
+    parts = estimates.update_seconds(case, batches, moved)
     whole_update = parts["update"] + parts["optimizer"] + parts["copies"]
     expected = dict(
         rollout=estimates.rollout_seconds(case, counted(args)), update={"in all": whole_update}

@@ -320,18 +320,19 @@ def make_products(vlm: VLM) -> list[Products]:
     The three projections in front of an attention become one matrix, up to 6% of the weights: one product is
     faster than three. With LoRA each product would take three kernels; there all changed weights are merged,
     W + (alpha / R) B A rounded to W's dtype, which is also what a run exports. All for the length of a
-    rollout.
+    rollout. Copies take a fifth of the memory of the KV cache at most: a rollout with fewer rows takes more
+    steps, and soon longer (docs/speed.md).
     """
     blocks = vlm.model.model.language_model.layers
     found = [_linears(block) for block in blocks]
     merge_qkv = merge_change = False
     if vlm.device.type == "cuda":
-        room = cache_budget(vlm.device)
+        room = cache_budget(vlm.device) // 5
         linears = [layer for layers in found for layer in layers]
         changed = sum(each.weight.nbytes for each in linears if type(each) is LoRALinear)
         merge_change = 0 < changed <= room
         qkv = sum(each.weight.nbytes for layers in found for each in layers[:3])
-        merge_qkv = 5 * qkv <= room and (merge_change or not changed)
+        merge_qkv = qkv <= room and (merge_change or not changed)
     return [_products(layers, merge_qkv, merge_change) for layers in found]
 
 

@@ -1,10 +1,12 @@
 """The schedule of a rollout: exact counts of a small case, and what must hold whatever the lengths are."""
 
 import random
+import sys
 
 import pytest
 import torch
 from checkpoints import load_lively, noise_image, publish
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +14,11 @@ from model import generate as generate_module
 from model import schedule as schedule_module
 from model.schedule import Limits, Schedule, Waiting, find_limits, group_by_prefix
 from training import estimate
+from training import memory_plan as plan
+from training.settings import Settings
+
+sys.path.append(str(ROOT / "bench"))
+from shapes import shape_config  # noqa: E402
 
 
 def test_a_small_case_by_hand():
@@ -144,24 +151,83 @@ def test_what_fits_fits(budget):
     assert (found.rows == 48) == (budget >= 48 * 107 + 4 * 200)
 
 
-def test_a_questioner_step_of_the_defaults(monkeypatch):
+def case_of(images, new_tokens=1024, image_tokens=1024, size="3b", card="h100", **flags):
+    s = Settings(images_per_step=images, max_new_tokens=new_tokens, **flags)
+    questions = images * s.group_size
+    work = plan.Work(image_tokens, 80, new_tokens, s.group_size, questions, s.answers)
+    return estimate.Case(shape_config(size), s, work, estimate.CARDS[card])
+
+
+def test_the_attention_of_an_update_by_hand():
+    """Three groups of 1,104 prompt tokens; the last token of a completion is predicted, never an input.
+
+    A batch holds 2,048 image tokens, so two rows: the longest two. Rows are padded to multiples of 8.
+    """
+    case = case_of(3, new_tokens=10, group_size=2)
+    batches = estimate.pack_update(case, [[3, 5], [10, 1], [10, 10]])
+    found = estimate.describe_batches(batches)
+    assert found == dict(
+        batches=2,
+        rows=3,
+        shortest_row=1104 + 2 + 4,
+        longest_row=1104 + 9 + 9,
+        tokens=1122 + 1113 + 1110,
+        padded_tokens=2 * 1128 + 1112,
+        shapes=[(2, 1128), (1, 1112)],
+        lengths=[1122, 1113, 1110],
+    )
+
+
+TRAINED_3B = 3_754_622_976
+ADAPTERS_3B = 29_933_568
+PIXELS = 2 * 4096 * 3 * 2 * 14 * 14 * 4  # two images of 4,096 patches, float32
+FEATURES = 2 * 1024 * 2048 * 2  # two images of 1,024 tokens, 2,048 bfloat16 numbers each
+# A batch of 2 x 1,120 tokens: an id, three positions and a segment each; 19 tokens of completions.
+TOKENS = 8 * (5 * 2 * 1120 + 2 * 19)
+
+
+@pytest.mark.parametrize(
+    "flags, to_gpu, from_gpu",
+    [
+        (
+            {},
+            dict(weights=6 * TRAINED_3B, pixels=4 * PIXELS),
+            dict(weights=2 * TRAINED_3B, state=12 * TRAINED_3B // 5),
+        ),
+        (
+            dict(offload=True),
+            dict(weights=6 * TRAINED_3B, pixels=4 * PIXELS, masters=8 * TRAINED_3B),
+            dict(gradients=4 * TRAINED_3B),
+        ),
+        (
+            dict(lora_rank=16),
+            dict(weights=12 * ADAPTERS_3B, pixels=PIXELS, features=4 * FEATURES),
+            dict(weights=4 * ADAPTERS_3B, state=12 * ADAPTERS_3B // 5, features=FEATURES),
+        ),
+    ],
+)
+def test_the_bytes_of_a_step_by_hand(flags, to_gpu, from_gpu):
+    """Two rollouts of two images, the reference, and an update in one batch."""
+    case = case_of(2, new_tokens=10, group_size=2, **flags)
+    batches = estimate.pack_update(case, [[3, 5], [10, 1]])
+    ends = dict.fromkeys([(0, 0), (0, 1), (1, 0), (1, 1)], 9)
+    rollouts = [estimate.Counts([], prefill_tokens=n, looked=7, ends=ends) for n in (100, 50)]
+    to_gpu |= dict(tokens=2 * TOKENS + 150 * (8 + 3 * 8))
+    from_gpu |= dict(tokens=2 * (4 * 10 * 8 + 7))
+    moved = estimate.moved_bytes(case, rollouts, batches)
+    assert moved == dict(to_gpu=to_gpu, from_gpu=from_gpu)
+
+
+def test_a_questioner_step_of_the_defaults():
     """The counts that docs/speed.md shows, exactly; half of what the issue allows."""
-    import sys
-
-    from conftest import ROOT
-
-    sys.path.append(str(ROOT / "bench"))
-    from shapes import shape_config
-
-    from training import memory_plan as plan
-    from training.settings import Settings
-
-    s = Settings(images_per_step=128)
-    work = plan.Work(1024, 80, s.max_new_tokens, s.group_size, 1024, s.answers)
-    case = estimate.Case(shape_config("3b"), s, work, estimate.CARDS["h100"])
-    found = estimate.estimate(case)
+    found = estimate.estimate(case_of(128))
     assert found["decode_steps"] <= 10_500 and found["images_encoded"] == 128
     assert found["prefill_tokens"] == 128 * 1050 + 1024 * 54 <= 200_000
     assert found["recordings"] <= 12 and found["live_share"] > 0.85
     assert found["asking"]["images_encoded"] == 128
+    update = found["update"]
+    assert (update["batches"], update["rows"], update["padded_tokens"]) == (64, 128, 242_816)
+    assert {rows for rows, _ in update["shapes"]} == {2} and update["longest_row"] == 2768
+    to_gpu = found["bytes"]["to_gpu"]
+    assert (to_gpu["weights"], to_gpu["pixels"]) == (6 * TRAINED_3B, 4 * 64 * PIXELS)
     assert 1800 < found["seconds"]["iteration"] <= 1.6 * 3600

@@ -247,10 +247,7 @@ def check_host_memory(setup: Setup) -> tuple[bool, str]:
 def photograph_bytes(setup: Setup) -> int:
     """Returns the bytes of two steps of images of a process: the next one's are made meanwhile."""
     images = 2 * math.ceil(setup.run.settings.images_per_step / setup.run.ranks.size)
-    vision = setup.checkpoint.config.vision_config
-    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    patches = images * setup.image_tokens * vision.spatial_merge_size**2
-    return patches * patch * 4  # float32
+    return images * plan.patches_bytes(setup.checkpoint.config, setup.image_tokens)
 
 
 def available_memory() -> int | None:

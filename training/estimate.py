@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedConfig
 
-from model.decode import SAMPLING_BYTES, cache_token_bytes
+from model.decode import SAMPLING_BYTES, cache_token_bytes, head_size
 from model.generate import PREFILL_TOKENS
-from model.packing import BATCH_IMAGE_TOKENS, BATCH_TOKENS
+from model.packing import Continuation, PackedBatch, lay_out, pack
+from model.prompt import Prompt
 from model.schedule import (
     CELLS,
     Limits,
@@ -41,6 +42,7 @@ KERNEL = 2e-6  # seconds of a kernel in a CUDA graph that has nothing to do
 LAUNCH = 1e-5  # seconds of a kernel that Python launches
 CAPTURE = 0.15  # seconds to capture a CUDA graph
 LINK = 2e10  # bytes a second between a GPU and pinned memory
+HOST = 5e10  # bytes a second of the computer's memory, where AdamW runs with --offload
 DISK = 1.5e9  # bytes a second, written and checked
 STEP_KERNELS = 18  # of a layer of a decode step (docs/speed.md)
 PREFILL_KERNELS = 30  # of a layer
@@ -76,6 +78,7 @@ class Counts:
     prefill_tokens: int = 0
     prefills: int = 0
     moved: int = 0  # rows that moved up
+    looked: int = 0  # flags that looks have brought
     ends: dict[tuple[int, int], int] = field(default_factory=dict)  # completion -> its last token
     time: int = 0
     last: Hashable = None  # the prefix that was forwarded last
@@ -111,7 +114,8 @@ class Counts:
         self.time = schedule.time + 1
 
     def find_finished(self, schedule: Schedule) -> list[int]:
-        """Returns the rows whose completion has ended."""
+        """Returns the rows whose completion has ended, as a look at all flags would."""
+        self.looked += schedule.covered_rows
         owners = schedule.owners.items()
         return [
             row for row, owner in owners if self.ends[owner.prompt, owner.sample] <= schedule.time
@@ -177,6 +181,17 @@ class Case:
         if not plan.fits(memory, self.config, torch.bfloat16, self.work, **flags):
             flags["checkpointing"] = True
         return flags
+
+    @property
+    def trained(self) -> int:
+        """Counts the elements that are trained."""
+        s = self.settings
+        return sum(plan.trained_sizes(self.config, s.lora_rank, s.freeze_vision).values())
+
+    @property
+    def encoder_is_frozen(self) -> bool:
+        """Tells if images are encoded once a step, and their features kept."""
+        return self.settings.freeze_vision or self.settings.lora_rank > 0
 
 
 def rollout(case: Case, images: int, questions: int, n: int, mean: float) -> Counts:
@@ -247,33 +262,104 @@ def weights(config: PreTrainedConfig) -> tuple[int, int]:
     return sum(sizes.values()) - image - embedding, image
 
 
-def update_seconds(case: Case, mean: float) -> dict[str, float]:
-    """Returns the seconds of an update's parts, the reference's forward pass among them."""
+def pack_update(case: Case, lengths: list[list[int]]) -> list[PackedBatch]:
+    """Lays out the batches of an update whose completions have these lengths [groups][G]."""
     work = case.work
-    flags = case.flags
-    text_weights, image_weights = weights(case.config)
-    groups = work.questions // work.group_size
-    tokens = groups * (work.prompt_tokens + work.group_size * mean)
-    patches = 4 * groups * work.image_tokens
-    # Operations a weight: 2 of the reference, 2 forward, 4 backward, 2 once more.
-    passes = 10 if flags["checkpointing"] else 8
-    operations = passes * (text_weights * tokens + image_weights * patches)
-    trained = sum(
-        plan.trained_sizes(case.config, flags["lora_rank"], flags["freeze_vision"]).values()
-    )
-    batches = max(tokens / BATCH_TOKENS, groups * work.image_tokens / BATCH_IMAGE_TOKENS)
+    completions = []
+    for group in lengths:
+        positions = torch.zeros(3, work.prompt_tokens)
+        prompt = Prompt(positions[0], positions, (), torch.zeros(work.image_tokens))
+        completions += [Continuation(prompt, [0] * length) for length in group]
     memory = int(case.card.memory)
-    batches /= plan.fit_batches(memory, case.config, torch.bfloat16, work, **flags)
-    moved = 2 * trained  # the plain copy, made anew
-    if flags[
-        "offload"
-    ]:  # weights in twice and gradients out once a batch; moments stay in CPU memory
-        moved += batches * (2 + 2 + 4) * trained + 8 * trained
-    saved = 12 * trained / case.settings.save_every
+    scale = plan.fit_batches(memory, case.config, torch.bfloat16, work, **case.flags)
+    return [lay_out(rows) for rows in pack(completions, scale)]
+
+
+def describe_batches(batches: list[PackedBatch]) -> dict:
+    """Returns the shapes of an update's attention: rows x tokens of each batch, and each row's own length."""
+    shapes = [tuple(batch.ids.shape) for batch in batches]
+    lengths = [length for batch in batches for length in (batch.segment >= 0).sum(dim=1).tolist()]
+    return dict(
+        batches=len(batches),
+        rows=len(lengths),
+        shortest_row=min(lengths),
+        longest_row=max(lengths),
+        tokens=sum(lengths),
+        padded_tokens=sum(rows * tokens for rows, tokens in shapes),
+        shapes=shapes,
+        lengths=lengths,
+    )
+
+
+def moved_bytes(
+    case: Case, rollouts: list[Counts], batches: list[PackedBatch]
+) -> dict[str, dict[str, int]]:
+    """Counts the bytes that cross between the computer's memory and the GPU in a step, by what they are.
+
+    The plain copies come for each rollout and for the reference. Each of these and the update encodes all
+    images, or reads the features of a frozen encoder. What is smaller than some megabytes is left out.
+    """
+    work = case.work
+    s = case.settings
+    trained = case.trained
+    copy = trained * (4 if s.lora_rank else 2)
+    images = work.questions // work.group_size
+    encodings = len(rollouts) + 2
+    patches = images * plan.patches_bytes(case.config, work.image_tokens)
+    laid_out = 0
+    for batch in batches:
+        tensors = (batch.ids, batch.positions, batch.segment, batch.where, batch.targets)
+        laid_out += sum(tensor.nbytes for tensor in tensors)
+    # A prompt's token: its id and three positions. A completion leaves with its whole row of tokens.
+    prompts = 32 * sum(counts.prefill_tokens for counts in rollouts)
+    written = sum(8 * work.new_tokens * len(counts.ends) + counts.looked for counts in rollouts)
+    to_gpu = dict(weights=(len(rollouts) + 1) * copy, tokens=prompts + 2 * laid_out)
+    from_gpu = dict(tokens=written)
+    if case.encoder_is_frozen:
+        later = len(getattr(case.config.vision_config, "deepstack_visual_indexes", ()))
+        width = (1 + later) * case.config.text_config.hidden_size
+        features = 2 * width * images * work.image_tokens
+        to_gpu |= dict(pixels=patches, features=encodings * features)
+        from_gpu |= dict(features=features)
+    else:
+        to_gpu |= dict(pixels=encodings * patches)
+    if s.offload:
+        # FSDP2 casts on the GPU: float32 weights come for each forward and each backward pass.
+        to_gpu |= dict(masters=len(batches) * (4 + 4) * trained)
+        from_gpu |= dict(gradients=len(batches) * 4 * trained)
+    else:
+        # Made anew after each step, and saved every few steps.
+        from_gpu |= dict(weights=copy, state=12 * trained // s.save_every)
+    return dict(to_gpu=to_gpu, from_gpu=from_gpu)
+
+
+def update_seconds(
+    case: Case, batches: list[PackedBatch], moved: dict[str, dict[str, int]]
+) -> dict[str, float]:
+    """Returns the seconds of an update's parts, the reference's forward pass among them.
+
+    moved: the bytes that are copied in its step (see `moved_bytes`).
+    """
+    s = case.settings
+    text = case.config.text_config
+    text_weights, image_weights = weights(case.config)
+    if case.encoder_is_frozen:
+        image_weights = 0
+    # Operations a weight: 2 of the reference, 2 forward, 4 backward, 2 once more.
+    passes = 10 if case.flags["checkpointing"] else 8
+    operations = 0
+    for batch in batches:
+        rows, tokens = batch.ids.shape
+        operations += passes * rows * 4 * case.work.image_tokens * image_weights
+        # A token's scores and what they weigh: two products with all tokens of its row.
+        attention = 2 * text.num_hidden_layers * head_size(text) * text.num_attention_heads * tokens
+        operations += passes * rows * tokens * (text_weights + attention)
+    adam = HOST if s.offload else READ * case.card.bandwidth
+    saved = 12 * case.trained / s.save_every
     return dict(
         update=operations / (COMPUTED * case.card.operations),
-        optimizer=30 * trained / (READ * case.card.bandwidth),
-        copies=(moved + 3 * 2 * trained) / LINK,  # and each role comes to the GPU
+        optimizer=30 * case.trained / adam,
+        copies=sum(sum(each.values()) for each in moved.values()) / LINK,
         saving=saved / DISK,
     )
 
@@ -290,10 +376,13 @@ def estimate(case: Case) -> dict:
     asking = rollout_seconds(case, ask)
     parts = {f"ask: {name}": value for name, value in asking.items()}
     parts |= {f"vote: {name}": value for name, value in rollout_seconds(case, vote).items()}
-    parts |= update_seconds(case, QUESTION_TOKENS)
+    batches = pack_update(case, ask.lengths)
+    moved = moved_bytes(case, [ask, vote], batches)
+    parts |= update_seconds(case, batches, moved)
     questioner = sum(parts.values())
     # The other phases.
-    update = sum(update_seconds(case, ANSWER_TOKENS).values())
+    answered = pack_update(case, answer.lengths)
+    update = sum(update_seconds(case, answered, moved_bytes(case, [answer], answered)).values())
     reasoner = sum(rollout_seconds(case, answer).values()) + update
     batch = sum(asking.values()) + sum(rollout_seconds(case, poll).values())
     curation = batch * s.candidates / images
@@ -315,6 +404,8 @@ def estimate(case: Case) -> dict:
             images_encoded=ask.images,
             prefill_tokens=ask.prefill_tokens,
         ),
+        update=describe_batches(batches),
+        bytes=moved,
         seconds=parts | phases | dict(iteration=iteration),
     )
 
@@ -323,10 +414,21 @@ def describe(card: str, results: dict) -> str:
     """Says what was estimated, as a table."""
     lines = [f"an estimate for one {card.upper()}; nothing was measured", ""]
     for name, value in results.items():
-        if name not in ("seconds", "asking"):
-            number = f"{value:.2f}" if isinstance(value, float) else f"{value:,}"
-            lines.append(f"  vote: {name.replace('_', ' '):28} {number:>10}")
+        if not isinstance(value, dict):
+            lines.append(describe_count(f"vote: {name}", value))
+    for name, value in results["update"].items():
+        if not isinstance(value, list):
+            lines.append(describe_count(f"update: {name}", value))
+    for way, parts in results["bytes"].items():
+        lines += ["", f"  megabytes {way.replace('_gpu', ' the GPU')}"]
+        lines += [describe_count(name, value // 10**6) for name, value in parts.items()]
     lines += ["", "  seconds"]
     for name, value in results["seconds"].items():
         lines.append(f"  {name.replace('_', ' '):34} {value:>10,.1f}")
     return "\n".join(lines)
+
+
+def describe_count(name: str, value: float) -> str:
+    """Says a number, as a line of a table."""
+    number = f"{value:.2f}" if isinstance(value, float) else f"{value:,}"
+    return f"  {name.replace('_', ' '):34} {number:>10}"

@@ -331,11 +331,18 @@ def rollout_parts(
     free = CPU_CACHE_BYTES
     if device_bytes is not None:
         free = max(0, device_bytes - sum(others.values())) // 2
-        if lora and (merged := merged_bytes(case.config, case.dtype)) <= free:
+        if lora and (merged := merged_bytes(case.config, case.dtype)) <= free // 5:
             parts = {"merged weights": merged}
             free -= merged // 2
     parts["cache"] = max(rollout_bytes(case, n, n), min(rollout_bytes(case, rows, n), free))
     return parts
+
+
+def patches_bytes(config: PreTrainedConfig, image_tokens: int) -> int:
+    """Returns the bytes of an image's patches, in float32, as they wait in the computer's memory."""
+    vision = config.vision_config
+    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return 4 * pixels * vision.spatial_merge_size**2 * image_tokens
 
 
 def merged_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
