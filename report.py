@@ -541,6 +541,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.samples is not None and args.samples < 1:
         parser.error("--samples must be at least 1")
+    if args.samples and (args.follow or args.out):
+        parser.error("--samples prints, and writes no page: leave --follow and --out out")
     if args.run[1:] and (args.samples or args.follow):
         parser.error("--samples and --follow take one run")
     if args.out is None:

@@ -130,4 +130,5 @@ def stagnant_difficulty(r_unc: Sequence[float]) -> str | None:
     if end - start > max(RISE * error, 1e-9):
         return None
     advice = "try more --questioner-steps or a lower --beta"
-    return f"r_unc {start:.3f} -> {end:.3f} over the phase. The Questioner finds nothing harder: {advice}"
+    numbers = f"r_unc {start:.3f} -> {end:.3f} over the phase, no rise beyond chance"
+    return f"{numbers}. The Questioner finds nothing harder: {advice}"

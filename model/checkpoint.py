@@ -190,6 +190,8 @@ def _find_in_hub(name: str, weights: bool, cache_dir: str) -> Path:
             cached = Path(config).parent
             if _is_complete(cached, weights):
                 return cached
+        if constants.HF_HUB_OFFLINE:
+            raise ConnectionError("HF_HUB_OFFLINE is set")
         print(f"{name} is not in the local cache: asking the hub", file=sys.stderr, flush=True)
         wanted = [*SMALL, "*.safetensors"] if weights else [*SMALL]
         return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=wanted))
@@ -236,7 +238,8 @@ def first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:200]
+    line = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    return line if len(line) <= 200 else f"{line[:200]} ..."
 
 
 # ---- Where and in what it computes -------------------------------------------------------------------------
@@ -251,7 +254,7 @@ def find_device(name) -> torch.device:
         Exception
     ) as error:  # torch raises RuntimeError, AssertionError or AttributeError, as it happens
         raise CheckpointError(
-            f"there is no device {name} here, such as cpu, cuda or cuda:0"
+            f"there is no device {name} here: --device cpu runs everywhere"
         ) from error
     return device
 

@@ -9,7 +9,7 @@ from checkpoints import edit, noise_image, plain_inputs, publish
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen2VLImageProcessorPil
 
-from model.checkpoint import CheckpointError, open_checkpoint
+from model.checkpoint import CheckpointError, first_line, open_checkpoint
 from model.vlm import VLM
 
 
@@ -319,6 +319,20 @@ def test_a_device_that_is_not_there(published, device, monkeypatch):
     monkeypatch.setattr("model.vlm.open_checkpoint", None)
     with pytest.raises(CheckpointError, match="no device"):
         VLM.load(published, device)
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("", "ValueError"),
+        ("one\ntwo", "one"),
+        ("one:\ntwo\nthree", "one: two"),
+        ("x" * 200, "x" * 200),
+        ("word " * 60, ("word " * 40) + " ..."),
+    ],
+)
+def test_a_long_error_is_cut_off_visibly(text, told):
+    assert first_line(ValueError(text)) == told
 
 
 @pytest.mark.parametrize("dtype", ["float33", "int8", torch.int64, "nn"])

@@ -144,6 +144,8 @@ def test_the_page_of_several_runs(tmp_path, capsys):
         (["--follow"], "take one run"),
         (["--out", "a/config.json"], "a file of the run itself"),
         (["nowhere"], "nowhere is not the folder of a run"),
+        (["--samples", "1", "--out", "page.html"], "writes no page"),
+        (["--samples", "1", "--follow"], "writes no page"),
     ],
 )
 def test_wrong_arguments_of_several_runs(tmp_path, monkeypatch, capsys, flags, said):

@@ -128,7 +128,8 @@ def test_stagnant_difficulty():
     assert "--questioner-steps" in signatures.stagnant_difficulty([0.6, 0.6, 0.9, 0.9, 0.5, 0.5])
     assert signatures.stagnant_difficulty([0.5, 0.5, 0.1, 0.1, 0.6, 0.58]) is None
     # By hand: thirds 0.5 -+ 0.1 and 0.6 -+ 0.1, each 0.02 / 1 of variance: an error of 0.1414.
-    assert signatures.stagnant_difficulty([0.4, 0.6, 0, 0, 0.5, 0.7]), "0.1 is 0.7 errors"
+    told = signatures.stagnant_difficulty([0.4, 0.6, 0, 0, 0.5, 0.7])
+    assert "0.500 -> 0.600 over the phase, no rise beyond chance" in told, "0.1 is 0.7 errors"
     assert signatures.stagnant_difficulty([0.4, 0.6, 0, 0, 0.62, 0.82]) is None, "0.22 is 1.56"
     assert signatures.stagnant_difficulty([0.9, 0.5, 0.4, 0.1, 0.1]) is None, "too few steps to say"
 

@@ -240,6 +240,17 @@ def test_the_checkpoint_is_what_the_script_builds(toy, tmp_path):
     ).read_text()
 
 
+def test_a_wrong_argument_of_the_build_is_one_sentence(monkeypatch, capsys):
+    from toy import build
+
+    for wrong in ("--steepness very", "--steepnes steep", "more"):
+        monkeypatch.setattr("sys.argv", ["build.py", *wrong.split()])
+        with pytest.raises(SystemExit) as stop:
+            build.main()
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
 def test_a_build_is_deterministic(tmp_path, monkeypatch):
     """The second stage, a step of it: the same weights twice, other weights with another steepness."""
     from toy import build

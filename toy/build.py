@@ -44,6 +44,7 @@ from model.prompt import Patches, Prompt
 from model.vlm import VLM
 from toy.answerer import ask, understand
 from training.scenes import BOARD, COLOURS, PLURALS, SHAPES, Scene, render, sample_scene
+from training.settings import OneLineParser
 
 FOLDER = Path(__file__).parent
 # The probability of stopping before object 1, 2, 3, ...
@@ -312,7 +313,7 @@ def build(out: Path, steepness: str, start: Path | None) -> None:
 
 def main() -> None:
     """Reads the command line and builds."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

@@ -143,7 +143,8 @@ def run_once(
             if run.state.iteration > run.settings.iterations:
                 if ranks.is_main:
                     count = run.settings.iterations
-                    print(f"{run.folder} is complete: all of its {count} iterations are done")
+                    more = "a larger number goes on, another --name starts a new run"
+                    print(f"{run.folder} is complete, with --iterations {count}: {more}")
             else:
                 dry_run.show(setup)
                 if settings.dry_run:
@@ -535,4 +536,4 @@ def tell_end(run: Run) -> str:
     lines += [f"- {printable(trouble)}" for trouble in troubles[:TROUBLES_TOLD]]
     if troubles[TROUBLES_TOLD:]:
         lines.append(f"- and {len(troubles) - TROUBLES_TOLD} more")
-    return "\n".join([*lines, f"All the same, {where}"])
+    return "\n".join([*lines, f"The {where}"])

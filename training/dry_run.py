@@ -134,6 +134,8 @@ def show_images(setup: Setup) -> None:
         return
     counts = f"{len(run.images.paths)} to use, {len(run.images.skipped)} skipped"
     print(f"images   {counts}, up to about {setup.image_tokens} tokens each")
+    if run.settings.model is None:
+        print("         the toy asks about discs, rings and crosses, whatever they show")
     if run.settings.dry_run:  # else the run names them when it starts
         for path, reason in run.images.skipped:
             print(f"         skipped {printable(path)}: {reason}")

@@ -194,7 +194,8 @@ class Settings:
     )
     dry_run: bool = setting(
         False,
-        "print what would run, how much memory it takes and how long (measured), then stop",
+        "print what would run, how much memory and disk it takes, and, with the weights here, how long "
+        "(measured); then stop",
         RUN,
     )
     for_: str | None = setting(
@@ -254,7 +255,9 @@ class Settings:
             raise ValueError(f"{flag(field.name)} must be at most {most}, not {value}")
 
     def check_useful(self) -> None:
-        """Raises ValueError for settings of a new run with which nothing can be learnt."""
+        """Raises ValueError for settings of a new run that do nothing, or teach nothing."""
+        if self.for_ is not None and not self.dry_run:
+            raise ValueError(f"--for {self.for_} estimates the time of a dry run: add --dry-run")
         if self.measure is not None and self.images is None:
             raise ValueError(
                 "--measure is for images of your own (--images): built-in scenes have questions of their own"
@@ -316,8 +319,8 @@ def read_beside(model: str | Path) -> dict:
 
 
 UNKNOWN_INSTRUCTIONS = (
-    "warning: this checkpoint knows other instructions than those in questioner.py and reasoner.py, and will "
-    "understand little (for the toy: python -m toy.build makes one that knows them)"
+    "warning: this checkpoint was built for other prompts than those of this run, and will understand little "
+    "(python -m toy.build builds a toy for the prompts in questioner.py and reasoner.py)"
 )
 
 
@@ -425,7 +428,7 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> Settings
         for name in given:
             if name not in allowed:
                 parser.error(
-                    f"--resume takes the settings of the run it continues, not {flag(name)}"
+                    f"--resume goes on with the run's own settings: leave {flag(name)} out"
                 )
     try:
         beside = {}
@@ -502,6 +505,6 @@ def _add_flag(group, field: dataclasses.Field) -> None:
         dest=field.name,
         type=field.type if field.type in (int, float) else str,
         choices=("float32", "bfloat16") if field.name == "dtype" else None,
-        metavar=field.name.upper(),
+        metavar="GPU" if field.name == "for_" else field.name.upper(),
         help=text,
     )
