@@ -116,11 +116,8 @@ def read_questions(folder: Path, iterations: int) -> dict[int, list[Proposed]]:
         # A single one stays as it was written: its confidence may be unknown.
         times = Counter((e.image, e.question) for e in candidates)
         several = [e for e in candidates if times[e.image, e.question] > 1]
-        asked = {}
-        for example in candidates + pool(several):
-            asked[example.image, example.question] = (example, False)
-        for example in kept:
-            asked[example.image, example.question] = (example, True)
+        asked = {(e.image, e.question): (e, False) for e in candidates + pool(several)}
+        asked |= {(e.image, e.question): (e, True) for e in kept}
         questions[k] = list(asked.values())
     return questions
 
@@ -294,7 +291,7 @@ def gallery(questions: dict[int, list[Proposed]], folder: Path) -> str:
 def sample_list(samples: dict[tuple[int, str, int], list[dict]], folder: Path) -> str:
     """Shows the examples of steps, spread evenly over the run, each step to unfold; "" without any."""
     shown = ""
-    for (k, phase, step), examples in spread(list(samples.items()), SAMPLED_STEPS):
+    for (k, phase, step), examples in spread(samples, SAMPLED_STEPS):
         name = f"Iteration {k}, {phase.capitalize()}, step {step}"
         cards = ""
         earned = []
@@ -311,8 +308,9 @@ def sample_list(samples: dict[tuple[int, str, int], list[dict]], folder: Path) -
     return shown
 
 
-def spread(items: list, most: int) -> list:
+def spread(samples: dict, most: int) -> list:
     """Returns at most so many of the items, the first and the last among them, spread evenly."""
+    items = list(samples.items())
     places = np.linspace(0, len(items) - 1, min(most, len(items)))
     return [items[round(place)] for place in places]
 
@@ -383,7 +381,7 @@ def print_samples(folder: Path, count: int) -> None:
     samples = read_samples(folder)
     if not samples:
         print("no samples: the run has made no step, or had --samples 0")
-    for (k, phase, step), examples in spread(list(samples.items()), count):
+    for (k, phase, step), examples in spread(samples, count):
         for example in examples:
             image = printable(str(example.get("image")))
             print(f"\n==== iteration {k}, {phase}, step {step}: {image}")

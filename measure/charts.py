@@ -35,10 +35,7 @@ ACCURACIES = {
     "sampled": "sampled_accuracy",
     "silver labels": "silver_accuracy",
 }
-QUESTIONER = {
-    "greedy": "questioner_greedy_accuracy",
-    "sampled": "questioner_sampled_accuracy",
-}
+QUESTIONER = {"greedy": "questioner_greedy_accuracy", "sampled": "questioner_sampled_accuracy"}
 AGREEMENT = {"agreement": "base_agreement", "confidence": "probe_confidence"}
 CHARTS = (
     Chart("Share that is right", "measure", ACCURACIES, is_share=True),

@@ -43,14 +43,12 @@ _CALLED_RIGHT = re.compile(
     rf"(?<![{_EDGE}])([A-Z])\)? (?:is|was|must be|would be|seems|looks) (?:the |most |best |clearly ){{0,3}}"
     r"(?:correct|right|true|best|answer|appropriate)|([A-Z])\)? ?(?:选项)?是?(?:正确|对的)"
 )
-_PART_OF_NAME = (
-    re.compile(  # no choices: 5 A, 2-D, 30 °C, vitamin C, angle B, Ph.D., N/A, C++, T-shirt
-        r"\d[ -]?[A-Z]\b(?![):])|°\s?[A-Z]\b|(?i:\b(?:degrees?|deg|celsius)) [A-Z]\b"
-        r"|(?i:\b(?:vitamins?|hepatitis|influenza|plan|types?|grade|class|appendix|malcolm"
-        r"|angle|vertex|side|gate|terminal|platform|room|zone))[ -][A-Z]\b"
-        r"|\b(?:[A-Z][a-z]?\.){1,5}[A-Z]\b\.?|\b[A-Z](?:[/&][A-Z])+\b"
-        r"|\b[A-Z](?:[+#]{1,2}(?!\w)|-(?:[a-z]+|\d+))|\b[A-Z](?= (?:major|minor|flat|sharp)\b)"
-    )
+_PART_OF_NAME = re.compile(  # no choices: 5 A, 2-D, 30 °C, vitamin C, angle B, Ph.D., N/A, C++
+    r"\d[ -]?[A-Z]\b(?![):])|°\s?[A-Z]\b|(?i:\b(?:degrees?|deg|celsius)) [A-Z]\b"
+    r"|(?i:\b(?:vitamins?|hepatitis|influenza|plan|types?|grade|class|appendix|malcolm"
+    r"|angle|vertex|side|gate|terminal|platform|room|zone))[ -][A-Z]\b"
+    r"|\b(?:[A-Z][a-z]?\.){1,5}[A-Z]\b\.?|\b[A-Z](?:[/&][A-Z])+\b"
+    r"|\b[A-Z](?:[+#]{1,2}(?!\w)|-(?:[a-z]+|\d+))|\b[A-Z](?= (?:major|minor|flat|sharp)\b)"
 )
 _UNDECIDED = re.compile(  # no answer is not no
     r"(?i:\b(?:yes (?:or|and|nor) no|no (?:or|and|nor) yes|yes ?/ ?no|no ?/ ?yes)\b"
@@ -130,9 +128,7 @@ class _Menu:
 
     def mask(self, text: str) -> str:
         """Replaces texts of choices, units and names by lines: the letter of "vitamin C" is no choice."""
-        text = self.pattern.sub(
-            lambda found: found[0] if len(found[0]) == 1 else _line(found), text
-        )
+        text = self.pattern.sub(lambda name: name[0] if len(name[0]) == 1 else _line(name), text)
         return _PART_OF_NAME.sub(_line, text)
 
 
@@ -289,10 +285,10 @@ def _find_text(text: str, menu: _Menu) -> str | None:
 
 _LABEL = re.compile(r"\b(?:choices|options?)\s{0,4}:\s{0,4}", re.IGNORECASE)
 _MARKS = (
+    # (a) 0.5 (b) 1, but not f(a)
+    re.compile(r"(?<![A-Za-z\u00c0-\u052f])[(（]([A-Ja-j])[)）]\s{0,4}"),
+    # A. Left, A: Left, 哪个？A、红, but not U.S.A., a.m., A.D.
     re.compile(
-        r"(?<![A-Za-z\u00c0-\u052f])[(（]([A-Ja-j])[)）]\s{0,4}"
-    ),  # (a) 0.5 (b) 1, but not f(a)
-    re.compile(  # A. Left, A: Left, 哪个？A、红, but not U.S.A., a.m., A.D.
         r"(?:^|(?<=[\s,;:?!\u2000-\uffff]))([A-Ja-j])[.:)、．：](?!(?<=\.)(?:[A-Za-z]\.|[Mm]\b))\s{0,4}"
     ),
 )

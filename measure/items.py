@@ -72,13 +72,12 @@ class Item:
 def read_lines(path: Path, flag: str = "--data") -> list[Item]:
     """Reads the items of a JSONL file. Raises ValueError with a sentence, which names the line."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split(
-            "\n"
-        )  # not splitlines: U+2028 may stand in a text
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise ValueError(f"{flag} {path} cannot be read: {error}") from error
     items = []
-    for number, line in enumerate(lines, start=1):
+    # Not splitlines: U+2028 may stand in a text.
+    for number, line in enumerate(text.split("\n"), start=1):
         if line := line.strip(" \t\r\ufeff"):
             try:
                 items.append(parse_item(json.loads(line), path.parent))

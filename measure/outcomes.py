@@ -37,7 +37,7 @@ class Outcome:
     greedy: str | None
     samples: list[str | None]
     judged: bool | None = (
-        None  # the judge's verdict on the greedy answer, None if not asked or not clear
+        None  # the judge's verdict on the greedy answer; None: not clear, not asked
     )
 
     @property
@@ -147,11 +147,10 @@ def question_text(item: Item, instruction: str | None = None) -> str:
     (A) the disc
     (B) the ring
     """
-    lines = [item.question]
-    for letter, choice in zip(string.ascii_uppercase, item.choices):
-        lines.append(f"({letter}) {choice}")
+    lettered = zip(string.ascii_uppercase, item.choices)
+    choices = [f"({letter}) {choice}" for letter, choice in lettered]
     ending = f"\n{item.ending}" if item.ending else instruction or reasoner.INSTRUCTION
-    return "\n".join(lines) + ending
+    return "\n".join([item.question, *choices]) + ending
 
 
 Reader = Callable[[str], Patches]

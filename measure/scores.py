@@ -21,9 +21,8 @@ def full_report(outcomes: Sequence[Outcome]) -> dict:
     for outcome in outcomes:
         by_kind[outcome.item.kind].append(outcome)
     by_kind.pop("", None)  # of no kind
-    scores = {"all": _score(outcomes)}
-    for kind in sorted(by_kind):
-        scores[kind] = _score(by_kind[kind])
+    scores = {kind: _score(by_kind[kind]) for kind in sorted(by_kind)}
+    scores = {"all": _score(outcomes)} | scores
     report = dict(scores=scores, reliability=reliability(outcomes))
     return report | pair_scores(outcomes) | we_math_scores(outcomes)
 
@@ -31,11 +30,12 @@ def full_report(outcomes: Sequence[Outcome]) -> dict:
 def _score(outcomes: Sequence[Outcome]) -> dict:
     """Returns the number of questions, their mean scores, and the intervals of the means."""
     images = [outcome.item.image_set for outcome in outcomes]
-    intervals = {}
+    scores = dict(questions=len(outcomes)) | mean_scores(outcomes)
+    scores["intervals"] = {}
     for name in MEANS:
         values = [outcome.values[name] for outcome in outcomes]
-        intervals[name] = bootstrap(values, images)
-    return dict(questions=len(outcomes)) | mean_scores(outcomes) | dict(intervals=intervals)
+        scores["intervals"][name] = bootstrap(values, images)
+    return scores
 
 
 def mean_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
@@ -104,18 +104,14 @@ def compare(first: Sequence[Outcome], second: Sequence[Outcome]) -> dict[str, di
         before = [outcome.values[name] for outcome in first]
         after = [outcome.values[name] for outcome in second]
         differences = [b - a for a, b in zip(before, after)]
-        result[name] = dict(
-            difference=fmean(differences),
-            interval=bootstrap(differences, images),
-        )
+        interval = bootstrap(differences, images)
+        result[name] = dict(difference=fmean(differences), interval=interval)
         if name in ("greedy_accuracy", "majority_accuracy"):
             result[name]["p"] = mcnemar(after, before)
     return result
 
 
-def bootstrap(
-    values: Sequence[float], images: Sequence[str] = (), seed: int = 0
-) -> tuple[float, float]:
+def bootstrap(values: Sequence[float], images: Sequence[str] = ()) -> tuple[float, float]:
     """Returns the 95% interval of the mean, by the bootstrap over images.
 
     Images are drawn anew RESAMPLES times, with replacement and with all their questions: questions about one
@@ -128,7 +124,7 @@ def bootstrap(
     groups = [numbers.setdefault(key, len(numbers)) for key in keys]
     sums = np.bincount(groups, values)
     sizes = np.bincount(groups)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     means = []
     for _ in range(RESAMPLES):
         drawn = rng.integers(len(sums), size=len(sums))

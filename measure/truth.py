@@ -17,19 +17,9 @@ from measure.items import Item
 from measure.outcomes import Outcome
 from rewards import answer_reward
 from toy.answerer import Fact, ask, understand
-from training.scenes import RUNGS as RUNG_NAMES
-from training.scenes import Scene, draw_scenes, read_truth, sample_scene
+from training.scenes import RUNGS, Scene, draw_scenes, read_truth, sample_scene
 
 QUESTIONS_A_SCENE = 4  # at most, of the held-out ones
-
-
-def _numbers(name: str) -> range:
-    """Returns the numbers of objects on a rung: "7-9" gives 7, 8, 9."""
-    first, last = name.split("-")
-    return range(int(first), int(last) + 1)
-
-
-RUNGS = {name: _numbers(name) for name in RUNG_NAMES}
 
 
 def rung(objects: int) -> str | None:
@@ -128,20 +118,15 @@ def silver_label_accuracy(curated: list[VotedQuestion], folder: Path) -> dict:
 
 def majority_right(questions: list[VotedQuestion], folder: Path) -> list[float]:
     """Returns for each question 1 if its majority is the true answer, else 0."""
-    right = []
-    for voted, fact in zip(questions, _read_facts(questions, folder)):
-        right.append(answer_reward(voted.label, fact.answer) if fact else 0.0)
-    return right
+    asked = zip(questions, _read_facts(questions, folder))
+    return [answer_reward(voted.label, fact.answer) if fact else 0.0 for voted, fact in asked]
 
 
 def _read_facts(asked: Sequence[Item | VotedQuestion], folder: Path) -> list[Fact | None]:
     """Returns the fact behind each question about a scene in `folder`, None for one that has no answer."""
     truth = read_truth(folder) if asked else {}
-    facts = []
-    for question in asked:
-        scene = truth[Path(question.image).name]
-        facts.append(understand(question.question, scene))
-    return facts
+    scenes = [truth[Path(question.image).name] for question in asked]
+    return [understand(each.question, scene) for each, scene in zip(asked, scenes)]
 
 
 def _mean_by_rung(objects: list[int], values: list[float]) -> dict[str, float | None]:

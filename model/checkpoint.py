@@ -95,7 +95,7 @@ class Checkpoint:
     @property
     def token_side(self) -> int:
         """Returns the pixels along one side of an image token: 28 for Qwen2.5-VL, 32 for Qwen3-VL."""
-        return self.config.vision_config.patch_size * self.config.vision_config.spatial_merge_size
+        return self.image_processor.patch_size * self.image_processor.merge_size
 
     def pixel_limits(self, max_pixels: int | None = None) -> dict[str, int]:
         """Returns the least and most pixels of an image, as shortest_edge and longest_edge.
@@ -106,9 +106,7 @@ class Checkpoint:
         if max_pixels is None:
             return limits
         if max_pixels < limits["shortest_edge"]:
-            limits["shortest_edge"] = (
-                self.image_processor.patch_size * self.image_processor.merge_size
-            ) ** 2
+            limits["shortest_edge"] = self.token_side**2
         limits["longest_edge"] = min(max_pixels, limits["longest_edge"])
         return limits
 
@@ -227,9 +225,8 @@ def explained(sentence: str):
     """Turns any error in a `with` block into a CheckpointError: the sentence, and the error's first line."""
     try:
         yield
-    except (
-        Exception
-    ) as error:  # those of transformers, safetensors, JSON and jinja have no common ancestor
+    # Those of transformers, safetensors, JSON and jinja have no common ancestor.
+    except Exception as error:
         raise CheckpointError(f"{sentence}: {first_line(error)}") from error
 
 
@@ -250,12 +247,10 @@ def find_device(name) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
-    except (
-        Exception
-    ) as error:  # torch raises RuntimeError, AssertionError or AttributeError, as it happens
-        raise CheckpointError(
-            f"there is no device {name} here: --device cpu runs everywhere"
-        ) from error
+    # Torch raises RuntimeError, AssertionError or AttributeError, as it happens.
+    except Exception as error:
+        told = f"there is no device {name} here: --device cpu runs everywhere"
+        raise CheckpointError(told) from error
     return device
 
 
@@ -306,7 +301,7 @@ def _read_config(name: str, folder: Path) -> dict:
 def _parse_config(name: str, fields: dict) -> PreTrainedConfig:
     """Makes transformers' configuration of config.json. Raises CheckpointError for what cannot be trained."""
     kind = fields.get("model_type")
-    if kind not in [*FAMILIES]:
+    if kind not in [*FAMILIES]:  # it may be a list
         reason = NOT_SUPPORTED.get(str(kind), "its layers are not written here")
         raise CheckpointError(
             f"{name} is a model of type {kind!r}, which is not supported: {reason};"
@@ -327,16 +322,13 @@ def _parse_config(name: str, fields: dict) -> PreTrainedConfig:
 
 def read_json(folder: Path, file: str) -> dict | None:
     """Reads a JSON file of a checkpoint; None if it has no such file. Raises CheckpointError."""
-    try:
-        fields = json.loads((folder / file).read_bytes().decode("utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{folder / file} cannot be read as JSON: {first_line(error)}"
-        ) from error
+    path = folder / file
+    with explained(f"{path} cannot be read as JSON"):
+        if not path.exists():
+            return None
+        fields = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(fields, dict):
-        raise CheckpointError(f"{folder / file} is no JSON object")
+        raise CheckpointError(f"{path} is no JSON object")
     return fields
 
 
@@ -355,10 +347,8 @@ def _without_texts(fields: dict) -> dict:
 
 def _load_processors(name: str, folder: Path, config: PreTrainedConfig) -> tuple:
     """Returns (tokenizer, image processor), after checking them. Raises CheckpointError."""
-    if not _has_any(folder, TOKENIZER):
-        raise CheckpointError(
-            f"{name} has no tokenizer (tokenizer.json)"
-        )  # transformers makes an empty one
+    if not _has_any(folder, TOKENIZER):  # transformers makes an empty one
+        raise CheckpointError(f"{name} has no tokenizer (tokenizer.json)")
     inside = (read_json(folder, "processor_config.json") or {}).get("image_processor")
     if not inside and not (folder / "preprocessor_config.json").is_file():
         raise CheckpointError(
@@ -508,9 +498,8 @@ def exported_files(vlm) -> dict[str, bytes]:
             if path.is_file() and not is_others:
                 files[path.name] = path.read_bytes()
     files.setdefault("chat_template.jinja", vlm.tokenizer.get_chat_template().encode())
-    if (
-        "preprocessor_config.json" not in files
-    ):  # transformers 5 keeps it inside processor_config.json
+    # Transformers 5 keeps these settings inside processor_config.json.
+    if "preprocessor_config.json" not in files:
         inside = read_json(source, "processor_config.json")["image_processor"]
         processor = FAMILIES[vlm.model.config.model_type].PROCESSOR
         names = dict(image_processor_type="Qwen2VLImageProcessor", processor_class=processor)

@@ -12,6 +12,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -20,22 +21,23 @@ from torch.nn.functional import linear
 
 from model import fused
 from model.lora import LoRALinear
-from model.schedule import CELLS, Limits, find_limits
+from model.schedule import CELLS, Limits, Moves, find_limits
 from model.vlm import VLM
 
 CPU_CACHE_BYTES = 1 << 29  # for keys and values on a CPU; on CUDA it is derived from what is free
 # Per row and vocabulary entry: logits, probabilities and their sums, in all their copies.
 SAMPLING_BYTES = 32
 
-Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer
+Layer = tuple[Tensor, Tensor]  # keys and values
+Layers = list[Layer]
+Step = Callable[[], None]  # does the same to the same tensors each time
 
 
 @dataclass(frozen=True)
 class Prefix:
     """The tokens that prompts have in common, after they have been forwarded."""
 
-    layers: Layers  # of a batch, [rows, heads, tokens, d] each
-    row: int
+    layers: Layers  # [heads, tokens, d] each
     tokens: int
 
 
@@ -44,10 +46,8 @@ class Prefilled:
     """A prompt that has been forwarded and waits for rows."""
 
     prefix: Prefix
-    layers: Layers  # of the batch with its tail, [rows, heads, tokens, d] each
-    row: int
-    start: int  # where its tail begins in the row
-    tail: int  # tokens
+    layers: Layers  # of its tail, [heads, tail, d] each
+    tail: int  # tokens behind the prefix
     first: int  # the position of the first token of its completions
     logits: Tensor  # [vocabulary] of that token
 
@@ -65,25 +65,21 @@ class Rows:
     R: rows, S: slots, P: tokens of the longest prefix, T: own tokens of a row, at most.
     """
 
-    def __init__(
-        self,
-        vlm: VLM,
-        limits: Limits,
-        new_tokens: int,
-        products: "list[Products]",
-    ):
+    def __init__(self, vlm: VLM, limits: Limits, new_tokens: int, products: "list[Products]"):
         text = vlm.model.config.text_config
+        device = vlm.device
         rows = limits.rows
         self.new_tokens = new_tokens
         self.products = products  # of each layer
         self.heads = text.num_key_value_heads
         self.dtype = vlm.model.dtype
-        zeros = functools.partial(torch.zeros, device=vlm.device)
+        zeros = functools.partial(torch.zeros, device=device)
         integers = functools.partial(zeros, dtype=torch.long)
 
         def cache(count: int, tokens: int) -> list[Tensor]:
             shape = (count, self.heads, tokens, head_size(text))
-            return [zeros(shape, dtype=self.dtype) for _ in range(text.num_hidden_layers)]
+            layers = range(text.num_hidden_layers)
+            return [zeros(shape, dtype=self.dtype) for _ in layers]
 
         # The KV cache: of each prefix, and of each row's own tokens.
         self.prefix_keys = cache(limits.slots, limits.prefix_tokens)  # [layers][S, heads, P, d]
@@ -106,12 +102,13 @@ class Rows:
         self.logits = zeros(rows, text.vocab_size)  # [R, vocabulary] float32
 
         # What stays the same.
-        self.end_ids = torch.tensor(vlm.end_ids, device=vlm.device)
+        self.end_ids = torch.tensor(vlm.end_ids, device=device)
         self.banned = zeros(text.vocab_size, dtype=torch.bool)  # [vocabulary] never sampled
-        self.banned[torch.tensor(vlm.vision_ids, device=vlm.device)] = True
+        vision_ids = torch.tensor(vlm.vision_ids, device=device)
+        self.banned[vision_ids] = True
         longest = max(limits.prefix_tokens, limits.own_tokens)
-        self.count = torch.arange(longest, device=vlm.device)  # 0, 1, 2, ...
-        self.pieces = fused.compiled(vlm.fallbacks) if vlm.device.type == "cuda" else fused
+        self.count = torch.arange(longest, device=device)  # 0, 1, 2, ...
+        self.pieces = fused.compiled(vlm.fallbacks) if device.type == "cuda" else fused
 
     def open(
         self, prompt: Prefilled, seeds: Tensor, rows: Sequence[int], slots: Sequence[int]
@@ -122,14 +119,13 @@ class Rows:
         """
         places = torch.tensor([*rows, *slots], device=self.tokens.device)
         rows, slots = places.split([len(rows), len(slots)])
-        end = prompt.start + prompt.tail
+        for layer, (keys, values) in enumerate(prompt.layers):
+            self.keys[layer][rows, :, : prompt.tail] = keys
+            self.values[layer][rows, :, : prompt.tail] = values
         prefix = prompt.prefix
-        for layer, made in enumerate(prompt.layers):
-            for own, each in zip((self.keys[layer], self.values[layer]), made):
-                own[rows, :, : prompt.tail] = each[prompt.row, :, prompt.start : end]
-            shared = (self.prefix_keys[layer], self.prefix_values[layer])
-            for slot, each in zip(shared, prefix.layers[layer] if len(slots) else ()):
-                slot[slots, :, : prefix.tokens] = each[prefix.row, :, : prefix.tokens]
+        for layer, (keys, values) in enumerate(prefix.layers if len(slots) else ()):
+            self.prefix_keys[layer][slots, :, : prefix.tokens] = keys
+            self.prefix_values[layer][slots, :, : prefix.tokens] = values
         self.prefix_length[slots] = prefix.tokens
         # Nothing is written yet, and the logits of the first token are there.
         self.seeds[rows] = seeds
@@ -137,10 +133,14 @@ class Rows:
         self.first[rows] = prompt.first
         self.written[rows] = 0
         self.finished[rows] = False
-        self.logits[rows] = prompt.logits.masked_fill(self.banned, -torch.inf)
+        logits = prompt.logits.masked_fill(self.banned, -torch.inf)
+        self.logits[rows] = logits
 
     def point(self, cells: dict[int, int]) -> None:
-        """Points rows to their cells, and cells to their rows; cells: of each row in use."""
+        """Points rows to their cells, and cells to their rows. What nobody uses points to 0.
+
+        cells: of each row in use. {0: 1, 1: 2} makes cell_of_row 1 2 and row_of_cell 0 0 1.
+        """
         row_of_cell = [0] * len(self.row_of_cell)
         cell_of_row = [0] * len(self.cell_of_row)
         for row, cell in cells.items():
@@ -153,9 +153,9 @@ class Rows:
         """Returns views of the keys and values of prefixes, then of rows: [places * heads, tokens, d]."""
         prefixes = (self.prefix_keys[layer], self.prefix_values[layer])
         own = (self.keys[layer], self.values[layer])
-        views = [cache.flatten(0, 1)[: S * self.heads, :P] for cache in prefixes]
-        views += [cache.flatten(0, 1)[: R * self.heads, :T] for cache in own]
-        return views
+        views = [cache[:S, :, :P] for cache in prefixes]
+        views += [cache[:R, :, :T] for cache in own]
+        return [view.flatten(0, 1) for view in views]
 
     def append(self, token: Tensor) -> None:
         """Appends the token [R] drawn for each row, and marks the rows that it finishes."""
@@ -166,23 +166,19 @@ class Rows:
         full = self.written[live] >= self.new_tokens
         self.finished[live] |= torch.isin(token, self.end_ids) | full
 
-    def move(
-        self,
-        rows: dict[int, int],
-        slots: dict[int, int],
-    ) -> None:
+    def move(self, rows: Moves, slots: Moves) -> None:
         """Copies rows and slots to other places, to which the keys of each dict go."""
         own = [self.seeds, self.tail, self.first, self.written, self.tokens, self.finished]
         _move(rows, [*self.keys, *self.values, *own])
         _move(slots, [*self.prefix_keys, *self.prefix_values, self.prefix_length])
 
 
-def _move(places: dict[int, int], tensors: list[Tensor]) -> None:
+def _move(places: Moves, tensors: list[Tensor]) -> None:
     """Copies entries of each tensor from the keys of `places` to their values."""
     if not places:
         return
-    pairs = torch.tensor([[*places.keys()], [*places.values()]], device=tensors[0].device)
-    source, target = pairs
+    pairs = torch.tensor(list(places.items()), device=tensors[0].device)
+    source, target = pairs.T
     for tensor in tensors:
         tensor[target] = tensor[source]
 
@@ -232,15 +228,7 @@ def cache_budget(device: torch.device) -> int:
 # ---- A step ------------------------------------------------------------------------------------------------
 
 
-def step(
-    vlm: VLM,
-    rows: Rows,
-    R: int,
-    S: int,
-    C: int,
-    P: int,
-    T: int,
-) -> None:
+def step(vlm: VLM, rows: Rows, R: int, S: int, C: int, P: int, T: int) -> None:
     """Forwards the last token of the first R rows; leaves the logits of the next in `rows.logits`.
 
     This is the transformer, a token a row: everything but attention treats the R tokens like any [R, hidden]
@@ -273,14 +261,17 @@ def step(
         x, h = f.add_norm(x, change, *scale(block.input_layernorm))
         q, k, v = products.qkv(h)
         own = (rows.keys[layer][:R], rows.values[layer][:R])
-        q = f.rotate_and_write(q, k, v, cos, sin, index, *own, head_norms(block.self_attn))
+        norms = head_norms(block.self_attn)
+        q = f.rotate_and_write(q, k, v, cos, sin, index, *own, norms)
         # Attention to the prefix's tokens and to the row's own.
         caches = rows.per_head(layer, R, S, P, T)
         h = f.attend(q, *caches, unseen, unwritten, row_of_cell, cell_of_row)
         # The MLP.
         change = products.o(h)
         x, h = f.add_norm(x, change, *scale(block.post_attention_layernorm))
-        h = f.swiglu(products.gate(h), products.up(h))
+        gate = products.gate(h)
+        up = products.up(h)
+        h = f.swiglu(gate, up)
         change = products.down(h)
     x, h = f.add_norm(x, change, *scale(model.norm))
     logits = fused.float_logits(h, vlm.model.lm_head.weight)
@@ -328,8 +319,8 @@ def make_products(vlm: VLM) -> list[Products]:
     merge_qkv = merge_change = False
     if vlm.device.type == "cuda":
         room = cache_budget(vlm.device) // 5
-        linears = [layer for layers in found for layer in layers]
-        changed = sum(each.weight.nbytes for each in linears if type(each) is LoRALinear)
+        lora = [layer for layer in chain(*found) if type(layer) is LoRALinear]
+        changed = sum(layer.weight.nbytes for layer in lora)
         merge_change = 0 < changed <= room
         qkv = sum(each.weight.nbytes for layers in found for each in layers[:3])
         merge_qkv = qkv <= room and (merge_change or not changed)
@@ -342,11 +333,7 @@ def _linears(block) -> list[torch.nn.Linear]:
     return [*qkv, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
-def _products(
-    linears: list,
-    merge_qkv: bool,
-    merge_change: bool,
-) -> Products:
+def _products(linears: list, merge_qkv: bool, merge_change: bool) -> Products:
     """Returns the products of a layer; see `make_products`."""
 
     def weight(layer) -> Tensor:
@@ -365,7 +352,9 @@ def _products(
         separate = [product(layer) for layer in qkv]
         return Products(lambda h: [each(h) for each in separate], *others)
     matrix = torch.cat([weight(each) for each in qkv])
-    bias = None if qkv[0].bias is None else torch.cat([each.bias for each in qkv])
+    bias = None
+    if qkv[0].bias is not None:
+        bias = torch.cat([each.bias for each in qkv])
     widths = [each.out_features for each in qkv]
     return Products(lambda h: linear(h, matrix, bias).split(widths, dim=1), *others)
 
@@ -373,11 +362,7 @@ def _products(
 # ---- CUDA graphs -------------------------------------------------------------------------------------------
 
 
-def capture_graph(
-    step: Callable[[], None],
-    vlm: VLM,
-    pool,
-) -> Callable[[], None]:
+def capture_graph(step: Step, vlm: VLM, pool) -> Step:
     """Captures a step as a CUDA graph and returns its replay; returns the step itself where that fails.
 
     A graph is the list of kernels that a function launches, with their addresses and all numbers that Python
@@ -411,11 +396,7 @@ def capture_graph(
         return step
 
 
-def _leave_capture(
-    stream,
-    device: torch.device,
-    pool,
-) -> None:
+def _leave_capture(stream, device: torch.device, pool) -> None:
     """Undoes what a capture that breaks off leaves behind.
 
     Its stream is current, and the allocator believes that it goes on, so that freeing memory would fail.

@@ -1,9 +1,10 @@
 """The forward pass up to the last hidden states: embeddings with image features in them, then the layers."""
 
-from itertools import chain
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from model.families import encode_images
 from model.prompt import Patches, Prompt
@@ -24,24 +25,24 @@ def embed(model, ids: Tensor, prompts: list[Prompt]) -> Tensor:
     """
     device = ids.device
     # The features of each image, encoded once however many prompts show it.
-    images = list(chain.from_iterable(prompt.images for prompt in prompts))
-    unique = list(dict.fromkeys(images))
-    features = dict(zip(unique, image_features(model.model.visual, unique, device)))
+    images = [image for prompt in prompts for image in prompt.images]
+    visual = model.model.visual
+    features = image_features(visual, images, device)
     values = torch.cat([features[image] for image in images])
-    embeds = model.get_input_embeddings()(ids)
     # Where they go.
     counts = torch.tensor([prompt.image_tokens for prompt in prompts])
     row = torch.repeat_interleave(counts)
     column = torch.cat([prompt.places for prompt in prompts])
     places = row.to(device), column.to(device)
-    # Zeros behind the embedding, as wide as the features of the middle layers.
-    width = values.shape[1] - embeds.shape[2]
-    later = embeds.new_zeros(*ids.shape, width)
-    embeds = torch.cat([embeds, later], dim=2)
-    return embeds.index_put(places, values.to(embeds.dtype))
+    # Behind the embedding stand zeros, as wide as the features of the middle layers.
+    embeds = model.get_input_embeddings()(ids)
+    later = values.shape[1] - embeds.shape[2]
+    embeds = pad(embeds, (0, later))
+    values = values.to(embeds.dtype)
+    return embeds.index_put(places, values)
 
 
-def image_features(visual, images: list[Patches], device: torch.device) -> list[Tensor]:
+def image_features(visual, images: list[Patches], device: torch.device) -> dict[Patches, Tensor]:
     """Returns the features [tokens, hidden * depths] of each image, encoding in one pass those it needs.
 
     A frozen encoder makes the same every time: kept beside the image, they serve both roles, rollouts,
@@ -50,29 +51,30 @@ def image_features(visual, images: list[Patches], device: torch.device) -> list[
 
     def encode(images: list[Patches]) -> list[Tensor]:
         pixels = torch.cat([image.pixels for image in images])
+        pixels = pixels.to(device)
         grids = torch.cat([image.grid for image in images])
-        return encode_images(visual, pixels.to(device), grids)
+        return encode_images(visual, pixels, grids)
 
-    def is_new(image: Patches) -> bool:
-        return image.features is None or image.features[0] is not weight
-
+    unique = list(dict.fromkeys(images))
     weights = list(visual.parameters())
     if any(weight.requires_grad for weight in weights):
-        return encode(images)
-    weight = weights[0]
-    new = [image for image in images if is_new(image)]
-    if new:
-        for image, features in zip(new, encode(new)):
-            image.features = (weight, features.detach().cpu())
-    return [image.features[1].to(device) for image in images]
+        encoded = encode(unique)
+        return dict(zip(unique, encoded))
+    # Those that this encoder has not seen.
+    new = []
+    for image in unique:
+        seen_by = image.features and image.features[0]
+        if seen_by is not weights[0]:
+            new.append(image)
+    encoded = encode(new) if new else []
+    for image, features in zip(new, encoded):
+        features = features.detach().cpu()
+        image.features = (weights[0], features)
+    return {image: image.features[1].to(device) for image in unique}
 
 
 def hidden_states(
-    model,
-    embeds: Tensor,
-    positions: Tensor,
-    mask: Tensor | None,
-    cache=None,
+    model, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache=None
 ) -> Tensor:
     """Returns the last hidden states [B, T, hidden] of embeds [B, T, hidden * depths].
 
@@ -81,19 +83,18 @@ def hidden_states(
     masks and features in another form for each family.
     """
     text = model.model.language_model
+    width = text.config.hidden_size
+    x, *later = embeds.split(width, dim=2)
+    rotation = text.rotary_emb(x, positions)
     if mask is not None:
         # As numbers, made once: each layer would make and keep its own.
+        unseen = ~mask
         numbers = torch.zeros_like(mask, dtype=embeds.dtype)
-        mask = numbers.masked_fill_(~mask, -torch.inf)
-    x, *later = embeds.split(text.config.hidden_size, dim=2)
-    rotation = text.rotary_emb(x, positions)
-    for number, layer in enumerate(text.layers):
-        x = layer(
-            x,
-            attention_mask=mask,
-            position_embeddings=rotation,
-            past_key_values=cache,
-        )
-        if number < len(later):
-            x = x + later[number]
+        mask = numbers.masked_fill_(unseen, -torch.inf)
+    shared = dict(attention_mask=mask, position_embeddings=rotation, past_key_values=cache)
+    # The layers; behind the first ones DeepStack's features are added.
+    for layer, features in zip_longest(text.layers, later):
+        x = layer(x, **shared)
+        if features is not None:
+            x = x + features
     return text.norm(x)

@@ -13,12 +13,7 @@ import torch
 from torch import Tensor
 
 
-def add_norm(
-    x: Tensor,
-    change: Tensor,
-    weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def add_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Returns the residual stream [R, hidden] after a change, and its RMS norm."""
     x = x + change
     return x, rms_norm(x, weight, eps)
@@ -57,7 +52,8 @@ def begin(
     the masks of `attend`. A row with a tail of 2 and 3 tokens written has index 4; with T = 7 it is unwritten
     at 5 and 6.
     """
-    last = (written - 1).clamp(0, tokens.shape[1] - 2)
+    most = tokens.shape[1] - 2  # behind it stands the scrap column
+    last = (written - 1).clamp(0, most)
     token = tokens.gather(1, last[:, None])
     index = tail + last
     unseen = hide(prefix_count >= prefix_length[:, None, None], heads)
@@ -67,21 +63,23 @@ def begin(
 
 
 def hide(hidden: Tensor, heads: int) -> Tensor:
-    """Returns what is added to the scores [B * heads, Q, K] of keys, of which some are hidden [B, 1, K]."""
-    return torch.where(hidden, -torch.inf, 0.0).repeat_interleave(heads, dim=0)
+    """Returns what is added to the scores [B * heads, Q, K] of keys, of which some are hidden [B, 1, K].
+
+    [[[False, True]], [[True, False]]] and 2 heads give [[[0, -inf]], [[0, -inf]], [[-inf, 0]], [[-inf, 0]]].
+    """
+    added = torch.where(hidden, -torch.inf, 0.0)
+    return added.repeat_interleave(heads, dim=0)
 
 
 def rotation(
-    position: Tensor,
-    inv_freq: Tensor,
-    scaling: float,
-    dtype: torch.dtype,
+    position: Tensor, inv_freq: Tensor, scaling: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Returns cos and sin [R, 1, head_dim] for text at position [R].
 
     A text's token has the same position in time, height and width.
     """
-    angle = position[:, None, None].float() * inv_freq.float()
+    position = position[:, None, None].float()
+    angle = position * inv_freq.float()
     angle = torch.cat([angle, angle], dim=-1)
     cos = (angle.cos() * scaling).to(dtype)
     sin = (angle.sin() * scaling).to(dtype)
@@ -91,7 +89,8 @@ def rotation(
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates x [R, heads, head_dim] by its position; cos, sin: [R, 1, head_dim]."""
     a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+    turned = torch.cat([-b, a], dim=-1)
+    return x * cos + turned * sin
 
 
 def rotate_and_write(
@@ -111,7 +110,10 @@ def rotate_and_write(
     token's queries [R, key heads, query heads of each, d], rotated and divided by sqrt(d).
     """
     d = cos.shape[-1]
-    q, k, v = (x.unflatten(1, (-1, d)) for x in (q, k, v))
+    heads = (-1, d)
+    q = q.unflatten(1, heads)
+    k = k.unflatten(1, heads)
+    v = v.unflatten(1, heads)
     if norms is not None:
         q_weight, k_weight, eps = norms
         q = rms_norm(q, q_weight, eps)
@@ -151,25 +153,27 @@ def attend(
     R, kv, g, d = q.shape
     S, n = row_of_cell.shape
     # To the prefixes.
-    cells = q[row_of_cell].transpose(1, 2).reshape(S * kv, n * g, d)
-    parts = partial_attention(cells, prefix_keys, prefix_values, unseen)
-    parts = [x.view(S, kv, n, g, -1).transpose(1, 2) for x in parts]
-    prefix_sum, prefix_weight, prefix_top = (x.flatten(0, 1)[cell_of_row] for x in parts)
+    by_cell = q[row_of_cell].transpose(1, 2)  # [S, key heads, cells, query heads of each, d]
+    by_slot = by_cell.reshape(S * kv, n * g, d)
+    found = []
+    for part in partial_attention(by_slot, prefix_keys, prefix_values, unseen):
+        by_cell = part.view(S, kv, n, g, -1).transpose(1, 2)
+        by_row = by_cell.flatten(0, 1)[cell_of_row]
+        found.append(by_row)
+    prefix_sum, prefix_weight, prefix_top = found
     # To the rows' own tokens.
-    parts = partial_attention(q.flatten(0, 1), keys, values, unwritten)
-    own_sum, own_weight, own_top = (x.view(R, kv, g, -1) for x in parts)
+    own = partial_attention(q.flatten(0, 1), keys, values, unwritten)
+    own_sum, own_weight, own_top = (part.view(R, kv, g, -1) for part in own)
     # Together: e^top over the sum of both, which does not overflow.
     a = (prefix_top - own_top).sigmoid()
     b = (own_top - prefix_top).sigmoid()
-    out = (a * prefix_sum + b * own_sum) / (a * prefix_weight + b * own_weight)
+    total = a * prefix_sum + b * own_sum
+    out = total / (a * prefix_weight + b * own_weight)
     return out.to(q.dtype).flatten(1)
 
 
 def partial_attention(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    hidden: Tensor,
+    q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns sum_j e^(s_j - top) v_j, sum_j e^(s_j - top) and top = max_j s_j.
 
@@ -180,8 +184,9 @@ def partial_attention(
     scores = float_scores(q, keys).add_(hidden)
     top = scores.amax(dim=-1, keepdim=True)
     weights = scores.sub_(top).exp_()
-    weighted = torch.bmm(weights.to(values.dtype), values).float()
-    return weighted, weights.sum(dim=-1, keepdim=True), top
+    total = weights.sum(dim=-1, keepdim=True)
+    weighted = torch.bmm(weights.to(values.dtype), values)
+    return weighted.float(), total, top
 
 
 def float_scores(q: Tensor, keys: Tensor) -> Tensor:
@@ -189,9 +194,10 @@ def float_scores(q: Tensor, keys: Tensor) -> Tensor:
 
     A score of 100 rounded to bfloat16 is off by up to 0.25.
     """
+    keys = keys.transpose(1, 2)
     if q.is_cuda and q.dtype != torch.float32:
-        return torch.bmm(q, keys.transpose(1, 2), out_dtype=torch.float32)
-    return torch.bmm(q.float(), keys.float().transpose(1, 2))
+        return torch.bmm(q, keys, out_dtype=torch.float32)
+    return torch.bmm(q.float(), keys.float())
 
 
 def float_logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -223,13 +229,15 @@ def uniform_numbers(seeds: Tensor, drawn: Tensor, rounds: int) -> Tensor:
     in which row, and beside which others. They are numbers of SplitMix64 (Steele et al. 2014, "Fast
     splittable pseudorandom number generators"): number i of a seed is a mix of the bits of seed + i * GROWTH.
     """
-    number = 1 + MOST_ROUNDS * drawn + torch.arange(rounds, device=seeds.device)[:, None]
+    draws = torch.arange(rounds, device=seeds.device)
+    number = 1 + MOST_ROUNDS * drawn + draws[:, None]
     x = seeds + number * GROWTH
     x = (x ^ shifted(x, 30)) * FIRST
     x = (x ^ shifted(x, 27)) * SECOND
     x = x ^ shifted(x, 31)
     # The 24 bits of a float32.
-    return (shifted(x, 40).float() / 2**24)[..., None]
+    fraction = shifted(x, 40).float() / 2**24
+    return fraction[..., None]
 
 
 def shifted(x: Tensor, bits: int) -> Tensor:
@@ -245,10 +253,7 @@ def likelihoods(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def draw(
-    probs: Tensor,
-    sums: Tensor,
-    uniform: Tensor,
-    bound: float,
+    probs: Tensor, sums: Tensor, uniform: Tensor, bound: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draws a token a row: the first whose cumulative probability exceeds a uniform number [R, 1].
 
@@ -258,10 +263,11 @@ def draw(
     .1, .6, .3, bound = .8 and a uniform number of .05 it draws token 0, which is outside (.9).
     """
     threshold = uniform * sums[:, -1:]
-    token = torch.searchsorted(sums, threshold, right=True).clamp(max=probs.shape[1] - 1)
+    token = torch.searchsorted(sums, threshold, right=True)
+    token = token.clamp(max=probs.shape[1] - 1)
     drawn = probs.gather(1, token)
-    likelier = torch.where(probs > drawn, probs, 0).sum(dim=1, keepdim=True)
-    outside = (likelier >= bound) | (drawn == 0)
+    likelier = torch.where(probs > drawn, probs, 0)
+    outside = (likelier.sum(dim=1, keepdim=True) >= bound) | (drawn == 0)
     return token, drawn, outside
 
 
@@ -343,4 +349,5 @@ def compiled(fallbacks) -> SimpleNamespace:
 
         return call
 
-    return SimpleNamespace(**{function.__name__: compile_lazily(function) for function in CHANGING})
+    pieces = {function.__name__: compile_lazily(function) for function in CHANGING}
+    return SimpleNamespace(**pieces)

@@ -39,7 +39,8 @@ class PackedForward(torch.nn.Module):
     def forward(self, batch: PackedBatch, temperature: float) -> Tensor:
         """Returns log-probabilities [N], float32, of `batch.targets`; `temperature` divides the logits."""
         # transformers recomputes a layer only while its `training` is True.
-        layers = (*self.model.model.visual.blocks, *self.model.model.language_model.layers)
+        model = self.model.model
+        layers = (*model.visual.blocks, *model.language_model.layers)
         for layer in layers:
             layer.training = self.checkpointing and torch.is_grad_enabled()
 
@@ -48,32 +49,29 @@ class PackedForward(torch.nn.Module):
         device = output_matrix.device
         embeds = embed(self.model, batch.ids.to(device), batch.prompts)
         mask = packed_mask(batch.segment.to(device))
-        hidden = hidden_states(self.model, embeds, batch.positions.to(device), mask).flatten(0, 1)
+        positions = batch.positions.to(device)
+        hidden = hidden_states(self.model, embeds, positions, mask)
         for layer in layers:
             layer.training = False
 
         # Those that predict a token of a completion.
-        predicting = hidden[batch.where.to(device)]
+        predicting = hidden.flatten(0, 1)[batch.where.to(device)]
         targets = batch.targets.to(device)
-        return token_logprobs(
-            predicting, output_matrix, targets, temperature, self.fallbacks.batch_scale
-        )
+        scale = self.fallbacks.batch_scale
+        return token_logprobs(predicting, output_matrix, targets, temperature, scale)
 
 
 def token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    temperature: float,
-    batch_scale: float = 1.0,
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, batch_scale: float = 1.0
 ) -> Tensor:
     """Returns the log-probabilities [N], float32, of targets [N].
 
     hidden: [N, hidden]. weight: the output matrix [vocabulary, hidden]. batch_scale: the fraction of LOGITS
     that is made at a time.
     """
-    chunk = int(LOGITS[hidden.device.type] * batch_scale) // len(weight)
-    return TargetLogprobs.apply(hidden, weight, targets, temperature, max(1, chunk))
+    logits = int(LOGITS[hidden.device.type] * batch_scale)
+    chunk = max(1, logits // len(weight))
+    return TargetLogprobs.apply(hidden, weight, targets, temperature, chunk)
 
 
 class TargetLogprobs(torch.autograd.Function):
@@ -89,12 +87,7 @@ class TargetLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        temperature: float,
-        chunk: int,
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int
     ) -> Tensor:
         logps: list[Tensor] = []
         totals: list[Tensor] = []
@@ -111,10 +104,12 @@ class TargetLogprobs(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple:
         hidden, weight, targets, totals = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        columns = (hidden, targets[:, None], totals[:, None], gradient[:, None], grad_hidden)
-        for h, target, total, g, grad_h in zip(*(column.split(ctx.chunk) for column in columns)):
-            g = g / ctx.temperature
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight)
+        columns = [column[:, None] for column in (targets, totals, gradient / ctx.temperature)]
+        parts = [each.split(ctx.chunk) for each in (hidden, grad_hidden, *columns)]
+        for h, grad_h, target, total, g in zip(*parts):
             z = float_logits(h, weight).div_(ctx.temperature)
             z = z.sub_(total).exp_().mul_(-g)  # -g softmax(z)
             z = z.scatter_add_(1, target, g).to(weight.dtype)

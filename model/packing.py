@@ -21,13 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-ROW_TOKENS = (
-    8192  # a longer group is split into several rows: a row's mask takes its length squared
-)
-BATCH_TOKENS = 8192  # a batch of rows has at most so many tokens
-BATCH_IMAGE_TOKENS = (
-    2048  # and so many image tokens: each is four patches, and costs more than text
-)
+# A longer group is split into several rows: a row's mask takes its length squared.
+ROW_TOKENS = 8192
+# A batch of rows has at most so many tokens, and so many image tokens: each of these is four patches, and
+# costs more than text.
+BATCH_TOKENS = 8192
+BATCH_IMAGE_TOKENS = 2048
 
 
 class Continuation(NamedTuple):
@@ -66,12 +65,17 @@ def pack(completions: list, batch_scale: float = 1.0) -> list[list[PackedRow]]:
     Completions that follow one another and have the same prompt object share a row. A row has at most
     ROW_TOKENS tokens, a batch at most BATCH_TOKENS and BATCH_IMAGE_TOKENS; batch_scale: the fraction of these
     that is used. A row has at least one completion and a batch at least one row, however long. Rows of
-    similar length go together, as the shorter ones are padded to the longest.
+    similar length go together, as the shorter ones are padded to the longest. Completions of 4, 4, 2 and 3
+    tokens, two of each prompt, with prompts of 5 and 9 tokens and batches of 24 tokens:
+
+        rows       [p p p p p | a a a | b b b]    [q q q q q q q q q | c | d d]      of 11 and 12 tokens
+        batches    both are one: 2 * 12 = 24
     """
     # Completions into rows. The last token of a completion is predicted, never an input.
     rows: list[PackedRow] = []
     for completion in completions:
-        prompt, count = completion.prompt, len(completion.tokens)
+        prompt = completion.prompt
+        count = len(completion.tokens)
         same_prompt = bool(rows) and rows[-1].prompt is prompt
         if not same_prompt or rows[-1].length + count > ROW_TOKENS * batch_scale:
             rows.append(PackedRow(prompt, [], len(prompt)))

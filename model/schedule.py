@@ -24,6 +24,7 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Hashable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 # Rows, slots, cells of a slot, prefix tokens and own tokens of a step are rounded up to multiples of these,
@@ -46,6 +47,10 @@ class Waiting(NamedTuple):
     prefix: Hashable
     prefix_tokens: int
     tail: int  # tokens behind the prefix
+
+
+Groups = list[list[Waiting]]  # prompts of one prefix, those of another, ...
+Moves = dict[int, int]  # from where to where rows move, or slots
 
 
 class Owner(NamedTuple):
@@ -92,24 +97,13 @@ def find_limits(
         fitting = int(budget / (row + SLOTS * slot / cells))
         rows = min(rows, max(n, fitting // n * n))
         slots = min(slots, math.ceil(SLOTS * rows / cells))
-    return Limits(
-        rows,
-        slots,
-        cells,
-        prefix_tokens,
-        own_tokens,
-    )
+    return Limits(rows, slots, cells, prefix_tokens, own_tokens)
 
 
 class Schedule:
     """The rows and slots of a rollout, and what is in them."""
 
-    def __init__(
-        self,
-        limits: Limits,
-        n: int,
-        device: str,
-    ):
+    def __init__(self, limits: Limits, n: int, device: str):
         self.limits = limits
         self.n = n  # completions of a prompt
         self.buckets = BUCKETS[device]
@@ -125,19 +119,16 @@ class Schedule:
     def has_room(self, prefix: Hashable) -> bool:
         """Tells if a prompt with this prefix can enter now."""
         rows = len(self.rows_of.get(prefix, ())) + self.n
-        more = math.ceil(rows / self.limits.cells) - len(self.slots_of.get(prefix, ()))
+        slots = math.ceil(rows / self.limits.cells)
+        more = slots - len(self.slots_of.get(prefix, ()))
         return len(self.free_rows) >= self.n and len(self.free_slots) >= more
 
     def enter(self, new: Waiting) -> tuple[list[int], list[int]]:
         """Gives a prompt n rows; returns them, and the slots that its prefix takes besides those it had."""
         rows = [heapq.heappop(self.free_rows) for _ in range(self.n)]
+        born = self.time - new.tail
         for sample, row in enumerate(rows):
-            self.owners[row] = Owner(
-                new.prompt,
-                sample,
-                new.prefix,
-                self.time - new.tail,
-            )
+            self.owners[row] = Owner(new.prompt, sample, new.prefix, born)
         self.lengths[new.prefix] = new.prefix_tokens
         self.rows_of.setdefault(new.prefix, []).extend(rows)
         return rows, self._fit_slots(new.prefix)
@@ -152,7 +143,7 @@ class Schedule:
             self._fit_slots(prefix)
         return owners
 
-    def move_up(self) -> tuple[dict[int, int], dict[int, int]]:
+    def move_up(self) -> tuple[Moves, Moves]:
         """Moves the last rows and slots to free ones at the front, if a step covers many that are free.
 
         Returns from where to where rows move, and slots.
@@ -160,7 +151,7 @@ class Schedule:
         if len(self.owners) >= DENSE * self.covered_rows:
             return {}, {}
         rows = _moves(self.owners, self.free_rows)
-        in_use = [slot for slots in self.slots_of.values() for slot in slots]
+        in_use = list(chain(*self.slots_of.values()))
         slots = _moves(in_use, self.free_slots)
         self.owners = {rows.get(row, row): owner for row, owner in self.owners.items()}
         for places, moves in ((self.rows_of, rows), (self.slots_of, slots)):
@@ -169,7 +160,10 @@ class Schedule:
         return rows, slots
 
     def cells(self) -> dict[int, int]:
-        """Returns the cell of each row in use; a step covers the first cells of each slot, see `shape`."""
+        """Returns the cell of each row in use; a step covers the first cells of each slot, see `shape`.
+
+        In the first drawing above steps cover 3 cells a slot: {0: 0, 1: 1, 2: 2, 3: 3, 4: 6, 5: 7}.
+        """
         width = self.shape()[2]
         cells = {}
         for prefix, rows in self.rows_of.items():
@@ -188,11 +182,12 @@ class Schedule:
         """Returns the R, S, C, P and T that the next step covers.
 
         Each is what is needed, rounded up to BUCKETS, and at most what is allocated: R rows, S slots, C cells
-        of a slot, P tokens of a prefix and T of a row's own.
+        of a slot, P tokens of a prefix and T of a row's own. For the first drawing above, on a CPU, with
+        tails of 2 tokens and after 3 tokens: R = 6, S = 3, C = 3, T = 5, and P is the longer prefix.
         """
         needed = (
             self.covered_rows,
-            max(slot for slots in self.slots_of.values() for slot in slots) + 1,
+            max(chain(*self.slots_of.values())) + 1,
             max(map(len, self.rows_of.values())),
             max(self.lengths.values()),
             self.time - min(owner.born for owner in self.owners.values()),
@@ -213,7 +208,7 @@ class Schedule:
         return new
 
 
-def _moves(in_use, free: list[int]) -> dict[int, int]:
+def _moves(in_use, free: list[int]) -> Moves:
     """Returns from where to where the last places in use move, so that the free ones are all behind them.
 
     In use 0, 3, 4 and free 1, 2: 4 moves to 1 and 3 to 2. `free` is changed to 3, 4.
@@ -229,35 +224,38 @@ def _moves(in_use, free: list[int]) -> dict[int, int]:
 # ---- Prompts that wait -------------------------------------------------------------------------------------
 
 
-def group_by_prefix(waiting: Sequence[Waiting], tokens: int) -> list[list[Waiting]]:
+def group_by_prefix(waiting: Sequence[Waiting], tokens: int) -> Groups:
     """Groups prompts with the same prefix, which is forwarded once; a prefill has at most so many tokens.
 
-    A group that is larger is cut. The longest prefixes come last, whence they are taken first.
+    A group that is larger is cut. The longest prefixes come last, whence they are taken first. With at most
+    16 tokens, prompts A1, A2, A3 with a prefix of 10 and tails of 3, 2, 2 tokens, and B with a prefix of 8:
+
+        B  |  A1 A2  |  A3        10 + 2 * 3 = 16 tokens, as tails are padded to the longest
     """
     by_prefix: dict[Hashable, list[Waiting]] = {}
     for each in waiting:
         by_prefix.setdefault(each.prefix, []).append(each)
-    groups: list[list[Waiting]] = []
+    groups: Groups = []
     for prompts in by_prefix.values():
         prompts.sort(key=lambda each: -each.tail)
-        # Tails are padded to the longest.
         count = max(1, (tokens - prompts[0].prefix_tokens) // prompts[0].tail)
         groups += [prompts[i : i + count] for i in range(0, len(prompts), count)]
     return sorted(groups, key=lambda group: group[0].prefix_tokens)
 
 
-def take_groups(
-    groups: list[list[Waiting]],
-    prompts: int,
-    tokens: int,
-) -> list[list[Waiting]]:
-    """Takes the last groups, until they have so many prompts, or no more tokens fit into one prefill."""
+def take_groups(groups: Groups, prompts: int, tokens: int) -> Groups:
+    """Takes the last groups, until they have so many prompts, or no more tokens fit into one prefill.
+
+    Of the groups B | A1 A2 | A3 above, for 2 prompts and with 40 tokens, it takes A3, then A1 A2: two
+    prefixes of 10 and three tails of 3 are 29 tokens.
+    """
     taken = [groups.pop()]
     while groups and sum(map(len, taken)) < prompts:
-        together = [each for group in (*taken, groups[-1]) for each in group]
-        longest = max(each.prefix_tokens for each in together)
-        longest_tail = max(each.tail for each in together)
-        if (len(taken) + 1) * longest + len(together) * longest_tail > tokens:
+        # All prefixes and all tails are padded to the longest.
+        together = list(chain(*taken, groups[-1]))
+        prefixes = (len(taken) + 1) * max(each.prefix_tokens for each in together)
+        tails = len(together) * max(each.tail for each in together)
+        if prefixes + tails > tokens:
             break
         taken.append(groups.pop())
     return taken
@@ -266,12 +264,7 @@ def take_groups(
 # ---- The loop ----------------------------------------------------------------------------------------------
 
 
-def run(
-    schedule: Schedule,
-    groups: list[list[Waiting]],
-    prefill_tokens: int,
-    work,
-) -> None:
+def run(schedule: Schedule, groups: Groups, prefill_tokens: int, work) -> None:
     """Writes n completions of all prompts in the groups: prefills, samples, evicts and decodes in turn.
 
     work: does what is scheduled (`generate.Rollout`), or counts it (`training/estimate.py`).
@@ -287,7 +280,7 @@ def run(
                 wanted = len(schedule.free_rows) // schedule.n
                 taken = take_groups(groups, wanted, prefill_tokens)
                 work.prefill(taken)
-                ready.extend(each for group in taken for each in group)
+                ready.extend(chain(*taken))
             new = ready.popleft()
             work.enter(new, *schedule.enter(new))
         # Sample a token of each row.

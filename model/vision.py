@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import AttentionInterface
 
+Rotation = tuple[Tensor, Tensor]  # cos and sin, [patches, head_dim] both
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -34,7 +36,8 @@ class Segments:
 
 def group_lengths(lengths: list[int]) -> list[tuple[int, int]]:
     """Counts equal lengths, which are neighbours: [4, 4, 9] -> [(2, 4), (1, 9)]."""
-    return [(count, length) for length, count in Counter(lengths).items()]
+    counts = Counter(lengths)
+    return [(count, length) for length, count in counts.items()]
 
 
 def grouped_attention(
@@ -42,7 +45,6 @@ def grouped_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    attention_mask=None,
     scaling=None,
     dropout=0.0,
     segments=None,
@@ -53,7 +55,8 @@ def grouped_attention(
     Returns [1, T, heads, d], and None in place of the weights: the signature is that of transformers.
     """
     # transformers' own forward gives no segments; it cuts q, k and v itself.
-    segments = segments or Segments([(1, q.shape[2])])
+    if segments is None:
+        segments = Segments([(1, q.shape[2])])
     sizes = [count * length for count, length in segments.groups]
 
     def split(x: Tensor) -> tuple[Tensor, ...]:
@@ -63,10 +66,12 @@ def grouped_attention(
         return x[0].split(sizes, dim=1)
 
     outputs = []
-    for (_, length), *qkv in zip(segments.groups, split(q), split(k), split(v)):
+    groups = zip(split(q), split(k), split(v))
+    for (_, length), group in zip(segments.groups, groups):
         # The segments of a group are a batch: [count, heads, length, d].
-        qkv = [x.unflatten(1, (-1, length)).transpose(0, 1) for x in qkv]
-        output = scaled_dot_product_attention(*qkv, dropout_p=dropout, scale=scaling)
+        parts = [x.unflatten(1, (-1, length)) for x in group]
+        batch = [part.transpose(0, 1) for part in parts]
+        output = scaled_dot_product_attention(*batch, dropout_p=dropout, scale=scaling)
         output = output.transpose(1, 2)
         outputs.append(output.flatten(0, 1))
     output = torch.cat(outputs)
@@ -78,12 +83,7 @@ def grouped_attention(
 AttentionInterface.register("grouped", grouped_attention)
 
 
-def run_block(
-    block,
-    x: Tensor,
-    rotation: tuple[Tensor, Tensor],
-    segments: Segments,
-) -> Tensor:
+def run_block(block, x: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
     """Runs a layer of an encoder on patches x [T, hidden], which see each other within segments."""
     # transformers would cut the patches into pieces here; it is told of one piece.
     pieces = torch.tensor([0, len(x)], dtype=torch.int32)
@@ -98,7 +98,8 @@ def embed_patches(visual, pixels: Tensor) -> Tensor:
     """
     projection = visual.patch_embed.proj
     kernel = projection.weight.flatten(1)
-    return linear(pixels.to(kernel.dtype), kernel, projection.bias)
+    pixels = pixels.to(kernel.dtype)
+    return linear(pixels, kernel, projection.bias)
 
 
 def sort_into_units(grid: Tensor, merge: int) -> Tensor:
@@ -114,20 +115,23 @@ def sort_into_units(grid: Tensor, merge: int) -> Tensor:
     return grid.transpose(1, 2).flatten(0, 3)
 
 
-def rotations(visual, grids: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotations(visual, grids: Tensor, device: torch.device) -> Rotation:
     """Returns cos and sin [patches, head_dim] float32 of a patch's row (half of the angles) and its column.
 
-    grids: [images, 3] int64, patches in time, height and width.
+    grids: [images, 3] int64, patches in time, height and width. The angles of the patch in row 1, column 3,
+    with head_dim = 8 and so the frequencies f and g:
+
+        1f 1g  3f 3g  1f 1g  3f 3g
     """
     places = []
     for frames, height, width in grids.tolist():
-        place = torch.cartesian_prod(torch.arange(height), torch.arange(width))
-        place = place.view(height, width, 2)
+        rows = torch.arange(height)
+        columns = torch.arange(width)
+        place = torch.cartesian_prod(rows, columns).view(height, width, 2)
         place = sort_into_units(place, visual.spatial_merge_size)  # [height * width, 2]
         places.append(place.repeat(frames, 1))
     places = torch.cat(places).to(device, non_blocking=True)
     frequencies = visual.rotary_pos_emb.inv_freq.to(device)
     angles = places[:, :, None].float() * frequencies.float()
-    angles = angles.flatten(1)
-    angles = torch.cat([angles, angles], dim=1)
+    angles = angles.flatten(1).repeat(1, 2)
     return angles.cos(), angles.sin()

@@ -109,8 +109,8 @@ model.sampling, nucleus: rows that are inside draw again, too
 + which, left, left.cumsum(dim=1), token, outside | True, numbers
 
 model.generate, sampled_rollout: seeds left on the CPU
-- ).to(vlm.device)
-+ )
+- seeds = seeds.to(vlm.device)
++ pass
 
 model.fused, sampled_rollout: random numbers counted on the CPU
 - torch.arange(rounds, device=seeds.device)

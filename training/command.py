@@ -222,9 +222,9 @@ def explain(error: BaseException, go_on: str | None) -> UserError | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns true if the GPU or the computer has too little memory."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and NO_MEMORY in str(error)
-    )
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and NO_MEMORY in str(error)
 
 
 def name_program(loop: Loop) -> Path:
@@ -340,15 +340,14 @@ def check_same_settings(settings: Settings, folder: Path) -> dict:
     go on for more iterations. Returns what config.json says besides.
     """
     before, saved = read_saved(folder)
-    for field in dataclasses.fields(Settings):
-        was = getattr(before, field.name)
-        now = getattr(settings, field.name)
-        further = field.name == "iterations" and now > was
-        unknown = field.name in PROMPTS and was is None  # in runs of earlier versions
-        told = [printable(shorten(str(value), 60)) for value in (was, now)]
-        if field.name not in MAY_CHANGE and was != now and not further and not unknown:
+    for name, now in vars(settings).items():
+        was = getattr(before, name)
+        further = name == "iterations" and now > was
+        unknown = name in PROMPTS and was is None  # in runs of earlier versions
+        if was != now and name not in MAY_CHANGE and not further and not unknown:
+            started, asked = (printable(shorten(str(value), 60)) for value in (was, now))
             raise ValueError(
-                f"{folder} was started with {flag(field.name)} {told[0]}, not {told[1]}; "
+                f"{folder} was started with {flag(name)} {started}, not {asked}; "
                 f"--resume {folder} goes on with its own settings, another --name starts a new run"
             )
     return saved
@@ -386,12 +385,12 @@ def reopen_run(
 # ---- Beginning ---------------------------------------------------------------------------------------------
 
 
-def prepare_run(settings: Settings, ranks: Ranks | None = None) -> Run:
+def prepare_run(settings: Settings) -> Run:
     """Returns a run that the loop can go on with, for notebooks and experiments.
 
     Its `settings` are the ones given, resolved. Raises ValueError and OSError.
     """
-    setup = open_run(settings, ranks or Ranks())
+    setup = open_run(settings, Ranks())
     setup.run.load_roles(*begin_run(setup))
     return setup.run
 

@@ -14,6 +14,7 @@ With one process, the normal case, every method returns what it was given. Ranks
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
 
@@ -21,18 +22,17 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import pad
 
-TIMEOUT = timedelta(
-    hours=2
-)  # one rank waits this long for another, whose completions may be far longer
+# One rank waits this long for another, whose completions may be far longer.
+TIMEOUT = timedelta(hours=2)
 MISSING = object()  # where a rank has fewer items than another
 
 
+@dataclass(frozen=True)
 class Ranks:
     """This process among all processes of a run: `rank` of `size`."""
 
-    def __init__(self, rank: int = 0, size: int = 1):
-        self.rank = rank  # 0 to size - 1
-        self.size = size
+    rank: int = 0  # 0 to size - 1
+    size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -90,10 +90,8 @@ class Ranks:
         longest = int(max(lengths))
         texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
         dist.all_gather(texts, pad(mine, (0, longest - len(mine))))
-        values = []
-        for text, length in zip(texts, lengths):
-            values.append(json.loads(text[: int(length)].numpy().tobytes()))
-        return values
+        cut = [text[: int(length)] for text, length in zip(texts, lengths)]
+        return [json.loads(text.numpy().tobytes()) for text in cut]
 
 
 def join() -> Ranks:
@@ -125,9 +123,8 @@ def leave() -> None:
 
 def backend() -> str:
     """Returns how tensors travel: by NCCL on a GPU, where torch has it (not on Windows), else by gloo."""
-    return (
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    )
+    has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    return "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
 
 
 def is_lost(error: RuntimeError) -> bool:

@@ -22,6 +22,7 @@ from model.vlm import VLM
 from training import estimate
 from training import memory_plan as plan
 from training.distributed import Ranks
+from training.memory_plan import GIB
 from training.policy import Trained
 from training.run import Run
 from training.settings import MOST, Settings, printable
@@ -30,7 +31,6 @@ SCENES = 512  # built-in scenes, if there are no other images
 TEXT_TOKENS = 100  # of an instruction and a question, about
 SLOW = 0.25  # with less than this fraction of the usual batch size a step has many small forward passes
 ENOUGH = 10.0  # seconds: a step that takes longer is not tried with more images
-GIB = 2**30
 HELP = {  # flags that need less memory, those that change nothing else first
     "--gradient-checkpointing": dict(checkpointing=True),
     "--gradient-checkpointing --offload": dict(checkpointing=True, offload=True),
@@ -117,7 +117,7 @@ def show(setup: Setup) -> None:
     # The disk.
     needed = disk_plan(s, setup.checkpoint.config)
     there = free_disk(run.folder)
-    text = f"disk     a new run takes at most {describe_disk(needed)}"
+    text = f"disk     a new run takes at most {needed}"
     if there is not None:
         text += f"; {there / GIB:.2f} are free"
         if there < needed.total:
@@ -160,13 +160,9 @@ def check_disk(setup: Setup) -> None:
         others["a lower --lora-rank"] = replace(s, lora_rank=1)
     else:
         others["--lora-rank 16"] = replace(s, lora_rank=16)
-    less = []
-    for name, other in others.items():
-        if disk_plan(other, setup.checkpoint.config).total < needed.total:
-            less.append(name)
-    why = (
-        f"the run takes up to {describe_disk(needed)}, and the disk has room for {there / GIB:.1f}"
-    )
+    sizes = {name: disk_plan(each, setup.checkpoint.config).total for name, each in others.items()}
+    less = [name for name, size in sizes.items() if size < needed.total]
+    why = f"the run takes up to {needed}, and the disk has room for {there / GIB:.1f}"
     if less:
         why += f"; {' or '.join(less)} takes less"
     raise ValueError(f"{run.folder}: {why}")
@@ -175,16 +171,9 @@ def check_disk(setup: Setup) -> None:
 def disk_plan(s: Settings, config: PreTrainedConfig) -> plan.Moment:
     """Returns what the run folder takes at most, in bytes (see `memory_plan.disk_plan`)."""
     stored = config.dtype or config.text_config.dtype or getattr(torch, s.dtype)
-    saves = (
-        max(s.questioner_steps, s.reasoner_steps) - 1
-    ) // s.save_every  # the last step ends the phase
+    steps = max(s.questioner_steps, s.reasoner_steps)
+    saves = (steps - 1) // s.save_every  # the last step ends the phase
     return plan.disk_plan(config, stored, saves, s.lora_rank, s.freeze_vision)
-
-
-def describe_disk(needed: plan.Moment) -> str:
-    """Says how much it is, and of which parts."""
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.parts.items())
-    return f"{needed.total / GIB:.2f} GiB ({parts})"
 
 
 def free_disk(folder: Path) -> int | None:
@@ -213,8 +202,7 @@ def show_memory(setup: Setup) -> None:
     if not setup.run.settings.dry_run:
         moments = [max(moments, key=lambda moment: moment.total)]
     for moment in moments:
-        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in moment.parts.items() if size)
-        text = f"memory   {moment.name}: {moment.total / GIB:.2f} GiB ({parts})"
+        text = f"memory   {moment.name}: {moment}"
         if total is not None and moment.total >= total:
             text += f"; MORE than the {total / GIB:.0f} GiB of {setup.device}"
         print(text)
@@ -357,9 +345,8 @@ class Rehearsal:
 
     def iteration(self, s: Settings) -> float:
         """Seconds of an iteration, without what is measured at its end."""
-        steps = s.questioner_steps * self.questioner_step(
-            s
-        ) + s.reasoner_steps * self.reasoner_step(s)
+        steps = s.questioner_steps * self.questioner_step(s)
+        steps += s.reasoner_steps * self.reasoner_step(s)
         return steps + self.curation(s)
 
 
@@ -423,15 +410,12 @@ def describe(s: Settings, rehearsal: Rehearsal, ranks: int) -> str:
     """Says how long the steps of a run on `ranks` processes take, and the whole run."""
     steps = [rehearsal.questioner_step(s), rehearsal.curation(s), rehearsal.reasoner_step(s)]
     one, two, three = (format_duration(seconds / ranks) for seconds in steps)
-    whole = rehearsal.iteration(s) / ranks
     text = f"from a step on {rehearsal.images} images: a Questioner step takes about {one}, a curation {two}"
     if not rehearsal.valid:
         return f"{text}; no question was valid, so that how long answers take is not known"
-    text += f", a Reasoner step {three}; an iteration {format_duration(whole)}, "
-    return (
-        text
-        + f"all {s.iterations} of them {format_duration(whole * s.iterations)}, measuring not counted"
-    )
+    whole = rehearsal.iteration(s) / ranks
+    text += f", a Reasoner step {three}; an iteration {format_duration(whole)}, all {s.iterations} of them"
+    return f"{text} {format_duration(whole * s.iterations)}, measuring not counted"
 
 
 def show_estimate(setup: Setup) -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from grpo import Group, group_advantages
 from training.distributed import Ranks
 from training.scenes import RUNGS
+from training.troubles import mean_field
 
 SILENCE = 25  # seconds after which it says what it is doing
 
@@ -93,11 +94,11 @@ def table_row(k: int, results: dict, records: list[dict]) -> str:
         _cell(results.get("sampled_accuracy"), 7),
         *(_cell(rungs.get(name), 4, 2) for name in RUNGS),
         "|",
-        _cell(_mean_field("validity", last), 5),
-        _cell(_mean_field("r_unc", first), 8),
+        _cell(mean_field("validity", last), 5),
+        _cell(mean_field("r_unc", first), 8),
         "-",
-        _cell(_mean_field("r_unc", last), 6),
-        _cell(_mean_field("clusters", last), 8, 1),
+        _cell(mean_field("r_unc", last), 6),
+        _cell(mean_field("clusters", last), 8, 1),
         "|",
         f"{curation.get('curated', '-'):>7}",
         _cell(results.get("objects"), 7, 1),
@@ -105,12 +106,6 @@ def table_row(k: int, results: dict, records: list[dict]) -> str:
         _cell(seconds, 7, 0),
     ]
     return " ".join(cells)
-
-
-def _mean_field(name: str, records: list[dict]) -> float | None:
-    """Averages a number over the records that have it; None if none has."""
-    values = [record[name] for record in records if record.get(name) is not None]
-    return mean(values) if values else None
 
 
 def _cell(value: float | None, width: int, digits: int = 3) -> str:

@@ -31,9 +31,11 @@ from model.generate import PREFILL_TOKENS
 from model.logprobs import LOGITS
 from model.packing import BATCH_IMAGE_TOKENS, BATCH_TOKENS, ROW_TOKENS
 
+GIB = 2**30
 LAYER = re.compile(r"\w+\.(layers|blocks)\.\d+")  # in the name of a parameter
 OFFLOADED = 4.0  # times the usual batch size with --offload
 USABLE = 0.95  # of a GPU's memory: a twentieth is left for what nobody planned
+Sizes = dict[str, int]  # elements of each parameter, or bytes of each part
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,10 @@ class Case:
     config: PreTrainedConfig
     dtype: torch.dtype  # that it computes in
     work: Work
-    sizes: dict[str, int]  # elements of each parameter that is trained, by name
+    sizes: Sizes  # elements of each parameter that is trained, by name
     checkpointing: bool
     device: str  # "cpu" or "cuda"
-    shards: int | None = (
-        None  # ranks that share the role in training; None: its plain copy is trained
-    )
+    shards: int | None = None  # ranks that share the role in training; None: its copy is trained
     batch_scale: float = 1.0  # fraction of the usual batch size
 
     @property
@@ -82,20 +82,24 @@ class Moment:
     """A moment of the loop, and what is in memory then."""
 
     name: str
-    parts: dict[str, int]  # name of the part -> bytes
+    parts: Sizes  # name of the part -> bytes
 
     @property
     def total(self) -> int:
         """Adds up all parts, in bytes."""
         return sum(self.parts.values())
 
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts.items() if size)
+        return f"{self.total / GIB:.2f} GiB ({parts})"
 
-def parameter_sizes(config: PreTrainedConfig) -> dict[str, int]:
+
+def parameter_sizes(config: PreTrainedConfig) -> Sizes:
     """Counts the elements of each parameter of a model of this shape, by name; no weights are made."""
     return trained_sizes(config, 0, False)
 
 
-def trained_sizes(config: PreTrainedConfig, lora_rank: int, freeze_vision: bool) -> dict[str, int]:
+def trained_sizes(config: PreTrainedConfig, lora_rank: int, freeze_vision: bool) -> Sizes:
     """Counts the elements of each parameter that is trained, by name."""
     return dict(_trained_sizes(config.to_json_string(use_diff=False), lora_rank, freeze_vision))
 
@@ -199,7 +203,7 @@ def fit_batches(device_bytes: int | None, *inputs, **flags) -> float:
     return batch_scale
 
 
-def training_parts(case: Case, offloaded: bool) -> tuple[dict[str, int], dict[str, int]]:
+def training_parts(case: Case, offloaded: bool) -> tuple[Sizes, Sizes]:
     """Returns what the role in training takes throughout its phase, and what an update takes besides.
 
     offloaded: masters, gradients and moments are in the computer's memory.
@@ -212,7 +216,7 @@ def training_parts(case: Case, offloaded: bool) -> tuple[dict[str, int], dict[st
     return {"float32 masters": masters, "AdamW's moments": 8 * own}, update | {"gradients": 4 * own}
 
 
-def update_parts(case: Case) -> dict[str, int]:
+def update_parts(case: Case) -> Sizes:
     """Returns what an update takes besides weights, gradients and moments, where it takes most."""
     activations = activation_moments(case)
     activations["end"] = 0
@@ -221,7 +225,7 @@ def update_parts(case: Case) -> dict[str, int]:
     return {"whole layers": whole[most], "activations": activations[most]}
 
 
-def whole_layers(case: Case) -> dict[str, int]:
+def whole_layers(case: Case) -> Sizes:
     """Returns the weights and gradients that FSDP2 holds in whole, in bytes, by moment.
 
     After a layer's backward pass its gradients are copied into a float32 buffer, which is summed over the
@@ -303,7 +307,7 @@ def _divide_up(size: int, parts: int) -> int:
     return -(-size // parts)
 
 
-def layer_sizes(sizes: dict[str, int]) -> tuple[int, int]:
+def layer_sizes(sizes: Sizes) -> tuple[int, int]:
     """Counts the elements of all that is in no layer (embeddings, output matrix), and of the largest layer.
 
         model.language_model.layers.11.mlp.up_proj.weight    layer language_model.layers.11
@@ -313,7 +317,7 @@ def layer_sizes(sizes: dict[str, int]) -> tuple[int, int]:
     Returns (rest, layer).
     """
     rest = 0
-    layers: dict[str, int] = {}
+    layers: Sizes = {}
     for name, size in sizes.items():
         found = LAYER.search(name)
         if found is None:
@@ -324,8 +328,8 @@ def layer_sizes(sizes: dict[str, int]) -> tuple[int, int]:
 
 
 def rollout_parts(
-    case: Case, others: dict[str, int], device_bytes: int | None, rows: int, n: int, lora: bool
-) -> dict[str, int]:
+    case: Case, others: Sizes, device_bytes: int | None, rows: int, n: int, lora: bool
+) -> Sizes:
     """Returns what a rollout takes besides `others`: half of what is free, but enough for n rows."""
     parts = {}
     free = CPU_CACHE_BYTES
@@ -379,9 +383,9 @@ def largest_batch(work: Work, batch_scale: float = 1.0) -> tuple[int, int]:
     return min(rows, work.questions), row
 
 
-def activation_moments(case: Case) -> dict[str, int]:
+def activation_moments(case: Case) -> Sizes:
     """Returns the most that each moment of a batch takes; shorter completions put more images in a batch."""
-    most: dict[str, int] = {}
+    most: Sizes = {}
     lengths = {max(1, case.work.new_tokens * i // 32) for i in range(1, 33)}
     for length in sorted(lengths):
         moments = batch_moments(replace(case, work=replace(case.work, new_tokens=length)))
@@ -389,7 +393,7 @@ def activation_moments(case: Case) -> dict[str, int]:
     return most
 
 
-def batch_moments(case: Case) -> dict[str, int]:
+def batch_moments(case: Case) -> Sizes:
     """Returns the bytes of activations and their gradients at the moments of the largest batch.
 
     All completions have `work.new_tokens` tokens. A frozen image encoder is done with before, and a frozen
@@ -405,9 +409,7 @@ def batch_moments(case: Case) -> dict[str, int]:
     text_layer, image_layer, merged = kept_bytes(case)
     states = tokens * text.hidden_size * size
     patch_states = patches * vision.hidden_size * size
-    later = len(
-        getattr(vision, "deepstack_visual_indexes", ())
-    )  # features besides the last layer's
+    later = len(getattr(vision, "deepstack_visual_indexes", ()))  # features of middle layers
 
     # Kept until the backward pass has come by: of the image encoder, and of the text model.
     kept_text = states if case.checkpointing else tokens * text_layer

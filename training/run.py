@@ -157,10 +157,9 @@ class Run:
         self.pictures = self.in_order(self.state.iteration, self.state.pictures)
         if self.state.skipped:
             self.images.skipped[:] = [(path, why) for path, why in self.state.skipped]
-        self.records, self.skips_told = read_records(self.folder), 0
+        self.records = read_records(self.folder)
         self.tell_skips()
 
-    @torch.no_grad()
     def load_roles(self, questioner: VLM, reasoner: VLM) -> None:
         """Takes both roles. A resumed run restores their weights; a new run saves the base model's."""
         self.questioner = questioner
@@ -168,8 +167,7 @@ class Run:
         self.photographs.patches = questioner.patches  # both roles cut them alike
         if "questioner" in self.state.files:
             for role, vlm in self.roles.items():
-                saved = read_tensors(self.folder, self.state.files[role])
-                copy_tensors(vlm.model.named_parameters(), saved)
+                self.restore(vlm, role)
         else:
             self.save({"base": questioner.trained_weights() if self.ranks.is_main else {}})
             base = self.state.files["base"]
@@ -180,9 +178,13 @@ class Run:
     def load_base(self) -> VLM:
         """Returns the base model: the weights that both roles began with, from the state."""
         base = self.questioner.copy()
-        saved = read_tensors(self.folder, self.state.files["base"])
-        copy_tensors(base.model.named_parameters(), saved)
+        self.restore(base, "base")
         return base
+
+    def restore(self, vlm: VLM, name: str) -> None:
+        """Copies the weights that have this name in the state into a model, rounded to its dtype."""
+        saved = read_tensors(self.folder, self.state.files[name])
+        copy_tensors(vlm.model.named_parameters(), saved)
 
     @property
     def roles(self) -> dict[str, VLM]:
@@ -222,8 +224,7 @@ class Run:
             files["reference"] = files["base" if is_anchored else role]
         self.reference = vlm.copy()
         if files["reference"] != files[role]:
-            tensors = read_tensors(self.folder, files["reference"])
-            copy_tensors(self.reference.model.named_parameters(), tensors)
+            self.restore(self.reference, "reference")
         self.policy = Trained(
             vlm, s.lr, s.weight_decay, s.offload, s.gradient_checkpointing, self.ranks
         )
@@ -289,7 +290,8 @@ class Run:
 
         The run cycles through the images, in a new random order each time.
         """
-        return make_relative(self.folder, self.pictures.load_next(count, self.ranks))
+        pictures = self.pictures.load_next(count, self.ranks)
+        return make_relative(self.folder, pictures)
 
     def image_batches(self, k: int, phase: str, count: int, size: int) -> Iterator[list[Picture]]:
         """Yields the next `count` images, `size` at a time, as decoded images are large. Seeds each batch."""
@@ -417,10 +419,9 @@ class Run:
 
     def probe_images(self, count: int) -> list[Picture]:
         """Returns the images of the fixed questions; of several processes this one's part."""
-        pictures = self.in_order("probes")
-        return make_relative(
-            self.folder, pictures.load_next(min(count, len(self.images.paths)), self.ranks)
-        )
+        count = min(count, len(self.images.paths))
+        pictures = self.in_order("probes").load_next(count, self.ranks)
+        return make_relative(self.folder, pictures)
 
     def load_images(self, questions: list[VotedQuestion]) -> list[tuple[VotedQuestion, Patches]]:
         """Returns questions with their images. Those that can no longer be read join the skipped ones."""
@@ -442,8 +443,8 @@ class Run:
         """Writes the votes on the probes, and both roles as checkpoints; goes on to the next iteration."""
         self.write_probes(k, probes)
         if k == 0:
-            base, first = (self._questions_file("probes", when) for when in ("base", 0))
-            self.finish_phase(files={"probes base": base, "probes 0": first})
+            files = {f"probes {when}": self._questions_file("probes", when) for when in ("base", 0)}
+            self.finish_phase(files=files)
             return
         if self.ranks.is_main:
             for role, vlm in self.roles.items():

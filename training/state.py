@@ -34,13 +34,8 @@ Part = tuple[str, int, int]  # a file's path in the run's folder, its length in 
 KEPT = 2  # states
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)  # of NFS and others
 PART_BYTES = 1 << 30  # of a file, unless one tensor has more
-UNREADABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-)  # what a damaged file may look like
+# What a damaged file may look like.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 @dataclass
@@ -55,9 +50,7 @@ class State:
     step: int = 0  # so many steps of the phase are done
     pictures: int = 0  # position in the order of the images
     metrics: int = 0  # bytes of metrics.jsonl
-    skipped: list[tuple[str, str]] = field(
-        default_factory=list
-    )  # images that proved unreadable, and why
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # unreadable images, and why
     files: dict[str, list[Part]] = field(default_factory=dict)
 
 

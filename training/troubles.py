@@ -19,10 +19,7 @@ ADVICE = {  # where most questions are not kept for this reason
     "own rule": "look at your own rule, in place of loop.is_middling",
 }
 NOT_VALID = {  # what most outputs of a phase were, and what to try
-    "questioner": (
-        "outputs were no valid question",
-        "try another --questioner-prompt or --model",
-    ),
+    "questioner": ("outputs were no valid question", "try another --questioner-prompt or --model"),
     "reasoner": ("outputs had no answer", "try another --reasoner-prompt"),
 }
 
@@ -43,12 +40,10 @@ def find_troubles(records: list[dict], settings: dict) -> list[str]:
     for (k, phase), group in groupby(records, key=lambda r: (r["iteration"], r.get("phase"))):
         group = list(group)
         if phase == "warning":
-            for record in group:
-                signature = record.get("signature")
-                troubles.append(f"iteration {k}, {signature}: {record.get('message')}")
-            continue
-        for sentence in judge_phase(group, settings).values():
-            troubles.append(f"iteration {k}, {phase}: {sentence}")
+            told = [f"{record.get('signature')}: {record.get('message')}" for record in group]
+        else:
+            told = [f"{phase}: {why}" for why in judge_phase(group, settings).values()]
+        troubles += [f"iteration {k}, {sentence}" for sentence in told]
     return troubles
 
 
@@ -61,8 +56,8 @@ def judge_phase(records: list[dict], settings: dict) -> dict[str, str]:
         return {}
     troubles = {}
     count = sum(_number(record, "outputs") for record in records)
-    invalid = 1 - _mean_field("validity", records, 1.0)
-    cut_off = _mean_field("truncated", records)
+    invalid = 1 - mean_field("validity", records, 1.0)
+    cut_off = mean_field("truncated", records, 0.0)
     limit = f"cut off at --max-new-tokens {settings.get('max_new_tokens')}: raise it"
     if invalid >= INVALID:
         kind, advice = NOT_VALID[phase]
@@ -76,7 +71,7 @@ def judge_phase(records: list[dict], settings: dict) -> dict[str, str]:
             "in each group all rewards were equal, so that nothing was learnt: "
             "try a larger --group-size or a higher --temperature"
         )
-    unanswered = 1 - _mean_field("answered", records, 1.0)
+    unanswered = 1 - mean_field("answered", records, 1.0)
     if unanswered >= INVALID:
         told = f"{unanswered:.0%} of the Reasoner's votes had no answer"
         troubles["no answer"] = f"{told}: {ADVICE['no answer']}"
@@ -91,9 +86,7 @@ def judge_phase(records: list[dict], settings: dict) -> dict[str, str]:
 
 def _tell_reasons(records: list[dict]) -> str:
     """Says why outputs are not valid, with the most frequent reasons; "" if the records do not say."""
-    reasons = Counter()
-    for record in records:
-        reasons += _counts(record, "invalid")
+    reasons = sum((_counts(record, "invalid") for record in records), Counter())
     each = [f"{reason} {n / reasons.total():.0%}" for reason, n in reasons.most_common(4)]
     return f" ({', '.join(each)})" if each else ""
 
@@ -134,8 +127,8 @@ def _counts(record: dict, name: str) -> Counter:
     return Counter({key: count for key, count in counts if isinstance(count, int)})
 
 
-def _mean_field(name: str, records: list[dict], default: float = 0.0) -> float:
-    """Averages a number over the records that have it."""
+def mean_field(name: str, records: list[dict], default: float | None = None) -> float | None:
+    """Averages a number over the records that have it; `default` if none has."""
     values = [record[name] for record in records if isinstance(record.get(name), int | float)]
     return fmean(values) if values else default
 
