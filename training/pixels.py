@@ -277,7 +277,10 @@ def _numbers_to_grey(image: Image.Image) -> Image.Image:
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields some rows of an image of numbers at a time, and their values."""
+    """Yields some rows of an image of numbers at a time, and their values.
+
+    An image of 300,000 x 8 pixels comes in strips of 3 rows: 0:3, 3:6, 6:8.
+    """
     tags = getattr(image, "tag_v2", {})
     is_unsigned = image.mode == "I" and tags.get(258) == (32,) and tags.get(339, (1,)) == (1,)
     count = max(1, STRIP // image.width)

@@ -378,7 +378,7 @@ class Run:
         self.number += 1
         for name, part in tensors.items():
             paths = write_tensors(self.folder, f"{self.number:06}-{name}-{self.ranks.rank}", part)
-            self.state.files[name] = [tuple(each) for each in self.all_gather(paths)]
+            self.state.files[name] = self.all_gather(paths)
         if self.ranks.is_main:
             for name, path in (files or {}).items():
                 self.state.files[name] = [entry(self.folder, path)]

@@ -83,7 +83,14 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def render(scene: Scene, rng: random.Random, size: int = 84) -> Image.Image:
-    """Draws a scene as an RGB image of `size` x `size` pixels; `rng` shifts objects by 1/28 of a cell."""
+    """Draws a scene as an RGB image of `size` x `size` pixels; `rng` shifts objects by 1/28 of a cell.
+
+    The numbers of its cells:
+
+        0 1 2
+        3 4 5
+        6 7 8
+    """
     cell = size // BOARD
     unit = cell / 28  # the toy's pixel
     image = Image.new("RGB", (size, size), BACKGROUND)
