@@ -196,14 +196,21 @@ class Rollout:
 
     def sample(self, schedule: Schedule) -> None:
         """Draws a token for each row."""
-        s = self.sampling
+        how = self.sampling
         rows = self.rows
         pieces = rows.pieces
         covered = slice(schedule.covered_rows)
         seeds = rows.seeds[covered]
         uniform = functools.partial(pieces.uniform_numbers, seeds, rows.written[covered])
         logits = rows.logits[covered]
-        tokens = sample(logits, s.temperature, s.top_p, s.top_k, uniform, pieces)
+        tokens = sample(
+            logits,
+            how.temperature,
+            top_p=how.top_p,
+            top_k=how.top_k,
+            uniform=uniform,
+            pieces=pieces,
+        )
         rows.append(tokens)
 
     def find_finished(self, schedule: Schedule) -> list[int]:
