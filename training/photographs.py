@@ -2,8 +2,8 @@
 
     load(paths of step 3), expect(those of step 4)   step 3 runs   load(those of step 4): most are there
 
-A photograph of 12 megapixels takes 0.2 s, and Pillow and NumPy let other threads run meanwhile. At most what
-is expected is kept. Nothing depends on whether it was expected.
+A photograph of 12 megapixels takes 0.25 s. Pillow and NumPy let other threads run meanwhile. At most what is
+expected is kept. Nothing depends on whether it was expected.
 """
 
 import copy
@@ -35,7 +35,8 @@ class Photographs:
     def load(self, paths: Sequence[str]) -> list[Image.Image | Patches | ImageError]:
         """Returns what each path shows, decoded once, or why it cannot be used.
 
-        A path that comes again has an object of its own: prompts about one object are prefilled together.
+        A path that comes again has an object of its own. Prompts about one object would share a prefill, which
+        rounds in another way.
         """
         found = {
             path: self.expected.pop(path, None) or self._start(path)
