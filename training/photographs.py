@@ -35,8 +35,8 @@ class Photographs:
     def load(self, paths: Sequence[str]) -> list[Image.Image | Patches | ImageError]:
         """Returns what each path shows, decoded once, or why it cannot be used.
 
-        A path that comes again has an object of its own. Prompts about one object would share a prefill, which
-        rounds in another way.
+        A path that comes again has an object of its own. Prompts about one object would share a
+        prefill, which rounds in another way.
         """
         found = {
             path: self.expected.pop(path, None) or self._start(path)
