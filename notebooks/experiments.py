@@ -69,18 +69,18 @@ EXPERIMENTS: dict[str, dict] = {  # the settings that differ from `python loop.p
     "five iterations, stops early": dict(iterations=5),
     "five iterations, two Reasoners": dict(iterations=5),
     # Remedies for language drift (notebook 06, part j).
-    "anchor .01": dict(iterations=5),
-    "anchor .03": dict(iterations=5),
-    "anchor .1": dict(iterations=5),
+    "anchor .01": dict(iterations=5, anchor_beta=0.01),
+    "anchor .03": dict(iterations=5, anchor_beta=0.03),
+    "anchor .1": dict(iterations=5, anchor_beta=0.1),
     "anchor .03 after drift": dict(iterations=5),
     "new Questioner each iteration": dict(iterations=5),
     "stops at drift": dict(iterations=5),
     "unlikely not kept": dict(iterations=5),
     "unlikely not rewarded": dict(iterations=5),
     "five iterations, LoRA": dict(iterations=5, lora_rank=8, lr=6e-4),
-    "anchor .03, LoRA": dict(iterations=5, lora_rank=8, lr=6e-4),
+    "anchor .03, LoRA": dict(iterations=5, anchor_beta=0.03, lora_rank=8, lr=6e-4),
     "ten iterations": dict(iterations=10),
-    "ten iterations, anchor .03": dict(iterations=10),
+    "ten iterations, anchor .03": dict(iterations=10, anchor_beta=0.03),
     "gentle base": dict(model="gentle"),  # a steepness of toy/build.py, built for it
     "steep base": dict(model="steep"),
     "LoRA": dict(lora_rank=8, lr=6e-4),
@@ -213,60 +213,34 @@ def same_majority_before(run):
 
 # ---- Remedies for language drift -------------------------------------------------------------
 
-ANCHORS = {"anchor .01": 0.01, "anchor .03": 0.03, "anchor .1": 0.1}
-ANCHORS |= {"anchor .03 after drift": 0.03}
-ANCHORS |= {"anchor .03, LoRA": 0.03, "ten iterations, anchor .03": 0.03}
 DRIFT = 0.3  # atypical questions of the last curation or window, from which a remedy acts
 
 
 def visplay(experiment: str, s: Settings, run, rules: loop.Rules) -> None:
-    """`loop.visplay`, with what an experiment changes before and in the Questioner's phases."""
+    """`loop.visplay`, with what an experiment changes before a Questioner's phase."""
     loop.measure(s, run, 0)
     for k in range(1, s.iterations + 1):
         if experiment == "new Questioner each iteration":
             restore_base(run)
-        beta = anchor(experiment, run)
-        if beta is None:
-            loop.train_questioner(s, run, k, rules)
-        else:
-            to_base = replace(rules, question_reward=anchored(run, rules.question_reward))
-            loop.train_questioner(replace(s, beta=beta), run, k, to_base)
+        if experiment == "anchor .03 after drift":
+            s = run.settings = replace(s, anchor_beta=0.03 if has_drifted(run) else 0.0)
+        loop.train_questioner(s, run, k, rules)
         loop.curate_questions(s, run, k, rules)
         loop.train_reasoner(s, run, k, rules)
         loop.measure(s, run, k)
 
 
-def base_weights(run):
-    """The tensors that both roles began with, by name."""
-    return read_tensors(run.folder, run.state.files["base"])
-
-
 def restore_base(run) -> None:
     """The Questioner begins the coming phase as the base."""
-    copy_tensors(run.questioner.model.named_parameters(), base_weights(run))
+    base = read_tensors(run.folder, run.state.files["base"])
+    copy_tensors(run.questioner.model.named_parameters(), base)
     run.state.files["questioner"] = run.state.files["base"]
 
 
-def anchor(experiment: str, run) -> float | None:
-    """The weight of the Questioner's KL to the base; None for the usual KL."""
-    if "after drift" in experiment:
-        curations = run.phase_records("curation")
-        if not curations or (curations[-1]["atypical"] or 0.0) < DRIFT:
-            return None
-    return ANCHORS.get(experiment)
-
-
-def anchored(run, question_reward):
-    """The usual reward; before the first one, the phase's reference becomes the base."""
-    done = []
-
-    def reward(votes, s) -> list[float]:
-        if not done:
-            copy_tensors(run.reference.model.named_parameters(), base_weights(run))
-            done.append(True)
-        return question_reward(votes, s)
-
-    return reward
+def has_drifted(run) -> bool:
+    """Whether too many of the last curated questions were atypical."""
+    curations = run.phase_records("curation")
+    return bool(curations) and (curations[-1]["atypical"] or 0.0) >= DRIFT
 
 
 def likelihood(run):

@@ -399,7 +399,9 @@ def test_failure_signatures_are_printed_and_written(workplace, monkeypatch, caps
 
 def test_a_loop_of_ones_own_may_skip_the_first_measurement(workplace):
     s = parse_arguments("", [*SMALL, "--name", "x"])
+    torch.set_num_threads(2)
     run = command.prepare_run(s)
+    assert torch.get_num_threads() == 1, "the toy's numbers do not depend on the cores of a machine"
     run.state.phase, run.state.iteration = "questioner", 1
     loop.train_questioner(run.settings, run, 1, loop.Rules())
     loop.curate_questions(run.settings, run, 1, loop.Rules())

@@ -444,6 +444,8 @@ def tell_other_code(run: Run) -> None:
 def load_roles(setup: Setup) -> tuple[VLM, VLM]:
     """Loads the base model, and returns both roles as copies of it."""
     settings = setup.run.settings
+    if settings.model is None:  # the toy: its matrices are too small for more threads
+        torch.set_num_threads(1)  # so that a run repeats byte for byte with any number of cores
     if setup.device.index is not None:
         torch.cuda.set_device(setup.device)
     base = VLM.load(setup.checkpoint, setup.device, settings.dtype, settings.max_pixels)
