@@ -36,9 +36,7 @@ class Outcome:
     item: Item
     greedy: str | None
     samples: list[str | None]
-    judged: bool | None = (
-        None  # the judge's verdict on the greedy answer; None: not clear, not asked
-    )
+    judged: bool | None = None  # the judge's verdict on the greedy answer; None: not clear
 
     @property
     def greedy_right(self) -> bool:

@@ -60,7 +60,10 @@ def make_prompt(ids: list[int], image_token: int, images: list[Patches], merge: 
     """Makes the prompt of ids, in which one image token stands for each image.
 
     merge: patches along one side of an image token. Raises ValueError if there are more or fewer image tokens
-    than images.
+    than images. Text and an image of 4 x 6 patches with merge = 2, in tokens:
+
+        ids       a  <image>  b              becomes    a  <image> x 6  b
+        places    1  2  3  4  5  6
     """
     tokens = torch.tensor(ids)
     is_image = tokens == image_token
@@ -69,7 +72,8 @@ def make_prompt(ids: list[int], image_token: int, images: list[Patches], merge: 
     grids = [image.grid[0].tolist() for image in images]
     # An image's one token is repeated for each of its features.
     counts = torch.ones_like(tokens)
-    counts[is_image] = counts.new_tensor([math.prod(grid) // merge**2 for grid in grids])
+    features = [math.prod(grid) // merge**2 for grid in grids]
+    counts[is_image] = counts.new_tensor(features)
     starts = (counts.cumsum(0) - counts)[is_image]
     tokens = tokens.repeat_interleave(counts)
     positions = rope_positions(starts.tolist(), grids, merge, len(tokens))
@@ -77,12 +81,7 @@ def make_prompt(ids: list[int], image_token: int, images: list[Patches], merge: 
     return Prompt(tokens, positions, tuple(images), places)
 
 
-def rope_positions(
-    starts: list[int],
-    grids: list[list[int]],
-    merge: int,
-    length: int,
-) -> Tensor:
+def rope_positions(starts: list[int], grids: list[list[int]], merge: int, length: int) -> Tensor:
     """Returns the 3-D positions [3, length] of text with images (Qwen2-VL, arXiv 2409.12191, section 2.1).
 
     Text counts up by one in all three rows. Image tokens share one temporal position and carry their row and
@@ -101,7 +100,8 @@ def rope_positions(
     for start, (frames, height, width) in zip(starts, grids):
         sides = (frames, height // merge, width // merge)
         end = start + math.prod(sides)
-        axes = torch.meshgrid([torch.arange(side) for side in sides], indexing="ij")
+        ranges = [torch.arange(side) for side in sides]
+        axes = torch.meshgrid(ranges, indexing="ij")
         image = torch.stack(axes).flatten(1)  # [3, tokens]
         positions[:, start:end] = image + positions[:, start, None]
         # What follows moves up or back to behind the image's largest position.
@@ -167,10 +167,8 @@ def encode_turn(tokenizer, rendered: str, texts: Sequence[str]) -> list[int]:
         encoded    one id        "user\\nHi<|im_end|>" as   one id      "\\n"
                                  plain characters
     """
-    special = [
-        (i, token.content) for i, token in tokenizer.added_tokens_decoder.items() if token.special
-    ]
-    control = {content: i for i, content in special}
+    added = tokenizer.added_tokens_decoder.items()
+    control = {token.content: i for i, token in added if token.special}
     # The longest come first, so that none is taken for another that it starts with.
     longest = sorted(control, key=len, reverse=True)
     pattern = "|".join(map(re.escape, longest))

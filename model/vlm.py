@@ -70,9 +70,9 @@ class VLM:
         """
         device = checkpoint.find_device(device)
         dtype = checkpoint.find_dtype(dtype, device)
-        opened = (
-            name_or_path if isinstance(name_or_path, Checkpoint) else open_checkpoint(name_or_path)
-        )
+        opened = name_or_path
+        if not isinstance(opened, Checkpoint):
+            opened = open_checkpoint(opened)
         files = find_weights(opened)
         with explained(f"the weights of {opened.name} cannot be loaded"), ExitStack() as stack:
             # Given a folder, transformers may take others than these: an adapter's, for one.
@@ -92,9 +92,9 @@ class VLM:
                 f"{opened.name} lacks {len(missing)} weights, {missing[0]} among them"
             )
         model = model.to(device).eval()
-        if broken := [
-            name for name, parameter in model.named_parameters() if not parameter.isfinite().all()
-        ]:
+        weights = model.named_parameters()
+        broken = [name for name, weight in weights if not weight.isfinite().all()]
+        if broken:
             raise CheckpointError(
                 f"{opened.name} has weights that are not finite numbers, in {broken[0]} for one"
             )

@@ -117,9 +117,8 @@ class Counts:
         """Returns the rows whose completion has ended, as a look at all flags would."""
         self.looked += schedule.covered_rows
         owners = schedule.owners.items()
-        return [
-            row for row, owner in owners if self.ends[owner.prompt, owner.sample] <= schedule.time
-        ]
+        ends = {row: self.ends[owner.prompt, owner.sample] for row, owner in owners}
+        return [row for row, end in ends.items() if end <= schedule.time]
 
     def leave(self, finished: list[int], owners: list[Owner]) -> None:
         """Does nothing: what a row has written is not there."""
@@ -200,9 +199,7 @@ def rollout(case: Case, images: int, questions: int, n: int, mean: float) -> Cou
     rng = random.Random(0)
     prefix = SPECIAL_TOKENS + work.image_tokens
     tail = work.prompt_tokens - work.image_tokens - SPECIAL_TOKENS
-    waiting = [
-        Waiting(i * questions + j, i, prefix, tail) for i in range(images) for j in range(questions)
-    ]
+    waiting = [Waiting(i, i // questions, prefix, tail) for i in range(images * questions)]
     moments = plan.memory_plan(
         case.config, torch.bfloat16, int(case.card.memory), work, **case.flags
     )
@@ -255,9 +252,9 @@ def read_bytes(config: PreTrainedConfig, dtype: torch.dtype, shape: tuple[int, .
 def weights(config: PreTrainedConfig) -> tuple[int, int]:
     """Counts the weights that a token is multiplied with in the text model, and those of the encoder."""
     sizes = plan.parameter_sizes(config)
-    embedding = (
-        0 if config.tie_word_embeddings else sizes["model.language_model.embed_tokens.weight"]
-    )
+    embedding = sizes["model.language_model.embed_tokens.weight"]
+    if config.tie_word_embeddings:  # it is the output matrix, too
+        embedding = 0
     image = sum(size for name, size in sizes.items() if "visual" in name)
     return sum(sizes.values()) - image - embedding, image
 

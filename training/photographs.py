@@ -38,23 +38,23 @@ class Photographs:
         A path that comes again has an object of its own. Prompts about one object would share a
         prefill, which rounds in another way.
         """
-        found = {
-            path: self.expected.pop(path, None) or self._start(path)
-            for path in [*dict.fromkeys(paths)]
-        }
+        found = self._begin(paths)
         return [copy.copy(found[path].result()) for path in paths]
 
     def expect(self, paths: Sequence[str]) -> None:
         """Begins with the images that are probably asked for next, and forgets all others."""
         before = self.expected
-        self.expected = {
-            path: before.pop(path, None) or self._start(path) for path in dict.fromkeys(paths)
-        }
+        self.expected = self._begin(paths)
         for future in before.values():
             future.cancel()
 
-    def _start(self, path: str) -> Future:
-        return self.threads.submit(self._decode, path)
+    def _begin(self, paths: Sequence[str]) -> dict[str, Future]:
+        """Takes the expected images out, and begins with the others."""
+        begun = {}
+        for path in dict.fromkeys(paths):
+            expected = self.expected.pop(path, None)
+            begun[path] = expected or self.threads.submit(self._decode, path)
+        return begun
 
     def _decode(self, path: str) -> Image.Image | Patches | ImageError:
         try:
