@@ -41,7 +41,7 @@ def test_every_prompt_of_a_run_is_the_one_of_its_file(workplace, monkeypatch, ca
     assert (
         loop.main([*SMALL, *flags.split(), "--name", "x", "--tau-low", "0", "--tau-high", "1"]) == 0
     )
-    assert seen == {True} and "other instructions" in capsys.readouterr().err
+    assert seen == {True} and "other prompts" in capsys.readouterr().err
     said = config()
     assert said["questioner_prompt"] == "Ask <type> <question> <answer> é"
     assert said["reasoner_prompt"] == "\nBe brief."
