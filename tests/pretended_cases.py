@@ -151,9 +151,10 @@ def greedy_rollout():
 
 @both_families
 def lora_rollout():
-    """Merged where there is room for it, and not: the CPU's tokens."""
+    """Merged where copies are small beside the cache, and not: the CPU's tokens."""
     from model.decode import make_products
     from model.generate import generate
+    from model.lora import text_linears
 
     vlm, prompts = tiny(lively=True, rank=4), prompts_of(tiny(), 4)
     want = generate(vlm, prompts, 2, 24, temperature=0.0)
@@ -165,6 +166,10 @@ def lora_rollout():
             assert is_merged == (free == 1 << 32)
             assert generate(twin, prompts, 2, 24, temperature=0.0) == want
         assert gpu.replays > 20
+    changed = sum(layer.weight.nbytes for _, layer in text_linears(vlm.model))
+    for times, merges in ((8, False), (16, True)):  # a quarter, an eighth of the cache
+        with GPU(free=times * changed):
+            assert hasattr(make_products(lent(vlm))[0].down, "keywords") == merges
 
 
 @both_families

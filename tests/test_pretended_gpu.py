@@ -204,6 +204,10 @@ model.decode, lora_rollout: merged where there is no room
 - merge_change = 0 < changed <= room
 + merge_change = 0 < changed
 
+model.decode, lora_rollout: copies that take a quarter of the cache
+- room = cache_budget(vlm.device) // 5
++ room = cache_budget(vlm.device)
+
 model.lora, lora_export: a change merged on the other device
 - change = change.to(self.weight.device)
 + change = change
