@@ -243,6 +243,7 @@ def test_the_checkpoint_is_what_the_script_builds(toy, tmp_path):
 def test_a_wrong_argument_of_the_build_is_one_sentence(monkeypatch, capsys):
     from toy import build
 
+    monkeypatch.setattr(build, "build", None)  # it would write over the toy
     for wrong in ("--steepness very", "--steepnes steep", "more"):
         monkeypatch.setattr("sys.argv", ["build.py", *wrong.split()])
         with pytest.raises(SystemExit) as stop:

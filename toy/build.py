@@ -314,7 +314,9 @@ def build(out: Path, steepness: str, start: Path | None) -> None:
 def main() -> None:
     """Reads the command line and builds."""
     parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--steepness", choices=STEEPNESS, default="medium", help="how lazy (default: medium)"
