@@ -9,7 +9,7 @@ Intervals are 95% t-intervals over seeds. Two experiments are compared seed by s
 
 import json
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -36,15 +36,12 @@ Runs = dict[str, dict[int, Result]]
 Value = Callable[[Result], float]
 
 
-def read_results(seeds: Container[int] = range(10), file: Path = FILE) -> Runs:
-    """Reads the runs of these seeds; of one that was made twice the later one counts.
-
-    Seeds 10 to 13 were used to choose settings and limits: they are not among the seeds by default.
-    """
+def read_results(wanted: Callable[[dict], bool], file: Path = FILE) -> Runs:
+    """Reads the runs whose line of results is wanted; of one that was made twice the later one counts."""
     runs: Runs = {}
     for line in file.read_text().splitlines():
         found = json.loads(line)
-        if found["short"] or found["seed"] not in seeds:
+        if found["short"] or not wanted(found):
             continue
         more = (found.get(name) for name in ("cpu_seconds", "state_bytes", "likelihoods"))
         result = Result(found["records"], found["commit"], *more)
