@@ -366,9 +366,9 @@ HOSTILE = (
 
 
 def quickest(function, *args) -> float:
-    """The seconds of the quickest of up to five calls: other processes disturb some."""
+    """The seconds of the quickest of up to twenty calls: other processes disturb some."""
     best = float("inf")
-    for _ in range(5):
+    for _ in range(20):
         start = time.process_time()
         function(*args)
         best = min(best, time.process_time() - start)

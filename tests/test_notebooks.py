@@ -166,6 +166,7 @@ def experiments(*flags):
 SETTINGS_ALONE = {  # what these change runs no code of its own, or that of another
     *("one long iteration", "no thresholds", "tau 0.4 to 0.6", "tau 0.1 to 0.9", "lambda 0"),
     *("more votes", "Questioner twice as fast", "steep base", "anchor .01", "anchor .1"),
+    *("anchor .03, LoRA", "ten iterations", "ten iterations, anchor .03"),
     *(name for name in EXPERIMENTS if name.startswith("five iterations")),
 }
 

@@ -1,7 +1,7 @@
 """A run survives: kills at random moments, polite stops, full disks, a second process, other settings, lost
 ranks.
 
-Every run here is the toy on a folder of images. By default 6 kills, with `--thorough` 40.
+Every run here is the toy on a folder of images. By default 4 kills, with `--thorough` 40.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from training.settings import Settings
 ARGS = "--images images --iterations 2 --questioner-steps 3 --reasoner-steps 3 --images-per-step 2".split()
 ARGS += "--group-size 4 --answers 4 --candidates 12 --tau-low 0 --tau-high 1 --save-every 2".split()
 ARGS += "--device cpu --name".split()
-KILLS = 40 if THOROUGH else 6
+KILLS = 40 if THOROUGH else 4
 ROLES = ("questioner", "reasoner")
 
 
