@@ -1,14 +1,15 @@
 """The paper's questions, put to the toy, where the truth is known: the runs of notebook 06.
 
     python notebooks/experiments.py           every run of EXPERIMENTS with 5 seeds that is not
-                                              in --out yet (2 to 3 minutes of a core each)
+                                              in --out yet (3 minutes of a core each, 5 with
+                                              five iterations)
     python notebooks/experiments.py --short   the same code with everything small, to see that
                                               it works (a minute)
 
 A run has one thread, and a folder of its own that is thrown away. Its result is a line of JSON
 in --out: all its settings, the commit of the code, its seconds of CPU time, the bytes of its
-last states, and its records. Seeds 10 and 11 were used to choose the toy's settings and LoRA's
-learning rate; they are not for experiments.
+last states, and its records. Seeds 10 and 11 were used to choose the toy's settings, LoRA's
+learning rate and the anchor's weight; they are not for experiments.
 """
 
 import argparse

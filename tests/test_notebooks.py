@@ -75,6 +75,8 @@ def test_each_prediction_is_answered(path):
     marks = re.findall(r"\*\*Predict:\*\*|<summary>Answer</summary>", text)
     assert marks == ["**Predict:**", "<summary>Answer</summary>"] * (len(marks) // 2)
     assert len(marks) >= 8 and text.count("<details>") == text.count("</details>")
+    answers = re.findall(r"<summary>Answer</summary>(.*?)</details>", text, re.S)
+    assert all(len(answer.split()) > 1 for answer in answers), "an answer is a sentence"
 
 
 # ---- A notebook alone: the first cell ----

@@ -117,7 +117,7 @@ class Run:
         self.questioner: VLM | None = None
         self.reasoner: VLM | None = None
         self.policy: Trained | None = None  # in a training phase: the role in training
-        self.reference: VLM | None = None  # the same, as it was when the phase began
+        self.reference: VLM | None = None  # the same, as it was when the phase began, or the base
         self.generator: torch.Generator | None = None  # the random numbers of this step
 
     # ---- Beginning, and going on ---------------------------------------------------------------------
