@@ -73,27 +73,19 @@ def read_list(record: dict, name: str) -> list[str]:
                 warnings.simplefilter("ignore")
                 values = ast.literal_eval(values.strip())
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            raise LeftOut(f"{name} is no list") from None
-    if not isinstance(values, (list, tuple)):
-        raise LeftOut(f"{name} is no list")
-    if not all(isinstance(value, (str, int, float)) for value in values):
+            pass  # it stays a text
+    is_list = isinstance(values, (list, tuple))
+    if not is_list or not all(isinstance(value, (str, int, float)) for value in values):
         raise LeftOut(f"{name} is no list")
     return [str(value).strip() for value in values]
 
 
-def read_image(record: dict, name: str) -> object:
-    """Returns the image in a field that should hold one. Raises LeftOut if there are several, or none."""
+def read_image(record: dict, name: str = "image") -> list[bytes]:
+    """Returns the image in a field that should hold one, in a list. Raises LeftOut if there are several."""
     images = list_images(record.get(name))
     if len(images) > 1:
         raise LeftOut("several images")
-    return image_fields(images)["image"]
-
-
-def image_fields(images: list) -> dict:
-    """Returns the field `image` of a line, or `images` for several. Raises LeftOut if there is none."""
-    if not images:
-        raise LeftOut("no image")
-    return dict(images=images) if len(images) > 1 else dict(image=images[0])
+    return images
 
 
 # ---- Images in a text ----
@@ -163,7 +155,7 @@ def mmmu(record: dict) -> dict:
         for image in list_images(record.get(f"image_{number}")):
             images.append(image)
             numbers.append(number)
-    line = image_fields(images)
+    line = dict(images=images)
     question = read_text(record, "question")
     answer = read_text(record, "answer")
     if answer == "?":
@@ -172,9 +164,8 @@ def mmmu(record: dict) -> dict:
     options = [] if is_open else read_list(record, "options")
     question, choices = number_marks(question, options, numbers)
     subject = re.fullmatch(r"[a-z]+_(\w+)_\d+", read_optional(record, "id"))
-    kind = subject[1] if subject else ""
-    for name in ("subject", "subfield"):
-        kind = kind or read_optional(record, name)
+    kind = subject[1] if subject else read_optional(record, "subject")
+    kind = kind or read_optional(record, "subfield")
     line |= dict(question=question, answer=answer, kind=kind)
     if not is_open:
         return line | dict(choices=choices, ending=LETTER)
@@ -188,7 +179,7 @@ def mmmu_pro_vision(record: dict) -> dict:
     if not re.fullmatch("[A-J]", answer):
         raise LeftOut("the answer is no letter")
     return dict(
-        image=read_image(record, "image"),
+        images=read_image(record),
         question="Answer the multiple-choice question in the image.",
         answer=answer,
         ending=LAST_LINE,
@@ -202,7 +193,7 @@ def mathvista(record: dict) -> dict:
     metadata = record.get("metadata")
     task = read_optional(metadata, "task") if isinstance(metadata, dict) else ""
     line = dict(
-        image=read_image(record, "decoded_image"),
+        images=read_image(record, "decoded_image"),
         question=query,
         answer=read_text(record, "answer"),
         kind=task or read_optional(record, "question_type"),
@@ -226,7 +217,7 @@ def mathverse(record: dict) -> dict:
     line = dict(question=query, answer=answer)
     if read_optional(record, "question_type") == "multi-choice":
         line = split_question(query, answer)
-    line["image"] = read_image(record, "image")
+    line["images"] = read_image(record)
     line["kind"] = read_optional(record, "problem_version")
     return line
 
@@ -238,7 +229,7 @@ def math_vision(record: dict) -> dict:
         answer=read_text(record, "answer"),
         choices=read_list(record, "options") if record.get("options") else [],
         ending=ONE_BOX,
-        image=read_image(record, "decoded_image"),
+        images=read_image(record, "decoded_image"),
         kind=read_optional(record, "subject"),
     )
 
@@ -251,7 +242,7 @@ def we_math(record: dict) -> dict:
         raise LeftOut("its key names no step")
     question = remove_marks(read_text(record, "question"))
     line = split_question(f"{question}\nOptions: {option}", read_text(record, "answer"))
-    line["image"] = read_image(record, "image_path")
+    line["images"] = read_image(record, "image_path")
     line["kind"] = key
     line["question_id"] = read_text(record, "ID")
     return line
@@ -261,7 +252,7 @@ def mmstar(record: dict) -> dict:
     """Reads MMStar: the choices stand behind the question."""
     question = remove_marks(read_text(record, "question"))
     line = split_question(question, read_text(record, "answer"))
-    line["image"] = read_image(record, "image")
+    line["images"] = read_image(record)
     line["kind"] = read_optional(record, "category")
     line["ending"] = LETTER
     return line
@@ -272,30 +263,23 @@ def hallusionbench(record: dict) -> dict:
     truth = read_text(record, "gt_answer")
     if truth not in ("0", "1"):
         raise LeftOut("its gt_answer is neither 0 nor 1")
-    image = read_image(record, "image")
-    question = read_text(record, "question")
     group = " ".join(read_text(record, name) for name in ("category", "subcategory", "set_id"))
-    question_id = read_text(record, "question_id")
-    figure_id = read_text(record, "figure_id")
     return dict(
-        image=image,
-        question=question,
+        images=read_image(record),
+        question=read_text(record, "question"),
         answer="yes" if truth == "1" else "no",
         kind=read_text(record, "subcategory"),
-        question_id=f"{group} {question_id}",
-        figure_id=f"{group} {figure_id}",
+        question_id=f"{group} {read_text(record, 'question_id')}",
+        figure_id=f"{group} {read_text(record, 'figure_id')}",
     )
 
 
 def realworldqa(record: dict) -> dict:
     """Reads RealWorldQA: the choices, and how to answer, stand behind the question."""
     text = read_text(record, "question")
-    question, mark, ending = text.rpartition("\nPlease answer ")
-    if not mark:
-        question = text
-        ending = ""
+    question, mark, ending = text.partition("\nPlease answer ")
     line = split_question(question.strip(), read_text(record, "answer"))
-    line["image"] = read_image(record, "image")
+    line["images"] = read_image(record)
     line["ending"] = (mark + ending).strip()
     return line
 
@@ -307,7 +291,7 @@ def mm_vet(record: dict) -> dict:
     if not isinstance(capabilities, list):
         capabilities = read_optional(record, "capability").split(",")
     return dict(
-        image=read_image(record, "image"),
+        images=read_image(record),
         question=read_text(record, "question"),
         answer=[answer for answer in answers if answer],
         kind=",".join(str(capability).strip() for capability in capabilities),
@@ -328,7 +312,7 @@ def visnumbench(record: dict) -> dict:
         question=remove_marks(read_text(record, "question")),
         answer=read_text(record, "answer"),
         choices=choices,
-        image=read_image(record, "image"),
+        images=read_image(record),
         kind=read_optional(record, "task_class"),
     )
 
@@ -337,7 +321,7 @@ def official(record: dict) -> dict:
     """Reads the official evaluation: problem, answer, images; the n-th <image> is the n-th of these."""
     answer = read_text(record, "answer")
     images = list_images(record.get("images"))
-    line = image_fields(images)
+    line = dict(images=images)
     numbers = range(1, len(images) + 1)
     line["question"], _ = number_marks(read_text(record, "problem"), [], numbers)
     line["answer"] = extract_answer(answer) or answer
@@ -372,11 +356,12 @@ def convert(read: Callable[[dict], dict], record: object, boxed: bool = False) -
         return "it is no record"
     try:
         line = {name: value for name, value in read(record).items() if value not in ("", [])}
+        if "images" not in line:
+            raise LeftOut("no image")
         if boxed:
             line.pop("ending", None)
         # The checks of evaluate.py, of which the images are no matter here
-        paths = dict(images=["image"]) if "images" in line else dict(image="image")
-        parse_item(line | paths, Path())
+        parse_item(line | dict(images=["image"]), Path())
     except ValueError as error:
         # What follows "but" is the value, and each record has its own
         return str(error).partition(" but ")[0]
@@ -393,7 +378,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     names = ", ".join(BENCHMARKS)
     parser.add_argument("name", metavar="NAME", help=f"{names}, or a hub id")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder that is written")
-    parser.add_argument("--limit", type=int, metavar="N", help="stop after N questions")
+    parser.add_argument(
+        "--limit", type=int, default=math.inf, metavar="N", help="stop after N questions"
+    )
     parser.add_argument(
         "--boxed", action="store_true", help="ask for steps and a box, as the paper does"
     )
@@ -404,7 +391,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(
             f"there is no benchmark {args.name!r}; there are {names}, and hub ids with a slash"
         )
-    if args.limit is not None and args.limit < 1:
+    if args.limit < 1:
         parser.error("--limit must be at least 1")
     if (args.out / "questions.jsonl").exists():
         parser.error(f"{args.out / 'questions.jsonl'} is there already")
@@ -419,15 +406,13 @@ def main(argv: list[str] | None = None) -> int:
     source = args.source or published
     if args.source and Path(args.source).is_dir():
         config = split = None
-    limit = args.limit or math.inf
     try:
         records = load_records(source, config, args.split or split)
-        args.out.mkdir(parents=True, exist_ok=True)
         if read is None:
-            counts = write_images(records, args.out, limit)
+            counts = write_images(records, args.out, args.limit)
         else:
             lines = (convert(read, record, args.boxed) for record in records)
-            counts = write_questions(lines, args.out, limit)
+            counts = write_questions(lines, args.out, args.limit)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {str(error).splitlines()[0]}\n")
         return 2

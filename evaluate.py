@@ -41,6 +41,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from measure.choices import read_choice
+from measure.comparison import align_columns
 from measure.items import Item, read_answer, right  # noqa: F401  other programs import them here
 from measure.outcomes import Outcome, answer_all, judge_all, read_items
 from measure.scores import compare, full_report, judge_scores
@@ -86,12 +87,7 @@ def table(reports: dict[str, dict]) -> str:
     for model, report in reports.items():
         rows += reliability_rows(model, report)
     # Names are not cut off: two might look the same then
-    rows = [tuple(map(printable, row)) for row in rows]
-    width = max(len(model) for model, _, _ in rows)
-    name_width = max(len(name) for _, name, _ in rows)
-    return "\n".join(
-        f"{model:<{width}} {name:<{name_width}} {numbers}" for model, name, numbers in rows
-    )
+    return "\n".join(align_columns([tuple(map(printable, row)) for row in rows]))
 
 
 def comparison_rows(model: str, report: dict, first: str) -> list[Row]:
@@ -150,9 +146,9 @@ def device(name: str) -> str:
 def prove_writable(path: Path) -> None:
     """Raises OSError if a file cannot be written; leaves its content as it is."""
     path = path.resolve()  # of a link, which stays
-    is_new = not path.exists()
-    if not is_new and not path.is_file():  # opening a pipe would take its reader away
+    if path.is_fifo():  # opening a pipe would take its reader away
         return
+    is_new = not path.exists()
     path.open("a").close()
     if is_new:
         path.unlink()
@@ -202,9 +198,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--seed must be at least 0 and below 2^63")
     # The file that is written
     if args.json:
-        if args.json.is_dir() or not args.json.parent.is_dir():
-            parser.error(f"--json {args.json}: it must be a file in a folder that exists")
-        if args.json.exists() and args.data.exists() and args.json.samefile(args.data):
+        if args.json.resolve() == args.data.resolve():
             parser.error("--json and --data are the same file")
         try:
             prove_writable(args.json)
@@ -230,11 +224,15 @@ def answer_items(args: argparse.Namespace) -> Iterator[tuple[dict[str, list[Outc
     outcomes = {}
     for name in dict.fromkeys(args.model):
         vlm = VLM.load(opened[name], args.device, args.dtype, args.max_pixels)
-        sampling = dict(
-            max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p
+        outcomes[name] = answer_all(
+            vlm,
+            items,
+            args.answers,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            generator=torch.Generator(vlm.device).manual_seed(args.seed),
         )
-        generator = torch.Generator(vlm.device).manual_seed(args.seed)
-        outcomes[name] = answer_all(vlm, items, args.answers, **sampling, generator=generator)
         del vlm  # before the next one is loaded
         yield outcomes, False
     if args.judge:

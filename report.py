@@ -21,8 +21,8 @@ import re
 import sys
 import time
 from collections import Counter
+from itertools import chain
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 
@@ -47,7 +47,7 @@ from training.images import ImageError, load_image
 from training.scenes import Scene, read_truth
 from training.settings import OneLineParser, printable, shorten
 from training.terminal import prepare_output
-from training.troubles import count_done, find_troubles, is_finished
+from training.troubles import count_done, find_troubles, is_finished, mean_field
 
 GALLERY = 12  # images
 QUESTIONS = 2  # of an image and iteration
@@ -67,7 +67,8 @@ def read_config(folder: Path) -> dict:
     """Reads the run's settings. Raises ValueError, with a sentence, if the folder is not a run's."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return config | {"iterations": int(config["iterations"])}
+        kinds = dict(iterations=int, tau_low=float, tau_high=float)
+        return config | {name: kind(config[name]) for name, kind in kinds.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder} is not the folder of a run: it has no readable config.json"
@@ -113,10 +114,7 @@ def read_questions(folder: Path, iterations: int) -> dict[int, list[Proposed]]:
         if kept is None:
             continue
         candidates = read_well_formed(folder / "candidates" / f"iteration-{k}.jsonl") or []
-        # A single one stays as it was written: its confidence may be unknown.
-        times = Counter((e.image, e.question) for e in candidates)
-        several = [e for e in candidates if times[e.image, e.question] > 1]
-        asked = {(e.image, e.question): (e, False) for e in candidates + pool(several)}
+        asked = {(e.image, e.question): (e, False) for e in pool(candidates)}
         asked |= {(e.image, e.question): (e, True) for e in kept}
         questions[k] = list(asked.values())
     return questions
@@ -131,8 +129,11 @@ def read_well_formed(path: Path) -> list[VotedQuestion] | None:
 
 
 def is_well_formed(example: VotedQuestion) -> bool:
-    """Returns whether a question can be shown; its confidence may be unknown."""
+    """Returns whether a question can be shown: a file may hold anything."""
     if not isinstance(example.image, str) or not isinstance(example.question, str):
+        return False
+    share = finite(example.confidence)
+    if share is None or not 0 <= share <= 1:
         return False
     return bool(example.answers) and are_answers(example.answers) and are_answers([example.label])
 
@@ -293,14 +294,12 @@ def sample_list(samples: dict[tuple[int, str, int], list[dict]], folder: Path) -
     shown = ""
     for (k, phase, step), examples in spread(samples, SAMPLED_STEPS):
         name = f"Iteration {k}, {phase.capitalize()}, step {step}"
-        cards = ""
-        earned = []
-        for example in examples[:SHOWN_EXAMPLES]:
-            cards += sample_card(example, folder)
-            earned += [finite(output.get("reward")) for output in example["outputs"]]
-        earned = [reward for reward in earned if reward is not None]
-        if earned:
-            name += f" · mean reward of these {fmean(earned):.2f}"
+        examples = examples[:SHOWN_EXAMPLES]
+        cards = "".join(sample_card(example, folder) for example in examples)
+        outputs = chain.from_iterable(example["outputs"] for example in examples)
+        reward = mean_field("reward", list(outputs))
+        if reward is not None:
+            name += f" · mean reward of these {reward:.2f}"
         shown += f"<details><summary>{name}</summary>{cards}</details>"
         if len(shown) > SAMPLES_LENGTH:
             shown += '<p class="soft">More are in samples/.</p>'
@@ -424,7 +423,8 @@ def page(folder: Path) -> str:
     charts = "".join(draw_chart(records, chart) for chart in CHARTS)
     charts = charts or say_none("Nothing to draw", finished)
     for k, asked in questions.items():
-        charts += draw_histogram(f"Difficulty, iteration {k}", asked, read_thresholds(config))
+        title = f"Difficulty, iteration {k}"
+        charts += draw_histogram(title, asked, config["tau_low"], config["tau_high"])
     return PAGE.format(
         name=escape(folder.resolve().name),
         style=STYLE,
@@ -442,12 +442,6 @@ def page(folder: Path) -> str:
     )
 
 
-def read_thresholds(config: dict) -> tuple[float, float] | None:
-    """Returns tau_low and tau_high; None if a run's config.json does not say."""
-    band = [finite(config.get(name)) for name in ("tau_low", "tau_high")]
-    return None if None in band else tuple(band)
-
-
 def say_none(what: str, finished: bool) -> str:
     """Says that there is nothing: nothing yet, while the run goes on."""
     return f'<p class="soft">{what}{"" if finished else " yet"}.</p>'
@@ -456,7 +450,7 @@ def say_none(what: str, finished: bool) -> str:
 def tell_place(records: list[dict], config: dict) -> str:
     """Says how far the run is: the iterations that are complete and, before the end, the last step."""
     done = count_done(records)
-    told = f"{done} of {config['iterations']} iterations complete"
+    told = f"iterations complete: {done} of {config['iterations']}"
     if is_finished(records, config):
         return told
     now = [record for record in records if record["iteration"] > done]

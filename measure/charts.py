@@ -15,6 +15,7 @@ from measure.signatures import split_thirds
 
 Proposed = tuple[VotedQuestion, bool]  # a question with its votes, and whether it was kept
 Points = list[tuple[int, float]]  # (step or iteration, value)
+Curve = list[tuple[int, float, float, float]]  # (step or iteration, mean, lowest, highest value)
 COLOURS = 6  # of curves: --c0, --c1, ... in measure/page.py
 
 
@@ -121,11 +122,8 @@ def draw_chart(records: list[dict], chart: Chart) -> str:
 
     Returns "" if the records have no number to draw.
     """
-    curves = {}
-    starts = []
-    for label, name in chart.names.items():
-        curves[label], starts = chart_points(records, chart, name)
-    return plot(chart, curves, starts)
+    names = chart.names.items()
+    return draw_runs(chart, {label: [chart_points(records, chart, name)] for label, name in names})
 
 
 def chart_points(records: list[dict], chart: Chart, name: str) -> tuple[Points, list[int]]:
@@ -145,43 +143,33 @@ def chart_points(records: list[dict], chart: Chart, name: str) -> tuple[Points, 
     return thirds(points, starts) if name == "r_unc" else points, starts
 
 
-def draw_group(chart: Chart, groups: dict[str, list[tuple[Points, list[int]]]]) -> str:
-    """Draws the mean curve of each group of runs, with a band from the lowest to the highest run.
+def draw_runs(chart: Chart, groups: dict[str, list[tuple[Points, list[int]]]]) -> str:
+    """Draws the mean curve of each group of runs, in a band from the lowest to the highest run.
 
     groups: name -> `chart_points` of each run. Returns "" without any point.
     """
     curves = {}
-    areas = {}
     starts = max((starts for runs in groups.values() for _, starts in runs), key=len, default=[])
     for name, runs in groups.items():
         found = defaultdict(list)  # place -> the value of each run
         for place, value in chain.from_iterable(points for points, _ in runs):
             found[place].append(value)
         values = sorted(found.items())
-        curves[name] = [(place, fmean(each)) for place, each in values]
-        areas[name] = [(place, min(each), max(each)) for place, each in values]
-    return plot(chart, curves, starts, areas)
+        curves[name] = [(place, fmean(each), min(each), max(each)) for place, each in values]
+    return plot(chart, curves, starts)
 
 
-def plot(
-    chart: Chart,
-    curves: dict[str, Points],
-    starts: Sequence[int],
-    areas: dict[str, list[tuple[int, float, float]]] | None = None,
-) -> str:
+def plot(chart: Chart, curves: dict[str, Curve], starts: Sequence[int]) -> str:
     """Draws the curves of a chart; at `starts` they begin anew, after a dashed line.
 
-    areas: bands around curves, as (place, lower and upper edge). Returns "" without any point.
+    Returns "" without any point.
     """
-    areas = areas or {}
     points = list(chain.from_iterable(curves.values()))
     if not points:
         return ""
     # The scales
-    places = [place for place, _ in points]
-    values = [value for _, value in points]
-    for area in areas.values():
-        values += chain.from_iterable(edges for _, *edges in area)
+    places = [place for place, *_ in points]
+    values = list(chain.from_iterable(values for _, *values in points))
     limits = (0, 1) if chart.is_share else chain.from_iterable(chart.bands.values())
     values += limits
     x = scale(places, 62, 342)
@@ -191,15 +179,13 @@ def plot(
         ticks = round_ticks(min(values), max(values), 1 if is_counted else 0)
     values += ticks
     y = scale(values, 150, 10)
-    # From back to front: bands, areas, the starts of phases, curves
+    # From back to front: bands, the starts of phases, curves
     drawn = ""
     for i, (bottom, top) in enumerate(chart.bands.values()):
         area = f"M52 {y(bottom):.1f}H350V{y(top):.1f}H52"
         drawn += f'<path class="band" style="fill: {colour(i)}" d="{area}"/>'
     for tick in ticks:
         drawn += f'<path class="axis" d="M52 {y(tick):.1f}H350"/>'
-    for i, area in enumerate(areas.values()):
-        drawn += draw_area(area, starts, colour(i), x, y)
     for place in starts:
         drawn += f'<path class="dashed" d="M{x(place - 0.5):.1f} 10V150"/>'
     for i, curve in enumerate(curves.values()):
@@ -263,30 +249,21 @@ def scale(values: Sequence[float], start: float, end: float) -> Scale:
     return to_pixels
 
 
-def draw_area(
-    area: list[tuple[int, float, float]], starts: Sequence[int], colour: str, x: Scale, y: Scale
-) -> str:
-    """Draws the band between the edges of an area, phase by phase."""
+def draw_curve(curve: Curve, starts: Sequence[int], colour: str, x: Scale, y: Scale) -> str:
+    """Draws a line for each phase of a curve, a band if runs differ, and discs if there are few points."""
     drawn = ""
-    for phase in phases(area, starts):
-        above = [f"{x(place):.1f} {y(high):.1f}" for place, _, high in phase]
-        below = [f"{x(place):.1f} {y(low):.1f}" for place, low, _ in reversed(phase)]
-        path = f"M{'L'.join(above + below)}Z"
-        # A single place has no width: its outline is seen.
-        drawn += f'<path class="band" style="fill: {colour}; stroke: {colour}" d="{path}"/>'
-    return drawn
-
-
-def draw_curve(points: Points, starts: Sequence[int], colour: str, x: Scale, y: Scale) -> str:
-    """Draws a line for each phase of a curve, and a disc for each point if there are few."""
-    drawn = ""
-    for phase in phases(points, starts):
-        spots = " ".join(f"{x(place):.1f},{y(value):.1f}" for place, value in phase)
-        drawn += f'<polyline class="curve" style="stroke: {colour}" points="{spots}"/>'
-    if len(points) < 4 * (len(starts) + 3):
-        for place, value in points:
+    for phase in phases(curve, starts):
+        line = " ".join(f"{x(place):.1f},{y(mean):.1f}" for place, mean, _, _ in phase)
+        above = [f"{x(place):.1f} {y(high):.1f}" for place, _, _, high in phase]
+        below = [f"{x(place):.1f} {y(low):.1f}" for place, _, low, _ in phase]
+        if above != below:  # a single place has no width: its outline is seen
+            path = f"M{'L'.join(above + below[::-1])}Z"
+            drawn += f'<path class="band" style="fill: {colour}; stroke: {colour}" d="{path}"/>'
+        drawn += f'<polyline class="curve" style="stroke: {colour}" points="{line}"/>'
+    if len(curve) < 4 * (len(starts) + 3):
+        for place, mean, _, _ in curve:
             drawn += (
-                f'<circle cx="{x(place):.1f}" cy="{y(value):.1f}" r="3" style="fill: {colour}"/>'
+                f'<circle cx="{x(place):.1f}" cy="{y(mean):.1f}" r="3" style="fill: {colour}"/>'
             )
     return drawn
 
@@ -333,20 +310,15 @@ def figure(
 # ---- Other figures ----
 
 
-def draw_histogram(
-    title: str, asked: list[Proposed], band: tuple[float, float] | None = None
-) -> str:
+def draw_histogram(title: str, asked: list[Proposed], low: float, high: float) -> str:
     """Draws how often each confidence occurred, in tenths, and how many of these questions were kept.
 
-    band: the confidences that loop.py keeps, tau_low and tau_high. Returns "" if no confidence is known.
+    low, high: the confidences that loop.py keeps, tau_low and tau_high. Returns "" without any question.
     """
-    known = [
-        (question, kept) for question, kept in asked if finite(question.confidence) is not None
-    ]
-    if not known:
+    if not asked:
         return ""
-    everything = Counter(to_tenths(question.confidence) for question, _ in known)
-    kept = Counter(to_tenths(question.confidence) for question, kept in known if kept)
+    everything = Counter(to_tenths(question.confidence) for question, _ in asked)
+    kept = Counter(to_tenths(question.confidence) for question, kept in asked if kept)
     ticks = round_ticks(0, max(everything.values()), 1)
     x = scale((0, 10), 70, 332)
     y = scale((0, ticks[-1]), 150, 10)
@@ -361,15 +333,14 @@ def draw_histogram(
             box = f'x="{x(tenth) - 11:.1f}" y="{top:.1f}" width="22" height="{150 - top:.1f}"'
             drawn += f'<rect {box} style="fill: {fill}"/>'
     # The band, and what it does not explain
-    told = f"{sum(kept for _, kept in asked)} of {len(asked)} different questions are kept"
-    if band is not None:
-        for edge in band:
-            drawn += f'<path class="dashed" d="M{x(10 * edge):.1f} 10V150"/>'
-        inside = sum(band[0] <= q.confidence <= band[1] and not kept for q, kept in known)
-        outside = sum(kept and not band[0] <= q.confidence <= band[1] for q, kept in known)
-        if inside or outside:
-            own_rule = f"by a rule of its own this run left out {inside} between the dashed lines"
-            keys[f"{own_rule} and kept {outside} outside"] = "none"
+    told = f"kept: {kept.total()} of {len(asked)} different questions"
+    for edge in (low, high):
+        drawn += f'<path class="dashed" d="M{x(10 * edge):.1f} 10V150"/>'
+    inside = sum(low <= q.confidence <= high and not kept for q, kept in asked)
+    outside = sum(kept and not low <= q.confidence <= high for q, kept in asked)
+    if inside or outside:
+        own_rule = f"by a rule of its own this run left out {inside} between the dashed lines"
+        keys[f"{own_rule} and kept {outside} outside"] = "none"
     xs = {f"{tenth / 10:g}": x(tenth) for tenth in (0, 5, 10)}
     ys = {f"{tick:g}": y(tick) for tick in ticks}
     below = "confidence (across), number of questions (up)"
@@ -379,8 +350,7 @@ def draw_histogram(
 def to_tenths(confidence: float) -> int:
     """Rounds a confidence to tenths, from 0 to 10; 0.25 and 0.75 towards the middle."""
     tenths = 10 * confidence
-    rounded = math.floor(tenths + 0.5) if confidence < 0.5 else math.ceil(tenths - 0.5)
-    return min(10, max(0, rounded))
+    return math.floor(tenths + 0.5) if confidence < 0.5 else math.ceil(tenths - 0.5)
 
 
 def draw_ladder(records: list[dict]) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
 
-from measure.charts import CHARTS, chart_points, draw_group, escape, number
+from measure.charts import CHARTS, chart_points, draw_runs, escape, number
 from measure.page import COMPARISON, STYLE, draw_box, draw_list
 from training.settings import MAY_CHANGE, Settings, flag, shorten
 from training.troubles import find_troubles, is_finished
@@ -77,18 +77,6 @@ def read_settings(run: Compared) -> dict:
     """Returns what decides about a run's numbers, but for the seed, with defaults where it is silent."""
     settings = dataclasses.asdict(Settings()) | run.config
     return {name: value for name, value in settings.items() if name not in NO_SETTINGS}
-
-
-def differing_settings(groups: Groups) -> dict[str, list]:
-    """Returns the settings in which groups differ: a name -> its value in each group."""
-    settings = [read_settings(group[0]) for group in groups.values()]
-    names = dict.fromkeys(name for each in settings for name in each)
-    differing = {}
-    for name in names:
-        values = [each.get(name) for each in settings]
-        if any(value != values[0] for value in values):
-            differing[name] = values
-    return differing
 
 
 # ---- The test of the last accuracies -----------------------------------------------------------------------
@@ -172,9 +160,7 @@ def compare_runs(runs: Sequence[Compared]) -> tuple[list[str], str]:
         settings=draw_table(settings) if settings[1:] else "<p>None but the seed.</p>",
         charts=draw_groups(groups),
     )
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() for row in rows]
-    return [*lines, *tests], page
+    return [*align_columns(rows), *tests], page
 
 
 def draw_groups(groups: Groups) -> str:
@@ -188,7 +174,7 @@ def draw_groups(groups: Groups) -> str:
                 group: [chart_points(run.records, one, name) for run in runs]
                 for group, runs in groups.items()
             }
-            drawn += draw_group(one, curves)
+            drawn += draw_runs(one, curves)
     return drawn
 
 
@@ -206,10 +192,14 @@ def tell_groups(groups: Groups) -> list[list[str]]:
 
 def tell_settings(groups: Groups) -> list[list[str]]:
     """Returns the rows of a table: each setting in which groups differ, and its values."""
+    settings = [read_settings(group[0]) for group in groups.values()]
+    names = dict.fromkeys(name for each in settings for name in each)
     rows = [["setting", *groups]]
-    for name, values in differing_settings(groups).items():
-        known = name in Settings.__dataclass_fields__
-        rows.append([flag(name) if known else name, *(shorten(str(v), 300) for v in values)])
+    for name in names:
+        values = [each.get(name) for each in settings]
+        if any(value != values[0] for value in values):
+            known = name in Settings.__dataclass_fields__
+            rows.append([flag(name) if known else name, *(shorten(str(v), 300) for v in values)])
     return rows
 
 
@@ -235,6 +225,12 @@ def tell_remarks(groups: Groups) -> list[str]:
     if warned:
         told.append(f"not all went well, as their own reports say: {', '.join(warned)}")
     return told
+
+
+def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns rows as the lines of a table for the terminal."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def draw_table(rows: list[list[str]]) -> str:

@@ -98,16 +98,16 @@ def parse_item(fields: object, folder: Path) -> Item:
     if not isinstance(fields, dict):
         raise ValueError('it is not an object {"image": ..., "question": ..., "answer": ...}')
     images = [str(folder / path) for path in _read_image_paths(fields)]
-    question = fields.get("question")
-    if not _is_text(question):
-        raise ValueError(f"question is not text but {_shorten(question)}")
-    choices = _read_choices(fields.get("choices"))
-    answer = fields.get("answer")
+    question = _read_text(fields.get("question"), "question")
+    answers = fields.get("answer")
+    answers = answers if isinstance(answers, list) else [answers]
+    if not answers:
+        raise ValueError("answer is empty")
     item = Item(
         images[0],
-        *_to_texts([question], "question"),
-        _to_texts(answer if isinstance(answer, list) else [answer], "answer"),
-        _to_texts(choices, "choices") if choices else (),
+        _to_text(question, "question"),
+        tuple(_to_text(answer, "answer") for answer in answers),
+        tuple(_to_text(choice, "choices") for choice in _read_choices(fields.get("choices"))),
         *(_optional_text(fields, name) for name in ("kind", "question_id", "figure_id", "ending")),
         precision=fields.get("precision"),
         images=tuple(images),
@@ -121,22 +121,21 @@ def _read_image_paths(fields: dict) -> list[str]:
     """Returns the paths in "image" or "images". Raises ValueError with a sentence."""
     image = fields.get("image")
     images = fields.get("images")
-    if image is not None and images is not None:
-        raise ValueError("there are both image and images")
-    if image is None and images is None:
-        raise ValueError("there is neither image nor images")
+    if (image is None) == (images is None):
+        raise ValueError("there must be an image or images, and not both")
     if images is None:
-        if not _is_text(image):
-            raise ValueError(f"image is not text but {_shorten(image)}")
-        return [image]
-    if not isinstance(images, list):
-        raise ValueError(f"images is not a list but {_shorten(images)}")
-    if not images:
-        raise ValueError("images is empty")
-    for path in images:
-        if not _is_text(path):
-            raise ValueError(f"images holds what is not text but {_shorten(path)}")
-    return images
+        return [_read_text(image, "image")]
+    if not isinstance(images, list) or not images:
+        raise ValueError(f"images is not a list of paths but {_shorten(images)}")
+    places = enumerate(images, start=1)
+    return [_read_text(path, f"image {number} of images") for number, path in places]
+
+
+def _read_text(value: object, name: str) -> str:
+    """Returns a text that is not empty. Raises ValueError for anything else."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} is not text but {_shorten(value)}")
+    return value
 
 
 def _read_choices(choices: object) -> list:
@@ -153,11 +152,7 @@ def _read_choices(choices: object) -> list:
 def _optional_text(fields: dict, name: str) -> str:
     """Returns the text of a field, "" without one. Raises ValueError if it is neither text nor a number."""
     value = fields.get(name)
-    return "" if value is None or value == "" else _to_texts([value], name)[0]
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    return "" if value is None or value == "" else _to_text(value, name)
 
 
 def _check_item(item: Item) -> None:
@@ -175,18 +170,15 @@ def _check_item(item: Item) -> None:
         raise ValueError(f"precision is not a whole number from 0 to 20 but {_shorten(precision)}")
 
 
-def _to_texts(values: list, name: str) -> tuple[str, ...]:
-    """Returns texts and numbers as texts. Raises ValueError if there are none, or others among them."""
-    for value in values:
-        text = str(value)
-        if type(value) not in (str, int, float) or not text.strip():
-            raise ValueError(f"{name} is not text or a number but {_shorten(value)}")
-        is_odd_number = isinstance(value, float) and not math.isfinite(value)
-        if is_odd_number or re.search("[\ud800-\udfff]", text):
-            raise ValueError(f"{name} is no readable text or number: {_shorten(value)}")
-    if not values:
-        raise ValueError(f"{name} is empty")
-    return tuple(map(str, values))
+def _to_text(value: object, name: str) -> str:
+    """Returns a text or a number as text. Raises ValueError for anything else."""
+    text = str(value)
+    if type(value) not in (str, int, float) or not text.strip():
+        raise ValueError(f"{name} is not text or a number but {_shorten(value)}")
+    is_odd_number = isinstance(value, float) and not math.isfinite(value)
+    if is_odd_number or re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{name} is no readable text or number: {_shorten(value)}")
+    return text
 
 
 def _shorten(value: object) -> str:

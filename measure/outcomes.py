@@ -164,14 +164,13 @@ def image_reader(vlm: VLM, most: int) -> Reader:
     return read
 
 
-def item_prompt(vlm: VLM, item: Item, text: str, read: Reader | None = None) -> Prompt:
+def item_prompt(vlm: VLM, item: Item, text: str, read: Reader) -> Prompt:
     """Encodes a text with the images of an item; its marks, if the item has any, say where they stand."""
-    read = read or image_reader(vlm, 1)
     images = [read(path) for path in item.images]
     return vlm.prompt(text, images if item.marks else images[0])
 
 
-def judge_prompt(judge: VLM, item: Item, answer: str, read: Reader | None = None) -> Prompt:
+def judge_prompt(judge: VLM, item: Item, answer: str, read: Reader) -> Prompt:
     """Asks whether an answer says the same as the true one.
 
     Only the question places images. Those that it does not name are named before it. So a mark in an answer,

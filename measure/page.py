@@ -50,7 +50,7 @@ PAGE = """<!DOCTYPE html>
 <h1>{name}</h1><p>{state}</p>
 {troubles}
 <details><summary>All settings</summary><pre>{settings}</pre></details>
-<details><summary>{skips} images skipped</summary><pre>{skipped}</pre></details>
+<details><summary>Images skipped: {skips}</summary><pre>{skipped}</pre></details>
 {ladder}
 <h2>Curves</h2>
 <p class="soft">A dashed line marks a new iteration. r_unc = 1 - |2c - 1| is highest when half of the answers

@@ -1,15 +1,16 @@
 """Published records: read from the hub or a folder, and written as questions or images."""
 
 import hashlib
-import io
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from tqdm import tqdm
+
+from training.folder import replace_text
 
 
 class LeftOut(ValueError):
@@ -25,30 +26,30 @@ def load_records(source: str, config: str | None, split: str | None) -> Iterator
         import datasets
     except ImportError:
         raise ValueError("this command needs the package datasets: pip install datasets") from None
-    try:
+    with _explained(source):
         found = datasets.load_dataset(source, config, split=split, streaming=True)
         if split is None:
             if len(found) > 1:
                 raise ValueError(f"it has the splits {', '.join(found)}; choose one with --split")
             found = next(iter(found.values()))
-        if hasattr(found, "decode"):  # older datasets give pictures
-            found = found.decode(False)
-        return _iterate(iter(found), source)
-    except Exception as error:  # of the network, of the hub, of files: datasets raises many kinds
-        raise ValueError(_describe(source, error)) from error
+        return _iterate(iter(found.decode(False)), source)
 
 
 def _iterate(records: Iterator[dict], source: str) -> Iterator[dict]:
     """Yields the records, with a bar on a terminal. Raises ValueError with a sentence for any error."""
-    try:
+    with _explained(source):
         yield from tqdm(records, unit=" records", leave=False, disable=None)
-    except Exception as error:
-        raise ValueError(_describe(source, error)) from error
 
 
-def _describe(source: str, error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return f"{source} cannot be read: {''.join(filter(str.isprintable, lines[0]))}"
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Turns any error in a `with` block into a ValueError with one sentence."""
+    try:
+        yield
+    except Exception as error:  # of the network, of the hub, of files: datasets raises many kinds
+        lines = str(error).splitlines() or [type(error).__name__]
+        line = "".join(filter(str.isprintable, lines[0]))
+        raise ValueError(f"{source} cannot be read: {line}") from error
 
 
 # ---- Images ----
@@ -64,8 +65,8 @@ _SUFFIXES = {  # of a file, by its first bytes
 }
 
 
-def list_images(value: object) -> list:
-    """Returns the images in a field, none or several, each as bytes or as a picture of Pillow.
+def list_images(value: object) -> list[bytes]:
+    """Returns the images in a field, none or several, each as the bytes of its file.
 
     The field holds an image, {"bytes": ...} or a list of these. Raises LeftOut for others, as for a path.
     """
@@ -78,40 +79,33 @@ def list_images(value: object) -> list:
         value = value.get("bytes") or value.get("path")
     if value is None or value == b"" or value == "":
         return []
-    if not isinstance(value, bytes) and not hasattr(value, "getbands"):
+    if not isinstance(value, bytes):
         raise LeftOut("its image has no bytes")
     return [value]
 
 
-def encode_image(image: object) -> tuple[str, bytes]:
-    """Returns the name of an image's file, which is the hash of its bytes, and the bytes. Raises LeftOut."""
-    if not isinstance(image, bytes):
-        buffer = io.BytesIO()
-        try:
-            image.convert("RGBA" if "A" in image.getbands() else "RGB").save(buffer, "PNG")
-        except Exception:  # Pillow's readers raise many kinds on broken files
-            raise LeftOut("its image cannot be read") from None
-        image = buffer.getvalue()
+def name_image(image: bytes) -> str:
+    """Returns the name of an image's file: the hash of its bytes, and its kind. Raises LeftOut."""
     for start, suffix in _SUFFIXES.items():
         if image.startswith(start):
-            return hashlib.sha256(image).hexdigest()[:20] + suffix, image
+            return hashlib.sha256(image).hexdigest()[:20] + suffix
     raise LeftOut("its image is of no known kind")
 
 
-def save_images(images: list, folder: Path) -> list[str]:
+def save_images(images: list[bytes], folder: Path) -> list[str]:
     """Writes images, each once, and returns the names of their files.
 
     Raises LeftOut before the first is written.
     """
-    files = [encode_image(image) for image in images]
-    for name, data in files:
+    names = [name_image(image) for image in images]
+    for name, data in zip(names, images):
         path = folder / name
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(".part")
             part.write_bytes(data)
             os.replace(part, path)
-    return [name for name, _ in files]
+    return names
 
 
 # ---- Files ----
@@ -123,14 +117,10 @@ def write_questions(lines: Iterable[dict | str], out: Path, limit: float) -> Cou
     lines: a question each, or the reason why there is none. Returns the number of questions, under "", and
     how often each reason occurred.
     """
-    part = out / "questions.jsonl.part"
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            counts = _count(lines, lambda line: _write_question(line, out, file), limit)
-        if counts[""]:
-            os.replace(part, out / "questions.jsonl")
-    finally:
-        part.unlink(missing_ok=True)
+    written: list[str] = []
+    counts = _count(lines, lambda line: written.append(_store_question(line, out)), limit)
+    if written:
+        replace_text(out / "questions.jsonl", "".join(written))
     return counts
 
 
@@ -153,20 +143,19 @@ def _count(records: Iterable, write: Callable, limit: float) -> Counter:
     return counts
 
 
-def _write_question(line: dict | str, out: Path, file: TextIO) -> None:
-    """Saves the images of a line and writes it with their paths. Raises LeftOut, also for a reason."""
+def _store_question(line: dict | str, out: Path) -> str:
+    """Saves the images of a line; returns it as JSON with their paths. Raises LeftOut, also for a reason."""
     if isinstance(line, str):
         raise LeftOut(line)
-    images = line["images"] if "images" in line else [line["image"]]
-    paths = [f"images/{name}" for name in save_images(images, out / "images")]
-    stored = {"images": paths} if "images" in line else {"image": paths[0]}
-    file.write(json.dumps(line | stored) + "\n")
+    names = save_images(line.pop("images"), out / "images")
+    paths = [f"images/{name}" for name in names]
+    line |= {"images": paths} if len(paths) > 1 else {"image": paths[0]}
+    return json.dumps(line) + "\n"
 
 
 def _write_images(record: dict, out: Path) -> None:
-    """Saves the images of a record one by one. Raises LeftOut."""
+    """Saves the images of a record. Raises LeftOut."""
     images = list_images(record.get("images"))
     if not images:
         raise LeftOut("no image")
-    for image in images:
-        save_images([image], out / "images")
+    save_images(images, out / "images")

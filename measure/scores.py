@@ -101,13 +101,11 @@ def compare(first: Sequence[Outcome], second: Sequence[Outcome]) -> dict[str, di
     images = [outcome.item.image_set for outcome in first]
     result = {}
     for name in MEANS:
-        before = [outcome.values[name] for outcome in first]
-        after = [outcome.values[name] for outcome in second]
-        differences = [b - a for a, b in zip(before, after)]
+        differences = [b.values[name] - a.values[name] for a, b in zip(first, second)]
         interval = bootstrap(differences, images)
         result[name] = dict(difference=fmean(differences), interval=interval)
         if name in ("greedy_accuracy", "majority_accuracy"):
-            result[name]["p"] = mcnemar(after, before)
+            result[name]["p"] = mcnemar(differences)
     return result
 
 
@@ -133,15 +131,17 @@ def bootstrap(values: Sequence[float], images: Sequence[str] = ()) -> tuple[floa
     return float(low), float(high)
 
 
-def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
+def mcnemar(differences: Sequence[float]) -> float:
     """Returns the two-sided p of McNemar's exact test.
+
+    differences: of each question 1 if only our model is right, -1 if only the other one is, else 0.
 
     Of the n questions that only one model gets right, k are the rarer model's. If a fair coin decided which:
 
         p = 2 sum_{i <= k} C(n, i) / 2^n
     """
-    only_ours = sum(a > b for a, b in zip(ours, theirs))
-    only_theirs = sum(b > a for a, b in zip(ours, theirs))
+    only_ours = sum(difference > 0 for difference in differences)
+    only_theirs = sum(difference < 0 for difference in differences)
     n = only_ours + only_theirs
     k = min(only_ours, only_theirs)
     as_extreme = sum(math.comb(n, i) for i in range(k + 1))

@@ -5,7 +5,6 @@ the rungs of a ladder: how many objects one must list to answer a question.
 """
 
 import itertools
-import json
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -13,10 +12,11 @@ from pathlib import Path
 from statistics import fmean
 
 from curate import VotedQuestion
-from measure.items import Item
+from measure.items import Item, read_lines
 from measure.outcomes import Outcome
 from rewards import answer_reward
 from toy.answerer import Fact, ask, understand
+from training.folder import write_json_lines
 from training.scenes import RUNGS, Scene, draw_scenes, read_truth, sample_scene
 
 QUESTIONS_A_SCENE = 4  # at most, of the held-out ones
@@ -55,7 +55,6 @@ def held_out_questions(folder: Path, count: int, seed: int, size: int) -> list[I
             asked.append(facts)
     # The images, and a line a question
     paths = draw_scenes(folder, scenes, rng, size)
-    items = []
     lines = []
     for path, facts in zip(paths, asked):
         for question, fact in facts.items():
@@ -66,18 +65,10 @@ def held_out_questions(folder: Path, count: int, seed: int, size: int) -> list[I
                 kind=fact.kind,
                 objects=len(fact.things),
             )
-            lines.append(json.dumps(line) + "\n")
-            item = Item(str(path), question, (fact.answer,), kind=fact.kind)
-            items.append(item)
-    (folder / "questions.jsonl").write_text("".join(lines))
-    return items
-
-
-def measure(
-    outcomes: list[Outcome], curated: list[VotedQuestion], held_out: Path, images: Path
-) -> dict:
-    """Returns all that the truth tells of an iteration; held_out, images: the folders of the scenes."""
-    return accuracy_by_objects(outcomes, held_out) | silver_label_accuracy(curated, images)
+            lines.append(line)
+    file = folder / "questions.jsonl"
+    write_json_lines(file, lines)
+    return read_lines(file)
 
 
 def accuracy_by_objects(outcomes: list[Outcome], folder: Path) -> dict:

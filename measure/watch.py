@@ -9,7 +9,6 @@ warn_of_questions                         the failure signatures (see signatures
 """
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from measure.items import Item
 from measure.outcomes import Outcome, answer_all, read_items
 from measure.scores import mean_scores
 from model.vlm import VLM
+from questioner import Asked, Question
 from training.log import mean
 from training.run import Run
 from training.settings import HELD_OUT_QUESTIONS, HELD_OUT_SEED, Settings, printable
@@ -45,19 +45,18 @@ def question_metrics(
     images, `answered` the share of the votes that have an answer. The others are means over valid questions.
     faults: see `questioner.Asked`.
     """
-    # One list of valid questions for each image.
-    groups = [[vote for vote in group if vote is not None] for group in votes]
+    # The valid questions about each image.
     penalties: list[float] = []
     clusters: list[int] = []
-    for group in groups:
-        questions = [vote.question for vote in group]
+    for group in votes:
+        questions = [vote.question for vote in group if vote is not None]
         penalties += rewards.diversity_penalty(questions, s.diversity_weight, s.group_size)
         if questions:
             labels = rewards.cluster_questions(questions)
             clusters.append(len(set(labels)))
 
     # All valid questions.
-    valid = [vote for group in groups for vote in group]
+    valid = [vote for group in votes for vote in group if vote is not None]
     outputs = len(votes) * s.group_size
     confidences = [vote.confidence for vote in valid]
     metrics = {
@@ -189,30 +188,27 @@ def vote_on_probes(s: Settings, run: Run, k: int) -> list[VotedQuestion]:
     Before the first iteration the base votes on them twice: its agreement with itself is the yardstick.
     """
     run.generator = run.seeded(k, "probe")
+
+    def vote(asked: list[Asked]) -> list[VotedQuestion]:
+        """Returns the votes of all processes on one question about each image."""
+        votes = reasoner.vote(
+            run.reasoner, asked, s.answers, run.sampling, run.generator, run.reasoner_prompt
+        )
+        return [voted for (voted,) in run.all_gather_votes(votes) if voted is not None]
+
     if k == 0:
         images = run.probe_images(PROBES)
         asked = questioner.ask(
             run.questioner, images, 1, run.sampling, run.generator, run.questioner_prompt
         )
-        votes = reasoner.vote(
-            run.reasoner, asked, s.answers, run.sampling, run.generator, run.reasoner_prompt
-        )
-        first = [vote for (vote,) in run.all_gather_votes(votes) if vote is not None]
-        run.write_probes("base", [vote for vote in first if vote.label is not None])
+        run.write_probes("base", [voted for voted in vote(asked) if voted.label is not None])
 
     # Each process votes on its part of the questions.
-    mine = run.load_images(run.shard(run.read_probes("base")))
-    prompts = [
-        reasoner.answer_prompt(run.reasoner, image, probe.question, run.reasoner_prompt)
-        for probe, image in mine
-    ]
-    answered = reasoner.answer(run.reasoner, prompts, s.answers, run.sampling, run.generator)
-    voted = []
-    for (probe, _), each in zip(mine, answered):
-        label, c = rewards.confidence(each.answers)
-        vote = replace(probe, label=label, confidence=c, answers=each.answers)
-        voted.append([vote])
-    return [vote for (vote,) in run.all_gather_votes(voted)]
+    asked = []
+    for probe, image in run.load_images(run.shard(run.read_probes("base"))):
+        question = Question(probe.kind, probe.question, answer="")
+        asked.append(Asked(probe.image, image, [], [question], [""]))
+    return vote(asked)
 
 
 def probe_metrics(run: Run, probes: list[VotedQuestion]) -> dict:
@@ -252,7 +248,8 @@ def true_accuracy(s: Settings, run: Run, k: int, probes: list[VotedQuestion]) ->
 
     # Compare silver labels and fixed questions with the truth.
     scenes = run.folder / "images"
-    accuracy |= truth.measure(outcomes, run.read_curated(k), held_out, scenes)
+    accuracy |= truth.accuracy_by_objects(outcomes, held_out)
+    accuracy |= truth.silver_label_accuracy(run.read_curated(k), scenes)
     return accuracy | {"probes_right": truth.majority_right(probes, scenes)}
 
 

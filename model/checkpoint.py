@@ -21,7 +21,6 @@ from types import ModuleType
 
 import torch
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from transformers import (
     AutoTokenizer,
@@ -181,28 +180,17 @@ def find_folder(name_or_path: str | Path, weights: bool = False) -> Path:
 @cache
 def _find_in_hub(name: str, weights: bool, cache_dir: str) -> Path:
     """Returns the folder of a hub id. Asks once: without a network the hub's client tries for minutes."""
-    cached = None
     try:
         config = try_to_load_from_cache(name, "config.json", cache_dir)
-        if isinstance(config, str):
-            cached = Path(config).parent
-            if _is_complete(cached, weights):
-                return cached
-        if constants.HF_HUB_OFFLINE:
-            raise ConnectionError("HF_HUB_OFFLINE is set")
+        if isinstance(config, str) and _is_complete(Path(config).parent, weights):
+            return Path(config).parent
         print(f"{name} is not in the local cache: asking the hub", file=sys.stderr, flush=True)
         wanted = [*SMALL, "*.safetensors"] if weights else [*SMALL]
         return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=wanted))
-    except HFValidationError as error:
-        raise CheckpointError(
-            f"there is no model folder {name}, and a hub id does not look so"
-        ) from error
     except Exception as error:  # of the network, the hub or the disk: they have no common ancestor
-        if cached:  # whoever needs a file that it lacks says so
-            return cached
         raise CheckpointError(
-            f"no model {name} is in the local cache, and the hub has none or cannot be reached from here: "
-            f"{first_line(error)}"
+            f"there is no model folder {name}, no such model in the local cache, and the hub has none or "
+            f"cannot be reached from here: {first_line(error)}"
         ) from error
 
 
@@ -403,14 +391,11 @@ def _read_end_ids(folder: Path, config: dict, tokenizer) -> list[int]:
     # As numbers, each once, without those that the tokenizer does not know.
     vocabulary = tokenizer.get_vocab()
     known = set(vocabulary.values())
-    ids: list[int] = []
-    for token in named:
-        token = vocabulary.get(token) if isinstance(token, str) else token
-        if type(token) is int and token in known and token not in ids:
-            ids.append(token)
+    ids = [vocabulary.get(token) if isinstance(token, str) else token for token in named]
+    ids = dict.fromkeys(token for token in ids if type(token) is int and token in known)
     if not ids:
         raise CheckpointError(f"{folder} names no token that ends a turn (eos_token_id)")
-    return ids
+    return [*ids]
 
 
 # ---- Weights -----------------------------------------------------------------------------------------------
@@ -421,28 +406,23 @@ def find_weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     index = read_json(folder, INDEX)
-    names = [path.name for path in folder.glob("*")]
-    found = any(name.endswith(".safetensors") for name in names)
+    found = any(folder.glob("*.safetensors"))
     # Nothing that could be read: say what is there in its place.
     if index is None or not found:
         why = f"no weights called model.safetensors or {INDEX}" if found else "no weights"
-        if not found and any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+        if not found and any(path.suffix in (".bin", ".pt", ".pth") for path in folder.glob("*")):
             why = "only pickle files, which are never opened here"
-        if any(name.startswith("adapter_model") for name in names):
+        if any(folder.glob("adapter_model*")):
             why = "only an adapter's weights; merge them into the base model"
         raise CheckpointError(f"{folder} has {why}; convert them to safetensors")
     # Several files: all that the index names must be there.
-    try:
+    with explained(f"the weights of {folder} cannot be loaded: {INDEX} is no index"):
         files = sorted(set(index["weight_map"].values()))
         missing = [file for file in files if not (folder / file).is_file()]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"the weights of {folder} cannot be loaded: {INDEX} is no index"
-        ) from error
     if missing or not files:
         raise CheckpointError(
-            f"the weights of {folder} cannot be loaded: {INDEX} names {len(missing)} files that are not "
-            f"there, {(missing or ['none'])[0]} among them"
+            f"the weights of {folder} cannot be loaded: {INDEX} names files that are not there: "
+            f"{len(missing)}, {(missing or ['none'])[0]} for one"
         )
     return [folder / file for file in files]
 
@@ -473,15 +453,13 @@ def _read_tensor(file: Path, name: str) -> torch.Tensor:
         return tensors.get_tensor(name)
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
+def stored_dtype(vlm) -> torch.dtype:
     """Returns the dtype that a checkpoint is published in: its config's word, or its first weight's."""
-    config = read_json(folder, "config.json") or {}
-    for place in (config, config.get("text_config") or {}):
-        for key in ("dtype", "torch_dtype"):
-            dtype = getattr(torch, str(place.get(key)).removeprefix("torch."), None)
-            if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
-                return dtype
-    with safe_open(find_weight_files(folder)[0], "pt") as tensors:
+    for dtype in (vlm.config.dtype, vlm.config.text_config.dtype):
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+            return dtype
+    file = find_weight_files(vlm.source)[0]
+    with safe_open(file, "pt") as tensors:
         return tensors.get_tensor(min(tensors.keys())).dtype
 
 
@@ -513,7 +491,7 @@ def exported_files(vlm) -> dict[str, bytes]:
 def save(vlm, folder: Path) -> None:
     """Writes a checkpoint folder: the weights in the source's names and dtype, and `exported_files`."""
     files = exported_files(vlm)
-    dtype = stored_dtype(vlm.source)
+    dtype = stored_dtype(vlm)
     # The weights in that dtype; a tied matrix, which has two names, stays one tensor.
     weights = lora.merged_weights(vlm.model)
     cast = {}
@@ -537,7 +515,7 @@ def prove_export(vlm, folder: Path) -> None:
         with explained(f"what is trained from {vlm.source} could not be saved"):
             for name, data in exported_files(vlm).items():
                 (Path(place) / name).write_bytes(data)
-            stored_dtype(vlm.source)
+            stored_dtype(vlm)
             saved = open_checkpoint(place)
         same = (
             render(saved.tokenizer) == render(vlm.tokenizer)

@@ -26,15 +26,13 @@ class PackedForward(torch.nn.Module):
     fallbacks: `batch_scale` is the fraction of LOGITS that is made at a time.
     """
 
-    def __init__(self, model, checkpointing: bool = False, fallbacks: Fallbacks | None = None):
+    def __init__(self, model, checkpointing: bool, fallbacks: Fallbacks):
         super().__init__()
         self.model = model
         self.checkpointing = checkpointing
-        self.fallbacks = fallbacks or Fallbacks()
+        self.fallbacks = fallbacks
         if checkpointing:
-            new_name = "activation_checkpointing_enable"  # since transformers 5.2x
-            name = new_name if hasattr(model, new_name) else "gradient_checkpointing_enable"
-            getattr(model, name)({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, batch: PackedBatch, temperature: float) -> Tensor:
         """Returns log-probabilities [N], float32, of `batch.targets`; `temperature` divides the logits."""
@@ -92,8 +90,11 @@ class TargetLogprobs(torch.autograd.Function):
         logps: list[Tensor] = []
         totals: list[Tensor] = []
         for h, target in zip(hidden.split(chunk), targets.split(chunk)):
-            logp, total = target_logprobs(h, weight, target, temperature)
-            logps.append(logp)
+            z = float_logits(h, weight).div_(temperature)
+            total = z.logsumexp(dim=1)
+            at_targets = z.gather(1, target[:, None])[:, 0]
+            del z  # before the next is made: one chunk's logits are there at a time
+            logps.append(at_targets - total)
             totals.append(total)
         ctx.save_for_backward(hidden, weight, targets, torch.cat(totals))
         ctx.temperature = temperature
@@ -116,15 +117,5 @@ class TargetLogprobs(torch.autograd.Function):
             torch.mm(z, weight, out=grad_h)
             if grad_weight is not None:
                 grad_weight.addmm_(z.T, h)
-            del z  # before the next is made: one chunk's logits are there at a time
+            del z
         return grad_hidden, grad_weight, None, None, None
-
-
-def target_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Returns log softmax(hidden W^T / temperature) at the targets, and each log-sum-exp: [n], float32."""
-    logits = float_logits(hidden, weight).div_(temperature)
-    total = logits.logsumexp(dim=1)
-    at_targets = logits.gather(1, targets[:, None])[:, 0]
-    return at_targets - total, total

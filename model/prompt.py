@@ -68,7 +68,7 @@ def make_prompt(ids: list[int], image_token: int, images: list[Patches], merge: 
     tokens = torch.tensor(ids)
     is_image = tokens == image_token
     if is_image.sum() != len(images):
-        raise ValueError(f"the prompt has {is_image.sum()} image tokens for {len(images)} images")
+        raise ValueError(f"image tokens in the prompt: {is_image.sum()}, images: {len(images)}")
     grids = [image.grid[0].tolist() for image in images]
     # An image's one token is repeated for each of its features.
     counts = torch.ones_like(tokens)
@@ -109,21 +109,20 @@ def rope_positions(starts: list[int], grids: list[list[int]], merge: int, length
     return positions
 
 
-def arrange(text: str, images: int) -> list[int | str]:
-    """Splits a text where it names images; returns texts and numbers of images in the prompt's order.
+def arrange(text: str, images: Sequence) -> list:
+    """Splits a text where it names images; returns texts and images in the prompt's order.
 
     An image stands where the text first says <image 1>, <image 2>, ...; those that it does not name come
-    first. A name that comes again stays in the text, as does one of no image. With three images:
+    first. A name that comes again stays in the text, as does one of no image. With three images a, b, c:
 
-        "What is <image 2> of <image 1>?"   ->   [2, "What is ", 1, " of ", 0, "?"]
+        "What is <image 2> of <image 1>?"   ->   [c, "What is ", b, " of ", a, "?"]
     """
-    names = [f"<image {number + 1}>" for number in range(images)]
+    names = {f"<image {number}>": image for number, image in enumerate(images, start=1)}
+    parts = [image for name, image in names.items() if name not in text]
     named = [name for name in names if name in text]
-    named.sort(key=text.index)
-    parts: list[int | str] = [i for i, name in enumerate(names) if name not in text]
-    for name in named:
+    for name in sorted(named, key=text.index):
         before, _, text = text.partition(name)
-        parts += [before, names.index(name)]
+        parts += [before, names[name]]
     parts.append(text)
     return [part for part in parts if part != ""]
 

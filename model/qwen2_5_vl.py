@@ -5,11 +5,14 @@ forward takes one attention call a window, 1,792 of them for an image of 1,024 t
 so that windows of equal length are neighbours (see vision.py).
 """
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.vision_utils import get_vision_window_index
 
-from model.vision import Segments, embed_patches, group_lengths, rotations, run_block
+from model.vision import Segments, embed_patches, rotations, run_block
 
 MODEL = Qwen2_5_VLForConditionalGeneration
 PROCESSOR = "Qwen2_5_VLProcessor"
@@ -40,7 +43,7 @@ def encode_images(visual, pixels: Tensor, grids: Tensor) -> list[Tensor]:
     """
     device = pixels.device
     unit = visual.spatial_merge_size**2
-    order, windows, images = sort_patches(visual, grids.tolist())
+    order, windows, images = sort_patches(visual, grids)
     order = order.to(device, non_blocking=True)
     images = Segments(
         images.groups,
@@ -64,7 +67,7 @@ def encode_images(visual, pixels: Tensor, grids: Tensor) -> list[Tensor]:
     return list(features.split(tokens.tolist()))
 
 
-def sort_patches(visual, grids: list[list[int]]) -> tuple[Tensor, Segments, Segments]:
+def sort_patches(visual, grids: Tensor) -> tuple[Tensor, Segments, Segments]:
     """Sorts the patches of images by windows, those of equal length together.
 
     Patches come in units of 2 x 2, which are merged into one token at the end and stay together. An image of
@@ -72,37 +75,35 @@ def sort_patches(visual, grids: list[list[int]]) -> tuple[Tensor, Segments, Segm
 
          0  1  2  3 |  4  5
          6  7  8  9 | 10 11        order    4 5 10 11 16 17 22 23,  0 1 2 3 6 7 8 9 12 ... 20 21
-        12 13 14 15 | 16 17        windows  (1, 32), (1, 64)    a window of 32 patches, then one of 64
-        18 19 20 21 | 22 23        images   (1, 96)             all patches of the image
+        12 13 14 15 | 16 17        windows  {32: 1, 64: 1}    a window of 32 patches, then one of 64
+        18 19 20 21 | 22 23        images   {96: 1}           all patches of the image
 
     Returns order, windows and images. order: [T / 4] the tokens, window by window. `images.order` leads from
     there to the patches image by image, those of equal length together; `images.back` leads back.
     """
     merge = visual.spatial_merge_size
     unit = merge**2
-    side = visual.window_size // merge // visual.patch_size
     # The tokens [tokens] of each image and each window; frames are images of their own.
-    images: list[Tensor] = []
-    windows: list[Tensor] = []
-    start = 0
-    for frames, height, width in grids:
-        for _ in range(frames):
-            tokens = torch.arange(start, start + height * width // unit)
-            start += len(tokens)
-            images.append(tokens)
-            for band in tokens.view(-1, width // merge).split(side):
-                windows += [window.flatten() for window in band.split(side, dim=1)]
-    images.sort(key=len)
-    windows.sort(key=len)
+    sizes = grids[:, 1:].prod(dim=1) // unit
+    sizes = sizes.repeat_interleave(grids[:, 0])
+    tokens = torch.arange(sizes.sum())
+    images = sorted(tokens.split(sizes.tolist()), key=len)
+    tokens, ends = get_vision_window_index(
+        grids,
+        merge,
+        window_size=visual.window_size,
+        patch_size=visual.patch_size,
+    )
+    sizes = ends.diff() // unit
+    windows = sorted(tokens.split(sizes.tolist()), key=len)
     order = torch.cat(windows)
     # The place of each image's patches in the order by windows.
     places = order.argsort()[torch.cat(images)]
     patches = places[:, None] * unit + torch.arange(unit)
     patches = patches.flatten()
-
-    def groups(parts: list[Tensor]) -> list[tuple[int, int]]:
-        return group_lengths([len(part) * unit for part in parts])
-
-    by_window = Segments(groups(windows))
-    by_image = Segments(groups(images), patches, patches.argsort())
+    # How many of them each segment has.
+    lengths = Counter(len(window) * unit for window in windows)
+    by_window = Segments(lengths)
+    lengths = Counter(len(image) * unit for image in images)
+    by_image = Segments(lengths, patches, patches.argsort())
     return order, by_window, by_image

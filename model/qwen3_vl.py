@@ -5,18 +5,15 @@ over the image whatever its size. Features of some middle layers go to the text 
 last, and are added to its states after its first layers, at the image's tokens (DeepStack, arXiv 2406.04334).
 """
 
+from collections import Counter
+
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 from transformers import Qwen3VLForConditionalGeneration
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
-from model.vision import (
-    Segments,
-    embed_patches,
-    group_lengths,
-    rotations,
-    run_block,
-    sort_into_units,
-)
+from model.vision import Segments, embed_patches, rotations, run_block
 
 MODEL = Qwen3VLForConditionalGeneration
 PROCESSOR = "Qwen3VLProcessor"
@@ -62,7 +59,7 @@ def encode_images(visual, pixels: Tensor, grids: Tensor) -> list[Tensor]:
     rotation = rotations(visual, grids, pixels.device)
     # Frames are images of their own.
     lengths = lengths[order].repeat_interleave(grids[:, 0])
-    segments = Segments(group_lengths(lengths.tolist()))
+    segments = Segments(Counter(lengths.tolist()))
     # The layers; DeepStack's features come from some of them.
     depths = []
     for number, block in enumerate(visual.blocks):
@@ -89,25 +86,14 @@ def learned_positions(visual, grids: Tensor) -> Tensor:
         entry 1      0   1/2   1   1/2   0
         entry 2      0    0    0   1/2   1
     """
-    side = visual.num_grid_per_side
     table = visual.pos_embed.weight.float()
-    table = table.unflatten(0, (side, side))  # [side, side, hidden]
-    entries = torch.arange(side, device=table.device)
-
-    def weights(count: int) -> Tensor:
-        """[count, side]: how much each of `count` patches takes from each entry."""
-        place = torch.arange(count, device=table.device)
-        steps = max(count - 1, 1)
-        place = place * (side - 1) / steps
-        distance = (place[:, None] - entries).abs()
-        return (1 - distance).clamp(min=0)
-
-    positions = []
-    for frames, height, width in grids.tolist():
-        columns = weights(width) @ table  # [side, width, hidden]
-        columns = columns.flatten(1)
-        grid = weights(height) @ columns  # [height, width * hidden]
-        grid = grid.unflatten(1, (width, -1))
-        patches = sort_into_units(grid, visual.spatial_merge_size)
-        positions.append(patches.repeat(frames, 1))
-    return torch.cat(positions)
+    # The four entries around each patch, and what it takes from each: [patches, 4] both.
+    entries, parts = get_vision_interpolation_indices_and_weights(
+        grids,
+        visual.num_grid_per_side,
+        align_corners=True,
+        spatial_merge_size=visual.spatial_merge_size,
+    )
+    entries = entries.to(table.device, non_blocking=True)
+    parts = parts.to(table.device, non_blocking=True)
+    return embedding_bag(entries, table, mode="sum", per_sample_weights=parts)

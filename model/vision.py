@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import AttentionInterface
+from transformers.vision_utils import get_vision_position_ids
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, [patches, head_dim] both
 
@@ -23,21 +24,15 @@ Rotation = tuple[Tensor, Tensor]  # cos and sin, [patches, head_dim] both
 class Segments:
     """Groups of segments of equal length, one after the other; a patch sees the patches of its segment.
 
-    Images of 4, 4 and 9 patches: groups [(2, 4), (1, 9)], and two calls of attention.
+    Images of 4, 4 and 9 patches: groups {4: 2, 9: 1}, and two calls of attention.
 
         patch      0 1 2 3 | 4 5 6 7 | 8 9 10 11 12 13 14 15 16
         group      0         0         1
     """
 
-    groups: list[tuple[int, int]]  # (count, length): that many segments of so many patches
+    groups: Counter[int]  # patches of a segment -> how many segments have so many, in order
     order: Tensor | None = None  # [T] the patches in the order of the segments; None: as they come
     back: Tensor | None = None  # [T] the inverse of `order`
-
-
-def group_lengths(lengths: list[int]) -> list[tuple[int, int]]:
-    """Counts equal lengths, which are neighbours: [4, 4, 9] -> [(2, 4), (1, 9)]."""
-    counts = Counter(lengths)
-    return [(count, length) for length, count in counts.items()]
 
 
 def grouped_attention(
@@ -56,8 +51,8 @@ def grouped_attention(
     """
     # transformers' own forward gives no segments; it cuts q, k and v itself.
     if segments is None:
-        segments = Segments([(1, q.shape[2])])
-    sizes = [count * length for count, length in segments.groups]
+        segments = Segments(Counter([q.shape[2]]))
+    sizes = [length * count for length, count in segments.groups.items()]
 
     def split(x: Tensor) -> tuple[Tensor, ...]:
         """[1, heads, T, d] -> [heads, count * length, d] for each group."""
@@ -67,7 +62,7 @@ def grouped_attention(
 
     outputs = []
     groups = zip(split(q), split(k), split(v))
-    for (_, length), group in zip(segments.groups, groups):
+    for length, group in zip(segments.groups, groups):
         # The segments of a group are a batch: [count, heads, length, d].
         parts = [x.unflatten(1, (-1, length)) for x in group]
         batch = [part.transpose(0, 1) for part in parts]
@@ -102,19 +97,6 @@ def embed_patches(visual, pixels: Tensor) -> Tensor:
     return linear(pixels, kernel, projection.bias)
 
 
-def sort_into_units(grid: Tensor, merge: int) -> Tensor:
-    """Sorts [rows, columns, ...] into [patches, ...], in units of merge x merge, as an image's patches come.
-
-    A grid of 2 x 4 with merge = 2: its units are 0 1 4 5 and 2 3 6 7.
-
-        0 1 2 3
-        4 5 6 7   ->   0 1 4 5 2 3 6 7
-    """
-    grid = grid.unflatten(1, (-1, merge))
-    grid = grid.unflatten(0, (-1, merge))
-    return grid.transpose(1, 2).flatten(0, 3)
-
-
 def rotations(visual, grids: Tensor, device: torch.device) -> Rotation:
     """Returns cos and sin [patches, head_dim] float32 of a patch's row (half of the angles) and its column.
 
@@ -123,15 +105,6 @@ def rotations(visual, grids: Tensor, device: torch.device) -> Rotation:
 
         1f 1g  3f 3g  1f 1g  3f 3g
     """
-    places = []
-    for frames, height, width in grids.tolist():
-        rows = torch.arange(height)
-        columns = torch.arange(width)
-        place = torch.cartesian_prod(rows, columns).view(height, width, 2)
-        place = sort_into_units(place, visual.spatial_merge_size)  # [height * width, 2]
-        places.append(place.repeat(frames, 1))
-    places = torch.cat(places).to(device, non_blocking=True)
-    frequencies = visual.rotary_pos_emb.inv_freq.to(device)
-    angles = places[:, :, None].float() * frequencies.float()
-    angles = angles.flatten(1).repeat(1, 2)
-    return angles.cos(), angles.sin()
+    places = get_vision_position_ids(grids, visual.spatial_merge_size)  # [patches, 2], on the CPU
+    places = places.to(device, non_blocking=True)
+    return visual.rotary_pos_emb(places, places)  # of the first it takes the device

@@ -19,7 +19,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from model import checkpoint
-from model import prompt as prompt_module
 from model.checkpoint import Checkpoint, CheckpointError, explained, find_weights, open_checkpoint
 from model.logprobs import PackedForward
 from model.offload import (
@@ -31,7 +30,15 @@ from model.offload import (
     retry_with_less_memory,
 )
 from model.packing import Continuation, lay_out, pack
-from model.prompt import Patches, Prompt, arrange, make_prompt
+from model.prompt import (
+    Patches,
+    Prompt,
+    arrange,
+    encode_turn,
+    make_prompt,
+    opened_thought,
+    render,
+)
 
 
 class VLM:
@@ -45,11 +52,12 @@ class VLM:
         self.tokenizer = opened.tokenizer
         self.image_processor = opened.image_processor
         self.source = opened.folder  # a saved folder keeps its files
+        self.config = opened.config  # as it is published; that of the model has the dtype of now
         self.end_ids = opened.end_ids  # tokens that end a turn
         self.image_size = opened.pixel_limits(max_pixels)
         self.token_side = opened.token_side  # pixels along one side of an image token
         self.vision_ids = opened.vision_ids  # never sampled
-        self.opened_thought = prompt_module.opened_thought(opened.tokenizer)
+        self.opened_thought = opened_thought(opened.tokenizer)
         self.device = model.device  # where it computes
         self.offloaded = False
         self.fallbacks = Fallbacks()
@@ -89,7 +97,7 @@ class VLM:
             )
         if missing := sorted(report["missing_keys"]):
             raise CheckpointError(
-                f"{opened.name} lacks {len(missing)} weights, {missing[0]} among them"
+                f"{opened.name} lacks weights: {len(missing)}, {missing[0]} for one"
             )
         model = model.to(device).eval()
         weights = model.named_parameters()
@@ -183,31 +191,24 @@ class VLM:
         characters and cannot forge a turn or an image. Raises ValueError for no image, and for one more than
         200 times as wide as high or the other way round.
         """
-        # The turn in order: texts, and images by their number.
+        # The turn in order.
+        parts = [image, text]
         if isinstance(image, Sequence):
-            images = list(image)
-            if not images:
+            if not image:
                 raise ValueError("a prompt needs at least one image")
-            parts = arrange(text, len(images))
-        else:
-            images = [image]
-            parts = [0, text]
+            parts = arrange(text, image)
 
         # Its tokens, with one image token for each image.
-        is_image = [isinstance(part, int) for part in parts]
-        rendered = prompt_module.render(self.tokenizer, system, is_image)
+        is_image = [not isinstance(part, str) for part in parts]
+        rendered = render(self.tokenizer, system, is_image)
         texts = [part for part in parts if isinstance(part, str)]
-        ids = prompt_module.encode_turn(self.tokenizer, rendered, texts)
+        ids = encode_turn(self.tokenizer, rendered, texts)
 
         # As many image tokens as each image has features.
-        patches = []
-        for number in (part for part in parts if isinstance(part, int)):
-            each = images[number]
-            patches.append(each if isinstance(each, Patches) else self.patches(each))
-        config = self.model.config
-        return make_prompt(
-            ids, config.image_token_id, patches, config.vision_config.spatial_merge_size
-        )
+        images = [part for part in parts if not isinstance(part, str)]
+        patches = [each if isinstance(each, Patches) else self.patches(each) for each in images]
+        merge = self.config.vision_config.spatial_merge_size
+        return make_prompt(ids, self.config.image_token_id, patches, merge)
 
     def decode(self, ids: list[int]) -> str:
         """Returns the text of token ids, without control tokens."""
@@ -248,7 +249,7 @@ class VLM:
         part of all completions. Differentiate a batch before you ask for the next: then only one batch's
         activations are in memory at a time.
         """
-        forward = PackedForward(self.model, fallbacks=self.fallbacks)
+        forward = PackedForward(self.model, False, self.fallbacks)
         with self.on_device():
             for rows in pack(completions, self.fallbacks.batch_scale):
                 batch = lay_out(rows)

@@ -92,7 +92,7 @@ def line(name, **changes):
     """The line of a benchmark's record with other fields, without its image; or the reason."""
     made = convert(BENCHMARKS[name][3], RECORDS[name] | changes)
     if isinstance(made, dict):
-        assert made.pop("image") == IMAGE["bytes"]
+        assert made.pop("images") == [IMAGE["bytes"]]
     return made
 
 
@@ -186,9 +186,9 @@ def test_the_other_forms_of_records():
 
 def test_the_official_records():
     made = convert(benchmarks.official, OFFICIAL)
-    assert made == dict(image=IMAGE["bytes"], question="How many?", answer="2")
+    assert made == dict(images=[IMAGE["bytes"]], question="How many?", answer="2")
     for images in (IMAGE, [file_of()], file_of()):
-        assert convert(benchmarks.official, OFFICIAL | dict(images=images))["image"] == file_of()
+        assert convert(benchmarks.official, OFFICIAL | dict(images=images))["images"] == [file_of()]
     boxed = dict(answer=r"\boxed{B}", problem="Which? <image>\nA. x\nB. y", file_name="mathverse")
     made = convert(benchmarks.official, OFFICIAL | boxed)
     assert (
@@ -196,7 +196,7 @@ def test_the_official_records():
         and made["kind"] == "mathverse"
         and made["question"] == "Which?\nA. x\nB. y"
     )
-    assert is_right(r"\boxed{y}", parse_item(made | dict(image="x"), ROOT))
+    assert is_right(r"\boxed{y}", parse_item(made | dict(images=["x"]), ROOT))
     boxed |= dict(problem="Which? <image>\nA. <image>\nB. y", images=[IMAGE, OTHER])
     made = convert(benchmarks.official, OFFICIAL | boxed)
     assert made["images"] == [IMAGE["bytes"], OTHER["bytes"]] and "image" not in made
@@ -336,8 +336,7 @@ def test_no_field_is_a_traceback(name, data):
     record = RECORDS[name] | {field: data.draw(anything) for field in fields}
     made = convert(BENCHMARKS[name][3], record)
     if isinstance(made, dict):
-        images = dict(images=["x"] * len(made["images"])) if "images" in made else dict(image="x")
-        assert parse_item(made | images, ROOT)
+        assert parse_item(made | dict(images=["x"] * len(made["images"])), ROOT)
     assert isinstance(convert(BENCHMARKS[name][3], data.draw(anything)), str)
 
 

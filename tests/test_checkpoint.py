@@ -243,7 +243,7 @@ BAD = [
     (write("generation_config.json", b"{"), "generation_config.json"),
     (write("tokenizer.json", b"version https://git-lfs.github.com/spec/v1"), "tokenizer"),
     (write("model.safetensors", b"version https://git-lfs.github.com/spec/v1"), "cannot be loaded"),
-    (without_a_weight, "lacks 1 weights"),
+    (without_a_weight, "lacks weights: 1, "),
     (wrong_shape, "cannot be loaded"),
     (truncated, "cannot be loaded"),
     (without_a_shard, "not there"),

@@ -22,6 +22,7 @@ from measure.outcomes import (
     Outcome,
     answer_all,
     batches,
+    image_reader,
     item_prompt,
     judge_all,
     judge_prompt,
@@ -119,7 +120,7 @@ def test_a_prompt_is_what_the_model_makes_of_text_and_images(vlm, folder):
     item = parse_item(line(*SIZES, **fields), folder)
     text = question_text(item)
     assert "(B) <image 3>" in text
-    prompt = item_prompt(vlm, item, text)
+    prompt = item_prompt(vlm, item, text, image_reader(vlm, 1))
     assert same(prompt, vlm.prompt(text, [image(name) for name in SIZES]))
     pixels = [vlm.patches(image(name)).pixels for name in ("b.png", "a.png", "c.png")]
     assert all(map(torch.equal, [i.pixels for i in prompt.images], pixels)), (
@@ -135,16 +136,16 @@ def test_a_single_image_is_placed_only_if_it_is_in_a_list(vlm, folder):
     listed = parse_item(line("a.png", question=question), folder)
     text = question_text(alone)
     assert text == question_text(listed)
-    first = item_prompt(vlm, alone, text)
+    first = item_prompt(vlm, alone, text, image_reader(vlm, 1))
     assert same(first, vlm.prompt(text, image("a.png")))
-    placed = item_prompt(vlm, listed, text)
+    placed = item_prompt(vlm, listed, text, image_reader(vlm, 1))
     assert same(placed, vlm.prompt(text, [image("a.png")]))
     assert placed.places[0] > first.places[0] and not same(first, placed)
 
 
 def test_images_that_no_text_names_come_first(vlm, folder):
     item = parse_item(line("a.png", "b.png", question="Which is red?"), folder)
-    prompt = item_prompt(vlm, item, "Which is red?")
+    prompt = item_prompt(vlm, item, "Which is red?", image_reader(vlm, 1))
     assert same(prompt, vlm.prompt("Which is red?", [image("a.png"), image("b.png")]))
 
 
@@ -161,7 +162,10 @@ def test_a_mark_in_an_answer_moves_no_image_before_the_judge(vlm, folder, questi
     """The answers, a model's and the true one, are read as text: all images stand before them."""
     item = parse_item(line(*names, question=question, answer=["x", MARKED]), folder)
     plain = parse_item(line(*names, question=question, answer=["x", "y"]), folder)
-    marked, other = judge_prompt(vlm, item, MARKED), judge_prompt(vlm, plain, "z")
+    marked, other = (
+        judge_prompt(vlm, item, MARKED, image_reader(vlm, 1)),
+        judge_prompt(vlm, plain, "z", image_reader(vlm, 1)),
+    )
     assert torch.equal(marked.places, other.places)
     assert all(torch.equal(i.pixels, j.pixels) for i, j in zip(marked.images, other.images))
     written = vlm.tokenizer.decode(marked.ids[marked.places[-1] + 1 :])
@@ -175,7 +179,9 @@ def test_a_mark_in_an_answer_moves_no_image_before_the_judge(vlm, folder, questi
 def test_before_the_judge_a_single_image_stands_first(vlm, folder):
     item = parse_item(dict(image="a.png", question="Is <image 1> red?", answer="<image 1>"), folder)
     text = JUDGE.format(question=item.question, truth="<image 1>", answer="<image 1>")
-    assert same(judge_prompt(vlm, item, "<image 1>"), vlm.prompt(text, image("a.png")))
+    assert same(
+        judge_prompt(vlm, item, "<image 1>", image_reader(vlm, 1)), vlm.prompt(text, image("a.png"))
+    )
 
 
 # ---- Scores ------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def test_a_hub_id_in_the_cache_needs_no_network(tmp_path):
 
 def test_a_hub_id_that_is_not_in_the_cache_is_asked_for_aloud(tmp_path):
     out, err = offline(tmp_path / "home", "Some/Other", tmp_path / "saved")
-    assert "SENTENCE no model Some/Other" in out and "asking the hub" in err
+    assert "SENTENCE there is no model folder Some/Other" in out and "asking the hub" in err
 
 
 def test_a_download_that_was_broken_off(tmp_path):

@@ -169,12 +169,12 @@ model.qwen3_vl, qwen3_sampled_rollout: an order of images made on the GPU
 + lengths = grids.to(pixels.device)[:, 1:].prod(dim=1)
 
 model.qwen3_vl, qwen3_float32_update: places in the table of positions made on the CPU
-- entries = torch.arange(side, device=table.device)
-+ entries = torch.arange(side)
+- entries.to(table.device, non_blocking=True)
++ entries
 
 model.vision, float32_update: rotations made on the CPU
-- torch.cat(places).to(device, non_blocking=True)
-+ torch.cat(places)
+- places.to(device, non_blocking=True)
++ places
 
 model.packing, float32_update: an order made on the CPU
 - order = torch.arange(length, device=segment.device)

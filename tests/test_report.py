@@ -135,12 +135,12 @@ def check_page(text):
 def test_a_whole_run(tmp_path):
     text = written(make_run(tmp_path / "run"))
     check_page(text)
-    assert "2 of 2 iterations complete" in text and "Share that is right" in text
+    assert "iterations complete: 2 of 2" in text and "Share that is right" in text
     assert text.count("<figcaption>Difficulty, iteration") == 2
     assert text.count("data:image/jpeg") == 3 and "Iteration 2" in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "right</span>" in text or "wrong, it is" in text, "the truth of built-in scenes is known"
-    assert "1 images skipped" in text and "question collapse" in text
+    assert "<summary>Images skipped: 1</summary>" in text and "question collapse" in text
 
 
 def test_a_merged_bar_names_the_spellings_it_holds():
@@ -204,7 +204,7 @@ def test_kept_is_what_stands_in_curated(tmp_path):
     kept = re.findall(r"confidence (\S+) · (kept|not kept)", text)
     assert sorted(set(kept)) == [("0.50", "not kept"), ("0.95", "kept")] and len(kept) == 6
     _, words, figure = curves(text, "Difficulty, iteration 1")
-    assert "3 of 9 different questions are kept" in words
+    assert "kept: 3 of 9 different questions" in words
     bars = re.findall(r'<rect x="(\S+)" .*?height="(\S+)" style="fill: var\(--(\w+)\)', figure)
     assert [colour for _, _, colour in bars] == ["pale", "pale", "c0"], (
         "all at 0.5, all at 1, those kept"
@@ -222,7 +222,7 @@ def test_a_question_proposed_twice_is_there_once_with_the_votes_it_was_kept_with
         lambda e: replace(e, confidence=0.75, answers=["1"] * 20),
     )
     text = written(folder)
-    assert "6 of 9 different questions are kept" in curves(text, "Difficulty, iteration 1")[1]
+    assert "kept: 6 of 9 different questions" in curves(text, "Difficulty, iteration 1")[1]
     assert text.count("confidence 0.75 · kept") == 6 and text.count("<span>20</span>") == 6
 
 
@@ -231,7 +231,7 @@ def test_an_older_run_knows_only_what_was_kept(tmp_path):
     shutil.rmtree(folder / "candidates")
     text = written(folder)
     check_page(text)
-    assert "6 of 6 different questions are kept" in text and "not kept</div>" not in text
+    assert "kept: 6 of 6 different questions" in text and "not kept</div>" not in text
 
 
 @pytest.mark.parametrize("recorded", ["runs/x/{}", "/home/a/runs/x/{}", r"C:\runs\x\{}", "{}"])
@@ -401,7 +401,7 @@ def test_a_run_that_is_still_going_on(tmp_path, missing):
         (folder / missing).unlink()
     text = written(folder)
     check_page(text)
-    assert ("0 of 3" if missing == "metrics.jsonl" else "1 of 3") + " iterations complete" in text
+    assert f"iterations complete: {0 if missing == 'metrics.jsonl' else 1} of 3" in text
     assert ("Nothing to draw yet" in text) == (missing == "metrics.jsonl")
     assert ("No questions have been curated yet" in text) == (missing == "curated")
     assert "Iteration 2" not in text

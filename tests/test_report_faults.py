@@ -21,8 +21,8 @@ def lines_of(path, *more):
 
 
 @pytest.mark.parametrize("confidence", [None, float("nan"), float("inf"), "0.5", [], -3, 7e300])
-def test_a_confidence_that_is_no_number(tmp_path, confidence):
-    """It is unknown; the other questions are in the histogram, and what was kept is still counted."""
+def test_a_question_with_a_confidence_that_is_none_is_left_out(tmp_path, confidence):
+    """The others are in the histogram."""
     folder = make_run(tmp_path / "run", iterations=1)
     for kind in ("candidates", "curated"):
         path = folder / kind / "iteration-1.jsonl"
@@ -31,16 +31,13 @@ def test_a_confidence_that_is_no_number(tmp_path, confidence):
         )
     text = written(folder)
     check_page(text)
-    assert "6 of 9 different questions are kept" in curves(text, "Difficulty, iteration 1")[1]
-    assert ("confidence unknown · kept" in text) == (confidence not in (-3, 7e300))
-    assert "confidence 0.50 · kept" in text and "nan" not in text.partition("<body>")[2].replace(
-        "NaN", ""
-    )
+    assert "kept: 3 of 6 different questions" in curves(text, "Difficulty, iteration 1")[1]
+    assert "confidence 0.50 · kept" in text and "confidence unknown" not in text
     for kind in ("candidates", "curated"):
-        change(folder / kind / "iteration-1.jsonl", lambda e: replace(e, confidence=None))
+        change(folder / kind / "iteration-1.jsonl", lambda e: replace(e, confidence=confidence))
     text = written(folder)
     check_page(text)
-    assert "Difficulty, iteration 1" not in text and text.count("confidence unknown") == 6
+    assert "Difficulty, iteration 1" not in text and "questions have been curated" in text
 
 
 @pytest.mark.parametrize("missing", [1, 2, 3])

@@ -202,13 +202,13 @@ def test_a_report_begins_with_what_went_wrong(tmp_path):
 @pytest.mark.parametrize(
     "lines, place",
     [
-        (0, "0 of 9 iterations complete · at the start of iteration 1"),
-        (1, "0 of 9 iterations complete · at the start of iteration 1"),
-        (3, "0 of 9 iterations complete · iteration 1: Questioner step 2 of 3"),
-        (5, "0 of 9 iterations complete · iteration 1: curation is done"),
-        (8, "0 of 9 iterations complete · iteration 1: Reasoner step 2 of 2"),
-        (9, "1 of 9 iterations complete · at the start of iteration 2"),
-        (11, "1 of 9 iterations complete · iteration 2: Questioner step 2 of 3"),
+        (0, "iterations complete: 0 of 9 · at the start of iteration 1"),
+        (1, "iterations complete: 0 of 9 · at the start of iteration 1"),
+        (3, "iterations complete: 0 of 9 · iteration 1: Questioner step 2 of 3"),
+        (5, "iterations complete: 0 of 9 · iteration 1: curation is done"),
+        (8, "iterations complete: 0 of 9 · iteration 1: Reasoner step 2 of 2"),
+        (9, "iterations complete: 1 of 9 · at the start of iteration 2"),
+        (11, "iterations complete: 1 of 9 · iteration 2: Questioner step 2 of 3"),
     ],
 )
 def test_a_run_that_goes_on_says_where_it_is_and_its_page_reloads(tmp_path, lines, place):
@@ -235,7 +235,7 @@ def test_following_writes_the_page_until_the_run_is_over(tmp_path, monkeypatch):
     monkeypatch.setattr(report.time, "sleep", sleep)
     assert report.main([str(folder), "--follow"]) == 0
     assert len(pages) == 2 and all("http-equiv" in page for page in pages)
-    assert "2 of 2 iterations complete" in (folder / "report.html").read_text()
+    assert "iterations complete: 2 of 2" in (folder / "report.html").read_text()
 
 
 def test_the_last_page_has_the_end_of_a_run_that_ends_while_a_page_is_made(tmp_path, monkeypatch):
@@ -252,7 +252,7 @@ def test_the_last_page_has_the_end_of_a_run_that_ends_while_a_page_is_made(tmp_p
     monkeypatch.setattr(report, "page", page)
     monkeypatch.setattr(report.time, "sleep", lambda seconds: None)
     assert report.main([str(folder), "--follow"]) == 0
-    assert "2 of 2 iterations complete" in (folder / "report.html").read_text()
+    assert "iterations complete: 2 of 2" in (folder / "report.html").read_text()
 
 
 # ---- Samples in the report ---------------------------------------------------------------------------------

@@ -337,7 +337,7 @@ def test_cudnns_attention_is_off_wherever_a_model_is(random_vlm):
     torch.backends.cuda.enable_cudnn_sdp(True)
     opened = SimpleNamespace(
         tokenizer=random_vlm.tokenizer, image_processor=None, folder=None, end_ids=[0], token_side=28,
-        vision_ids=[1], pixel_limits=lambda most: {},
+        vision_ids=[1], config=None, pixel_limits=lambda most: {},
     )  # fmt: skip
     VLM(random_vlm.model, opened)
     assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -308,7 +308,7 @@ def test_texts_around_images_are_tokenised_as_transformers_does(vlm, text, monke
     images = [checkpoints.noise_image(300, 280, seed=seed) for seed in range(2)]
     prompt = vlm.prompt(text, images)
     processor = processor_of(vlm, monkeypatch)
-    parts = arrange(text, 2)
+    parts = arrange(text, range(2))
     content = [
         {"type": "image"} if isinstance(p, int) else {"type": "text", "text": p} for p in parts
     ]
