@@ -27,6 +27,11 @@ class VotedQuestion:
     answers: list[str | None]  # all m, None where nothing could be parsed
 
 
+Votes = list[
+    list[VotedQuestion | None]
+]  # [images][G]; None for an output that is no valid question
+
+
 def keep(confidence: float, low: float = 0.25, high: float = 0.75) -> bool:
     """Tells if a question of this confidence is kept; low, high: tau_low and tau_high, inclusive."""
     return low <= confidence <= high

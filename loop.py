@@ -110,12 +110,11 @@ def train_questioner(s: Settings, run: Run, k: int, rules: Rules) -> None:
                 images,
                 s.group_size,
                 run.sampling,
-                run.generator,
-                run.questioner_prompt,
+                s.questioner_prompt,
             )
             # Vote: the Reasoner answers each valid question m times.
             answered = reasoner.answer_questions(
-                run.reasoner, asked, s.answers, run.sampling, run.generator, run.reasoner_prompt
+                run.reasoner, asked, s.answers, run.sampling, s.reasoner_prompt
             )
             voted = reasoner.count_votes(asked, answered)
             # Reward the questions, and measure what the rewards are made of.
@@ -141,12 +140,8 @@ def curate_questions(s: Settings, run: Run, k: int, rules: Rules) -> None:
     candidates = []
     for images in run.image_batches(k, "curation", s.candidates, s.images_per_step):
         # Ask one question about each image, and vote on it.
-        asked = questioner.ask(
-            run.questioner, images, 1, run.sampling, run.generator, run.questioner_prompt
-        )
-        voted = reasoner.vote(
-            run.reasoner, asked, s.answers, run.sampling, run.generator, run.reasoner_prompt
-        )
+        asked = questioner.ask(run.questioner, images, 1, run.sampling, s.questioner_prompt)
+        voted = reasoner.vote(run.reasoner, asked, s.answers, run.sampling, s.reasoner_prompt)
         candidates += [
             question for (question,) in run.all_gather_votes(voted) if question is not None
         ]
@@ -173,12 +168,10 @@ def train_reasoner(s: Settings, run: Run, k: int, rules: Rules) -> None:
             # Take curated questions with their images, and answer each G times.
             questions = run.next_questions(order, step)
             prompts = [
-                reasoner.answer_prompt(run.reasoner, image, q.question, run.reasoner_prompt)
+                reasoner.answer_prompt(run.reasoner, image, q.question, s.reasoner_prompt)
                 for q, image in questions
             ]
-            answered = reasoner.answer(
-                run.reasoner, prompts, s.group_size, run.sampling, run.generator
-            )
+            answered = reasoner.answer(run.reasoner, prompts, s.group_size, run.sampling)
             # Reward the answers by the silver labels, and measure.
             answer_rewards = []
             for each, (question, _) in zip(answered, questions):

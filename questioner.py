@@ -61,12 +61,11 @@ def ask(
     pictures: list[Picture],
     n: int,
     sampling: Sampling,
-    generator: torch.Generator | None = None,
     instruction: str | None = None,
 ) -> list[Asked]:
     """Samples n questions about each picture. instruction: the prompt, in place of INSTRUCTION."""
     prompts = [vlm.prompt(instruction or INSTRUCTION, picture.image) for picture in pictures]
-    outputs = generate(vlm, prompts, n, **vars(sampling), generator=generator)
+    outputs = generate(vlm, prompts, n, **vars(sampling))
     asked = []
     for picture, prompt, group in zip(pictures, prompts, outputs):
         questions = []

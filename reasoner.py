@@ -12,11 +12,10 @@ the same way.
 
 from dataclasses import dataclass
 
-import torch
 from PIL import Image
 
 from answers import extract_answer
-from curate import VotedQuestion
+from curate import VotedQuestion, Votes
 from grpo import Group, make_group
 from model.generate import generate
 from model.prompt import Patches, Prompt
@@ -48,10 +47,9 @@ def answer(
     prompts: list[Prompt],
     n: int,
     sampling: Sampling,
-    generator: torch.Generator | None = None,
 ) -> list[Answered]:
     """Samples n answers to each prompt."""
-    outputs = generate(vlm, prompts, n, **vars(sampling), generator=generator)
+    outputs = generate(vlm, prompts, n, **vars(sampling))
     answered = []
     for prompt, group in zip(prompts, outputs):
         answers = [extract_answer(vlm.output_text(ids)) for ids in group]
@@ -64,14 +62,13 @@ def vote(
     asked: list[Asked],
     m: int,
     sampling: Sampling,
-    generator: torch.Generator | None = None,
     instruction: str | None = None,
-) -> list[list[VotedQuestion | None]]:
+) -> Votes:
     """Answers every valid question m times; returns each with its silver label and confidence.
 
     The result has a list for each image, with an entry for each output (None: invalid).
     """
-    answered = answer_questions(vlm, asked, m, sampling, generator, instruction)
+    answered = answer_questions(vlm, asked, m, sampling, instruction)
     return count_votes(asked, answered)
 
 
@@ -80,7 +77,6 @@ def answer_questions(
     asked: list[Asked],
     m: int,
     sampling: Sampling,
-    generator: torch.Generator | None = None,
     instruction: str | None = None,
 ) -> list[list[Answered | None]]:
     """Answers the valid questions of all images together, each m times (None: invalid)."""
@@ -88,15 +84,13 @@ def answer_questions(
     for a in asked:
         valid = [question for question in a.questions if question is not None]
         prompts += [answer_prompt(vlm, a.patches, q.text, instruction) for q in valid]
-    answered = iter(answer(vlm, prompts, m, sampling, generator))
+    answered = iter(answer(vlm, prompts, m, sampling))
     return [[question and next(answered) for question in a.questions] for a in asked]
 
 
-def count_votes(
-    asked: list[Asked], answered: list[list[Answered | None]]
-) -> list[list[VotedQuestion | None]]:
+def count_votes(asked: list[Asked], answered: list[list[Answered | None]]) -> Votes:
     """Returns each question with its silver label and confidence (None: invalid)."""
-    votes: list[list[VotedQuestion | None]] = []
+    votes: Votes = []
     for a, groups in zip(asked, answered):
         votes.append([])
         for question, group in zip(a.questions, groups):

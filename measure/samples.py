@@ -11,7 +11,7 @@ writes, from its part of the step. Nothing of it is used for training.
 from itertools import islice
 
 import rewards
-from curate import VotedQuestion
+from curate import VotedQuestion, Votes
 from grpo import Completion
 from model.vlm import VLM
 from questioner import Asked
@@ -32,7 +32,7 @@ def write_questions(
     step: int,
     asked: list[Asked],
     answered: list[list[Answered | None]],
-    voted: list[list[VotedQuestion | None]],
+    voted: Votes,
 ) -> None:
     """Writes the outputs about the first --samples images of a Questioner step, with their rewards."""
     samples = []

@@ -18,7 +18,7 @@ import curate
 import questioner
 import reasoner
 import rewards
-from curate import VotedQuestion
+from curate import VotedQuestion, Votes
 from measure import signatures
 from measure.items import Item
 from measure.outcomes import Outcome, answer_all, read_items
@@ -36,9 +36,7 @@ SAMPLE = 256  # the most curated questions whose log-probability is looked at
 SAMPLES = 4  # answers to a held-out question
 
 
-def question_metrics(
-    s: Settings, votes: list[list[VotedQuestion | None]], faults: list[list[str]]
-) -> dict:
+def question_metrics(s: Settings, votes: Votes, faults: list[list[str]]) -> dict:
     """Returns the parts of the paper's reward for questions.
 
     `validity` is a share of all outputs, `invalid` counts the faults of the others, `clusters` is a mean over
@@ -136,14 +134,16 @@ def typical_logp(run: Run) -> dict:
     `least_logp`, in nats; {} if no question is valid.
     """
     images = run.probe_images(PROBES)
-    generator = run.seeded("typical")
+    sampling = replace(run.sampling, generator=run.seeded("typical"))
     asked = questioner.ask(
-        run.questioner, images, TYPICAL, run.sampling, generator, run.questioner_prompt
+        run.questioner, images, TYPICAL, sampling, run.settings.questioner_prompt
     )
     questions = []
     for picture, each in zip(images, asked):
         questions += [(picture.image, q.kind, q.text) for q in each.questions if q is not None]
-    logps = run.all_gather(least_likely_logps(run.questioner, questions, run.questioner_prompt))
+    logps = run.all_gather(
+        least_likely_logps(run.questioner, questions, run.settings.questioner_prompt)
+    )
     if not logps:
         return {}
     return dict(typical_logp=float(np.quantile(logps, QUANTILE)), least_logp=min(logps))
@@ -163,7 +163,9 @@ def atypical_share(run: Run, curated: list[VotedQuestion]) -> float | None:
     sample = [curated[i * len(curated) // size] for i in range(size)]
     mine = run.load_images(run.shard(sample))
     questions = [(image, question.kind, question.question) for question, image in mine]
-    logps = run.all_gather(least_likely_logps(run.load_base(), questions, run.questioner_prompt))
+    logps = run.all_gather(
+        least_likely_logps(run.load_base(), questions, run.settings.questioner_prompt)
+    )
     return mean([logp < limit for logp in logps])
 
 
@@ -191,16 +193,12 @@ def vote_on_probes(s: Settings, run: Run, k: int) -> list[VotedQuestion]:
 
     def vote(asked: list[Asked]) -> list[VotedQuestion]:
         """Returns the votes of all processes on one question about each image."""
-        votes = reasoner.vote(
-            run.reasoner, asked, s.answers, run.sampling, run.generator, run.reasoner_prompt
-        )
+        votes = reasoner.vote(run.reasoner, asked, s.answers, run.sampling, s.reasoner_prompt)
         return [voted for (voted,) in run.all_gather_votes(votes) if voted is not None]
 
     if k == 0:
         images = run.probe_images(PROBES)
-        asked = questioner.ask(
-            run.questioner, images, 1, run.sampling, run.generator, run.questioner_prompt
-        )
+        asked = questioner.ask(run.questioner, images, 1, run.sampling, s.questioner_prompt)
         run.write_probes("base", [voted for voted in vote(asked) if voted.label is not None])
 
     # Each process votes on its part of the questions.
@@ -278,7 +276,7 @@ def answer_held_out(
 ) -> tuple[list[Outcome], dict]:
     """Answers labelled questions; returns the outcomes, and the accuracy of greedy and sampled answers."""
     sampling = vars(run.sampling) | dict(generator=run.seeded("held-out"))
-    outcomes = answer_all(vlm, items, SAMPLES, batch, run.reasoner_prompt, **sampling)
+    outcomes = answer_all(vlm, items, SAMPLES, batch, run.settings.reasoner_prompt, **sampling)
     scores = mean_scores(outcomes)
     return outcomes, {name: scores[name] for name in ("greedy_accuracy", "sampled_accuracy")}
 

@@ -13,12 +13,13 @@ from model import fused
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of sampling: what `generate.generate` takes besides prompts and random numbers."""
+    """Says how completions are drawn: what `generate.generate` takes besides prompts and their number."""
 
     max_new_tokens: int
     temperature: float = 1.0  # 0 takes the likeliest token
     top_p: float = 1.0  # the likeliest tokens up to so much probability
     top_k: int = 0  # the k likeliest tokens; 0: all
+    generator: torch.Generator | None = None  # of the random numbers; None: torch's own
 
 
 def sample(

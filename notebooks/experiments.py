@@ -206,7 +206,7 @@ def same_majority_before(run):
             return False
         older, image = reasoners[max(1, k - 1)], load_image(str(run.folder / example.image))
         prompt = reasoner.answer_prompt(older, image, example.question)
-        [before] = reasoner.answer(older, [prompt], s.answers, run.sampling, run.generator)
+        [before] = reasoner.answer(older, [prompt], s.answers, run.sampling)
         return rewards.answer_reward(rewards.confidence(before.answers)[0], example.label) == 1
 
     return keep
@@ -330,8 +330,8 @@ def likelihoods(run) -> list[list[list[float]]]:
 def own_questions(run, base) -> list[curate.VotedQuestion]:
     """The base's own questions, those that `watch.typical_logp` had measured; without votes."""
     pictures = run.probe_images(watch.PROBES)
-    generator = run.seeded("typical")
-    asked = questioner.ask(base, pictures, watch.TYPICAL, run.sampling, generator)
+    sampling = replace(run.sampling, generator=run.seeded("typical"))
+    asked = questioner.ask(base, pictures, watch.TYPICAL, sampling)
     questions = []
     for picture, each in zip(pictures, asked):
         for question in each.questions:

@@ -102,7 +102,7 @@ def test_the_toy_is_there_from_any_folder(workplace, capsys):  # noqa: F811
     run = command.open_run(
         parse_arguments("", [*SMALL, "--model", "toy", "--dry-run"]), command.Ranks()
     )
-    assert run.run.settings.model is None, "as without the flag: the same run goes on with either"
+    assert run.settings.model is None, "as without the flag: the same run goes on with either"
     (workplace / "q.jsonl").write_text('{"image": "x", "question": "?", "answer": "1"}')
     assert evaluate.main(["--model", "toy", "--data", "q.jsonl"]) == 2
     assert "no question whose image" in capsys.readouterr().err

@@ -356,7 +356,7 @@ def test_images_questions_and_answers_do_not_reach_the_terminal_raw(data, tmp_pa
         ),
         (evaluate.main, ["--modle", "x", "--data", "y"], "did you mean --model?"),
         (benchmarks.main, ["mathvista", "x", "--limt", "3"], "did you mean --limit?"),
-        (benchmarks.main, ["mathvista", "x", "more"], "is one argument too many"),
+        (benchmarks.main, ["mathvista", "x", "more"], "unrecognized arguments: more"),
     ],
 )
 def test_a_mistyped_flag_is_told_which_one_is_meant(main, argv, said, capsys):

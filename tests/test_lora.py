@@ -93,9 +93,9 @@ def test_a_frozen_encoder_sees_an_image_once(how, monkeypatch):
         asks.model.model.visual.requires_grad_(False)
     answers, reference = asks.copy(), asks.copy()
     pictures = [Picture(str(i), noise_image(60 + 30 * i, 60, i)) for i in range(3)]
-    sampling, generator = Sampling(32), torch.Generator().manual_seed(0)
-    asked = questioner.ask(asks, pictures, 4, sampling, generator)
-    votes = reasoner.vote(answers, asked, 2, sampling, generator)
+    sampling = Sampling(32, generator=torch.Generator().manual_seed(0))
+    asked = questioner.ask(asks, pictures, 4, sampling)
+    votes = reasoner.vote(answers, asked, 2, sampling)
     assert any(vote for group in votes for vote in group)
     groups = [a.completions for a in asked]
     grpo.set_rewards(groups, [[0.0, 1.0, 0.5, 0.2]] * len(groups))

@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,13 +18,14 @@ from model import logprobs, packing
 from model import logprobs as logprobs_module
 from model.checkpoint import open_checkpoint
 from model.prompt import Picture
+from model.sampling import Sampling
 from training import command, folder, state
 from training import dry_run as preview
 from training import dry_run as rehearsal
 from training import memory_plan as plan
 from training import run as run_module
 from training.distributed import Ranks
-from training.dry_run import Rehearsal, describe, format_duration, rehearse
+from training.dry_run import Rehearsal, describe, extrapolate, format_duration, rehearse
 from training.policy import Trained
 from training.settings import parse_arguments
 
@@ -108,7 +110,9 @@ def test_all_token_budgets_shrink_together(monkeypatch):
 def test_advice(size, gib, flags, says, proposes):
     what, flags = (shape_config(size), torch.bfloat16, WORK), PLAIN | flags
     batch_scale = plan.fit_batches(gib * GIB, *what, **flags)
-    sentence = preview.advise(gib * GIB, batch_scale, what, flags)
+    config, dtype, work = what
+    arguments = dict(config=config, dtype=dtype, work=work) | flags
+    sentence = preview.advise(gib * GIB, batch_scale, arguments)
     assert says in sentence and all(p in sentence for p in proposes), sentence
     assert ("use" in sentence.split(":")[1].replace("usual", "")) == bool(proposes), sentence
 
@@ -119,13 +123,17 @@ def test_advice(size, gib, flags, says, proposes):
 def test_seconds_by_hand():
     s = parse_arguments("", ["--model", "x", "--images-per-step", "16", "--candidates", "100"])
     measured = Rehearsal(images=4, asking=2.0, answering=30.0, updating=8.0, valid=20)
-    assert measured.questioner_step(s) == 160.0  # 40 seconds for 4 images, 16 of them
-    assert (
-        measured.curation(s) == 100.0
-    )  # 32 / 4 seconds for the 8 questions of an image, 100 of them
-    # 1.5 s for the 10 answers to a question, so 1.2 s for 8 of them, and 2 s of update; 16 questions.
-    assert measured.reasoner_step(s) == pytest.approx(51.2)
-    assert measured.iteration(s) == pytest.approx(20 * 160 + 100 + 20 * 51.2)
+    assert extrapolate(s, measured) == pytest.approx(
+        dict(
+            # 40 seconds for 4 images, 16 of them.
+            questioner_step=160.0,
+            # 32 / 4 seconds for the 8 questions of an image, 100 of them.
+            curation=100.0,
+            # 1.5 s for the 10 answers to a question, so 1.2 s for 8 of them, and 2 s of update; 16 questions.
+            reasoner_step=51.2,
+            iteration=20 * 160 + 100 + 20 * 51.2,
+        )
+    )
     text = describe(s, measured, 2)
     assert (
         "Questioner step takes about 80 s" in text
@@ -138,18 +146,27 @@ def test_seconds_by_hand():
 
 def test_a_rehearsal_changes_nothing_and_doubles_its_images(toy, monkeypatch):
     s = parse_arguments("", ["--group-size", "2", "--answers", "2", "--max-new-tokens", "32"])
-    roles, counts, step = (toy.copy(), toy.copy()), [], rehearsal.time_step
-    before = [p.clone() for p in roles[0].model.parameters()]
-    monkeypatch.setattr(rehearsal, "time_step", lambda *a: (counts.append(len(a[2])), step(*a))[1])
+    run = SimpleNamespace(
+        settings=s,
+        questioner=toy.copy(),
+        reasoner=toy.copy(),
+        ranks=Ranks(),
+        device=toy.device,
+        sampling=Sampling(32),
+        seeded=lambda place: None,
+    )
+    counts, step = [], rehearsal.time_step
+    before = [p.clone() for p in run.questioner.model.parameters()]
+    monkeypatch.setattr(rehearsal, "time_step", lambda *a: (counts.append(len(a[1])), step(*a))[1])
     monkeypatch.setattr(rehearsal, "ENOUGH", float("inf"))
     pictures = [Picture(str(i), noise_image(60, 60, i)) for i in range(3)]
-    result = rehearse(s, roles, pictures, Ranks())
+    result = rehearse(run, pictures)
     assert counts == [1, 1, 2, 3] and result.images == 3
     assert min(result.asking, result.answering, result.updating) > 0
-    assert all(torch.equal(a, b) for a, b in zip(before, roles[0].model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(before, run.questioner.model.parameters()))
     counts.clear()
     monkeypatch.setattr(rehearsal, "ENOUGH", 0.0)
-    assert rehearse(s, roles, pictures, Ranks()).images == 1 and counts == [1, 1]
+    assert rehearse(run, pictures).images == 1 and counts == [1, 1]
 
 
 def test_a_dry_run_says_how_long(published, tmp_path, monkeypatch, capsys):

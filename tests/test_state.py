@@ -55,7 +55,7 @@ def check(folder, *numbers):
 
 
 def test_a_state_comes_back_and_old_ones_go(tmp_path):
-    assert recover(tmp_path) == (0, None, [])
+    assert recover(tmp_path) == (0, State(), [])
     for number in (1, 2, 3):
         save(tmp_path, number)
     assert check(tmp_path, 3) == []

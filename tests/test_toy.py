@@ -326,8 +326,8 @@ def test_the_base_asks_valid_questions_mostly_easy_ones(toy):
     rng = random.Random(5)
     scenes = [sample_scene(rng) for _ in range(64)]
     pictures = [Picture("", render(scene, rng)) for scene in scenes]
-    generator = torch.Generator().manual_seed(0)
-    asked = questioner.ask(toy, pictures, 4, Sampling(**SAMPLING), generator)
+    sampling = Sampling(**SAMPLING, generator=torch.Generator().manual_seed(0))
+    asked = questioner.ask(toy, pictures, 4, sampling)
     proposals = [(question, scene) for a, scene in zip(asked, scenes) for question in a.questions]
     facts = [
         question and answerer.understand(question.text, scene) for question, scene in proposals

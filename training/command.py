@@ -39,7 +39,7 @@ from model.prompt import Picture
 from model.vlm import VLM
 from training import dry_run
 from training.distributed import Ranks, is_lost, join, leave
-from training.dry_run import Setup, describe, rehearse
+from training.dry_run import describe, rehearse
 from training.folder import replace_text
 from training.images import Found, ImageError, find_images, say_why_none
 from training.log import Console
@@ -76,14 +76,6 @@ NO_MEMORY = "can't allocate memory"
 REPORT = Path(__file__).parent.parent / "report.py"
 TROUBLES_TOLD = 6  # at the end of a run; the report has all
 Loop = Callable[[Settings, Run], None]
-
-
-class UserError(Exception):
-    """Ends the command with a sentence for the user, and an exit code."""
-
-    def __init__(self, message: str, exit_code: int):
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 def main(
@@ -136,8 +128,7 @@ def run_once(
     try:
         console = Console(ranks.is_main)
         with console.break_silence():
-            setup = open_run(settings, ranks, program.name)
-            run = setup.run
+            run = open_run(settings, ranks, program.name)
             run.console = console
             check(run.settings)
             if run.state.iteration > run.settings.iterations:
@@ -146,20 +137,21 @@ def run_once(
                     more = "a larger number goes on, another --name starts a new run"
                     print(f"{run.folder} is complete, with --iterations {count}: {more}")
             else:
-                dry_run.show(setup)
+                dry_run.show(run)
                 if settings.dry_run:
-                    show_time(setup)
+                    show_time(run)
                 else:
-                    roles = begin_run(setup, program.name)
+                    begin_run(run, program.name)
                     go_on = tell_how_to_go_on(program, run.folder, ranks, again)
-                    train(loop, run, roles)
+                    train(loop, run)
     except (Exception, KeyboardInterrupt) as error:
         told = explain(error, go_on)
         if told is None:
             raise
+        sentence, exit_code = told
         if ranks.is_main or not isinstance(error, (Stopped, KeyboardInterrupt)):
-            sys.stderr.write(f"{told}\n")  # in one piece: several processes may say so at once
-        return told.exit_code
+            sys.stderr.write(f"{sentence}\n")  # in one piece: several processes may say so at once
+        return exit_code
     return 0
 
 
@@ -192,31 +184,31 @@ def quiet_libraries() -> None:
         transformers_logging.disable_progress_bar()
 
 
-def explain(error: BaseException, go_on: str | None) -> UserError | None:
-    """Returns what to tell the user about what has stopped the command; None for a mistake in the program.
+def explain(error: BaseException, go_on: str | None) -> tuple[str, int] | None:
+    """Returns what to tell the user about what has stopped the command, and the exit code.
 
-    go_on: how to continue the run; None before there is anything to continue.
+    None for a mistake in the program. go_on: how to continue the run; None if there is nothing to continue.
     """
     if go_on is not None:
         if isinstance(error, Stopped):
-            return UserError(f"stopped, its state is saved; {go_on}", 1)
+            return f"stopped, its state is saved; {go_on}", 1
         if isinstance(error, KeyboardInterrupt):
-            return UserError(f"interrupted; {go_on}", 1)
+            return f"interrupted; {go_on}", 1
         if isinstance(error, ImageError):
-            return UserError(f"error: {error}; when they are back, {go_on}", 2)
+            return f"error: {error}; when they are back, {go_on}", 2
         if isinstance(error, OSError):  # a full disk
-            return UserError(f"error: {error}; when that is mended, {go_on}", 1)
+            return f"error: {error}; when that is mended, {go_on}", 1
     if isinstance(error, RunError):
-        return UserError(f"error: {error}", 1)
+        return f"error: {error}", 1
     if isinstance(error, torch.OutOfMemoryError):
-        return UserError(f"error: {TOO_LITTLE_MEMORY}", 1)
+        return f"error: {TOO_LITTLE_MEMORY}", 1
     if is_out_of_memory(error):
-        return UserError(f"error: {TOO_LITTLE_HOST_MEMORY}", 1)
+        return f"error: {TOO_LITTLE_HOST_MEMORY}", 1
     if isinstance(error, RuntimeError) and "WORLD_SIZE" in os.environ and is_lost(error):
         why = f"another process of this run has ended or cannot be reached ({first_line(error)})"
-        return UserError(f"error: {why}; start them again to go on", 1)
+        return f"error: {why}; start them again to go on", 1
     if isinstance(error, (ValueError, OSError)):
-        return UserError(f"error: {error}", 2)
+        return f"error: {error}", 2
     return None
 
 
@@ -239,7 +231,7 @@ def name_program(loop: Loop) -> Path:
 # ---- Opening a run -----------------------------------------------------------------------------------------
 
 
-def open_run(settings: Settings, ranks: Ranks, program: str | None = None) -> Setup:
+def open_run(settings: Settings, ranks: Ranks, program: str | None = None) -> Run:
     """Checks the settings, the model and the images, and returns the run: a new one, or one that goes on.
 
     Writes nothing for a new run. program: see `name_program`; None in a notebook. Raises ValueError and
@@ -261,13 +253,19 @@ def open_run(settings: Settings, ranks: Ranks, program: str | None = None) -> Se
         if exists and not settings.dry_run:
             saved = check_same_settings(settings, folder)
     if saved is None:
-        run = new_run(settings, folder, checkpoint, ranks)
+        check_new_folder(folder, settings.dry_run)
+        images = find_run_images(settings.images)
+        scene_size = checkpoint.scene_side(settings.max_pixels)
     else:
-        run = reopen_run(settings, folder, saved, program, checkpoint, ranks)
+        check_program(folder, saved["program"], program)
+        images = read_run_images(folder)
+        scene_size = saved["scene_size"]
+    run = Run(folder, images, scene_size, checkpoint, device, settings, ranks)
+    if saved is not None:
+        run.reopen(dataclasses.asdict(settings) | saved)
     # Batches that fit into the memory, of the same size on all ranks.
-    setup = Setup(run, checkpoint, device)
-    batch_scale = min(ranks.all_gather([dry_run.fit_batches(setup)]))
-    return dataclasses.replace(setup, batch_scale=batch_scale)
+    run.batch_scale = min(ranks.all_gather([dry_run.fit_batches(run)]))
+    return run
 
 
 def find_training_device(name: str | None, ranks: Ranks) -> torch.device:
@@ -311,11 +309,11 @@ def resolve(settings: Settings, checkpoint: Checkpoint, device: torch.device) ->
     )
 
 
-def new_run(settings: Settings, folder: Path, checkpoint: Checkpoint, ranks: Ranks) -> Run:
-    """Returns a run that begins, with its images. Raises ValueError if its folder is something else's."""
+def check_new_folder(folder: Path, dry_run: bool) -> None:
+    """Raises ValueError if a new run cannot have this folder, or it is something else's."""
     # All there is of a run that was killed before it was there.
     begun = ("state", "lock", "images.json")
-    if folder.exists() and not settings.dry_run:
+    if folder.exists() and not dry_run:
         if any(path.name not in begun and path.suffix != ".new" for path in folder.iterdir()):
             raise ValueError(
                 f"{folder} exists already and is not the folder of a run; choose another --name"
@@ -324,13 +322,19 @@ def new_run(settings: Settings, folder: Path, checkpoint: Checkpoint, ranks: Ran
     if not place.is_dir():
         link = f", but a link to {os.readlink(place)}" if place.is_symlink() else ""
         raise ValueError(f"{folder} cannot be made: {place} is no folder{link}")
-    images = Found([], [])  # built-in scenes are drawn when the run begins
-    if settings.images is not None:
-        images = find_images(settings.images)
-        if not images.paths:
-            raise ValueError(f"--images {settings.images}: {say_why_none(images)}")
-    scene_side = checkpoint.scene_side(settings.max_pixels)
-    return Run(folder, images, scene_side, checkpoint.token_side, settings, ranks)
+
+
+def find_run_images(where: str | None) -> Found:
+    """Returns the images of a new run; none for built-in scenes, which are drawn when it begins.
+
+    Raises ValueError if there are none in `where`.
+    """
+    if where is None:
+        return Found([], [])
+    images = find_images(where)
+    if not images.paths:
+        raise ValueError(f"--images {where}: {say_why_none(images)}")
+    return images
 
 
 def check_same_settings(settings: Settings, folder: Path) -> dict:
@@ -353,33 +357,26 @@ def check_same_settings(settings: Settings, folder: Path) -> dict:
     return saved
 
 
-def reopen_run(
-    settings: Settings,
-    folder: Path,
-    saved: dict,
-    program: str | None,
-    checkpoint: Checkpoint,
-    ranks: Ranks,
-) -> Run:
-    """Returns a run that goes on with the images that it began with. saved: see `settings.read_saved`.
+def check_program(folder: Path, started: str | None, program: str | None) -> None:
+    """Raises ValueError if another program started the run in `folder`, with rewards of its own.
 
-    Raises ValueError if another program started it, with rewards of its own, or its files are damaged.
+    started: the program that did; None if it was a notebook, or an earlier version.
     """
-    started = saved["program"]  # None: by a notebook, or an earlier version
     if None not in (started, program) and started != program:
         raise ValueError(
             f"{folder} was started by {started}, not by {program}, and only goes on with that"
         )
+
+
+def read_run_images(folder: Path) -> Found:
+    """Returns the images that the run in `folder` began with. Raises ValueError if its list is damaged."""
     try:
         found = json.loads((folder / "images.json").read_text())
-        images = Found(found["paths"], [(path, why) for path, why in found["skipped"]])
+        return Found(found["paths"], [(path, why) for path, why in found["skipped"]])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder}/images.json, the list of the run's images, cannot be read"
         ) from error
-    run = Run(folder, images, saved["scene_size"], checkpoint.token_side, settings, ranks)
-    run.reopen(dataclasses.asdict(settings) | saved)
-    return run
 
 
 # ---- Beginning ---------------------------------------------------------------------------------------------
@@ -390,21 +387,21 @@ def prepare_run(settings: Settings) -> Run:
 
     Its `settings` are the ones given, resolved. Raises ValueError and OSError.
     """
-    setup = open_run(settings, Ranks())
-    setup.run.load_roles(*begin_run(setup))
-    return setup.run
+    run = open_run(settings, Ranks())
+    begin_run(run)
+    run.restore_roles()
+    return run
 
 
-def begin_run(setup: Setup, program: str | None = None) -> tuple[VLM, VLM]:
+def begin_run(run: Run, program: str | None = None) -> None:
     """Loads both roles and makes the run's folder, with the built-in scenes if there are no other images.
 
     program: see `name_program`. Raises ValueError and OSError.
     """
-    run = setup.run
-    dry_run.check_disk(setup)
+    dry_run.check_disk(run)
     run.console.begin("loading the model")
-    roles = load_roles(setup)
-    dry_run.check_disk(setup)  # again, as weights may have been downloaded
+    load_roles(run)
+    dry_run.check_disk(run)  # again, as weights may have been downloaded
     is_new = run.number == 0
     if is_new:
         more = dict(scene_size=run.scene_size, program=program, code=[describe_code()])
@@ -423,8 +420,7 @@ def begin_run(setup: Setup, program: str | None = None) -> tuple[VLM, VLM]:
         run.images.paths[:] = run.ranks.broadcast([str(path) for path in drawn])
     # What a run needs at its end is proven at its start.
     if run.ranks.is_main:
-        prove_export(roles[0], run.folder)
-    return roles
+        prove_export(run.questioner, run.folder)
 
 
 def tell_other_code(run: Run) -> None:
@@ -441,49 +437,53 @@ def tell_other_code(run: Run) -> None:
         replace_text(path, json.dumps(config | {"code": [*codes, now]}, indent=2) + "\n")
 
 
-def load_roles(setup: Setup) -> tuple[VLM, VLM]:
-    """Loads the base model, and returns both roles as copies of it."""
-    settings = setup.run.settings
+def load_roles(run: Run) -> None:
+    """Loads the base model, and makes both roles copies of it."""
+    settings = run.settings
     if settings.model is None:  # the toy: its matrices are too small for more threads
         torch.set_num_threads(1)  # so that a run repeats byte for byte with any number of cores
-    if setup.device.index is not None:
-        torch.cuda.set_device(setup.device)
-    base = VLM.load(setup.checkpoint, setup.device, settings.dtype, settings.max_pixels)
-    base.fallbacks.batch_scale = setup.batch_scale
+    if run.device.index is not None:
+        torch.cuda.set_device(run.device)
+    base = VLM.load(run.checkpoint, run.device, settings.dtype, settings.max_pixels)
+    base.fallbacks.batch_scale = run.batch_scale
     if settings.lora_rank:
         lora.add_lora(base.model, settings.lora_rank, settings.seed)
     if settings.freeze_vision:
         base.model.model.visual.requires_grad_(False)
     base.offload()
-    return base, base.copy()
+    run.questioner = base
+    run.reasoner = base.copy()
 
 
-def show_time(setup: Setup) -> None:
-    """Prints how long an iteration takes, measured with the weights and a few images, or why it does not."""
-    run = setup.run
-    dry_run.show_estimate(setup)
-    tell = print if run.ranks.is_main else lambda _: None
-    if not any(setup.checkpoint.folder.glob("*.safetensors")):
-        tell("time     not measured: the weights are not on this machine yet")
-        return
-    fits, needed = dry_run.check_host_memory(setup)
+def show_time(run: Run) -> None:
+    """Prints how long an iteration takes: an estimate, and what was measured."""
+    dry_run.show_estimate(run)
+    told = measure_time(run)
+    if run.ranks.is_main:
+        print(f"time     {told}")
+
+
+def measure_time(run: Run) -> str:
+    """Says how long an iteration takes, measured with the weights and a few images, or why it does not."""
+    if not any(run.checkpoint.folder.glob("*.safetensors")):
+        return "not measured: the weights are not on this machine yet"
+    fits, needed = dry_run.check_host_memory(run)
     if run.ranks.any(not fits):
-        tell(f"time     not measured: {needed}")
-        return
+        return f"not measured: {needed}"
     run.console.begin("measuring how long a step takes")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # so that Ctrl-C takes the folder away
     try:
         with tempfile.TemporaryDirectory() as folder:
-            roles = load_roles(setup)
-            rehearsal = rehearse(run.settings, roles, few_pictures(run, Path(folder)), run.ranks)
-        if run.ranks.is_main:  # another one may have no image
-            print(f"time     {describe(run.settings, rehearsal, run.ranks.size)}")
+            load_roles(run)
+            rehearsal = rehearse(run, few_pictures(run, Path(folder)))
     except KeyboardInterrupt:
-        tell("time     not measured: interrupted")
+        return "not measured: interrupted"
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
-        tell(f"time     not measured: {first_line(error)}")
+        return f"not measured: {first_line(error)}"
+    # Another rank may have no image.
+    return describe(run.settings, rehearsal, run.ranks.size) if run.ranks.is_main else ""
 
 
 def few_pictures(run: Run, folder: Path) -> list[Picture]:
@@ -498,7 +498,7 @@ def few_pictures(run: Run, folder: Path) -> list[Picture]:
 # ---- Running -----------------------------------------------------------------------------------------------
 
 
-def train(loop: Loop, run: Run, roles: tuple[VLM, VLM]) -> None:
+def train(loop: Loop, run: Run) -> None:
     """Runs the loop to its end. Ctrl-C, or a polite kill, stops it after the step; a second one at once.
 
     Raises Stopped and KeyboardInterrupt, RunError, ImageError, OSError and OutOfMemoryError (see `explain`).
@@ -512,7 +512,7 @@ def train(loop: Loop, run: Run, roles: tuple[VLM, VLM]) -> None:
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, stop)
     try:
-        run.load_roles(*roles)
+        run.restore_roles()
         loop(run.settings, run)
     finally:
         run.unlock()

@@ -15,13 +15,9 @@ from transformers import PreTrainedConfig
 import grpo
 import questioner
 import reasoner
-from model.checkpoint import Checkpoint
 from model.prompt import Picture
-from model.sampling import Sampling
-from model.vlm import VLM
 from training import estimate
 from training import memory_plan as plan
-from training.distributed import Ranks
 from training.memory_plan import GIB
 from training.policy import Trained
 from training.run import Run
@@ -38,71 +34,56 @@ HELP = {  # flags that need less memory, those that change nothing else first
 }
 
 
-@dataclass(frozen=True)
-class Setup:
-    """A run that is checked and may begin: with which model, where, and in batches of which size."""
-
-    run: Run
-    checkpoint: Checkpoint
-    device: torch.device
-    batch_scale: float = 1.0  # fraction of the usual batch size
-
-    @property
-    def image_tokens(self) -> int:
-        """Counts the tokens of the largest image."""
-        run = self.run
-        if run.settings.images is None:
-            return (run.scene_size // run.token_side) ** 2
-        return run.settings.max_pixels // run.token_side**2
-
-    @property
-    def plan_inputs(self) -> tuple[PreTrainedConfig, torch.dtype, plan.Work]:
-        """Returns the model, what it computes in, and the work of a step, for the functions of the plan."""
-        s = self.run.settings
-        work = plan.Work(
-            image_tokens=self.image_tokens,
-            text_tokens=TEXT_TOKENS,
-            new_tokens=s.max_new_tokens,
-            group_size=s.group_size,
-            questions=s.images_per_step * s.group_size,
-            answers=s.answers,
-        )
-        return self.checkpoint.config, getattr(torch, s.dtype), work
-
-    @property
-    def plan_flags(self) -> dict:
-        """Returns the flags that the functions of the plan take besides."""
-        s = self.run.settings
-        return dict(
-            checkpointing=s.gradient_checkpointing,
-            offload=s.offload,
-            ranks=self.run.ranks.size,
-            lora_rank=s.lora_rank,
-            freeze_vision=s.freeze_vision,
-        )
-
-    @property
-    def free_gpu_memory(self) -> int | None:
-        """Returns the bytes that are free on the GPU; None on a CPU."""
-        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
+def count_image_tokens(run: Run) -> int:
+    """Counts the tokens of the largest image."""
+    if run.settings.images is None:
+        return (run.scene_size // run.checkpoint.token_side) ** 2
+    return run.settings.max_pixels // run.checkpoint.token_side**2
 
 
-def fit_batches(setup: Setup) -> float:
+def plan_arguments(run: Run) -> dict:
+    """Returns what the functions of the plan take: the model, the work of a step, and flags."""
+    s = run.settings
+    work = plan.Work(
+        image_tokens=count_image_tokens(run),
+        text_tokens=TEXT_TOKENS,
+        new_tokens=s.max_new_tokens,
+        group_size=s.group_size,
+        questions=s.images_per_step * s.group_size,
+        answers=s.answers,
+    )
+    return dict(
+        config=run.checkpoint.config,
+        dtype=getattr(torch, s.dtype),
+        work=work,
+        checkpointing=s.gradient_checkpointing,
+        offload=s.offload,
+        ranks=run.ranks.size,
+        lora_rank=s.lora_rank,
+        freeze_vision=s.freeze_vision,
+    )
+
+
+def free_gpu_memory(device: torch.device) -> int | None:
+    """Returns the bytes that are free on the GPU; None on a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def fit_batches(run: Run) -> float:
     """Returns the fraction of the usual batch size that fits into the free memory, 1 on a CPU."""
-    return plan.fit_batches(setup.free_gpu_memory, *setup.plan_inputs, **setup.plan_flags)
+    return plan.fit_batches(free_gpu_memory(run.device), **plan_arguments(run))
 
 
-def show(setup: Setup) -> None:
+def show(run: Run) -> None:
     """Prints, on rank 0, what would run, and how much memory and disk it takes."""
-    run = setup.run
     if not run.ranks.is_main:
         return
-    show_images(setup)
+    show_images(run)
     # The model, and the steps of an iteration.
     s = run.settings
-    size = sum(plan.parameter_sizes(setup.checkpoint.config).values())
+    size = sum(plan.parameter_sizes(run.checkpoint.config).values())
     questions = s.images_per_step * s.group_size
-    where = f"torch.{s.dtype}, on {run.ranks.size} x {setup.device}"
+    where = f"torch.{s.dtype}, on {run.ranks.size} x {run.device}"
     print(f"model    {s.model or 'the toy'}: {size:,} parameters, {where}")
     phases = f"{s.questioner_steps} Questioner and {s.reasoner_steps} Reasoner steps"
     print(f"steps    {s.iterations} iterations of {phases}")
@@ -113,9 +94,9 @@ def show(setup: Setup) -> None:
     print(f"         and a Reasoner step up to {questions} answers")
     if s.lora_rank and s.lr < 1e-5:
         print(f"         --lr {s.lr:g} hardly moves the few weights of --lora-rank; 2e-5 is common")
-    show_memory(setup)
+    show_memory(run)
     # The disk.
-    needed = disk_plan(s, setup.checkpoint.config)
+    needed = disk_plan(s, run.checkpoint.config)
     there = free_disk(run.folder)
     text = f"disk     a new run takes at most {needed}"
     if there is not None:
@@ -125,15 +106,15 @@ def show(setup: Setup) -> None:
     print(text)
 
 
-def show_images(setup: Setup) -> None:
+def show_images(run: Run) -> None:
     """Prints how many images there are, and, in a dry run, which are skipped."""
-    run = setup.run
+    tokens = count_image_tokens(run)
     if run.settings.images is None:
         size = f"{run.scene_size} x {run.scene_size} pixels"
-        print(f"images   {SCENES} built-in scenes of {size}, {setup.image_tokens} tokens each")
+        print(f"images   {SCENES} built-in scenes of {size}, {tokens} tokens each")
         return
     counts = f"{len(run.images.paths)} to use, {len(run.images.skipped)} skipped"
-    print(f"images   {counts}, up to about {setup.image_tokens} tokens each")
+    print(f"images   {counts}, up to about {tokens} tokens each")
     if run.settings.model is None:
         print("         the toy asks about discs, rings and crosses, whatever they show")
     if run.settings.dry_run:  # else the run names them when it starts
@@ -144,24 +125,24 @@ def show_images(setup: Setup) -> None:
 # ---- The disk ----------------------------------------------------------------------------------------------
 
 
-def check_disk(setup: Setup) -> None:
+def check_disk(run: Run) -> None:
     """Raises ValueError, on all ranks, if a new run would fill the disk that its folder is on."""
-    run = setup.run
     s = run.settings
-    needed = disk_plan(s, setup.checkpoint.config)
+    needed = disk_plan(s, run.checkpoint.config)
     # The least that a rank sees; a network drive may not say.
     seen = [free for free in run.ranks.all_gather([free_disk(run.folder)]) if free is not None]
-    if run.number > 0 or not seen or needed.total <= min(seen):
+    there = min(seen, default=math.inf)
+    if run.number > 0 or needed.total <= there:
         return
-    there = min(seen)
     # Settings with which it takes less.
-    others = {"a higher --save-every": replace(s, save_every=MOST)}
-    if s.lora_rank:
-        others["a lower --lora-rank"] = replace(s, lora_rank=1)
-    else:
-        others["--lora-rank 16"] = replace(s, lora_rank=16)
-    sizes = {name: disk_plan(each, setup.checkpoint.config).total for name, each in others.items()}
-    less = [name for name, size in sizes.items() if size < needed.total]
+    seldom = replace(s, save_every=MOST)
+    lora, rank = ("a lower --lora-rank", 1) if s.lora_rank else ("--lora-rank 16", 16)
+    others = {"a higher --save-every": seldom, lora: replace(s, lora_rank=rank)}
+    less = [
+        name
+        for name, other in others.items()
+        if disk_plan(other, run.checkpoint.config).total < needed.total
+    ]
     why = f"the run takes up to {needed}, and the disk has room for {there / GIB:.1f}"
     if less:
         why += f"; {' or '.join(less)} takes less"
@@ -190,41 +171,36 @@ def free_disk(folder: Path) -> int | None:
 # ---- Memory ------------------------------------------------------------------------------------------------
 
 
-def show_memory(setup: Setup) -> None:
+def show_memory(run: Run) -> None:
     """Prints the memory of each moment (only the largest if this is no dry run), and what to do about it."""
     total = None
-    if setup.device.type == "cuda":
-        total = torch.cuda.get_device_properties(setup.device).total_memory
-    config, dtype, work = setup.plan_inputs
-    moments = plan.memory_plan(
-        config, dtype, total, work, **setup.plan_flags, batch_scale=setup.batch_scale
-    )
-    if not setup.run.settings.dry_run:
+    if run.device.type == "cuda":
+        total = torch.cuda.get_device_properties(run.device).total_memory
+    arguments = plan_arguments(run)
+    moments = plan.memory_plan(device_bytes=total, **arguments, batch_scale=run.batch_scale)
+    if not run.settings.dry_run:
         moments = [max(moments, key=lambda moment: moment.total)]
     for moment in moments:
         text = f"memory   {moment.name}: {moment}"
         if total is not None and moment.total >= total:
-            text += f"; MORE than the {total / GIB:.0f} GiB of {setup.device}"
+            text += f"; MORE than the {total / GIB:.0f} GiB of {run.device}"
         print(text)
-    print(f"memory   {check_host_memory(setup)[1]}")
-    free = setup.free_gpu_memory
+    print(f"memory   {check_host_memory(run)[1]}")
+    free = free_gpu_memory(run.device)
     if free is not None:
-        print(f"memory   {advise(free, setup.batch_scale, setup.plan_inputs, setup.plan_flags)}")
+        print(f"memory   {advise(free, run.batch_scale, arguments)}")
 
 
-def check_host_memory(setup: Setup) -> tuple[bool, str]:
+def check_host_memory(run: Run) -> tuple[bool, str]:
     """Returns true if the computer has the memory that its processes of this run take, and a sentence."""
-    config, dtype, work = setup.plan_inputs
-    flags = setup.plan_flags
-    if setup.device.type == "cuda":  # what waits there for the GPU
-        del flags["checkpointing"]
-        needed = plan.host_plan(config, dtype, **flags).total
+    arguments = plan_arguments(run)
+    if run.device.type == "cuda":  # what waits there for the GPU
+        del arguments["work"], arguments["checkpointing"]
+        needed = plan.host_plan(**arguments).total
     else:
-        moments = plan.memory_plan(
-            config, dtype, None, work, **flags, batch_scale=setup.batch_scale
-        )
+        moments = plan.memory_plan(device_bytes=None, **arguments)
         needed = max(moment.total for moment in moments)
-    needed += photograph_bytes(setup)
+    needed += photograph_bytes(run)
     needed *= int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # processes that torchrun started here
     text = f"in the computer: {needed / GIB:.2f} GiB"
     there = available_memory()
@@ -234,10 +210,10 @@ def check_host_memory(setup: Setup) -> tuple[bool, str]:
     return needed <= there, f"{text}{verdict} {there / GIB:.1f} that are available"
 
 
-def photograph_bytes(setup: Setup) -> int:
+def photograph_bytes(run: Run) -> int:
     """Returns the bytes of two steps of images of a process: the next one's are made meanwhile."""
-    images = 2 * math.ceil(setup.run.settings.images_per_step / setup.run.ranks.size)
-    return images * plan.patches_bytes(setup.checkpoint.config, setup.image_tokens)
+    images = 2 * math.ceil(run.settings.images_per_step / run.ranks.size)
+    return images * plan.patches_bytes(run.checkpoint.config, count_image_tokens(run))
 
 
 def available_memory() -> int | None:
@@ -290,17 +266,13 @@ def _read_number(path: Path) -> int | None:
         return None
 
 
-def advise(free: int, batch_scale: float, inputs: tuple, flags: dict) -> str:
+def advise(free: int, batch_scale: float, arguments: dict) -> str:
     """Says if these flags suit a GPU with `free` bytes, and which suit it better.
 
-    batch_scale: fraction of the usual batch size; inputs, flags: see `Setup`.
+    batch_scale: fraction of the usual batch size; arguments: see `plan_arguments`.
     """
-
-    def fits(flags: dict, batch_scale: float) -> bool:
-        return plan.fits(free, *inputs, **flags, batch_scale=batch_scale)
-
     text = f"{free / GIB:.1f} GiB are free on the GPU: this fits"
-    if not fits(flags, batch_scale):
+    if not plan.fits(free, **arguments, batch_scale=batch_scale):
         text += " not even with the smallest batches"
     elif batch_scale >= 1:
         return text
@@ -308,7 +280,11 @@ def advise(free: int, batch_scale: float, inputs: tuple, flags: dict) -> str:
         text += f" with batches of {batch_scale:g} of the usual size"
         if batch_scale >= SLOW:
             return text
-    better = [words for words, more in HELP.items() if fits(flags | more, SLOW)]
+    better = [
+        words
+        for words, more in HELP.items()
+        if plan.fits(free, **arguments | more, batch_scale=SLOW)
+    ]
     return f"{text}; use {' or '.join(better)}" if better else text
 
 
@@ -330,72 +306,76 @@ class Rehearsal:
         """Seconds of the whole step."""
         return self.asking + self.answering + self.updating
 
-    def questioner_step(self, s: Settings) -> float:
-        """Seconds of a Questioner step."""
-        return self.total * s.images_per_step / self.images
 
-    def curation(self, s: Settings) -> float:
-        """Seconds of a curation: a question an image."""
-        return (self.asking + self.answering) / s.group_size * s.candidates / self.images
+def extrapolate(s: Settings, rehearsal: Rehearsal) -> dict[str, float]:
+    """Returns the seconds of the steps of a run and of an iteration, without what is measured at its end.
 
-    def reasoner_step(self, s: Settings) -> float:
-        """Seconds of a Reasoner step: G answers to each of its questions, of which m were timed."""
-        answering = self.answering / max(1, self.valid) * s.group_size / s.answers
-        return (answering + self.updating / self.images) * s.images_per_step
+    A curation asks one question an image. A Reasoner step samples G answers to a question; m were timed.
+    """
+    asking = rehearsal.asking / rehearsal.images
+    answering = rehearsal.answering / rehearsal.images
+    updating = rehearsal.updating / rehearsal.images
+    questioner_step = (asking + answering + updating) * s.images_per_step
+    curation = (asking + answering) / s.group_size * s.candidates
+    a_vote = rehearsal.answering / max(1, rehearsal.valid)
+    reasoner_step = (a_vote * s.group_size / s.answers + updating) * s.images_per_step
+    return dict(
+        questioner_step=questioner_step,
+        curation=curation,
+        reasoner_step=reasoner_step,
+        iteration=s.questioner_steps * questioner_step
+        + curation
+        + s.reasoner_steps * reasoner_step,
+    )
 
-    def iteration(self, s: Settings) -> float:
-        """Seconds of an iteration, without what is measured at its end."""
-        steps = s.questioner_steps * self.questioner_step(s)
-        steps += s.reasoner_steps * self.reasoner_step(s)
-        return steps + self.curation(s)
 
-
-def rehearse(
-    s: Settings, roles: tuple[VLM, VLM], pictures: list[Picture], ranks: Ranks
-) -> Rehearsal:
+def rehearse(run: Run, pictures: list[Picture]) -> Rehearsal:
     """Doubles the images until a step takes ENOUGH seconds, or all pictures of a rank are used."""
-    time_step(s, roles, pictures[:1], ranks)  # kernels are loaded, CUDA graphs captured
+    time_step(run, pictures[:1])  # kernels are loaded, CUDA graphs captured
     count = 1
     while True:
-        rehearsal = time_step(s, roles, pictures[:count], ranks)
-        if ranks.any(rehearsal.total >= ENOUGH or count >= len(pictures)):
+        rehearsal = time_step(run, pictures[:count])
+        if run.ranks.any(rehearsal.total >= ENOUGH or count >= len(pictures)):
             return rehearsal
         count *= 2
 
 
-def time_step(
-    s: Settings, roles: tuple[VLM, VLM], pictures: list[Picture], ranks: Ranks
-) -> Rehearsal:
+def time_step(run: Run, pictures: list[Picture]) -> Rehearsal:
     """Times a Questioner step; both roles are left as before."""
-    device = roles[0].device
-    sampling = Sampling(s.max_new_tokens, s.temperature, s.top_p)
-    generator = torch.Generator(device).manual_seed(s.seed)
+    s = run.settings
+    run.generator = run.seeded("rehearsal")
+    times = [read_clock(run.device)]
     # Asking and answering.
-    times = [read_clock(device)]
-    asked = questioner.ask(roles[0], pictures, s.group_size, sampling, generator)
-    times.append(read_clock(device))
-    votes = reasoner.vote(roles[1], asked, s.answers, sampling, generator)
-    times.append(read_clock(device))
+    asked = questioner.ask(
+        run.questioner, pictures, s.group_size, run.sampling, s.questioner_prompt
+    )
+    times.append(read_clock(run.device))
+    votes = reasoner.vote(run.reasoner, asked, s.answers, run.sampling, s.reasoner_prompt)
+    times.append(read_clock(run.device))
     # An update, of rewards that differ, so that there is a gradient.
     rewards = [float(i % 2) for i in range(s.group_size)]
     groups = [each.completions for each in asked]
     grpo.set_rewards(groups, [rewards] * len(groups))
-    trained = Trained(
-        roles[0].copy(), s.lr, s.weight_decay, s.offload, s.gradient_checkpointing, ranks
+    policy = Trained(
+        run.questioner.copy(),
+        s.lr,
+        s.weight_decay,
+        s.offload,
+        s.gradient_checkpointing,
+        run.ranks,
     )
-    times.append(read_clock(device))  # what came before is done once a phase, not in each step
-    grpo.add_reference(groups, roles[1], s.temperature)
-    grpo.update(trained, trained.optimizer, groups, s.clip, s.beta, s.temperature)
-    times.append(read_clock(device))
-    del trained
+    times.append(read_clock(run.device))  # what came before is done once a phase, not in each step
+    grpo.add_reference(groups, run.reasoner, s.temperature)
+    grpo.update(policy, policy.optimizer, groups, s.clip, s.beta, s.temperature)
+    times.append(read_clock(run.device))
+    del policy
     gc.collect()  # the masters go, whose modules refer to one another
-    valid = sum(vote is not None for group in votes for vote in group)
     return Rehearsal(
         images=len(pictures),
         asking=times[1] - times[0],
         answering=times[2] - times[1],
         updating=times[4] - times[3],
-        valid=valid,
+        valid=sum(vote is not None for group in votes for vote in group),
     )
 
 
@@ -408,32 +388,44 @@ def read_clock(device: torch.device) -> float:
 
 def describe(s: Settings, rehearsal: Rehearsal, ranks: int) -> str:
     """Says how long the steps of a run on `ranks` processes take, and the whole run."""
-    steps = [rehearsal.questioner_step(s), rehearsal.curation(s), rehearsal.reasoner_step(s)]
-    one, two, three = (format_duration(seconds / ranks) for seconds in steps)
-    text = f"from a step on {rehearsal.images} images: a Questioner step takes about {one}, a curation {two}"
+    seconds = {name: value / ranks for name, value in extrapolate(s, rehearsal).items()}
+    measured = f"from a step on {rehearsal.images} images: "
     if not rehearsal.valid:
-        return f"{text}; no question was valid, so that how long answers take is not known"
-    whole = rehearsal.iteration(s) / ranks
-    text += f", a Reasoner step {three}; an iteration {format_duration(whole)}, all {s.iterations} of them"
-    return f"{text} {format_duration(whole * s.iterations)}, measuring not counted"
+        steps = describe_steps(seconds)
+        return (
+            f"{measured}{steps}; no question was valid, so that how long answers take is not known"
+        )
+    return f"{measured}{describe_run(s, seconds)}, measuring not counted"
 
 
-def show_estimate(setup: Setup) -> None:
-    """Prints how long steps would take on the GPU of --for, or on the one here if it is a known one."""
-    s = setup.run.settings
-    here = torch.cuda.get_device_name(setup.device).lower() if setup.device.type == "cuda" else ""
-    card = s.for_ or next((name for name in estimate.CARDS if name in here), None)
-    if card is None or not setup.run.ranks.is_main:
-        return
-    config, _, work = setup.plan_inputs
-    found = estimate.estimate(estimate.Case(config, s, work, estimate.CARDS[card]))["seconds"]
-    names = ("questioner_step", "curation", "reasoner_step", "iteration")
-    one, two, three, whole = (format_duration(found[name]) for name in names)
-    print(
-        f"time     an estimate for one {card.upper()}, not measured: a Questioner step takes about {one}, a "
-        f"curation {two}, a Reasoner step {three}; an iteration {whole}, all {s.iterations} of them "
-        f"{format_duration(found['iteration'] * s.iterations)}"
+def describe_steps(seconds: dict[str, float]) -> str:
+    """Says how long a Questioner step and a curation take."""
+    step = format_duration(seconds["questioner_step"])
+    return (
+        f"a Questioner step takes about {step}, a curation {format_duration(seconds['curation'])}"
     )
+
+
+def describe_run(s: Settings, seconds: dict[str, float]) -> str:
+    """Says how long steps, an iteration and the whole run take."""
+    step = format_duration(seconds["reasoner_step"])
+    iteration = format_duration(seconds["iteration"])
+    whole = format_duration(seconds["iteration"] * s.iterations)
+    text = f"{describe_steps(seconds)}, a Reasoner step {step}"
+    return f"{text}; an iteration {iteration}, all {s.iterations} of them {whole}"
+
+
+def show_estimate(run: Run) -> None:
+    """Prints how long steps would take on the GPU of --for, or on the one here if it is a known one."""
+    s = run.settings
+    here = torch.cuda.get_device_name(run.device).lower() if run.device.type == "cuda" else ""
+    name = s.for_ or next((name for name in estimate.CARDS if name in here), None)
+    if name is None or not run.ranks.is_main:
+        return
+    work = plan_arguments(run)["work"]
+    case = estimate.Case(run.checkpoint.config, s, work, estimate.CARDS[name])
+    seconds = estimate.estimate(case)["seconds"]
+    print(f"time     an estimate for one {name.upper()}, not measured: {describe_run(s, seconds)}")
 
 
 def format_duration(seconds: float) -> str:

@@ -20,15 +20,14 @@ NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EI
 
 def write_examples(path: Path, examples: Iterable[VotedQuestion]) -> None:
     """Writes voted questions as JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples]
-    path.write_text("".join(lines), **TEXT)
+    write_json_lines(path, map(asdict, examples))
 
 
 def write_json_lines(path: Path, lines: Iterable[dict]) -> None:
-    """Writes JSON lines, all characters spelled in ASCII: a model may write anything."""
+    """Writes JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="ascii")
+    written = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
+    path.write_text("".join(written), **TEXT)
 
 
 def read_examples(path: Path) -> list[VotedQuestion]:

@@ -263,7 +263,9 @@ class Pictures:
         while len(paths) < count:
             if passed == 2 * len(self.found.paths):  # a whole pass, wherever this began
                 raise ImageError(say_why_none(self.found))
-            path = self._path(self.position)
+            number, place = divmod(self.position, len(self.found.paths))
+            permutation = _permute(len(self.found.paths), f"{self.seed} {number}")
+            path = self.found.paths[permutation[place]]
             self.position += 1
             if path in skipped:
                 passed += 1
@@ -271,12 +273,6 @@ class Pictures:
                 paths.append(path)
                 passed = 0
         return paths
-
-    def _path(self, position: int) -> str:
-        """Returns the path at a position of the random order."""
-        number, place = divmod(position, len(self.found.paths))
-        permutation = _permute(len(self.found.paths), f"{self.seed} {number}")
-        return self.found.paths[permutation[place]]
 
 
 @lru_cache(maxsize=2)

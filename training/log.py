@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from grpo import Group, group_advantages
+from model.vlm import VLM
 from training.distributed import Ranks
 from training.scenes import RUNGS
 from training.troubles import mean_field
@@ -133,14 +134,14 @@ def skipped_in_a_row(records: list[dict]) -> int:
     return len(list(takewhile(bool, reversed(skipped))))
 
 
-def rollout_metrics(groups: list[Group], end_ids: list[int], seconds: float, ranks: Ranks) -> dict:
+def rollout_metrics(groups: list[Group], vlm: VLM, seconds: float, ranks: Ranks) -> dict:
     """Returns the metrics of what a GRPO step sampled, over the groups of all ranks."""
     # Of each group its rewards, and the length of each completion and if it was cut off.
     mine = []
     for group in groups:
         rewards = [completion.reward for completion in group]
         lengths = [len(completion.tokens) for completion in group]
-        cut_off = [not c.tokens or c.tokens[-1] not in end_ids for c in group]
+        cut_off = [vlm.is_cut_off(completion.tokens) for completion in group]
         mine.append([rewards, lengths, cut_off])
     everywhere = ranks.all_gather(mine)
     lengths = [length for _, lengths, _ in everywhere for length in lengths]

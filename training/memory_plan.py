@@ -16,7 +16,6 @@ most between them.
 """
 
 import json
-import math
 import re
 from dataclasses import dataclass, replace
 from functools import cache
@@ -34,6 +33,7 @@ from model.packing import BATCH_IMAGE_TOKENS, BATCH_TOKENS, ROW_TOKENS
 GIB = 2**30
 LAYER = re.compile(r"\w+\.(layers|blocks)\.\d+")  # in the name of a parameter
 OFFLOADED = 4.0  # times the usual batch size with --offload
+SMALLEST = 1 / 64  # of the usual batch size
 USABLE = 0.95  # of a GPU's memory: a twentieth is left for what nobody planned
 Sizes = dict[str, int]  # elements of each parameter, or bytes of each part
 
@@ -148,7 +148,7 @@ def memory_plan(
     frozen = sum(parameter_sizes(config).values()) * dtype.itemsize
     if not lora_rank:
         frozen -= copy
-    base = {"frozen weights": frozen} if frozen else {}
+    base = {"frozen weights": frozen}
 
     # What stays while nothing works: on a CPU all copies, on a GPU the one that is trained itself.
     if not on_gpu:
@@ -195,11 +195,11 @@ def fit_batches(device_bytes: int | None, *inputs, **flags) -> float:
     """
     if device_bytes is None:
         return 1.0
-    most = OFFLOADED if flags.get("offload") else 1.0
-    for halvings in range(round(math.log2(64 * most)) + 1):
-        batch_scale = most * 0.5**halvings
+    batch_scale = OFFLOADED if flags.get("offload") else 1.0
+    while batch_scale > SMALLEST:
         if fits(device_bytes, *inputs, **flags, batch_scale=batch_scale):
             break
+        batch_scale /= 2
     return batch_scale
 
 
@@ -387,7 +387,7 @@ def activation_moments(case: Case) -> Sizes:
     """Returns the most that each moment of a batch takes; shorter completions put more images in a batch."""
     most: Sizes = {}
     lengths = {max(1, case.work.new_tokens * i // 32) for i in range(1, 33)}
-    for length in sorted(lengths):
+    for length in lengths:
         moments = batch_moments(replace(case, work=replace(case.work, new_tokens=length)))
         most = {name: max(value, most.get(name, 0)) for name, value in moments.items()}
     return most

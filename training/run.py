@@ -32,8 +32,9 @@ from torch import Tensor
 import grpo
 import questioner
 import reasoner
-from curate import VotedQuestion
+from curate import VotedQuestion, Votes
 from model import lora
+from model.checkpoint import Checkpoint
 from model.prompt import Patches, Picture
 from model.sampling import Sampling
 from model.vlm import VLM
@@ -88,7 +89,8 @@ class Run:
         folder: Path,
         images: Found,
         scene_size: int,
-        token_side: int,
+        checkpoint: Checkpoint,
+        device: torch.device,
         settings: Settings,
         ranks: Ranks,
     ):
@@ -97,16 +99,23 @@ class Run:
         self.seed = settings.seed
         self.ranks = ranks
         self.console = Console(ranks.is_main)
+        # What the processes of a run share, and exchange: see training/distributed.py.
+        self.shard = ranks.shard
+        self.all_gather = ranks.all_gather
+        self.all_mean = ranks.mean
 
         self.images = images
         self.scene_size = scene_size  # pixels along one side of a built-in scene
-        self.token_side = token_side  # pixels along one side of the model's image token
+        self.checkpoint = checkpoint  # of the base model
+        self.device = device
+        self.batch_scale = 1.0  # fraction of the usual batch size that fits into the memory
         self.skips_told = 0  # skipped images that were named already
         self.troubles_told: set[tuple] = set()  # (iteration, phase), kind: see `tell_troubles`
 
         self.state = State()
         self.number = 0  # states that were written
-        self.photographs = Photographs(settings.max_pixels, token_side)  # scaled for the model
+        # Scaled down for the model.
+        self.photographs = Photographs(settings.max_pixels, checkpoint.token_side)
         self.pictures = self.in_order("")
         self.records: list[dict] = []  # the lines of metrics.jsonl
         self.started = time.monotonic()  # of the phase or step at hand
@@ -149,9 +158,9 @@ class Run:
             number, state, complaints = recover(self.folder)
             for complaint in complaints:
                 self.console.say(f"{complaint}; going on from the state before it")
-            cut_records(self.folder, state.metrics if state else 0)
+            cut_records(self.folder, state.metrics)
             replace_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
-            found = [number, asdict(state or State())]
+            found = [number, asdict(state)]
         self.number, state = self.ranks.broadcast(found)
         self.state = State(**state)
         self.pictures = self.in_order(self.state.iteration, self.state.pictures)
@@ -160,16 +169,14 @@ class Run:
         self.records = read_records(self.folder)
         self.tell_skips()
 
-    def load_roles(self, questioner: VLM, reasoner: VLM) -> None:
-        """Takes both roles. A resumed run restores their weights; a new run saves the base model's."""
-        self.questioner = questioner
-        self.reasoner = reasoner
-        self.photographs.patches = questioner.patches  # both roles cut them alike
+    def restore_roles(self) -> None:
+        """Gives both roles the weights of the state. A new run saves the base model's first."""
+        self.photographs.patches = self.questioner.patches  # both roles cut them alike
         if "questioner" in self.state.files:
             for role, vlm in self.roles.items():
                 self.restore(vlm, role)
         else:
-            self.save({"base": questioner.trained_weights() if self.ranks.is_main else {}})
+            self.save({"base": self.questioner.trained_weights() if self.ranks.is_main else {}})
             base = self.state.files["base"]
             self.state.files |= {"questioner": base, "reasoner": base}
         for vlm in self.roles.values():
@@ -262,24 +269,14 @@ class Run:
 
     def seeded(self, *place) -> torch.Generator:
         """Random numbers that depend on nothing but a place in the run (and the process)."""
-        generator = torch.Generator(self.questioner.device)
+        generator = torch.Generator(self.device)
         return generator.manual_seed(self.ranks.seed(self.seed, *place))
 
     @property
-    def questioner_prompt(self) -> str:
-        """Returns what the Questioner is told."""
-        return self.settings.questioner_prompt or questioner.INSTRUCTION
-
-    @property
-    def reasoner_prompt(self) -> str:
-        """Returns what the Reasoner is told behind a question."""
-        return self.settings.reasoner_prompt or reasoner.INSTRUCTION
-
-    @property
     def sampling(self) -> Sampling:
-        """Returns how the models' outputs are drawn."""
+        """Returns how the models' outputs are drawn, with the random numbers of this step."""
         s = self.settings
-        return Sampling(s.max_new_tokens, s.temperature, s.top_p)
+        return Sampling(s.max_new_tokens, s.temperature, s.top_p, generator=self.generator)
 
     def in_order(self, what: int | str, position: int = 0) -> Pictures:
         """Returns the images in the random order of an iteration, scaled down to what a model sees."""
@@ -339,25 +336,11 @@ class Run:
 
     # ---- Several processes ---------------------------------------------------------------------------
 
-    def shard(self, items: list) -> list:
-        """Returns this process's part of a list that all processes have."""
-        return self.ranks.shard(items)
-
-    def all_gather(self, items: list) -> list:
-        """Returns one list of what all processes have: the inverse of `shard`."""
-        return self.ranks.all_gather(items)
-
-    def all_gather_votes(
-        self, votes: list[list[VotedQuestion | None]]
-    ) -> list[list[VotedQuestion | None]]:
+    def all_gather_votes(self, votes: Votes) -> Votes:
         """Returns the votes of all processes."""
         as_json = [[asdict(vote) if vote else None for vote in group] for group in votes]
         everywhere = self.all_gather(as_json)
         return [[VotedQuestion(**vote) if vote else None for vote in group] for group in everywhere]
-
-    def all_mean(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Returns the mean of each number over all processes."""
-        return self.ranks.mean(metrics)
 
     def on_main(self, function: Callable[..., dict], *arguments) -> dict:
         """Runs a function on the first process and returns its result on all."""
@@ -483,7 +466,7 @@ class Run:
         """Writes the record of a GRPO step: what was sampled, and its metrics."""
         seconds = time.monotonic() - self.started
         place = dict(iteration=self.state.iteration, phase=self.state.phase, step=step)
-        sampled = rollout_metrics(groups, self.questioner.end_ids, seconds, self.ranks)
+        sampled = rollout_metrics(groups, self.questioner, seconds, self.ranks)
         self.write_record(place | sampled | metrics | dict(seconds=seconds))
 
     def write_samples(self, step: int, samples: list[dict]) -> None:
@@ -494,11 +477,12 @@ class Run:
 
     def warn_of_prompts(self) -> None:
         """Warns if the checkpoint was made for other prompts, or the Questioner's names not all blocks."""
-        prompts = (self.questioner_prompt, self.reasoner_prompt)
-        if not knows(self.questioner.source, prompts):
+        asking = self.settings.questioner_prompt or questioner.INSTRUCTION
+        answering = self.settings.reasoner_prompt or reasoner.INSTRUCTION
+        if not knows(self.questioner.source, [asking, answering]):
             self.console.say(UNKNOWN_INSTRUCTIONS)
         for tag in ("<type>", "<question>", "<answer>"):
-            if tag not in self.questioner_prompt:
+            if tag not in asking:
                 why = "an output without this block is no valid question"
                 self.console.say(f"warning: the Questioner's prompt does not name {tag}; {why}")
 

@@ -36,11 +36,13 @@ MAY_CHANGE = (
 PROMPTS = {"questioner_prompt", "reasoner_prompt"}  # a flag names a file, a setting is its text
 
 
-def setting(default, help: str, group: str, least: float | None = None, most: float | None = None):
-    """Makes a field of `Settings`: its flag's help text and group, and the limits of its value, inclusive."""
-    return dataclasses.field(
-        default=default, metadata=dict(help=help, group=group, least=least, most=most)
-    )
+def setting(default, help: str, group: str, least=None, most=None, choices=None):
+    """Makes a field of `Settings`: its flag's help text and group, and what its value may be.
+
+    least, most: the limits of a number, inclusive. choices: the words of which it is one.
+    """
+    more = dict(help=help, group=group, least=least, most=most, choices=choices)
+    return dataclasses.field(default=default, metadata=more)
 
 
 GPUS = ("a100", "h100", "h200", "l40s", "4090")  # see training/estimate.py
@@ -81,10 +83,14 @@ class Settings:
         "continue the run in this folder where it was stopped or killed, also with more --iterations",
         RUN,
     )
-    seed: int = setting(0, "seed of everything random", RUN, least=0)
+    # From HELD_OUT_SEED on it would draw the held-out scenes.
+    seed: int = setting(0, "seed of everything random", RUN, least=0, most=HELD_OUT_SEED - 1)
     device: str | None = setting(None, "cpu, cuda or cuda:N (default: cuda if there is one)", RUN)
     dtype: str | None = setting(
-        None, "float32 or bfloat16 (default: bfloat16 on cuda, float32 on cpu)", RUN
+        None,
+        "float32 or bfloat16 (default: bfloat16 on cuda, float32 on cpu)",
+        RUN,
+        choices=("float32", "bfloat16"),
     )
     iterations: int = setting(3, "iterations of the loop, the paper's K", LOOP, least=1)
     questioner_steps: int = setting(
@@ -139,7 +145,10 @@ class Settings:
         GRPO,
     )
     temperature: float = setting(
-        1.0, "sampling temperature; divides the logits in training too", SAMPLING
+        1.0,
+        "sampling temperature; divides the logits in training too",
+        SAMPLING,
+        least=1e-3,  # GRPO compares random samples
     )
     top_p: float = setting(
         0.99, "nucleus sampling: the smallest set of tokens with this probability", SAMPLING
@@ -199,27 +208,21 @@ class Settings:
         RUN,
     )
     for_: str | None = setting(
-        None, f"with --dry-run: a GPU to estimate the time for, one of {', '.join(GPUS)}", RUN
+        None, "with --dry-run: a GPU to estimate the time for", RUN, choices=GPUS
     )
 
     @property
     def base_model(self) -> str:
         """Returns the folder or hub id of the model that both roles start from."""
-        return find_model("toy" if self.model is None else self.model)
+        return find_model(self.model or "toy")
 
     def check(self) -> None:
         """Raises ValueError, with a sentence for the user, for a value out of range or of another type."""
         for field in dataclasses.fields(self):
             self._check_field(field)
-        if self.for_ not in (None, *GPUS):
-            raise ValueError(f"--for {self.for_}: it must be one of {', '.join(GPUS)}")
         if not self.tau_low <= self.tau_high <= 1:
             raise ValueError(
                 f"--tau-low ({self.tau_low}) must not be above --tau-high ({self.tau_high}), nor that above 1"
-            )
-        if not 1e-3 <= self.temperature < math.inf:
-            raise ValueError(
-                f"--temperature must be at least 0.001, not {self.temperature}: GRPO compares random samples"
             )
         if not 0 < self.top_p <= 1 or not 0 < self.clip < 1:
             raise ValueError("--top-p must be above 0 and at most 1, and --clip between 0 and 1")
@@ -233,10 +236,6 @@ class Settings:
             raise ValueError(f"--name {self.name!r} is not the name of a folder")
         if self.measure is not None and not Path(self.measure).expanduser().is_file():
             raise ValueError(f"--measure {self.measure} is not a file")
-        if self.seed >= HELD_OUT_SEED:
-            raise ValueError(
-                f"--seed must be below {HELD_OUT_SEED}, the seed of the held-out scenes"
-            )
 
     def _check_field(self, field: dataclasses.Field) -> None:
         """Raises ValueError for a value of another type, or outside its field's limits."""
@@ -363,27 +362,17 @@ class OneLineParser(argparse.ArgumentParser):
     """Is argparse's parser, but says in one sentence what is wrong."""
 
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """Parses as argparse does, but tells a mistyped flag which one is meant."""
+        """Parses as argparse does, but tells a mistyped or shortened flag which one is meant."""
         words = sys.argv[1:] if argv is None else argv
         # A mistyped flag comes before one that is missing, which may be the one that is meant.
         for word in takewhile(lambda word: word != "--", words):
             name = word.split("=")[0]
             is_flag = name.startswith("--") and " " not in name
-            if is_flag and not any(known.startswith(name) for known in self._option_string_actions):
-                self.no_flag(name)
-        given, unknown = self.parse_known_args(words)
-        unknown = [word for word in unknown if word != "--"]
-        if unknown and not unknown[0].startswith("-"):
-            self.error(f"{unknown[0]} is one argument too many")
-        if unknown:
-            self.no_flag(unknown[0].split("=")[0])
-        return given
-
-    def no_flag(self, name: str):
-        """Exits with code 2, and names the flag that is nearest."""
-        near = difflib.get_close_matches(name, self._option_string_actions, 1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        self.error(f"{name} is no flag of this{meant}")
+            if is_flag and name not in self._option_string_actions:
+                near = difflib.get_close_matches(name, self._option_string_actions, 1)
+                meant = f"; did you mean {near[0]}?" if near else ""
+                self.error(f"{name} is no flag of this{meant}")
+        return super().parse_args(words)
 
     def error(self, message: str):
         """Exits with code 2 and the message on one line."""
@@ -399,14 +388,13 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> Settings
     parser = OneLineParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # a flag that is not given leaves no trace
     )
     # A flag for each field, in the groups of the help.
-    groups = {}
+    titles = (RUN, LOOP, GRPO, SAMPLING, MEMORY)
+    groups = {title: parser.add_argument_group(title) for title in titles}
     for field in dataclasses.fields(Settings):
-        title = field.metadata["group"]
-        groups[title] = groups.get(title) or parser.add_argument_group(title)
-        _add_flag(groups[title], field)
+        _add_flag(groups[field.metadata["group"]], field)
     groups[RUN].add_argument(
         "--seeds",
         type=int,
@@ -414,9 +402,7 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> Settings
         metavar="SEED",
         help="one run a seed, one after the other, in NAME-seed0, NAME-seed1, ...; report.py compares them",
     )
-    given = {
-        name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None
-    }
+    given = vars(parser.parse_args(argv))
     seeds = given.pop("seeds", [])
     if seeds and "resume" in given:
         parser.error("--seeds: the same command as before continues its runs, without --resume")
@@ -454,10 +440,12 @@ def split_seeds(settings: Settings) -> list[Settings]:
 
     --dry-run shows the first.
     """
-    seeds = getattr(settings, "seeds", ())
-    names = [f"{settings.name}-seed{seed}" for seed in seeds]
-    runs = [dataclasses.replace(settings, seed=s, name=name) for s, name in zip(seeds, names)]
-    runs = runs or [settings]
+    runs = [settings]
+    if settings.seeds:
+        runs = [
+            dataclasses.replace(settings, seed=seed, name=f"{settings.name}-seed{seed}")
+            for seed in settings.seeds
+        ]
     return runs[:1] if settings.dry_run else runs
 
 
@@ -495,7 +483,7 @@ def _add_flag(group, field: dataclasses.Field) -> None:
     """Adds a field's flag to its group of the help."""
     text = field.metadata["help"].replace("%", "%%")
     if field.type is bool:
-        group.add_argument(flag(field.name), action="store_true", default=None, help=text)
+        group.add_argument(flag(field.name), action="store_true", help=text)
         return
     if field.default is not None:
         toy = f"; the toy's {TOY_DEFAULTS[field.name]}" if field.name in TOY_DEFAULTS else ""
@@ -504,7 +492,7 @@ def _add_flag(group, field: dataclasses.Field) -> None:
         flag(field.name),
         dest=field.name,
         type=field.type if field.type in (int, float) else str,
-        choices=("float32", "bfloat16") if field.name == "dtype" else None,
-        metavar="GPU" if field.name == "for_" else field.name.upper(),
+        choices=field.metadata["choices"],
+        metavar=field.name.strip("_").upper(),
         help=text,
     )

@@ -73,10 +73,10 @@ def write_state(folder: Path, number: int, state: State) -> None:
             path.unlink()
 
 
-def recover(folder: Path) -> tuple[int, State | None, list[str]]:
+def recover(folder: Path) -> tuple[int, State, list[str]]:
     """Finds the newest state that is whole; returns its number, the state, and a sentence for each newer one.
 
-    The newer ones are damaged, and deleted. (0, None, []) for a run that has not written any. Call it only
+    The newer ones are damaged, and deleted. (0, State(), []) for a run that has not written any. Call it only
     while no other process can write. Raises ValueError if all are damaged, or gone.
     """
     damaged: dict[Path, str] = {}
@@ -93,7 +93,7 @@ def recover(folder: Path) -> tuple[int, State | None, list[str]]:
         raise ValueError(f"no state of {folder} is whole: {next(iter(damaged.values()))}")
     if (folder / "metrics.jsonl").exists():  # the base is saved before the first record
         raise ValueError(f"{folder} cannot go on: its state/ is gone; choose another --name")
-    return 0, None, []
+    return 0, State(), []
 
 
 def _read_state(folder: Path, path: Path) -> State:
