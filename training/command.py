@@ -40,7 +40,6 @@ from model.vlm import VLM
 from training import dry_run
 from training.distributed import Ranks, is_lost, join, leave
 from training.dry_run import describe, rehearse
-from training.folder import replace_text
 from training.images import Found, ImageError, find_images, say_why_none
 from training.log import Console
 from training.run import Run, RunError, Stopped
@@ -141,7 +140,7 @@ def run_once(
                 if settings.dry_run:
                     show_time(run)
                 else:
-                    begin_run(run, program.name)
+                    begin_run(run)
                     go_on = tell_how_to_go_on(program, run.folder, ranks, again)
                     train(loop, run)
     except (Exception, KeyboardInterrupt) as error:
@@ -256,13 +255,13 @@ def open_run(settings: Settings, ranks: Ranks, program: str | None = None) -> Ru
         check_new_folder(folder, settings.dry_run)
         images = find_run_images(settings.images)
         scene_size = checkpoint.scene_side(settings.max_pixels)
+        origin = dict(scene_size=scene_size, program=program, code=[])
+        run = Run(folder, images, origin, checkpoint, device, settings, ranks)
     else:
         check_program(folder, saved["program"], program)
         images = read_run_images(folder)
-        scene_size = saved["scene_size"]
-    run = Run(folder, images, scene_size, checkpoint, device, settings, ranks)
-    if saved is not None:
-        run.reopen(dataclasses.asdict(settings) | saved)
+        run = Run(folder, images, saved, checkpoint, device, settings, ranks)
+        run.reopen()
     # Batches that fit into the memory, of the same size on all ranks.
     run.batch_scale = min(ranks.all_gather([dry_run.fit_batches(run)]))
     return run
@@ -393,21 +392,17 @@ def prepare_run(settings: Settings) -> Run:
     return run
 
 
-def begin_run(run: Run, program: str | None = None) -> None:
+def begin_run(run: Run) -> None:
     """Loads both roles and makes the run's folder, with the built-in scenes if there are no other images.
 
-    program: see `name_program`. Raises ValueError and OSError.
+    Raises ValueError and OSError.
     """
     dry_run.check_disk(run)
     run.console.begin("loading the model")
     load_roles(run)
     dry_run.check_disk(run)  # again, as weights may have been downloaded
-    is_new = run.number == 0
-    if is_new:
-        more = dict(scene_size=run.scene_size, program=program, code=[describe_code()])
-        run.create(dataclasses.asdict(run.settings) | more)
-    elif run.ranks.is_main:
-        tell_other_code(run)
+    note_code(run)
+    run.create()
     # Rank 0 draws the scenes for all. What the answers are, only toy/answerer.py knows.
     if run.settings.images is None:
         drawn = []
@@ -415,26 +410,25 @@ def begin_run(run: Run, program: str | None = None) -> None:
             drawn = write_scenes(
                 run.folder / "images", dry_run.SCENES, run.settings.seed, run.scene_size
             )
-            if is_new:
+            if run.number == 0:
                 print(f"no --images given: built-in scenes are in {run.folder / 'images'}")
-        run.images.paths[:] = run.ranks.broadcast([str(path) for path in drawn])
+        run.images.paths[:] = run.ranks.broadcast([f"images/{path.name}" for path in drawn])
     # What a run needs at its end is proven at its start.
     if run.ranks.is_main:
         prove_export(run.questioner, run.folder)
 
 
-def tell_other_code(run: Run) -> None:
-    """Says if a run goes on with other code than it had before, and adds it to its config.json."""
-    path = run.folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+def note_code(run: Run) -> None:
+    """Adds today's code to the run's config.json if it is new, and says if it differs from the run's last."""
     now = describe_code()
-    codes = config.get("code") or [now]
-    differences = compare_code(codes[-1], now)
+    codes = run.origin["code"]
+    differences = compare_code(codes[-1], now) if codes else ""
     if differences:
         run.console.say(
             f"warning: {run.folder} goes on with other code ({differences}); its prompts stay"
         )
-        replace_text(path, json.dumps(config | {"code": [*codes, now]}, indent=2) + "\n")
+    if differences or not codes:
+        codes.append(now)
 
 
 def load_roles(run: Run) -> None:

@@ -301,11 +301,6 @@ class Rehearsal:
     updating: float
     valid: int
 
-    @property
-    def total(self) -> float:
-        """Seconds of the whole step."""
-        return self.asking + self.answering + self.updating
-
 
 def extrapolate(s: Settings, rehearsal: Rehearsal) -> dict[str, float]:
     """Returns the seconds of the steps of a run and of an iteration, without what is measured at its end.
@@ -335,7 +330,8 @@ def rehearse(run: Run, pictures: list[Picture]) -> Rehearsal:
     count = 1
     while True:
         rehearsal = time_step(run, pictures[:count])
-        if run.ranks.any(rehearsal.total >= ENOUGH or count >= len(pictures)):
+        seconds = rehearsal.asking + rehearsal.answering + rehearsal.updating
+        if run.ranks.any(seconds >= ENOUGH or count >= len(pictures)):
             return rehearsal
         count *= 2
 
@@ -389,30 +385,20 @@ def read_clock(device: torch.device) -> float:
 def describe(s: Settings, rehearsal: Rehearsal, ranks: int) -> str:
     """Says how long the steps of a run on `ranks` processes take, and the whole run."""
     seconds = {name: value / ranks for name, value in extrapolate(s, rehearsal).items()}
-    measured = f"from a step on {rehearsal.images} images: "
-    if not rehearsal.valid:
-        steps = describe_steps(seconds)
-        return (
-            f"{measured}{steps}; no question was valid, so that how long answers take is not known"
-        )
-    return f"{measured}{describe_run(s, seconds)}, measuring not counted"
+    told = f"from a step on {rehearsal.images} images: {describe_seconds(s, seconds)}"
+    left_out = "measuring" if rehearsal.valid else "measuring and answers (no question was valid)"
+    return f"{told}, {left_out} not counted"
 
 
-def describe_steps(seconds: dict[str, float]) -> str:
-    """Says how long a Questioner step and a curation take."""
-    step = format_duration(seconds["questioner_step"])
+def describe_seconds(s: Settings, seconds: dict[str, float]) -> str:
+    """Says how long steps, an iteration and the whole run take. seconds: as of `extrapolate`."""
+    whole = seconds["iteration"] * s.iterations
+    times = {name: format_duration(value) for name, value in seconds.items()}
     return (
-        f"a Questioner step takes about {step}, a curation {format_duration(seconds['curation'])}"
+        f"a Questioner step takes about {times['questioner_step']}, a curation {times['curation']}, "
+        f"a Reasoner step {times['reasoner_step']}; an iteration {times['iteration']}, "
+        f"all {s.iterations} of them {format_duration(whole)}"
     )
-
-
-def describe_run(s: Settings, seconds: dict[str, float]) -> str:
-    """Says how long steps, an iteration and the whole run take."""
-    step = format_duration(seconds["reasoner_step"])
-    iteration = format_duration(seconds["iteration"])
-    whole = format_duration(seconds["iteration"] * s.iterations)
-    text = f"{describe_steps(seconds)}, a Reasoner step {step}"
-    return f"{text}; an iteration {iteration}, all {s.iterations} of them {whole}"
 
 
 def show_estimate(run: Run) -> None:
@@ -425,7 +411,9 @@ def show_estimate(run: Run) -> None:
     work = plan_arguments(run)["work"]
     case = estimate.Case(run.checkpoint.config, s, work, estimate.CARDS[name])
     seconds = estimate.estimate(case)["seconds"]
-    print(f"time     an estimate for one {name.upper()}, not measured: {describe_run(s, seconds)}")
+    print(
+        f"time     an estimate for one {name.upper()}, not measured: {describe_seconds(s, seconds)}"
+    )
 
 
 def format_duration(seconds: float) -> str:

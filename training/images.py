@@ -278,15 +278,3 @@ class Pictures:
 @lru_cache(maxsize=2)
 def _permute(length: int, seed: str) -> list[int]:
     return random.Random(seed).sample(range(length), length)
-
-
-def make_relative(folder: Path, pictures: list[Picture]) -> list[Picture]:
-    """Makes paths inside the folder relative to it, so that the folder can be moved; others stay."""
-    folder = folder.absolute()
-    relative = []
-    for picture in pictures:
-        path = Path(picture.path).absolute()
-        if path.is_relative_to(folder):
-            picture = Picture(path.relative_to(folder).as_posix(), picture.image)
-        relative.append(picture)
-    return relative

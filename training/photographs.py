@@ -10,6 +10,7 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 from PIL import Image
 
@@ -20,12 +21,14 @@ THREADS = min(8, os.cpu_count() or 1)
 
 
 class Photographs:
-    """Loads images by their paths; max_pixels, token_side: see `load_image`.
+    """Loads images by their paths, which may be relative to `folder`.
 
+    max_pixels, token_side: see `load_image`.
     patches: cuts an image into patches (`VLM.patches`), once there is a model. Until then images are whole.
     """
 
-    def __init__(self, max_pixels: int | None = None, token_side: int = 28):
+    def __init__(self, max_pixels: int | None = None, token_side: int = 28, folder: Path = Path()):
+        self.folder = folder
         self.max_pixels = max_pixels
         self.token_side = token_side
         self.patches: Callable[[Image.Image], Patches] | None = None
@@ -58,7 +61,7 @@ class Photographs:
 
     def _decode(self, path: str) -> Image.Image | Patches | ImageError:
         try:
-            image = load_image(path, self.max_pixels, self.token_side)
+            image = load_image(str(self.folder / path), self.max_pixels, self.token_side)
         except ImageError as error:
             return error
         return image if self.patches is None else self.patches(image)

@@ -48,7 +48,7 @@ from training.folder import (
     write_examples,
     write_json_lines,
 )
-from training.images import Found, ImageError, Pictures, make_relative
+from training.images import Found, ImageError, Pictures
 from training.log import HEADER, Console, plain, rollout_metrics, skipped_in_a_row, table_row
 from training.photographs import Photographs
 from training.policy import Trained
@@ -88,7 +88,7 @@ class Run:
         self,
         folder: Path,
         images: Found,
-        scene_size: int,
+        origin: dict,
         checkpoint: Checkpoint,
         device: torch.device,
         settings: Settings,
@@ -105,7 +105,8 @@ class Run:
         self.all_mean = ranks.mean
 
         self.images = images
-        self.scene_size = scene_size  # pixels along one side of a built-in scene
+        self.origin = origin  # the scene_size, program and code of its config.json
+        self.scene_size = origin["scene_size"]  # pixels along one side of a built-in scene
         self.checkpoint = checkpoint  # of the base model
         self.device = device
         self.batch_scale = 1.0  # fraction of the usual batch size that fits into the memory
@@ -114,8 +115,8 @@ class Run:
 
         self.state = State()
         self.number = 0  # states that were written
-        # Scaled down for the model.
-        self.photographs = Photographs(settings.max_pixels, checkpoint.token_side)
+        # Scaled down for the model. Scenes have paths relative to the folder, so that it can be moved.
+        self.photographs = Photographs(settings.max_pixels, checkpoint.token_side, folder)
         self.pictures = self.in_order("")
         self.records: list[dict] = []  # the lines of metrics.jsonl
         self.started = time.monotonic()  # of the phase or step at hand
@@ -131,12 +132,13 @@ class Run:
 
     # ---- Beginning, and going on ---------------------------------------------------------------------
 
-    def create(self, config: dict) -> None:
+    def create(self) -> None:
         """Makes the folder and writes the settings and which images there are, for a run that goes on."""
         if self.ranks.is_main:
             self.locked = self.locked or lock(self.folder)
             found = {"paths": self.images.paths, "skipped": self.images.skipped}
             replace_text(self.folder / "images.json", json.dumps(found) + "\n")
+            config = asdict(self.settings) | self.origin
             replace_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         self.tell_skips()
         self.ranks.barrier()  # the others wait until the folder is there
@@ -146,7 +148,7 @@ class Run:
         if self.locked:
             self.locked.release()
 
-    def reopen(self, config: dict) -> None:
+    def reopen(self) -> None:
         """Goes back to the newest state that is whole; what was written after it is forgotten.
 
         Raises ValueError if no state is whole, or all are gone.
@@ -159,7 +161,6 @@ class Run:
             for complaint in complaints:
                 self.console.say(f"{complaint}; going on from the state before it")
             cut_records(self.folder, state.metrics)
-            replace_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
             found = [number, asdict(state)]
         self.number, state = self.ranks.broadcast(found)
         self.state = State(**state)
@@ -287,8 +288,7 @@ class Run:
 
         The run cycles through the images, in a new random order each time.
         """
-        pictures = self.pictures.load_next(count, self.ranks)
-        return make_relative(self.folder, pictures)
+        return self.pictures.load_next(count, self.ranks)
 
     def image_batches(self, k: int, phase: str, count: int, size: int) -> Iterator[list[Picture]]:
         """Yields the next `count` images, `size` at a time, as decoded images are large. Seeds each batch."""
@@ -312,25 +312,20 @@ class Run:
 
         found = self.load_images(choose(step))
         if step < self.settings.reasoner_steps:
-            upcoming = [str(self.folder / question.image) for question in choose(step + 1)]
-            self.photographs.expect(upcoming)
+            self.photographs.expect([question.image for question in choose(step + 1)])
         return found
 
-    def finish_phase(
-        self,
-        tensors: dict[str, dict[str, Tensor]] | None = None,
-        files: dict[str, Path] | None = None,
-    ) -> None:
-        """Goes on to the next phase, with a saved state. tensors, files: what is new in it, by name."""
-        phase = PHASES.index(self.state.phase) + 1
-        self.state.iteration += phase // len(PHASES)
-        self.state.phase = PHASES[phase % len(PHASES)]
+    def finish_phase(self, tensors: dict[str, dict[str, Tensor]] | None = None) -> None:
+        """Goes on to the next phase, with a saved state. tensors: what is new in it, by name."""
+        number = PHASES.index(self.state.phase) + 1
+        self.state.phase = PHASES[number % len(PHASES)]
         self.state.step = 0
         for name in ("moments", "reference"):
             self.state.files.pop(name, None)
-        if self.state.phase == "questioner":  # each iteration has its own order
+        if self.state.phase == PHASES[0]:  # each iteration has its own order of the images
+            self.state.iteration += 1
             self.pictures = self.in_order(self.state.iteration)
-        self.save(tensors or {}, files)
+        self.save(tensors or {})
         if self.state.iteration <= self.settings.iterations:  # else it is done
             self.stop_if_asked()
 
@@ -354,17 +349,13 @@ class Run:
 
     # ---- Files -------------------------------------------------------------------------------------------
 
-    def save(
-        self, tensors: dict[str, dict[str, Tensor]], files: dict[str, Path] | None = None
-    ) -> None:
-        """Saves the state, with new tensors (each process its part) and files; others stay as they are."""
+    def save(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Saves the state, with new tensors (each process its part); other files stay as they are."""
         self.number += 1
         for name, part in tensors.items():
             paths = write_tensors(self.folder, f"{self.number:06}-{name}-{self.ranks.rank}", part)
             self.state.files[name] = self.all_gather(paths)
         if self.ranks.is_main:
-            for name, path in (files or {}).items():
-                self.state.files[name] = [entry(self.folder, path)]
             metrics = self.folder / "metrics.jsonl"
             self.state.metrics = entry(self.folder, metrics)[1] if metrics.exists() else 0
             self.state.pictures = self.pictures.position
@@ -376,11 +367,12 @@ class Run:
         self, k: int, candidates: list[VotedQuestion], curated: list[VotedQuestion]
     ) -> None:
         """Writes the candidates and the training set, and goes on to the next phase."""
-        path = self._questions_file("curated", k)
         if self.ranks.is_main:
             write_examples(self._questions_file("candidates", k), candidates)
+            path = self._questions_file("curated", k)
             write_examples(path, curated)
-        self.finish_phase(files={"curated": path})
+            self.state.files["curated"] = [entry(self.folder, path)]
+        self.finish_phase()
 
     def read_curated(self, k: int) -> list[VotedQuestion]:
         """Reads the Reasoner's training set of iteration k; [] in iteration 0."""
@@ -391,9 +383,12 @@ class Run:
         return read_examples(self._questions_file("probes", when))
 
     def write_probes(self, when: int | str, probes: list[VotedQuestion]) -> None:
-        """Writes what `read_probes` reads."""
+        """Writes what `read_probes` reads. A run needs those of the base to go on."""
         if self.ranks.is_main:
-            write_examples(self._questions_file("probes", when), probes)
+            path = self._questions_file("probes", when)
+            write_examples(path, probes)
+            if when in ("base", 0):
+                self.state.files[f"probes {when}"] = [entry(self.folder, path)]
         self.ranks.barrier()  # nobody reads it before it is there
 
     def _questions_file(self, kind: str, when: int | str) -> Path:
@@ -403,14 +398,13 @@ class Run:
     def probe_images(self, count: int) -> list[Picture]:
         """Returns the images of the fixed questions; of several processes this one's part."""
         count = min(count, len(self.images.paths))
-        pictures = self.in_order("probes").load_next(count, self.ranks)
-        return make_relative(self.folder, pictures)
+        return self.in_order("probes").load_next(count, self.ranks)
 
     def load_images(self, questions: list[VotedQuestion]) -> list[tuple[VotedQuestion, Patches]]:
         """Returns questions with their images. Those that can no longer be read join the skipped ones."""
         found = []
         unreadable = []
-        paths = [str(self.folder / question.image) for question in questions]
+        paths = [question.image for question in questions]
         for question, image in zip(questions, self.photographs.load(paths)):
             if isinstance(image, ImageError):
                 unreadable.append((question.image, str(image)))
@@ -425,11 +419,7 @@ class Run:
     def finish_iteration(self, k: int, probes: list[VotedQuestion]) -> None:
         """Writes the votes on the probes, and both roles as checkpoints; goes on to the next iteration."""
         self.write_probes(k, probes)
-        if k == 0:
-            files = {f"probes {when}": self._questions_file("probes", when) for when in ("base", 0)}
-            self.finish_phase(files=files)
-            return
-        if self.ranks.is_main:
+        if k > 0 and self.ranks.is_main:
             for role, vlm in self.roles.items():
                 replace_folder(self.folder / role, vlm.save)
                 if self.settings.lora_rank:

@@ -425,9 +425,8 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> Settings
         settings = Settings(**(beside | given))
         settings.given = tuple(given)  # a value that happens to be the default is given, too
         settings.seeds = tuple(seeds)
-        for seed in seeds:
-            dataclasses.replace(settings, seed=seed).check()
-        settings.check()
+        for each in [settings, *split_seeds(settings)]:
+            each.check()
         if "resume" not in given:
             settings.check_useful()
         return settings
