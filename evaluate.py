@@ -33,12 +33,10 @@ import json
 import math
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from measure.choices import read_choice
 from measure.comparison import align_columns
@@ -48,6 +46,7 @@ from measure.scores import compare, full_report, judge_scores
 from model.checkpoint import find_device, find_weights, open_checkpoint
 from model.vlm import VLM
 from training.folder import replace_text
+from training.log import quiet_libraries
 from training.settings import OneLineParser, find_model, printable
 from training.terminal import prepare_output
 
@@ -270,9 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     prepare_output()
     args = parse_arguments(argv)
-    warnings.filterwarnings("ignore", module="PIL")
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    quiet_libraries()
     # Ask, and keep the answers of each model before the next one is asked.
     reports = {}
     failure = None  # of the file

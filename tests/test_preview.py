@@ -248,7 +248,7 @@ def test_the_disk_is_that_of_the_folder_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(preview.shutil, "disk_usage", usage)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "x").symlink_to(tmp_path / "elsewhere")
-    assert preview.free_disk(tmp_path / "x") is None, "a drive of size 0 says nothing"
+    assert preview.free_disk(tmp_path / "x") == float("inf"), "a drive of size 0 says nothing"
     preview.free_disk(tmp_path / "not" / "there")
     assert asked == [tmp_path / "x", tmp_path]
 

@@ -10,19 +10,16 @@ Exit codes: 0 done, 2 a wrong argument or input, 1 anything else.
 
 import dataclasses
 import json
-import logging
 import os
 import shlex
 import signal
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 import questioner
 import reasoner
@@ -41,7 +38,7 @@ from training import dry_run
 from training.distributed import Ranks, is_lost, join, leave
 from training.dry_run import describe, rehearse
 from training.images import Found, ImageError, find_images, say_why_none
-from training.log import Console
+from training.log import Console, quiet_libraries
 from training.run import Run, RunError, Stopped
 from training.scenes import write_scenes
 from training.settings import (
@@ -91,15 +88,14 @@ def main(
     quiet_libraries()
     try:
         settings = parse_arguments(description, argv)
+        ranks = join()
     except SystemExit as stop:  # --help or a wrong flag; a notebook would end at it
         return stop.code or 0
-    again = shlex.join(sys.argv[1:] if argv is None else argv) if settings.seeds else None
-    folders = []
-    try:
-        ranks = join()
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    again = shlex.join(sys.argv[1:] if argv is None else argv) if settings.seeds else None
+    folders = []
     for one in split_seeds(settings):
         exit_code = run_once(loop, one, ranks, again, check)
         if exit_code:
@@ -171,16 +167,6 @@ def path_from_here(path: Path) -> str:
     path = Path(os.path.abspath(path))
     here = Path.cwd()
     return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
-
-
-def quiet_libraries() -> None:
-    """Silences what libraries print where a sentence of ours says it, or where nothing is wrong."""
-    # The hub's retries, for a mistyped model.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    # A strange image is used, or skipped and listed.
-    warnings.filterwarnings("ignore", module="PIL")
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
 
 
 def explain(error: BaseException, go_on: str | None) -> tuple[str, int] | None:

@@ -99,7 +99,7 @@ def show(run: Run) -> None:
     needed = disk_plan(s, run.checkpoint.config)
     there = free_disk(run.folder)
     text = f"disk     a new run takes at most {needed}"
-    if there is not None:
+    if there < math.inf:
         text += f"; {there / GIB:.2f} are free"
         if there < needed.total:
             text += ", too LITTLE"
@@ -129,9 +129,7 @@ def check_disk(run: Run) -> None:
     """Raises ValueError, on all ranks, if a new run would fill the disk that its folder is on."""
     s = run.settings
     needed = disk_plan(s, run.checkpoint.config)
-    # The least that a rank sees; a network drive may not say.
-    seen = [free for free in run.ranks.all_gather([free_disk(run.folder)]) if free is not None]
-    there = min(seen, default=math.inf)
+    there = min(run.ranks.all_gather([free_disk(run.folder)]))  # the least that a rank sees
     if run.number > 0 or needed.total <= there:
         return
     # Settings with which it takes less.
@@ -157,15 +155,15 @@ def disk_plan(s: Settings, config: PreTrainedConfig) -> plan.Moment:
     return plan.disk_plan(config, stored, saves, s.lora_rank, s.freeze_vision)
 
 
-def free_disk(folder: Path) -> int | None:
-    """Returns the bytes that are free on a folder's disk; None if nobody says, as on some network drives."""
+def free_disk(folder: Path) -> float:
+    """Returns the bytes that are free on a folder's disk; infinity if nobody says, as on network drives."""
     folder = folder.absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
         usage = shutil.disk_usage(existing)
     except OSError:
-        return None
-    return usage.free if usage.total else None
+        return math.inf
+    return usage.free if usage.total else math.inf
 
 
 # ---- Memory ------------------------------------------------------------------------------------------------
@@ -272,14 +270,13 @@ def advise(free: int, batch_scale: float, arguments: dict) -> str:
     batch_scale: fraction of the usual batch size; arguments: see `plan_arguments`.
     """
     text = f"{free / GIB:.1f} GiB are free on the GPU: this fits"
-    if not plan.fits(free, **arguments, batch_scale=batch_scale):
+    fits = plan.fits(free, **arguments, batch_scale=batch_scale)
+    if not fits:
         text += " not even with the smallest batches"
-    elif batch_scale >= 1:
-        return text
-    else:
+    elif batch_scale < 1:
         text += f" with batches of {batch_scale:g} of the usual size"
-        if batch_scale >= SLOW:
-            return text
+    if fits and batch_scale >= SLOW:
+        return text
     better = [
         words
         for words, more in HELP.items()
@@ -314,13 +311,12 @@ def extrapolate(s: Settings, rehearsal: Rehearsal) -> dict[str, float]:
     curation = (asking + answering) / s.group_size * s.candidates
     a_vote = rehearsal.answering / max(1, rehearsal.valid)
     reasoner_step = (a_vote * s.group_size / s.answers + updating) * s.images_per_step
+    steps = s.questioner_steps * questioner_step + s.reasoner_steps * reasoner_step
     return dict(
         questioner_step=questioner_step,
         curation=curation,
         reasoner_step=reasoner_step,
-        iteration=s.questioner_steps * questioner_step
-        + curation
-        + s.reasoner_steps * reasoner_step,
+        iteration=steps + curation,
     )
 
 

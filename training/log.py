@@ -1,15 +1,18 @@
 """Lines, a progress bar and a table for people; numbers as they are written to metrics.jsonl."""
 
+import logging
 import math
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import takewhile
 
 import torch
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 from grpo import Group, group_advantages
 from model.vlm import VLM
@@ -70,6 +73,16 @@ class Console:
         finally:
             over.set()
             thread.join()
+
+
+def quiet_libraries() -> None:
+    """Silences what libraries print where a sentence of ours says it, or where nothing is wrong."""
+    # The hub's retries, for a mistyped model.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # A strange image is used, or skipped and listed.
+    warnings.filterwarnings("ignore", module="PIL")
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
 
 
 # ---- The table ---------------------------------------------------------------------------------------------

@@ -51,7 +51,8 @@ def judge_phase(records: list[dict], settings: dict) -> dict[str, str]:
     """Judges records of one phase of one iteration. Returns a kind of trouble -> a sentence."""
     phase = records[0].get("phase")
     if phase == "curation":
-        return _judge_curation(records[-1], settings)
+        told = _judge_curation(records[-1], settings)
+        return {"few": told} if told else {}
     if phase not in ("questioner", "reasoner"):
         return {}
     troubles = {}
@@ -91,26 +92,26 @@ def _tell_reasons(records: list[dict]) -> str:
     return f" ({', '.join(each)})" if each else ""
 
 
-def _judge_curation(record: dict, settings: dict) -> dict[str, str]:
-    """Says why nothing, or little, was curated."""
+def _judge_curation(record: dict, settings: dict) -> str:
+    """Says why nothing, or little, was curated; "" if there was enough."""
     curated = _number(record, "curated")
     least = _number(settings, "images_per_step")
     if curated >= least:
-        return {}
+        return ""
     if not _number(record, "validity"):
         advice = "try another --questioner-prompt or --model, or a higher --max-new-tokens"
         told = "not one question was valid, so that the Reasoner is not trained"
-        return {"few": f"{told}: {advice}"}
+        return f"{told}: {advice}"
     left_out = _counts(record, "left_out")
     each = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
     why = f" (left out: {each})" if each else ""
     if curated:
         told = f"questions that were kept: {curated}{why}, fewer than --images-per-step {least}"
         advice = "try more --candidates or more images"
-        return {"few": f"{told}, so that each step trains on all of them: {advice}"}
+        return f"{told}, so that each step trains on all of them: {advice}"
     main_reason = max(left_out, key=left_out.get, default="")
     advice = ADVICE.get(main_reason, "candidates/ has those that were proposed")
-    return {"few": f"no question was kept{why}, so that the Reasoner is not trained: {advice}"}
+    return f"no question was kept{why}, so that the Reasoner is not trained: {advice}"
 
 
 def _part(share: float, count: float) -> str:
