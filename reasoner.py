@@ -21,7 +21,7 @@ from model.generate import generate
 from model.prompt import Patches, Prompt
 from model.sampling import Sampling
 from model.vlm import VLM
-from questioner import Asked
+from questioner import Asked, Question
 from rewards import confidence
 
 INSTRUCTION = "\nThink step by step, then give the final answer in \\boxed{}."
@@ -82,22 +82,25 @@ def answer_questions(
     """Answers the valid questions of all images together, each m times (None: invalid)."""
     prompts = []
     for a in asked:
-        valid = [question for question in a.questions if question is not None]
-        prompts += [answer_prompt(vlm, a.patches, q.text, instruction) for q in valid]
+        prompts += [
+            answer_prompt(vlm, a.patches, question.text, instruction)
+            for question in a.questions
+            if question is not None
+        ]
     answered = iter(answer(vlm, prompts, m, sampling))
     return [[question and next(answered) for question in a.questions] for a in asked]
 
 
 def count_votes(asked: list[Asked], answered: list[list[Answered | None]]) -> Votes:
     """Returns each question with its silver label and confidence (None: invalid)."""
-    votes: Votes = []
+    votes = []
     for a, groups in zip(asked, answered):
-        votes.append([])
-        for question, group in zip(a.questions, groups):
-            if question is None:
-                votes[-1].append(None)
-                continue
-            label, c = confidence(group.answers)
-            voted = VotedQuestion(a.path, question.text, question.kind, label, c, group.answers)
-            votes[-1].append(voted)
+        pairs = zip(a.questions, groups)
+        votes.append([q and label_question(a.path, q, group.answers) for q, group in pairs])
     return votes
+
+
+def label_question(path: str, question: Question, answers: list[str | None]) -> VotedQuestion:
+    """Returns a question about the image at `path` with its silver label y~ and confidence c."""
+    label, c = confidence(answers)
+    return VotedQuestion(path, question.text, question.kind, label, c, answers)

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from training import memory_plan as plan
 from training.memory_plan import GIB
 from training.policy import Trained
 from training.run import Run
-from training.settings import MOST, Settings, printable
+from training.settings import Settings, printable
 
 SCENES = 512  # built-in scenes, if there are no other images
 TEXT_TOKENS = 100  # of an instruction and a question, about
@@ -127,24 +127,12 @@ def show_images(run: Run) -> None:
 
 def check_disk(run: Run) -> None:
     """Raises ValueError, on all ranks, if a new run would fill the disk that its folder is on."""
-    s = run.settings
-    needed = disk_plan(s, run.checkpoint.config)
+    needed = disk_plan(run.settings, run.checkpoint.config)
     there = min(run.ranks.all_gather([free_disk(run.folder)]))  # the least that a rank sees
     if run.number > 0 or needed.total <= there:
         return
-    # Settings with which it takes less.
-    seldom = replace(s, save_every=MOST)
-    lora, rank = ("a lower --lora-rank", 1) if s.lora_rank else ("--lora-rank 16", 16)
-    others = {"a higher --save-every": seldom, lora: replace(s, lora_rank=rank)}
-    less = [
-        name
-        for name, other in others.items()
-        if disk_plan(other, run.checkpoint.config).total < needed.total
-    ]
     why = f"the run takes up to {needed}, and the disk has room for {there / GIB:.1f}"
-    if less:
-        why += f"; {' or '.join(less)} takes less"
-    raise ValueError(f"{run.folder}: {why}")
+    raise ValueError(f"{run.folder}: {why}; --lora-rank 16 or a higher --save-every may take less")
 
 
 def disk_plan(s: Settings, config: PreTrainedConfig) -> plan.Moment:

@@ -246,9 +246,9 @@ class Pictures:
                     bad.append((path, str(image)))
                 else:
                     pictures.append(Picture(path, image))
-            bad = [(path, why) for path, why in ranks.all_gather(bad)]
-            self.found.skipped.extend(dict.fromkeys(bad))
-            missing = len(bad)
+            everywhere = ranks.all_gather(bad)
+            self.found.skipped.extend(dict.fromkeys(map(tuple, everywhere)))
+            missing = len(everywhere)
         # The next step asks for as many: they are decoded while this one runs.
         position = self.position
         self.photographs.expect(ranks.shard(self._next_paths(count)))

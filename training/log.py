@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import takewhile
 
 import torch
 from tqdm import tqdm
@@ -139,12 +138,6 @@ def plain(value):
     if not isinstance(value, float):
         return value
     return round(value, 6) if math.isfinite(value) else None
-
-
-def skipped_in_a_row(records: list[dict]) -> int:
-    """Counts how many of the last GRPO steps were skipped without one between them that was not."""
-    skipped = [record["skipped"] for record in records if "skipped" in record]
-    return len(list(takewhile(bool, reversed(skipped))))
 
 
 def rollout_metrics(groups: list[Group], vlm: VLM, seconds: float, ranks: Ranks) -> dict:

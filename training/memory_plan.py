@@ -101,11 +101,11 @@ def parameter_sizes(config: PreTrainedConfig) -> Sizes:
 
 def trained_sizes(config: PreTrainedConfig, lora_rank: int, freeze_vision: bool) -> Sizes:
     """Counts the elements of each parameter that is trained, by name."""
-    return dict(_trained_sizes(config.to_json_string(use_diff=False), lora_rank, freeze_vision))
+    return _trained_sizes(config.to_json_string(use_diff=False), lora_rank, freeze_vision)
 
 
 @cache
-def _trained_sizes(config: str, lora_rank: int, freeze_vision: bool) -> list[tuple[str, int]]:
+def _trained_sizes(config: str, lora_rank: int, freeze_vision: bool) -> Sizes:
     fields = json.loads(config)
     kind = FAMILIES[fields["model_type"]].MODEL
     with torch.device("meta"):
@@ -114,7 +114,7 @@ def _trained_sizes(config: str, lora_rank: int, freeze_vision: bool) -> list[tup
             lora.add_lora(model, lora_rank)
     if freeze_vision:
         model.model.visual.requires_grad_(False)
-    return [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
+    return {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def memory_plan(

@@ -49,7 +49,7 @@ from training.folder import (
     write_json_lines,
 )
 from training.images import Found, ImageError, Pictures
-from training.log import HEADER, Console, plain, rollout_metrics, skipped_in_a_row, table_row
+from training.log import HEADER, Console, plain, rollout_metrics, table_row
 from training.photographs import Photographs
 from training.policy import Trained
 from training.settings import UNKNOWN_INSTRUCTIONS, Settings, knows, printable
@@ -166,7 +166,7 @@ class Run:
         self.state = State(**state)
         self.pictures = self.in_order(self.state.iteration, self.state.pictures)
         if self.state.skipped:
-            self.images.skipped[:] = [(path, why) for path, why in self.state.skipped]
+            self.images.skipped[:] = map(tuple, self.state.skipped)
         self.records = read_records(self.folder)
         self.tell_skips()
 
@@ -259,7 +259,8 @@ class Run:
             self.started = time.monotonic()
             yield step
             self.state.step = step
-            if skipped_in_a_row(self.records) >= BAD_STEPS:
+            skipped = [record["skipped"] for record in self.records if "skipped" in record]
+            if sum(skipped[-BAD_STEPS:]) == BAD_STEPS:
                 raise RunError(NOT_FINITE)
             is_stopped = self.ranks.any(self.stopping)
             is_due = step % self.settings.save_every == 0 and step < count

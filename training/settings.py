@@ -404,10 +404,11 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> Settings
     )
     given = vars(parser.parse_args(argv))
     seeds = given.pop("seeds", [])
-    if seeds and "resume" in given:
-        parser.error("--seeds: the same command as before continues its runs, without --resume")
-    if seeds and ("name" not in given or "seed" in given or len(set(seeds)) < len(seeds)):
-        parser.error("--seeds takes different seeds, a --name, and no --seed")
+    others = given.keys() & {"seed", "resume"}
+    if seeds and ("name" not in given or others or len(set(seeds)) < len(seeds)):
+        parser.error(
+            "--seeds takes different seeds and a --name, and no --seed or --resume: the same command goes on"
+        )
     # A run that goes on keeps its settings, but for a few.
     if "resume" in given:
         allowed = {*MAY_CHANGE, "iterations"} - {"name", "dry_run"}
