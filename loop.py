@@ -138,7 +138,7 @@ def curate_questions(s: Settings, run: Run, k: int, rules: Rules) -> None:
         return
     start = time.monotonic()
     candidates = []
-    for images in run.image_batches(k, "curation", s.candidates, s.images_per_step):
+    for images in run.image_batches(s.candidates, s.images_per_step):
         # Ask one question about each image, and vote on it.
         asked = questioner.ask(run.questioner, images, 1, run.sampling, s.questioner_prompt)
         voted = reasoner.vote(run.reasoner, asked, s.answers, run.sampling, s.reasoner_prompt)

@@ -316,7 +316,6 @@ def main() -> None:
     parser = OneLineParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--steepness", choices=STEEPNESS, default="medium", help="how lazy (default: medium)"

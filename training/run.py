@@ -291,10 +291,10 @@ class Run:
         """
         return self.pictures.load_next(count, self.ranks)
 
-    def image_batches(self, k: int, phase: str, count: int, size: int) -> Iterator[list[Picture]]:
+    def image_batches(self, count: int, size: int) -> Iterator[list[Picture]]:
         """Yields the next `count` images, `size` at a time, as decoded images are large. Seeds each batch."""
         for done in range(0, count, size):
-            self.generator = self.seeded(k, phase, done)
+            self.generator = self.seeded(self.state.iteration, self.state.phase, done)
             yield self.next_images(min(size, count - done))
             self.stop_if_asked()
 

@@ -234,8 +234,6 @@ class Settings:
             not self.name.strip(". ") or Path(self.name).name != self.name
         ):
             raise ValueError(f"--name {self.name!r} is not the name of a folder")
-        if self.measure is not None and not Path(self.measure).expanduser().is_file():
-            raise ValueError(f"--measure {self.measure} is not a file")
 
     def _check_field(self, field: dataclasses.Field) -> None:
         """Raises ValueError for a value of another type, or outside its field's limits."""
