@@ -59,6 +59,9 @@ class Trained:
         else:
             vlm.load_to_device()
             self.forward = PackedForward(vlm.model, checkpointing, vlm.fallbacks)
+        # By name; of sharded ones this rank's part, as DTensors.
+        named = self.forward.model.named_parameters()
+        self.masters = {name: p for name, p in named if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.parameters(), lr=lr, weight_decay=weight_decay, fused=True
         )
@@ -66,11 +69,8 @@ class Trained:
             self.optimizer.register_step_post_hook(lambda *_: self.refresh())
 
     def parameters(self) -> list[Tensor]:
-        """Returns the masters; sharded ones hold this rank's part, as DTensors."""
-        return [p for _, p in self._named()]
-
-    def _named(self) -> list[tuple[str, Tensor]]:
-        return [(name, p) for name, p in self.forward.model.named_parameters() if p.requires_grad]
+        """Returns the masters."""
+        return list(self.masters.values())
 
     def batches(self, completions: list, temperature: float = 1.0) -> Iterator:
         """See `grpo.Policy`. Weights are parts of the completions of all ranks, times the number of ranks.
@@ -116,7 +116,7 @@ class Trained:
     def refresh(self) -> None:
         """Rounds the masters into the plain copy, a tensor at a time."""
         plain = dict(self.vlm.model.named_parameters())
-        for name, master in self._named():
+        for name, master in self.masters.items():
             # Rounded where the master is: what crosses to CPU memory is half as much.
             rounded = master.full_tensor().to(plain[name].dtype)
             plain[name].copy_(rounded)
@@ -126,12 +126,12 @@ class Trained:
 
     def weights(self) -> dict[str, Tensor]:
         """Returns this rank's part of the masters, by name."""
-        return {name: _local(p).detach() for name, p in self._named()}
+        return {name: _local(p).detach() for name, p in self.masters.items()}
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Returns this rank's part of AdamW's moments, and its step counts, named NAME:exp_avg and so on."""
         state = {}
-        for name, parameter in self._named():
+        for name, parameter in self.masters.items():
             for kind, tensor in self.optimizer.state[parameter].items():
                 state[f"{name}:{kind}"] = _local(tensor)
         return state
@@ -139,19 +139,17 @@ class Trained:
     @torch.no_grad()
     def load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Puts whole tensors, by name, into the masters, and refreshes the plain copy."""
-        masters = dict(self._named())
         for name, whole in weights:
-            master = masters[name]
+            master = self.masters[name]
             _local(master).copy_(_local(_like(master, whole)))
         if self.sharded:
             self.refresh()
 
     def load_optimizer_state(self, state: Iterator[tuple[str, Tensor]]) -> None:
         """Goes on with this optimizer state: whole tensors, by name."""
-        masters = dict(self._named())
         for key, whole in state:
             name, kind = key.rsplit(":", 1)
-            master = masters[name]
+            master = self.masters[name]
             if kind == "step":
                 tensor = whole.to(_local(master).device)
             else:
