@@ -42,12 +42,7 @@ def answer_prompt(
     return vlm.prompt(question + (instruction or INSTRUCTION), image)
 
 
-def answer(
-    vlm: VLM,
-    prompts: list[Prompt],
-    n: int,
-    sampling: Sampling,
-) -> list[Answered]:
+def answer(vlm: VLM, prompts: list[Prompt], n: int, sampling: Sampling) -> list[Answered]:
     """Samples n answers to each prompt."""
     outputs = generate(vlm, prompts, n, **vars(sampling))
     answered = []
