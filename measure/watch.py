@@ -9,6 +9,7 @@ warn_of_questions                         the failure signatures (see signatures
 """
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
