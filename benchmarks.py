@@ -155,7 +155,6 @@ def mmmu(record: dict) -> dict:
         for image in list_images(record.get(f"image_{number}")):
             images.append(image)
             numbers.append(number)
-    line = dict(images=images)
     question = read_text(record, "question")
     answer = read_text(record, "answer")
     if answer == "?":
@@ -166,7 +165,7 @@ def mmmu(record: dict) -> dict:
     subject = re.fullmatch(r"[a-z]+_(\w+)_\d+", read_optional(record, "id"))
     kind = subject[1] if subject else read_optional(record, "subject")
     kind = kind or read_optional(record, "subfield")
-    line |= dict(question=question, answer=answer, kind=kind)
+    line = dict(images=images, question=question, answer=answer, kind=kind)
     if not is_open:
         return line | dict(choices=choices, ending=LETTER)
     answers = read_list(record, "answer") if answer.startswith("[") else [answer]
@@ -217,9 +216,8 @@ def mathverse(record: dict) -> dict:
     line = dict(question=query, answer=answer)
     if read_optional(record, "question_type") == "multi-choice":
         line = split_question(query, answer)
-    line["images"] = read_image(record)
-    line["kind"] = read_optional(record, "problem_version")
-    return line
+    kind = read_optional(record, "problem_version")
+    return line | dict(images=read_image(record), kind=kind)
 
 
 def math_vision(record: dict) -> dict:
@@ -242,20 +240,19 @@ def we_math(record: dict) -> dict:
         raise LeftOut("its key names no step")
     question = remove_marks(read_text(record, "question"))
     line = split_question(f"{question}\nOptions: {option}", read_text(record, "answer"))
-    line["images"] = read_image(record, "image_path")
-    line["kind"] = key
-    line["question_id"] = read_text(record, "ID")
-    return line
+    return line | dict(
+        images=read_image(record, "image_path"),
+        kind=key,
+        question_id=read_text(record, "ID"),
+    )
 
 
 def mmstar(record: dict) -> dict:
     """Reads MMStar: the choices stand behind the question."""
     question = remove_marks(read_text(record, "question"))
     line = split_question(question, read_text(record, "answer"))
-    line["images"] = read_image(record)
-    line["kind"] = read_optional(record, "category")
-    line["ending"] = LETTER
-    return line
+    kind = read_optional(record, "category")
+    return line | dict(images=read_image(record), kind=kind, ending=LETTER)
 
 
 def hallusionbench(record: dict) -> dict:
@@ -279,9 +276,7 @@ def realworldqa(record: dict) -> dict:
     text = read_text(record, "question")
     question, mark, ending = text.partition("\nPlease answer ")
     line = split_question(question.strip(), read_text(record, "answer"))
-    line["images"] = read_image(record)
-    line["ending"] = (mark + ending).strip()
-    return line
+    return line | dict(images=read_image(record), ending=(mark + ending).strip())
 
 
 def mm_vet(record: dict) -> dict:
@@ -321,12 +316,14 @@ def official(record: dict) -> dict:
     """Reads the official evaluation: problem, answer, images; the n-th <image> is the n-th of these."""
     answer = read_text(record, "answer")
     images = list_images(record.get("images"))
-    line = dict(images=images)
     numbers = range(1, len(images) + 1)
-    line["question"], _ = number_marks(read_text(record, "problem"), [], numbers)
-    line["answer"] = extract_answer(answer) or answer
-    line["kind"] = read_optional(record, "file_name")
-    return line
+    question, _ = number_marks(read_text(record, "problem"), [], numbers)
+    return dict(
+        images=images,
+        question=question,
+        answer=extract_answer(answer) or answer,
+        kind=read_optional(record, "file_name"),
+    )
 
 
 BENCHMARKS = {  # hub id, config, split, what reads a record

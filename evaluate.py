@@ -22,9 +22,9 @@ How the paper's benchmarks become such lines is in docs/evaluation.md.
 
 import signal
 
-if __name__ == "__main__":  # during the imports, which take seconds, Ctrl-C leaves no traceback
-    from training.terminal import prepare_output
+from training.terminal import prepare_output
 
+if __name__ == "__main__":  # during the imports, which take seconds, Ctrl-C leaves no traceback
     prepare_output()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -48,7 +48,6 @@ from model.vlm import VLM
 from training.folder import replace_text
 from training.log import quiet_libraries
 from training.settings import OneLineParser, find_model, printable
-from training.terminal import prepare_output
 
 chosen = read_choice  # its name in earlier versions
 LEAST_PIXELS = 28 * 28  # the smallest image token of any family; a checkpoint may want more

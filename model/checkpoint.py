@@ -213,7 +213,7 @@ def explained(sentence: str):
     """Turns any error in a `with` block into a CheckpointError: the sentence, and the error's first line."""
     try:
         yield
-    # Those of transformers, safetensors, JSON and jinja have no common ancestor.
+    # Those of torch, transformers, safetensors, JSON and jinja have no common ancestor.
     except Exception as error:
         raise CheckpointError(f"{sentence}: {first_line(error)}") from error
 
@@ -232,13 +232,9 @@ def first_line(error: Exception) -> str:
 
 def find_device(name) -> torch.device:
     """Returns the device of this name; None: "cuda" if there is one, else "cpu". Raises CheckpointError."""
-    try:
+    with explained(f"there is no device {name} here, --device cpu runs everywhere"):
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
-    # Torch raises RuntimeError, AssertionError or AttributeError, as it happens.
-    except Exception as error:
-        told = f"there is no device {name} here: --device cpu runs everywhere"
-        raise CheckpointError(told) from error
     return device
 
 

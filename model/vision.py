@@ -54,18 +54,15 @@ def grouped_attention(
         segments = Segments(Counter([q.shape[2]]))
     sizes = [length * count for length, count in segments.groups.items()]
 
-    def split(x: Tensor) -> tuple[Tensor, ...]:
-        """[1, heads, T, d] -> [heads, count * length, d] for each group."""
+    def split(x: Tensor) -> list[Tensor]:
+        """[1, heads, T, d] -> [count, heads, length, d] for each group: its segments are a batch."""
         if segments.order is not None:
             x = x[:, :, segments.order]
-        return x[0].split(sizes, dim=1)
+        parts = zip(x[0].split(sizes, dim=1), segments.groups)
+        return [part.unflatten(1, (-1, length)).transpose(0, 1) for part, length in parts]
 
     outputs = []
-    groups = zip(split(q), split(k), split(v))
-    for length, group in zip(segments.groups, groups):
-        # The segments of a group are a batch: [count, heads, length, d].
-        parts = [x.unflatten(1, (-1, length)) for x in group]
-        batch = [part.transpose(0, 1) for part in parts]
+    for batch in zip(split(q), split(k), split(v)):
         output = scaled_dot_product_attention(*batch, dropout_p=dropout, scale=scaling)
         output = output.transpose(1, 2)
         outputs.append(output.flatten(0, 1))
