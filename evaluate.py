@@ -50,7 +50,6 @@ from training.log import quiet_libraries
 from training.settings import OneLineParser, find_model, printable
 
 chosen = read_choice  # its name in earlier versions
-LEAST_PIXELS = 28 * 28  # the smallest image token of any family; a checkpoint may want more
 
 
 # ---- The scores ----
@@ -186,10 +185,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--json", type=Path, help="write everything here, each answer too")
     args = parser.parse_args(argv)
     # Values; NaN fails these comparisons
-    if args.answers < 1 or args.max_new_tokens < 1 or args.max_pixels < LEAST_PIXELS:
-        parser.error(
-            f"--answers and --max-new-tokens must be at least 1, --max-pixels {LEAST_PIXELS}"
-        )
+    if args.answers < 1 or args.max_new_tokens < 1:
+        parser.error("--answers and --max-new-tokens must be at least 1")
     if not 1e-6 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         parser.error("--temperature must be at least 0.000001, --top-p in (0, 1]")
     if not 0 <= args.seed < 2**63:

@@ -492,11 +492,11 @@ def main(argv: list[str] | None = None) -> int:
             runs = [Compared(f.resolve().name, read_config(f), read_records(f)) for f in args.run]
             told, text = compare_runs(runs)
             print("\n".join(map(printable, told)))
-            write(args.out, text)
         else:
             if args.follow:
                 follow(args.run[0], args.out)
-            write(args.out, page(args.run[0]))
+            text = page(args.run[0])
+        args.out.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {printable(str(error))}\n")
         return 2
@@ -548,16 +548,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def follow(folder: Path, out: Path) -> None:
     """Writes the page of a run again and again until the run is over. Raises ValueError and OSError."""
-    write(out, page(folder))
+    out.write_text(page(folder), encoding="utf-8")
     print(f"writing {printable(str(out))} until the run is over", flush=True)
     while not is_finished(read_records(folder), read_config(folder)):
         time.sleep(FOLLOW_SECONDS)
-        write(out, page(folder))
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a page. Raises OSError."""
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        out.write_text(page(folder), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -332,15 +332,9 @@ def draw_histogram(title: str, asked: list[Proposed], low: float, high: float) -
             top = y(count)
             box = f'x="{x(tenth) - 11:.1f}" y="{top:.1f}" width="22" height="{150 - top:.1f}"'
             drawn += f'<rect {box} style="fill: {fill}"/>'
-    # The band, and what it does not explain
     told = f"kept: {kept.total()} of {len(asked)} different questions"
     for edge in (low, high):
         drawn += f'<path class="dashed" d="M{x(10 * edge):.1f} 10V150"/>'
-    inside = sum(low <= q.confidence <= high and not kept for q, kept in asked)
-    outside = sum(kept and not low <= q.confidence <= high for q, kept in asked)
-    if inside or outside:
-        own_rule = f"by a rule of its own this run left out {inside} between the dashed lines"
-        keys[f"{own_rule} and kept {outside} outside"] = "none"
     xs = {f"{tenth / 10:g}": x(tenth) for tenth in (0, 5, 10)}
     ys = {f"{tick:g}": y(tick) for tick in ticks}
     below = "confidence (across), number of questions (up)"

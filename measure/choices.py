@@ -316,18 +316,13 @@ def split_choices(text: str) -> tuple[str, list[str]]:
             is_smaller = mark[1] == "a" and marks and marks[0][1] == "A"
             if mark[1] in "Aa" and len(marks) < 2 and not is_smaller:
                 marks = [mark]
-            elif marks and follows(mark[1], marks[-1][1]):
+            elif marks and ord(mark[1]) == ord(marks[-1][1]) + 1:  # B behind A, b behind a
                 marks.append(mark)
         choices = [choice.strip(" \t\r\n,;，；") for choice in split_behind(text, marks)]
         if len(choices) > 1 and all(map(says_something, choices)):
             start = label or marks[0]
             return text[: start.start()].rstrip(), choices
     return text, []
-
-
-def follows(letter: str, other: str) -> bool:
-    """Returns whether a letter is the next one in the alphabet after another, in the same case."""
-    return ord(letter) == ord(other) + 1
 
 
 def split_behind(text: str, marks: Sequence[re.Match]) -> list[str]:

@@ -5,8 +5,8 @@ The last accuracies of two groups are compared by seed. Of n seeds that both hav
     mean(d) +- t std(d) / sqrt(n)        t: 97.5% quantile of Student's t with n - 1 degrees of freedom
 
 holds the true difference in 95 of 100 such experiments, if differences are about normal. The same seed draws
-the same images, so a pair shares some of its luck. Without common seeds the groups are compared as they are
-(Welch's interval). One seed gives no interval, and no verdict.
+the same images, so a pair shares some of its luck. Runs of other seeds are not compared. One seed gives no
+interval, and no verdict.
 """
 
 import dataclasses
@@ -97,24 +97,20 @@ def compare_last(before: list[Compared], after: list[Compared], accuracy: str) -
     """Compares the last accuracies of two groups of runs; returns half a sentence."""
     old = last_by_seed(before, accuracy)
     new = last_by_seed(after, accuracy)
-    if not old or not new:
-        return "not known (no finished run whose accuracy was measured: see --measure of loop.py)"
-    seeds = [seed for seed in old if seed in new]
-    before_mean = fmean(old[seed] for seed in seeds or old)
-    after_mean = fmean(new[seed] for seed in seeds or new)
-    difference = after_mean - before_mean
-    if len(seeds) > 1:
-        half = paired_half_width([new[seed] - old[seed] for seed in seeds])
-        how = f"over {len(seeds)} seeds, paired"
-    elif not seeds and len(old) > 1 and len(new) > 1:
-        half = welch_half_width([*old.values()], [*new.values()])
-        how = f"over {len(old)} and {len(new)} runs of other seeds, not paired"
-    else:
-        return f"{difference:+.3f} with one seed, which gives no verdict: try --seeds 0 1 2 3 4"
-    low = difference - half
-    high = difference + half
+    differences = [new[seed] - old[seed] for seed in old if seed in new]
+    if not differences:
+        return (
+            "not known: no seed has finished, measured runs of both (--seeds, --measure of loop.py)"
+        )
+    mean = fmean(differences)
+    if len(differences) == 1:
+        return f"{mean:+.3f} with one seed, which gives no verdict: try --seeds 0 1 2 3 4"
+    half = half_width(differences)
+    low = mean - half
+    high = mean + half
     verdict = "may be chance" if low <= 0 <= high else "is more than chance explains"
-    return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}] {how}, which {verdict}"
+    interval = f"[{low:+.3f}, {high:+.3f}] over {len(differences)} seeds"
+    return f"{mean:+.3f} {interval}, paired, which {verdict}"
 
 
 def last_by_seed(runs: Sequence[Compared], accuracy: str) -> dict[str, float]:
@@ -123,24 +119,11 @@ def last_by_seed(runs: Sequence[Compared], accuracy: str) -> dict[str, float]:
     return {seed: value for seed, value in last.items() if value is not None}
 
 
-def paired_half_width(differences: Sequence[float]) -> float:
+def half_width(differences: Sequence[float]) -> float:
     """Returns t std(d) / sqrt(n), half of the 95% interval of the mean of n differences, n > 1."""
     n = len(differences)
-    return quantile(n - 1) * math.sqrt(variance(differences) / n)
-
-
-def welch_half_width(a: Sequence[float], b: Sequence[float]) -> float:
-    """Returns half of Welch's 95% interval of the difference of two means, of more than one number each."""
-    parts = [variance(values) / len(values) for values in (a, b)]
-    if not sum(parts):
-        return 0.0
-    squares = [part**2 / (len(values) - 1) for part, values in zip(parts, (a, b))]
-    return quantile(sum(parts) ** 2 / sum(squares)) * math.sqrt(sum(parts))
-
-
-def quantile(degrees: float) -> float:
-    """Returns the 97.5% quantile of Student's t, rather too large than too small."""
-    return T[min(len(T), int(degrees + 1e-9)) - 1]
+    t = T[min(len(T), n - 1) - 1]
+    return t * math.sqrt(variance(differences) / n)
 
 
 # ---- The page ----------------------------------------------------------------------------------------------

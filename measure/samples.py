@@ -23,7 +23,6 @@ from training.settings import Settings, shorten
 OUTPUTS = 16  # of a group
 ANSWERS = 2  # of the Reasoner, in full
 CHARACTERS = 8000  # of a text; a longer one loses its middle
-SHORT = 200  # characters of an answer
 
 
 def write_questions(
@@ -40,7 +39,7 @@ def write_questions(
         outputs = describe_questions(s, run.questioner, about_image, votes)
         in_full = describe_votes(run.reasoner, answers, votes)
         samples.append(dict(image=about_image.path, outputs=outputs, answers=in_full))
-    run.write_samples(step, samples)
+    run.write_samples(step, readable(samples))
 
 
 def describe_questions(
@@ -55,12 +54,12 @@ def describe_questions(
         output = describe(vlm, completion) | dict(invalid=fault or None)
         if vote is not None:
             output |= dict(
-                question=shorten(vote.question, CHARACTERS),
-                answers=[answer and shorten(answer, SHORT) for answer in vote.answers[:100]],
-                label=vote.label and shorten(vote.label, SHORT),
-                confidence=plain(vote.confidence),
-                r_unc=plain(rewards.uncertainty_reward(vote.confidence)),
-                r_div=plain(next(penalties)),
+                question=vote.question,
+                answers=vote.answers[:100],
+                label=vote.label,
+                confidence=vote.confidence,
+                r_unc=rewards.uncertainty_reward(vote.confidence),
+                r_div=next(penalties),
             )
         outputs.append(output)
     return outputs[:OUTPUTS]
@@ -72,11 +71,10 @@ def describe_votes(
     """Returns two of the Reasoner's answers to the first valid question, as it wrote them."""
     for each, vote in zip(answered, votes):
         if each is not None:
-            question = shorten(vote.question, CHARACTERS)
             written = []
             for completion, answer in zip(each.completions[:ANSWERS], each.answers):
-                text = describe(vlm, completion)["text"]
-                written.append(dict(question=question, text=text, answer=answer))
+                text = vlm.output_text(completion.tokens)
+                written.append(dict(question=vote.question, text=text, answer=answer))
             return written
     return []
 
@@ -92,25 +90,33 @@ def write_answers(
     for (question, _), each in islice(zip(questions, answered), s.samples):
         outputs = []
         for completion, answer in zip(each.completions[:OUTPUTS], each.answers):
-            answer = answer and shorten(answer, SHORT)
             outputs.append(describe(run.reasoner, completion) | dict(answer=answer))
         samples.append(
             dict(
                 image=question.image,
-                question=shorten(question.question, CHARACTERS),
-                label=shorten(question.label, SHORT),
-                confidence=plain(question.confidence),
+                question=question.question,
+                label=question.label,
+                confidence=question.confidence,
                 outputs=outputs,
             )
         )
-    run.write_samples(step, samples)
+    run.write_samples(step, readable(samples))
 
 
 def describe(vlm: VLM, completion: Completion) -> dict:
     """Returns the text of a completion, and what it earned."""
     return dict(
-        text=shorten(vlm.output_text(completion.tokens), CHARACTERS),
+        text=vlm.output_text(completion.tokens),
         cut_off=vlm.is_cut_off(completion.tokens),
-        reward=plain(completion.reward),
-        advantage=plain(completion.advantage),
+        reward=completion.reward,
+        advantage=completion.advantage,
     )
+
+
+def readable(value):
+    """Shortens long texts and writes numbers as JSON has them, however deep inside a value."""
+    if isinstance(value, dict):
+        return {name: readable(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [readable(each) for each in value]
+    return shorten(value, CHARACTERS) if isinstance(value, str) else plain(value)

@@ -17,12 +17,10 @@ RESAMPLES = 2000  # of the bootstrap
 
 def full_report(outcomes: Sequence[Outcome]) -> dict:
     """Returns all scores, overall and per kind, with 95% intervals."""
-    by_kind = defaultdict(list)
-    for outcome in outcomes:
-        by_kind[outcome.item.kind].append(outcome)
-    by_kind.pop("", None)  # of no kind
-    scores = {kind: _score(by_kind[kind]) for kind in sorted(by_kind)}
-    scores = {"all": _score(outcomes)} | scores
+    kinds = {outcome.item.kind for outcome in outcomes} - {""}
+    scores = {"all": _score(outcomes)}
+    for kind in sorted(kinds):
+        scores[kind] = _score([outcome for outcome in outcomes if outcome.item.kind == kind])
     report = dict(scores=scores, reliability=reliability(outcomes))
     return report | pair_scores(outcomes) | we_math_scores(outcomes)
 

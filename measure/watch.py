@@ -140,8 +140,8 @@ def typical_logp(run: Run) -> dict:
         run.questioner, images, TYPICAL, sampling, run.settings.questioner_prompt
     )
     questions = []
-    for picture, each in zip(images, asked):
-        questions += [(picture.image, q.kind, q.text) for q in each.questions if q is not None]
+    for each in asked:
+        questions += [(each.patches, q.kind, q.text) for q in each.questions if q is not None]
     logps = run.all_gather(
         least_likely_logps(run.questioner, questions, run.settings.questioner_prompt)
     )

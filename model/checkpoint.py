@@ -24,7 +24,6 @@ from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from safetensors import safe_open
 from transformers import (
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     Qwen2VLImageProcessorPil,
@@ -480,7 +479,7 @@ def exported_files(vlm) -> dict[str, bytes]:
         files["preprocessor_config.json"] = json.dumps(inside | names, indent=2).encode()
     if "generation_config.json" not in files:
         ends = dict(eos_token_id=vlm.end_ids, pad_token_id=vlm.tokenizer.pad_token_id)
-        files["generation_config.json"] = GenerationConfig(**ends).to_json_string().encode()
+        files["generation_config.json"] = json.dumps(ends, indent=2).encode()
     return files
 
 

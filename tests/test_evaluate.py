@@ -499,6 +499,7 @@ def test_a_device_that_is_not_there_is_named_before_anything_is_loaded(data, mon
         ["--json", "no/such/folder.json"],
         ["--json", "/tmp"],
         ["--json", "/dev/full"],
+        ["--max-pixels", "783"],
     ],
 )
 def test_wrong_arguments_get_one_sentence(data, args, capsys):

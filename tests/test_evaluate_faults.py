@@ -145,7 +145,7 @@ def test_every_checkpoint_is_looked_at_before_the_first_one_answers(
     [
         ["--temperature", "nan"], ["--temperature", "0"], ["--temperature", "1e-7"], ["--temperature", "inf"],
         ["--temperature", "-1"], ["--top-p", "nan"], ["--top-p", "0"], ["--top-p", "1.01"],
-        ["--seed", "-1"], ["--seed", str(2**63)], ["--answers", "-3"], ["--max-pixels", "783"],
+        ["--seed", "-1"], ["--seed", str(2**63)], ["--answers", "-3"],
     ],
 )  # fmt: skip
 def test_numbers_out_of_range(data, args, monkeypatch, capsys):
