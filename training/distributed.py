@@ -20,7 +20,6 @@ from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
-from torch.nn.functional import pad
 
 # One rank waits this long for another, whose completions may be far longer.
 TIMEOUT = timedelta(hours=2)
@@ -83,15 +82,14 @@ class Ranks:
 
     def _exchange(self, value) -> list:
         """Returns the value of each rank, by rank. Bytes travel through the CPU, as they are few."""
-        mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        lengths = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(mine)]))
-        # Texts of one length: shorter ones are padded, and cut again.
-        longest = int(max(lengths))
-        texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(texts, pad(mine, (0, longest - len(mine))))
-        cut = [text[: int(length)] for text, length in zip(texts, lengths)]
-        return [json.loads(text.numpy().tobytes()) for text in cut]
+        text = json.dumps(value).encode()
+        longest = torch.tensor([len(text)])
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        # Texts of one length: JSON may end in spaces.
+        mine = torch.frombuffer(bytearray(text.ljust(int(longest))), dtype=torch.uint8)
+        texts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(texts, mine)
+        return [json.loads(each.numpy().tobytes()) for each in texts]
 
 
 def join() -> Ranks:

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from grpo import Group, group_advantages
+from grpo import Group, flatten, group_advantages
 from model.vlm import VLM
 from training.distributed import Ranks
 from training.scenes import RUNGS
@@ -142,21 +142,20 @@ def plain(value):
 
 def rollout_metrics(groups: list[Group], vlm: VLM, seconds: float, ranks: Ranks) -> dict:
     """Returns the metrics of what a GRPO step sampled, over the groups of all ranks."""
-    # Of each group its rewards, and the length of each completion and if it was cut off.
+    # Of each completion its reward, its length, and if it was cut off.
     mine = []
-    for group in groups:
-        rewards = [completion.reward for completion in group]
-        lengths = [len(completion.tokens) for completion in group]
-        cut_off = [vlm.is_cut_off(completion.tokens) for completion in group]
-        mine.append([rewards, lengths, cut_off])
-    everywhere = ranks.all_gather(mine)
-    lengths = [length for _, lengths, _ in everywhere for length in lengths]
+    for completion in flatten(groups):
+        tokens = completion.tokens
+        mine.append([completion.reward, len(tokens), vlm.is_cut_off(tokens)])
+    sampled = ranks.all_gather(mine)
+    equal = [all_equal([completion.reward for completion in group]) for group in groups]
+    lengths = [length for _, length, _ in sampled]
     return dict(
-        outputs=len(lengths),
-        reward=mean([reward for rewards, _, _ in everywhere for reward in rewards]),
-        equal_groups=mean([all_equal(rewards) for rewards, _, _ in everywhere]),
+        outputs=len(sampled),
+        reward=mean([reward for reward, _, _ in sampled]),
+        equal_groups=mean(ranks.all_gather(equal)),
         length=mean(lengths),
-        truncated=mean([cut for _, _, cut_off in everywhere for cut in cut_off]),
+        truncated=mean([is_cut_off for _, _, is_cut_off in sampled]),
         tokens_per_second=sum(lengths) / max(seconds, 1e-9),
     )
 

@@ -334,9 +334,9 @@ class Run:
 
     def all_gather_votes(self, votes: Votes) -> Votes:
         """Returns the votes of all processes."""
-        as_json = [[asdict(vote) if vote else None for vote in group] for group in votes]
+        as_json = [[vote and asdict(vote) for vote in group] for group in votes]
         everywhere = self.all_gather(as_json)
-        return [[VotedQuestion(**vote) if vote else None for vote in group] for group in everywhere]
+        return [[vote and VotedQuestion(**vote) for vote in group] for group in everywhere]
 
     def on_main(self, function: Callable[..., dict], *arguments) -> dict:
         """Runs a function on the first process and returns its result on all."""

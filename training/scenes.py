@@ -102,11 +102,10 @@ def render(scene: Scene, rng: random.Random, size: int = 84) -> Image.Image:
         colour = COLOURS[thing.colour]
         long = 9 * unit  # a radius, or half the length of a bar of a cross
         short = 2.5 * unit  # half its width
-        circle = (x - long, y - long, x + long, y + long)
         if thing.shape == "disc":
-            draw.ellipse(circle, fill=colour)
+            draw.circle((x, y), long, fill=colour)
         elif thing.shape == "ring":
-            draw.ellipse(circle, outline=colour, width=max(1, round(4 * unit)))
+            draw.circle((x, y), long, outline=colour, width=max(1, round(4 * unit)))
         else:
             draw.rectangle((x - long, y - short, x + long, y + short), fill=colour)
             draw.rectangle((x - short, y - long, x + short, y + long), fill=colour)
