@@ -36,7 +36,14 @@ MAY_CHANGE = (
 PROMPTS = {"questioner_prompt", "reasoner_prompt"}  # a flag names a file, a setting is its text
 
 
-def setting(default, help: str, group: str, least=None, most=None, choices=None):
+def setting(
+    default,
+    help: str,
+    group: str,
+    least: float | None = None,
+    most: float | None = None,
+    choices: tuple[str, ...] | None = None,
+):
     """Makes a field of `Settings`: its flag's help text and group, and what its value may be.
 
     least, most: the limits of a number, inclusive. choices: the words of which it is one.
@@ -208,7 +215,10 @@ class Settings:
         RUN,
     )
     for_: str | None = setting(
-        None, "with --dry-run: a GPU to estimate the time for", RUN, choices=GPUS
+        None,
+        f"with --dry-run: a GPU to estimate the time for, one of {', '.join(GPUS)}",
+        RUN,
+        choices=GPUS,
     )
 
     @property
@@ -424,7 +434,7 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> Settings
         settings = Settings(**(beside | given))
         settings.given = tuple(given)  # a value that happens to be the default is given, too
         settings.seeds = tuple(seeds)
-        for each in [settings, *split_seeds(settings)]:
+        for each in split_seeds(settings):
             each.check()
         if "resume" not in given:
             settings.check_useful()
@@ -438,12 +448,11 @@ def split_seeds(settings: Settings) -> list[Settings]:
 
     --dry-run shows the first.
     """
-    runs = [settings]
-    if settings.seeds:
-        runs = [
-            dataclasses.replace(settings, seed=seed, name=f"{settings.name}-seed{seed}")
-            for seed in settings.seeds
-        ]
+    runs = [
+        dataclasses.replace(settings, seed=seed, name=f"{settings.name}-seed{seed}")
+        for seed in settings.seeds
+    ]
+    runs = runs or [settings]
     return runs[:1] if settings.dry_run else runs
 
 
