@@ -163,7 +163,7 @@ def _read_list(place: Path) -> list[str]:
     names = []
     try:
         data = place.read_bytes()
-        if b"\0" in data or data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        if b"\0" in data:
             raise ValueError("it is in UTF-16 or no text; save it as UTF-8")
         lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
         for number, line in enumerate(lines, start=1):

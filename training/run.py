@@ -111,7 +111,7 @@ class Run:
         self.device = device
         self.batch_scale = 1.0  # fraction of the usual batch size that fits into the memory
         self.skips_told = 0  # skipped images that were named already
-        self.troubles_told: set[tuple] = set()  # (iteration, phase), kind: see `tell_troubles`
+        self.troubles_told: set[tuple] = set()  # phase of an iteration, kind: see `tell_troubles`
 
         self.state = State()
         self.number = 0  # states that were written
@@ -136,8 +136,7 @@ class Run:
         """Makes the folder and writes the settings and which images there are, for a run that goes on."""
         if self.ranks.is_main:
             self.locked = self.locked or lock(self.folder)
-            found = {"paths": self.images.paths, "skipped": self.images.skipped}
-            replace_text(self.folder / "images.json", json.dumps(found) + "\n")
+            replace_text(self.folder / "images.json", json.dumps(asdict(self.images)) + "\n")
             config = asdict(self.settings) | self.origin
             replace_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         self.tell_skips()
@@ -271,8 +270,7 @@ class Run:
 
     def seeded(self, *place) -> torch.Generator:
         """Random numbers that depend on nothing but a place in the run (and the process)."""
-        generator = torch.Generator(self.device)
-        return generator.manual_seed(self.ranks.seed(self.seed, *place))
+        return torch.Generator(self.device).manual_seed(self.ranks.seed(self.seed, *place))
 
     @property
     def sampling(self) -> Sampling:
@@ -446,12 +444,12 @@ class Run:
 
     def tell_troubles(self, record: dict) -> None:
         """Says what went wrong in a step or a curation; each kind of trouble once a phase."""
-        place = (record["iteration"], record["phase"])
+        place = f"iteration {record['iteration']}, {record['phase']}"
         step = f", step {record['step']}" if "step" in record else ""
         for kind, sentence in judge_phase([record], asdict(self.settings)).items():
             if (place, kind) not in self.troubles_told:
                 self.troubles_told.add((place, kind))
-                self.console.say(f"iteration {place[0]}, {place[1]}{step}: {sentence}")
+                self.console.say(f"{place}{step}: {sentence}")
 
     def log(self, step: int, groups: list[grpo.Group], metrics: dict) -> None:
         """Writes the record of a GRPO step: what was sampled, and its metrics."""
