@@ -324,14 +324,14 @@ def time_step(run: Run, pictures: list[Picture]) -> Rehearsal:
     """Times a Questioner step; both roles are left as before."""
     s = run.settings
     run.generator = run.seeded("rehearsal")
-    times = [read_clock(run.device)]
     # Asking and answering.
+    start = read_clock(run.device)
     asked = questioner.ask(
         run.questioner, pictures, s.group_size, run.sampling, s.questioner_prompt
     )
-    times.append(read_clock(run.device))
+    asked_at = read_clock(run.device)
     votes = reasoner.vote(run.reasoner, asked, s.answers, run.sampling, s.reasoner_prompt)
-    times.append(read_clock(run.device))
+    answered_at = read_clock(run.device)
     # An update, of rewards that differ, so that there is a gradient.
     rewards = [float(i % 2) for i in range(s.group_size)]
     groups = [each.completions for each in asked]
@@ -344,17 +344,17 @@ def time_step(run: Run, pictures: list[Picture]) -> Rehearsal:
         s.gradient_checkpointing,
         run.ranks,
     )
-    times.append(read_clock(run.device))  # what came before is done once a phase, not in each step
+    ready_at = read_clock(run.device)  # what came before is done once a phase, not in each step
     grpo.add_reference(groups, run.reasoner, s.temperature)
     grpo.update(policy, policy.optimizer, groups, s.clip, s.beta, s.temperature)
-    times.append(read_clock(run.device))
+    updated_at = read_clock(run.device)
     del policy
     gc.collect()  # the masters go, whose modules refer to one another
     return Rehearsal(
         images=len(pictures),
-        asking=times[1] - times[0],
-        answering=times[2] - times[1],
-        updating=times[4] - times[3],
+        asking=asked_at - start,
+        answering=answered_at - asked_at,
+        updating=updated_at - ready_at,
         valid=sum(vote is not None for group in votes for vote in group),
     )
 
