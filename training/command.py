@@ -42,16 +42,12 @@ from training.log import Console, quiet_libraries
 from training.run import Run, RunError, Stopped
 from training.scenes import write_scenes
 from training.settings import (
-    MAY_CHANGE,
-    PROMPTS,
     TOY,
     Settings,
+    check_same_settings,
     continue_settings,
-    flag,
     parse_arguments,
     printable,
-    read_saved,
-    shorten,
     split_seeds,
 )
 from training.terminal import prepare_output
@@ -320,26 +316,6 @@ def find_run_images(where: str | None) -> Found:
     if not images.paths:
         raise ValueError(f"--images {where}: {say_why_none(images)}")
     return images
-
-
-def check_same_settings(settings: Settings, folder: Path) -> dict:
-    """Raises ValueError naming the first setting that is not what the run in `folder` was started with.
-
-    What only decides where and in how much memory the same numbers are computed may change, and a run may
-    go on for more iterations. Returns what config.json says besides.
-    """
-    before, saved = read_saved(folder)
-    for name, now in vars(settings).items():
-        was = getattr(before, name)
-        further = name == "iterations" and now > was
-        unknown = name in PROMPTS and was is None  # in runs of earlier versions
-        if was != now and name not in MAY_CHANGE and not further and not unknown:
-            started, asked = (printable(shorten(str(value), 60)) for value in (was, now))
-            raise ValueError(
-                f"{folder} was started with {flag(name)} {started}, not {asked}; "
-                f"--resume {folder} goes on with its own settings, another --name starts a new run"
-            )
-    return saved
 
 
 def check_program(folder: Path, started: str | None, program: str | None) -> None:

@@ -129,10 +129,15 @@ def _walk(top: Path, skipped: list) -> Iterator[Path]:
 
     Hidden folders, and those that cannot be listed, are added to `skipped`.
     """
+
+    def note(error: OSError) -> None:
+        why = f"a folder that cannot be listed: {error.strerror}"
+        skipped.append((str(error.filename), why))
+
     seen = set()
     starts = [top]
     for start in starts:
-        for folder, names, _ in os.walk(start, onerror=lambda e: skipped.append(_failure(e))):
+        for folder, names, _ in os.walk(start, onerror=note):
             inside = sorted(names)
             names.clear()
             real = os.path.realpath(folder)
@@ -148,11 +153,6 @@ def _walk(top: Path, skipped: list) -> Iterator[Path]:
                     starts.append(path)
                 else:
                     names.append(name)
-
-
-def _failure(error: OSError) -> tuple[str, str]:
-    """Returns the folder that could not be listed, and why."""
-    return str(error.filename), f"a folder that cannot be listed: {error.strerror}"
 
 
 def _read_list(place: Path) -> list[str]:

@@ -486,6 +486,26 @@ def continue_settings(given: Settings) -> tuple[Settings, dict]:
     return dataclasses.replace(saved, **changed), more
 
 
+def check_same_settings(settings: Settings, folder: Path) -> dict:
+    """Raises ValueError naming the first setting that is not what the run in `folder` was started with.
+
+    What only decides where and in how much memory the same numbers are computed may change, and a run may
+    go on for more iterations. Returns what config.json says besides.
+    """
+    before, saved = read_saved(folder)
+    for name, now in vars(settings).items():
+        was = getattr(before, name)
+        further = name == "iterations" and now > was
+        unknown = name in PROMPTS and was is None  # in runs of earlier versions
+        if was != now and name not in MAY_CHANGE and not further and not unknown:
+            started, asked = (printable(shorten(str(value), 60)) for value in (was, now))
+            raise ValueError(
+                f"{folder} was started with {flag(name)} {started}, not {asked}; "
+                f"--resume {folder} goes on with its own settings, another --name starts a new run"
+            )
+    return saved
+
+
 def _add_flag(group, field: dataclasses.Field) -> None:
     """Adds a field's flag to its group of the help."""
     text = field.metadata["help"].replace("%", "%%")
