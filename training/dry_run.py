@@ -386,18 +386,14 @@ def describe_seconds(s: Settings, seconds: dict[str, float]) -> str:
 
 
 def show_estimate(run: Run) -> None:
-    """Prints how long steps would take on the GPU of --for, or on the one here if it is a known one."""
+    """Prints how long steps would take on the GPU of --for."""
     s = run.settings
-    here = torch.cuda.get_device_name(run.device).lower() if run.device.type == "cuda" else ""
-    name = s.for_ or next((name for name in estimate.CARDS if name in here), None)
-    if name is None or not run.ranks.is_main:
+    if s.for_ is None or not run.ranks.is_main:
         return
     work = plan_arguments(run)["work"]
-    case = estimate.Case(run.checkpoint.config, s, work, estimate.CARDS[name])
-    seconds = estimate.estimate(case)["seconds"]
-    print(
-        f"time     an estimate for one {name.upper()}, not measured: {describe_seconds(s, seconds)}"
-    )
+    case = estimate.Case(run.checkpoint.config, s, work, estimate.CARDS[s.for_])
+    told = describe_seconds(s, estimate.estimate(case)["seconds"])
+    print(f"time     an estimate for one {s.for_.upper()}, not measured: {told}")
 
 
 def format_duration(seconds: float) -> str:
