@@ -80,7 +80,7 @@ def read_list(record: dict, name: str) -> list[str]:
     return [str(value).strip() for value in values]
 
 
-def read_image(record: dict, name: str = "image") -> list[bytes]:
+def read_image(record: dict, name: str) -> list[bytes]:
     """Returns the image in a field that should hold one, in a list. Raises LeftOut if there are several."""
     images = list_images(record.get(name))
     if len(images) > 1:
@@ -141,7 +141,7 @@ def split_question(question: str, answer: str) -> dict:
     return dict(question=question, answer=answer)
 
 
-# ---- The benchmarks: a record in, a line out ----
+# ---- The benchmarks: a record in, a line out; its image is in the column "image", unless they say where ----
 
 
 def mmmu(record: dict) -> dict:
@@ -178,7 +178,6 @@ def mmmu_pro_vision(record: dict) -> dict:
     if not re.fullmatch("[A-J]", answer):
         raise LeftOut("the answer is no letter")
     return dict(
-        images=read_image(record),
         question="Answer the multiple-choice question in the image.",
         answer=answer,
         ending=LAST_LINE,
@@ -216,8 +215,7 @@ def mathverse(record: dict) -> dict:
     line = dict(question=query, answer=answer)
     if read_optional(record, "question_type") == "multi-choice":
         line = split_question(query, answer)
-    kind = read_optional(record, "problem_version")
-    return line | dict(images=read_image(record), kind=kind)
+    return line | dict(kind=read_optional(record, "problem_version"))
 
 
 def math_vision(record: dict) -> dict:
@@ -251,8 +249,7 @@ def mmstar(record: dict) -> dict:
     """Reads MMStar: the choices stand behind the question."""
     question = remove_marks(read_text(record, "question"))
     line = split_question(question, read_text(record, "answer"))
-    kind = read_optional(record, "category")
-    return line | dict(images=read_image(record), kind=kind, ending=LETTER)
+    return line | dict(kind=read_optional(record, "category"), ending=LETTER)
 
 
 def hallusionbench(record: dict) -> dict:
@@ -262,7 +259,6 @@ def hallusionbench(record: dict) -> dict:
         raise LeftOut("its gt_answer is neither 0 nor 1")
     group = " ".join(read_text(record, name) for name in ("category", "subcategory", "set_id"))
     return dict(
-        images=read_image(record),
         question=read_text(record, "question"),
         answer="yes" if truth == "1" else "no",
         kind=read_text(record, "subcategory"),
@@ -276,7 +272,7 @@ def realworldqa(record: dict) -> dict:
     text = read_text(record, "question")
     question, mark, ending = text.partition("\nPlease answer ")
     line = split_question(question.strip(), read_text(record, "answer"))
-    return line | dict(images=read_image(record), ending=(mark + ending).strip())
+    return line | dict(ending=(mark + ending).strip())
 
 
 def mm_vet(record: dict) -> dict:
@@ -286,7 +282,6 @@ def mm_vet(record: dict) -> dict:
     if not isinstance(capabilities, list):
         capabilities = read_optional(record, "capability").split(",")
     return dict(
-        images=read_image(record),
         question=read_text(record, "question"),
         answer=[answer for answer in answers if answer],
         kind=",".join(str(capability).strip() for capability in capabilities),
@@ -307,7 +302,6 @@ def visnumbench(record: dict) -> dict:
         question=remove_marks(read_text(record, "question")),
         answer=read_text(record, "answer"),
         choices=choices,
-        images=read_image(record),
         kind=read_optional(record, "task_class"),
     )
 
@@ -352,9 +346,12 @@ def convert(read: Callable[[dict], dict], record: object, boxed: bool = False) -
     if not isinstance(record, dict):
         return "it is no record"
     try:
-        line = {name: value for name, value in read(record).items() if value not in ("", [])}
+        line = read(record)
         if "images" not in line:
+            line["images"] = read_image(record, "image")
+        if not line["images"]:
             raise LeftOut("no image")
+        line = {name: value for name, value in line.items() if value not in ("", [])}
         if boxed:
             line.pop("ending", None)
         # The checks of evaluate.py, of which the images are no matter here
@@ -422,7 +419,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print(f"questions in {args.out}/questions.jsonl: {written}")
     if counts:
-        print(f"left out {counts.total()} of {counts.total() + written} records:")
+        print(f"records left out: {counts.total()} of {counts.total() + written}")
     for reason, count in counts.most_common():
         print(f"{count:>8}  {reason}")
     if not written:

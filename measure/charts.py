@@ -332,7 +332,8 @@ def draw_histogram(title: str, asked: list[Proposed], low: float, high: float) -
             top = y(count)
             box = f'x="{x(tenth) - 11:.1f}" y="{top:.1f}" width="22" height="{150 - top:.1f}"'
             drawn += f'<rect {box} style="fill: {fill}"/>'
-    told = f"kept: {kept.total()} of {len(asked)} different questions"
+    told = f"different questions: {len(asked)}, kept: {kept.total()}"
+    # The thresholds of curation
     for edge in (low, high):
         drawn += f'<path class="dashed" d="M{x(10 * edge):.1f} 10V150"/>'
     xs = {f"{tenth / 10:g}": x(tenth) for tenth in (0, 5, 10)}

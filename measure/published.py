@@ -77,7 +77,7 @@ def list_images(value: object) -> list[bytes]:
         return images
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
-    if value is None or value == b"" or value == "":
+    if value in (None, b"", ""):
         return []
     if not isinstance(value, bytes):
         raise LeftOut("its image has no bytes")

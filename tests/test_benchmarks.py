@@ -42,7 +42,7 @@ def test_the_whole_command(tmp_path, monkeypatch, capsys):
     assert benchmarks.main(["mmmu", str(tmp_path / "out")]) == 0
     assert module.asked == [("lmms-lab-encoder/MMMU", None, "validation")]
     said = capsys.readouterr().out.splitlines()
-    assert said[0].endswith("questions.jsonl: 5") and said[1] == "left out 2 of 7 records:"
+    assert said[0].endswith("questions.jsonl: 5") and said[1] == "records left out: 2 of 7"
     assert [line.split(maxsplit=1) for line in said[2:]] == [
         ["1", "its answer is not published"], ["1", "its image is of no known kind"],
     ]  # fmt: skip

@@ -204,7 +204,7 @@ def test_kept_is_what_stands_in_curated(tmp_path):
     kept = re.findall(r"confidence (\S+) · (kept|not kept)", text)
     assert sorted(set(kept)) == [("0.50", "not kept"), ("0.95", "kept")] and len(kept) == 6
     _, words, figure = curves(text, "Difficulty, iteration 1")
-    assert "kept: 3 of 9 different questions" in words
+    assert "different questions: 9, kept: 3" in words
     bars = re.findall(r'<rect x="(\S+)" .*?height="(\S+)" style="fill: var\(--(\w+)\)', figure)
     assert [colour for _, _, colour in bars] == ["pale", "pale", "c0"], (
         "all at 0.5, all at 1, those kept"
@@ -222,7 +222,7 @@ def test_a_question_proposed_twice_is_there_once_with_the_votes_it_was_kept_with
         lambda e: replace(e, confidence=0.75, answers=["1"] * 20),
     )
     text = written(folder)
-    assert "kept: 6 of 9 different questions" in curves(text, "Difficulty, iteration 1")[1]
+    assert "different questions: 9, kept: 6" in curves(text, "Difficulty, iteration 1")[1]
     assert text.count("confidence 0.75 · kept") == 6 and text.count("<span>20</span>") == 6
 
 
@@ -231,7 +231,7 @@ def test_an_older_run_knows_only_what_was_kept(tmp_path):
     shutil.rmtree(folder / "candidates")
     text = written(folder)
     check_page(text)
-    assert "kept: 6 of 6 different questions" in text and "not kept</div>" not in text
+    assert "different questions: 6, kept: 6" in text and "not kept</div>" not in text
 
 
 @pytest.mark.parametrize("recorded", ["runs/x/{}", "/home/a/runs/x/{}", r"C:\runs\x\{}", "{}"])

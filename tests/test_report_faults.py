@@ -31,7 +31,7 @@ def test_a_question_with_a_confidence_that_is_none_is_left_out(tmp_path, confide
         )
     text = written(folder)
     check_page(text)
-    assert "kept: 3 of 6 different questions" in curves(text, "Difficulty, iteration 1")[1]
+    assert "different questions: 6, kept: 3" in curves(text, "Difficulty, iteration 1")[1]
     assert "confidence 0.50 · kept" in text and "confidence unknown" not in text
     for kind in ("candidates", "curated"):
         change(folder / kind / "iteration-1.jsonl", lambda e: replace(e, confidence=confidence))
