@@ -2,6 +2,7 @@
 
     python bench/launches.py                  from the kernels that are written down here
     python bench/launches.py --schedule       asks torch.compile again (pip install triton)
+    python bench/launches.py --long           with 128 rows that have more than 384 tokens
 
 The step and the sampling run on meta tensors, and every operation of torch counts as one kernel, unless it
 only makes a view or reserves memory. What is compiled counts as many kernels as torch.compile makes of it
@@ -39,7 +40,8 @@ NO_KERNEL = {
     "scalar_tensor",
 }
 LIMITS = Limits(rows=256, slots=32, cells=16, prefix_tokens=1050, own_tokens=612)
-SHAPE = (256, 32, 16, 1050, 256)
+SHAPE = (256, 0, 32, 16, 1050, 256, 256)
+LONG = (256, 128, 32, 16, 1050, 384, 612)  # attend is 12 kernels then
 
 
 class Launches(TorchDispatchMode):
@@ -82,7 +84,7 @@ def mm_of_cuda(hidden, weight):
 
 
 def launches(
-    compiled: bool, size: str = "3b", lora_rank: int = 0, merged: bool = True
+    compiled: bool, size: str = "3b", lora_rank: int = 0, merged: bool = True, shape=SHAPE
 ) -> tuple[Launches, Launches]:
     """What one step and one sampling of 256 rows launch; merged: there is room for copies of weights."""
     vlm, step, draw = random_vlm(size, "meta", "bfloat16"), Launches(), Launches()
@@ -104,7 +106,7 @@ def launches(
             sampling.sample(rows.logits, 1.0, 0.99, 0, uniform, rows.pieces)
 
         for counting, work in (
-            (step, lambda: cache.step(vlm, rows, *SHAPE)),
+            (step, lambda: cache.step(vlm, rows, *shape)),
             (draw, sample),
         ):
             if compiled:
@@ -254,13 +256,16 @@ def main() -> None:
     parser.add_argument(
         "--schedule", action="store_true", help="ask torch.compile for an H100 again"
     )
+    parser.add_argument("--long", action="store_true", help="some rows are long")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
-    plain, fast = launches(False), launches(True)
-    lora = dict(lora=launches(True, lora_rank=16))
-    lora["lora, no room to merge"] = launches(True, lora_rank=16, merged=False)
+    shape = LONG if args.long else SHAPE
+    plain, fast = launches(False, shape=shape), launches(True, shape=shape)
+    lora = dict(lora=launches(True, lora_rank=16, shape=shape))
+    lora["lora, no room to merge"] = launches(True, lora_rank=16, merged=False, shape=shape)
     arguments = fast[0].arguments | fast[1].arguments
-    kernels = scheduled(arguments) if args.schedule else KERNELS
+    known = KERNELS | dict(attend=12) if args.long else KERNELS
+    kernels = scheduled(arguments) if args.schedule else known
     results = dict(kernels=kernels)
     for name, kind in (dict(plain=plain, compiled=fast) | lora).items():
         step, sampling = (total(part, kernels) for part in kind)

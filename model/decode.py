@@ -149,12 +149,16 @@ class Rows:
         self.row_of_cell.copy_(torch.tensor(row_of_cell))
         self.cell_of_row.copy_(torch.tensor(cell_of_row))
 
-    def per_head(self, layer: int, R: int, S: int, P: int, T: int) -> list[Tensor]:
-        """Returns views of the keys and values of prefixes, then of rows: [places * heads, tokens, d]."""
+    def per_head(self, layer: int, R: int, L: int, S: int, P: int, N: int, T: int) -> list[Tensor]:
+        """Returns views of keys and values: of prefixes, of N own tokens of R rows, of the others of L rows.
+
+        They are [places * heads, tokens, d].
+        """
         prefixes = (self.prefix_keys[layer], self.prefix_values[layer])
         own = (self.keys[layer], self.values[layer])
         views = [cache[:S, :, :P] for cache in prefixes]
-        views += [cache[:R, :, :T] for cache in own]
+        views += [cache[:R, :, :N] for cache in own]
+        views += [cache[:L, :, N:T] for cache in own]
         return [view.flatten(0, 1) for view in views]
 
     def append(self, token: Tensor) -> None:
@@ -228,12 +232,12 @@ def cache_budget(device: torch.device) -> int:
 # ---- A step ------------------------------------------------------------------------------------------------
 
 
-def step(vlm: VLM, rows: Rows, R: int, S: int, C: int, P: int, T: int) -> None:
+def step(vlm: VLM, rows: Rows, R: int, L: int, S: int, C: int, P: int, N: int, T: int) -> None:
     """Forwards the last token of the first R rows; leaves the logits of the next in `rows.logits`.
 
     This is the transformer, a token a row: everything but attention treats the R tokens like any [R, hidden]
-    batch. It covers S slots of C cells, P tokens of a prefix and T own tokens of a row (`Schedule.shape`).
-    Idempotent, and never synchronizes with the GPU. CUDA graph capture needs both.
+    batch. It covers S slots of C cells, P tokens of a prefix, N own tokens of a row and T of the first L
+    rows (`Schedule.shape`). Idempotent, and never synchronizes with the GPU. CUDA graph capture needs both.
     """
     model = vlm.model.model.language_model
     f = rows.pieces
@@ -264,7 +268,7 @@ def step(vlm: VLM, rows: Rows, R: int, S: int, C: int, P: int, T: int) -> None:
         norms = head_norms(block.self_attn)
         q = f.rotate_and_write(q, k, v, cos, sin, index, *own, norms)
         # Attention to the prefix's tokens and to the row's own.
-        caches = rows.per_head(layer, R, S, P, T)
+        caches = rows.per_head(layer, R, L, S, P, N, T)
         h = f.attend(q, *caches, unseen, unwritten, row_of_cell, cell_of_row)
         # The MLP.
         change = products.o(h)
@@ -366,7 +370,7 @@ def capture_graph(step: Step, vlm: VLM, pool) -> Step:
     """Captures a step as a CUDA graph and returns its replay; returns the step itself where that fails.
 
     A graph is the list of kernels that a function launches, with their addresses and all numbers that Python
-    worked out (here R, S, C, P and T) frozen into it. A replay launches the list at once and runs no Python,
+    worked out (here R, L, S, C, P, N and T) frozen into it. A replay launches the list at once and runs no Python,
     so everything that changes from step to step must be in tensors that stay where they are: hence `Rows`,
     and a graph for each shape.
 

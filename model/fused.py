@@ -131,6 +131,8 @@ def attend(
     prefix_values: Tensor,
     keys: Tensor,
     values: Tensor,
+    far_keys: Tensor,
+    far_values: Tensor,
     unseen: Tensor,
     unwritten: Tensor,
     row_of_cell: Tensor,
@@ -138,17 +140,17 @@ def attend(
 ) -> Tensor:
     """Attends from q [R, key heads, query heads of each, d] to the row's prefix and to its own tokens.
 
-    The softmax over both is the mean of the two softmaxes, weighted with their sums (Hydragen, arXiv
-    2402.05099). So the rows with a prefix can read its keys together, as one matrix product, and none needs a
+    The softmax over both is the mean of the two softmaxes, weighted with their sums (`merge`). So the rows with a prefix can read its keys together, as one matrix product, and none needs a
     copy of them: queries are laid out by cell for the prefixes, and what comes of it by row again. With the
     prefixes A and B, 2 cells a slot, and one row that reads A (see schedule.py):
 
         by row     A0  B0  B1
         by cell    A0  A0  B0  B1      A0 stands in the free cell, too, and nobody reads what comes of it
 
-    prefix_keys, prefix_values: [S * key heads, P, d]; keys, values: [R * key heads, T, d]. unseen:
-    [S * key heads, 1, P], unwritten: [R * key heads, 1, T]: -inf where there is no token, else 0.
-    row_of_cell: [S, cells], cell_of_row: [R]. Returns [R, heads * d].
+    prefix_keys, prefix_values: [S * key heads, P, d]; keys, values: [R * key heads, N, d], the first N of T
+    own tokens; far_keys, far_values: [L * key heads, T - N, d], the others of the first L rows, which may be
+    none. unseen: [S * key heads, 1, P], unwritten: [R * key heads, 1, T]: -inf where there is no token, else
+    0. row_of_cell: [S, cells], cell_of_row: [R]. Returns [R, heads * d].
     """
     R, kv, g, d = q.shape
     S, n = row_of_cell.shape
@@ -160,16 +162,46 @@ def attend(
         by_cell = part.view(S, kv, n, g, -1).transpose(1, 2)
         by_row = by_cell.flatten(0, 1)[cell_of_row]
         found.append(by_row)
-    prefix_sum, prefix_weight, prefix_top = found
-    # To the rows' own tokens.
-    own = partial_attention(q.flatten(0, 1), keys, values, unwritten)
-    own_sum, own_weight, own_top = (part.view(R, kv, g, -1) for part in own)
-    # Together: e^top over the sum of both, which does not overflow.
-    a = (prefix_top - own_top).sigmoid()
-    b = (own_top - prefix_top).sigmoid()
-    total = a * prefix_sum + b * own_sum
-    out = total / (a * prefix_weight + b * own_weight)
-    return out.to(q.dtype).flatten(1)
+    # To the rows' own tokens: the first of all rows, and the others of long rows.
+    q_own = q.flatten(0, 1)
+    near = keys.shape[1]
+    own = partial_attention(q_own, keys, values, unwritten[:, :, :near])
+    long = len(far_keys)
+    if long:
+        # A row may have none there: finite numbers in place of -inf give it sums that count nothing.
+        least = torch.finfo(unwritten.dtype).min
+        hidden = unwritten[:long, :, near:].clamp(min=least)
+        far = partial_attention(q_own[:long], far_keys, far_values, hidden)
+        first = [part[:long] for part in own]
+        merged = (*merge(first, far), merge_tops(first[2], far[2]))
+        own = [torch.cat([part, others[long:]]) for part, others in zip(merged, own)]
+    # Together.
+    total, weight = merge(found, [part.view(R, kv, g, -1) for part in own])
+    return (total / weight).to(q.dtype).flatten(1)
+
+
+def merge(one: Sequence[Tensor], other: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Merges attention to some keys and to others (Hydragen, arXiv 2402.05099).
+
+    Each is the sum, the weight and the top of `partial_attention`. Returns the sum and the weight of all
+    keys, times e^top over the sum of both e^top, which does not overflow.
+    """
+    one_sum, one_weight, one_top = one
+    other_sum, other_weight, other_top = other
+    a = (one_top - other_top).sigmoid()
+    b = (other_top - one_top).sigmoid()
+    total = a * one_sum + b * other_sum
+    weight = a * one_weight + b * other_weight
+    return total, weight
+
+
+def merge_tops(one: Tensor, other: Tensor) -> Tensor:
+    """Returns log(e^one + e^other), the top of what `merge` returns.
+
+    Torch's own logaddexp does not compile for a GPU.
+    """
+    gap = (one - other).abs()
+    return torch.maximum(one, other) + torch.log1p(torch.exp(-gap))
 
 
 def partial_attention(
@@ -305,7 +337,7 @@ CHANGING = {
     swiglu: (0, 0),
     begin: ((0, 1), 0, 0, 0, 0, 0, 0),
     rotate_and_write: (0, 0, 0, 0, 0, 0, (0, 2), (0, 2)),
-    attend: (0, (0, 1), (0, 1), (0, 1), (0, 1), (0, 2), (0, 2), (0, 1), 0),
+    attend: (0, *[(0, 1)] * 6, (0, 2), (0, 2), (0, 1), 0),
     write_logits: (0, (), 0),
     uniform_numbers: (0, 0),
     likelihoods: (0,),

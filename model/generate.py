@@ -231,9 +231,10 @@ class Rollout:
             self.results[owner.prompt][owner.sample] = ids[:end]
         self.moved = True
 
-    def move_up(self, rows: Moves, slots: Moves) -> None:
+    def move(self, rows: Moves, slots: Moves) -> None:
         """Copies rows and slots to where they move."""
         self.rows.move(rows, slots)
+        self.moved |= bool(rows or slots)
 
     def step(self, schedule: Schedule) -> None:
         """Decodes one token of each row; a GPU captures it once for each shape."""

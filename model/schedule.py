@@ -17,19 +17,28 @@ cells anew, so that they need one slot, and slot 1 is free as well:
     writes   -     A1.1  A2.0  A2.1  B.0   B.1          prefix   A         -         B
     cell     -     0     1     2     6     7            row      1  2  3   -  -  -   4  5  -
 
+Most completions are short and few are long. A step on a GPU reads the first NEAR tokens of all rows, and what
+is behind them only of the first L rows. So rows that get long change places with short ones in front:
+
+    row      0     1     2     3     4     5
+    tokens   401   388   385   90    12    200          L = 3, NEAR = 384
+
 `generate` does what is said here with tensors, `training/estimate.py` counts it without any.
 """
 
 import heapq
 import math
+import sys
 from collections import deque
 from collections.abc import Hashable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
-# Rows, slots, cells of a slot, prefix tokens and own tokens of a step are rounded up to multiples of these,
-# so that a GPU captures few graphs.
-BUCKETS = {"cpu": (1, 1, 1, 1, 1), "cuda": (128, 32, 16, 4096, 256)}
+# Rows, long rows, slots, cells of a slot, prefix tokens and own tokens of a step are rounded up to multiples
+# of these, so that a GPU captures few graphs.
+BUCKETS = {"cpu": (1, 1, 1, 1, 1, 1), "cuda": (128, 32, 16, 16, 4096, 256)}
+# A row with more own tokens is long. A CPU reads all of each row.
+NEAR = {"cpu": sys.maxsize, "cuda": 384}
 # Tokens between two looks at which rows are finished; a look waits for the GPU. Until then finished rows go
 # on writing, in a column that nobody reads.
 CHECK_EVERY = {"cpu": 1, "cuda": 16}
@@ -108,6 +117,7 @@ class Schedule:
         self.n = n  # completions of a prompt
         self.buckets = BUCKETS[device]
         self.check_every = CHECK_EVERY[device]
+        self.near = NEAR[device]
         self.time = 0  # tokens drawn so far
         self.owners: dict[int, Owner] = {}  # of each row in use
         self.rows_of: dict[Hashable, list[int]] = {}  # of each prefix
@@ -153,18 +163,38 @@ class Schedule:
         rows = _moves(self.owners, self.free_rows)
         in_use = list(chain(*self.slots_of.values()))
         slots = _moves(in_use, self.free_slots)
+        self._move(rows, slots)
+        return rows, slots
+
+    def bring_long_rows_forward(self) -> tuple[Moves, Moves]:
+        """Exchanges long rows behind the front with what stands there; returns as `move_up` does.
+
+        If the rows 1 and 2 of 0, 1, 2 are long, 2 and 0 change places: {2: 0, 0: 2}.
+        """
+        long = set(self.long_rows)
+        front = set(range(len(long)))
+        behind = sorted(long - front)
+        places = sorted(front - long)
+        exchange = dict(zip(behind, places)) | dict(zip(places, behind))
+        # A place in front may be free; it is behind afterwards.
+        rows = {row: place for row, place in exchange.items() if row in self.owners}
+        self.free_rows = [exchange.get(row, row) for row in self.free_rows]
+        heapq.heapify(self.free_rows)
+        self._move(rows, {})
+        return rows, {}
+
+    def _move(self, rows: Moves, slots: Moves) -> None:
         self.owners = {rows.get(row, row): owner for row, owner in self.owners.items()}
         for places, moves in ((self.rows_of, rows), (self.slots_of, slots)):
             for prefix, old in places.items():
                 places[prefix] = [moves.get(place, place) for place in old]
-        return rows, slots
 
     def cells(self) -> dict[int, int]:
         """Returns the cell of each row in use; a step covers the first cells of each slot, see `shape`.
 
         In the first drawing above steps cover 3 cells a slot: {0: 0, 1: 1, 2: 2, 3: 3, 4: 6, 5: 7}.
         """
-        width = self.shape()[2]
+        width = self.shape()[3]
         cells = {}
         for prefix, rows in self.rows_of.items():
             slots = self.slots_of[prefix]
@@ -178,22 +208,36 @@ class Schedule:
         """Counts the rows up to the last that is in use."""
         return max(self.owners, default=-1) + 1
 
-    def shape(self) -> tuple[int, ...]:
-        """Returns the R, S, C, P and T that the next step covers.
+    @property
+    def long_rows(self) -> list[int]:
+        """Returns the rows that have more than NEAR tokens before rows can move again."""
+        last_step = self.time - self.time % self.check_every + self.check_every - 1
+        long = last_step - self.near  # they were born before
+        return [row for row, owner in self.owners.items() if owner.born < long]
 
-        Each is what is needed, rounded up to BUCKETS, and at most what is allocated: R rows, S slots, C cells
-        of a slot, P tokens of a prefix and T of a row's own. For the first drawing above, on a CPU, with
-        tails of 2 tokens and after 3 tokens: R = 6, S = 3, C = 3, T = 5, and P is the longer prefix.
+    def shape(self) -> tuple[int, ...]:
+        """Returns the R, L, S, C, P, N and T that the next step covers.
+
+        Each is what is needed, rounded up to BUCKETS, and at most what is allocated: R rows, L
+        long ones, S slots, C cells of a slot, P tokens of a prefix, N own tokens of a row and T of a long one.
+        For the first drawing above, on a CPU, with tails of 2 tokens and after 3 tokens: R = 6, L = 0, S = 3,
+        C = 3, N = T = 5, and P is the longer prefix.
         """
         needed = (
             self.covered_rows,
+            max(self.long_rows, default=-1) + 1,
             max(chain(*self.slots_of.values())) + 1,
             max(map(len, self.rows_of.values())),
             max(self.lengths.values()),
             self.time - min(owner.born for owner in self.owners.values()),
         )
         rounded = [math.ceil(size / bucket) * bucket for size, bucket in zip(needed, self.buckets)]
-        return tuple(map(min, rounded, self.limits))
+        most = (self.limits.rows, *self.limits)
+        R, L, S, C, P, T = map(min, rounded, most)
+        N = min(T, self.near)
+        if N == T:  # long rows have been brought forward, and are not long yet
+            L = 0
+        return R, L, S, C, P, N, T
 
     def _fit_slots(self, prefix: Hashable) -> list[int]:
         """Gives a prefix as many slots as its rows need; returns the new ones."""
@@ -291,7 +335,8 @@ def run(schedule: Schedule, groups: Groups, prefill_tokens: int, work) -> None:
             finished = work.find_finished(schedule)
             if finished:
                 work.leave(finished, schedule.leave(finished))
-                work.move_up(*schedule.move_up())
+                work.move(*schedule.move_up())
+            work.move(*schedule.bring_long_rows_forward())
         # Decode.
         if schedule.owners:
             work.step(schedule)

@@ -92,8 +92,8 @@ def small_buckets():
     """Several graphs, rows that leave and prompts that wait, although all is tiny."""
     from model import generate, schedule
 
-    schedule.BUCKETS["cuda"], schedule.CHECK_EVERY["cuda"] = (4, 2, 2, 16, 8), 4
-    schedule.CELLS["cuda"] = 3
+    schedule.BUCKETS["cuda"], schedule.CHECK_EVERY["cuda"] = (4, 1, 2, 2, 16, 8), 4
+    schedule.CELLS["cuda"], schedule.NEAR["cuda"] = 3, 8
 
     def limits(vlm, prefixes, prefix_tokens, own_tokens, n):
         cells = min(3, n * max(prefixes))

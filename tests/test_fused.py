@@ -41,7 +41,9 @@ def arguments(dtype, R, S, n, P, T, spare, kv=2, g=3, d=16, hidden=48, mlp=70, w
     uniform = lambda *shape: torch.rand(shape, generator=rng)  # noqa: E731
     prompt = [normal((S + spare) * kv, P + spare, d)[: S * kv, :P] for _ in range(2)]
     keys, values = (normal(R + spare, kv, T + spare, d) for _ in range(2))
-    own = [x.flatten(0, 1)[: R * kv, :T] for x in (keys, values)]
+    near = (T + 1) // 2
+    own = [x.flatten(0, 1)[: R * kv, :near] for x in (keys, values)]
+    far = [x.flatten(0, 1)[: R // 3 * kv, near:T] for x in (keys, values)]
     unseen = fused.hide(torch.arange(P) >= 1 + numbers(P, S, 1, 1), kv)
     unwritten = fused.hide(torch.arange(T) > numbers(T, R, 1, 1), kv)
     cells, row_of_cell = torch.randperm(S * n, generator=rng)[:R], torch.zeros(S * n, dtype=long)
@@ -65,7 +67,7 @@ def arguments(dtype, R, S, n, P, T, spare, kv=2, g=3, d=16, hidden=48, mlp=70, w
             *(normal(R, 1, d), normal(R, 1, d), numbers(T, R), keys[:R], values[:R]),
         ),
         fused.attend: (
-            *(normal(R, kv, g, d), *prompt, *own, unseen, unwritten),
+            *(normal(R, kv, g, d), *prompt, *own, *far, unseen, unwritten),
             *(row_of_cell.view(S, n), cells),
         ),
         fused.swiglu: (normal(R, mlp), normal(R, mlp)),
@@ -141,7 +143,8 @@ def test_a_compiled_step_writes_the_same_tokens(monkeypatch, size):
     prompts = [random_prompt(vlm, 50 + 7 * i, i) for i in range(5)]
     limits = lambda vlm, prefixes, prefix, own, n: Limits(2 * n, 2, n, prefix, own)  # noqa: E731
     monkeypatch.setattr(generate, "limits_in_memory", limits)
-    monkeypatch.setitem(schedule.BUCKETS, "cpu", (4, 2, 2, 16, 8))
+    monkeypatch.setitem(schedule.BUCKETS, "cpu", (4, 1, 2, 2, 16, 8))
+    monkeypatch.setitem(schedule.NEAR, "cpu", 6)
 
     def texts():
         greedy = generate.generate(vlm, prompts, 3, 12, temperature=0.0)

@@ -126,16 +126,17 @@ def masked_logits(vlm, prompt, completion):
 
 
 @pytest.mark.parametrize(
-    "slots, every, buckets",
+    "slots, every, buckets, near",
     [
-        (9, 1, (1, 1, 1, 1, 1)),
-        (2, 1, (1, 1, 1, 1, 1)),
-        (3, 4, (8, 2, 3, 16, 5)),
-        (1, 7, (64, 8, 16, 256, 128)),
+        (9, 1, (1, 1, 1, 1, 1, 1), 10**9),
+        (2, 1, (1, 1, 1, 1, 1, 1), 6),
+        (3, 4, (8, 2, 2, 3, 16, 5), 10),
+        (4, 3, (4, 1, 2, 3, 16, 7), 1),
+        (1, 7, (64, 64, 8, 16, 256, 128), 9),
     ],
 )
 def test_every_row_is_the_plain_forwards_while_rows_come_and_go(
-    ending_vlm, slots, every, buckets, monkeypatch
+    ending_vlm, slots, every, buckets, near, monkeypatch
 ):
     """Sampled rows end at any time, leave, move up, and waiting prompts take their slots, as on a CPU and as
     with a GPU's buckets. The logits each token was drawn from must be those of the plain forward of its own
@@ -146,6 +147,7 @@ def test_every_row_is_the_plain_forwards_while_rows_come_and_go(
     monkeypatch.setattr(generate_module, "limits_in_memory", at_once(slots))
     monkeypatch.setitem(schedule_module.CHECK_EVERY, "cpu", every)
     monkeypatch.setitem(schedule_module.BUCKETS, "cpu", buckets)
+    monkeypatch.setitem(schedule_module.NEAR, "cpu", near)
     sampled, enter = generate_module.Rollout.sample, generate_module.Rollout.enter
     step = generate_module.step
 
@@ -192,8 +194,9 @@ def test_every_row_is_the_plain_forwards_while_rows_come_and_go(
     assert all(
         x % b == 0 or x == limit
         for s in shapes
-        for x, b, limit in zip(s, buckets, (*limits[:3], longest, tail + 14))
+        for x, b, limit in zip(s[:5] + s[6:], buckets, (limits.rows, *limits[:3], longest, tail + 14))
     )
+    assert {s[1] > 0 for s in shapes} >= {near < 14}, "some rows are long, all are if near is 1"
 
 
 def test_a_step_can_be_captured(ending_vlm, monkeypatch):
@@ -367,7 +370,8 @@ def test_bfloat16_attention_is_as_exact_as_torchs(size=30.0):
     q = normal(n, 6, d) * size / 8
     hidden = [torch.zeros(rows * 2, 1, tokens) for rows, tokens in ((1, prompt), (n, own))]
     cells, scaled = torch.arange(n), (q * d**-0.5).view(n, 2, 3, d)
-    got = fused.attend(scaled, *caches, *hidden, cells[None], cells).view(n, 6, d)
+    none = [cache[:0] for cache in caches[2:]]
+    got = fused.attend(scaled, *caches, *none, *hidden, cells[None], cells).view(n, 6, d)
     keys, values = (
         torch.cat([caches[i].expand(n, -1, -1, -1), caches[i + 2].view(n, 2, own, d)], 2)
         for i in (0, 1)
@@ -383,7 +387,7 @@ def test_bfloat16_attention_is_as_exact_as_torchs(size=30.0):
 def test_few_shapes_are_captured(ending_vlm, monkeypatch):
     """With a GPU's buckets a whole generation needs few graphs, whatever the lengths."""
     shapes, step = [], generate_module.step
-    monkeypatch.setitem(schedule_module.BUCKETS, "cpu", (16, 8, 16, 4096, 32))
+    monkeypatch.setitem(schedule_module.BUCKETS, "cpu", (16, 16, 8, 16, 4096, 32))
     monkeypatch.setattr(generate_module, "limits_in_memory", at_once(4))
     monkeypatch.setattr(
         generate_module,
@@ -409,9 +413,9 @@ def test_few_shapes_are_captured(ending_vlm, monkeypatch):
     st.floats(0.1, 60),
     st.integers(0, 10**6),
 )
-def test_attention_in_two_parts_is_attention(slots, n, prompt_tokens, own_tokens, size, seed):
+def test_attention_in_parts_is_attention(slots, n, prompt_tokens, own_tokens, size, seed):
     """`fused.attend` against a softmax over prompt and own tokens at once, row by row; scores large enough to
-    overflow exp."""
+    overflow exp. Rows with more than `near` own tokens stand first, short ones may be among them."""
     rng, kv, groups, d = torch.Generator().manual_seed(seed), 2, 3, 4
     count = int(torch.randint(1, slots * n + 1, (), generator=rng))
     normal = lambda *shape: torch.randn(shape, generator=rng)  # noqa: E731
@@ -422,11 +426,15 @@ def test_attention_in_two_parts_is_attention(slots, n, prompt_tokens, own_tokens
     row_of_cell[cells] = torch.arange(count)
     prompt_length = torch.randint(1, prompt_tokens + 1, (slots,), generator=rng)
     written = torch.randint(1, own_tokens + 1, (count,), generator=rng)
+    near = int(torch.randint(1, own_tokens + 1, (), generator=rng))
+    long = int(torch.randint(0, count + 1, (), generator=rng)) if near < own_tokens else 0
+    written[long:].clamp_(max=near)
     unseen = fused.hide(torch.arange(prompt_tokens) >= prompt_length[:, None, None], kv)
     unwritten = fused.hide(torch.arange(own_tokens) >= written[:, None, None], kv)
     q = normal(count, kv * groups, d) * size
     scaled, cells_of_slot = (q * d**-0.5).view(count, kv, groups, d), row_of_cell.view(slots, n)
-    flat = (x.flatten(0, 1) for x in (*prompts, *owns))
+    parts = [own[:, :, :near] for own in owns] + [own[:long, :, near:] for own in owns]
+    flat = (x.flatten(0, 1) for x in (*prompts, *parts))
     got = fused.attend(scaled, *flat, unseen, unwritten, cells_of_slot, cells)
     got = got.view(count, kv * groups, d)
     for r in range(count):

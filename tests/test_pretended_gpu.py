@@ -208,6 +208,18 @@ model.decode, lora_rollout: copies that take a quarter of the cache
 - room = cache_budget(vlm.device) // 5
 + room = cache_budget(vlm.device)
 
+model.schedule, greedy_rollout: long rows are found at the look after
+- return [row for row, owner in self.owners.items() if owner.born < long]
++ return [row for row, owner in self.owners.items() if owner.born < long - self.check_every]
+
+model.generate, greedy_rollout: rows that change places keep their old cells
+- self.moved |= bool(rows or slots)
++ self.moved |= bool(slots)
+
+model.fused, greedy_rollout: far tokens under the masks of other rows
+- hidden = unwritten[:long, :, near:].clamp(min=least)
++ hidden = unwritten[-long:, :, near:].clamp(min=least)
+
 model.lora, lora_export: a change merged on the other device
 - change = change.to(self.weight.device)
 + change = change

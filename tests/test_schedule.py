@@ -37,9 +37,30 @@ def test_a_small_case_by_hand():
     counts = estimate.count_rollout(waiting, lengths, Limits(4, 3, 3, 10, 9), "cpu")
     assert counts.images == 2 and counts.prefill_tokens == 10 + 2 + 2 + 8 + 3
     assert counts.prefills == 2 and counts.moved >= 1
-    # R rows, S slots, C cells of a slot, P tokens of a prefix, T of a row's own.
-    assert [*counts.shapes] == [(3, 1, 3, 10, 3), (1, 1, 1, 10, 4), (1, 1, 1, 8, 4)]
+    # R rows, L long ones, S slots, C cells of a slot, P tokens of a prefix, N own ones, T of long.
+    assert [*counts.shapes] == [(3, 0, 1, 3, 10, 3, 3), (1, 0, 1, 1, 10, 4, 4), (1, 0, 1, 1, 8, 4, 4)]
     assert counts.steps == 3 and counts.live_share == 5 / 5
+
+
+def test_long_rows_change_places_with_short_ones_and_free_ones():
+    """n = 2: after 9 tokens 0.0 leaves row 0, then 2 enters rows 4 and 0; near = 4, so those of 0 and 1 are
+    long, which stand in rows 1 to 3. Row 3 and row 0 change places; later row 2 does with the free row 0."""
+    schedule = Schedule(Limits(6, 3, 4, 10, 30), 2, "cpu")
+    schedule.near = 4
+    for number in range(2):
+        schedule.enter(Waiting(number, "A", 10, 2))
+    schedule.time = 9
+    schedule.leave([0])
+    assert schedule.enter(Waiting(2, "A", 10, 2))[0] == [0, 4]
+    assert sorted(schedule.long_rows) == [1, 2, 3] and schedule.shape()[:2] == (5, 4)
+    assert schedule.bring_long_rows_forward() == ({3: 0, 0: 3}, {})
+    assert sorted(schedule.long_rows) == [0, 1, 2] and schedule.shape()[:2] == (5, 3)
+    assert schedule.owners[0][:2] == (1, 1) and schedule.owners[3][:2] == (2, 0)
+    assert schedule.bring_long_rows_forward() == ({}, {})
+    schedule.leave([0])
+    assert schedule.bring_long_rows_forward() == ({2: 0}, {})
+    assert sorted(schedule.free_rows) == [2, 5] and sorted(schedule.owners) == [0, 1, 3, 4]
+    assert sorted(schedule.rows_of["A"]) == [0, 1, 3, 4]
 
 
 def everything_is_written(seed, groups, n, rows, slots, cells, device):
@@ -54,7 +75,7 @@ def everything_is_written(seed, groups, n, rows, slots, cells, device):
     class Checked(estimate.Counts):
         def step(self, schedule):
             """Each row has a cell of its own in a slot of its prefix, inside of what the step covers."""
-            R, S, C, P, T = schedule.shape()
+            R, L, S, C, P, N, T = schedule.shape()
             taken = schedule.cells()
             assert taken.keys() == schedule.owners.keys() and len({*taken.values()}) == len(taken)
             for row, cell in taken.items():
@@ -65,11 +86,13 @@ def everything_is_written(seed, groups, n, rows, slots, cells, device):
                 began = self.ends[owner.prompt, owner.sample] - lengths[owner.prompt][owner.sample]
                 own = waiting[owner.prompt].tail + schedule.time - began
                 assert own <= T or T == limits.own_tokens  # what is finished may write on
+                assert row < L <= R or own <= N
             assert len(schedule.free_rows) + len(schedule.owners) == limits.rows
             super().step(schedule)
 
     counts = Checked(lengths)
     schedule = Schedule(limits, n, device)
+    schedule.near = rng.choice([1, 6, 15, 10**9])
     schedule_module.run(schedule, group_by_prefix(waiting, 40), 40, counts)
     assert counts.ends.keys() == {(w.prompt, i) for w in waiting for i in range(n)}
     assert not schedule.owners and not schedule.slots_of
@@ -92,6 +115,9 @@ MISTAKES = {
     "cells of the width that is allocated": ("[place] * width + cell", "[place] * self.limits.cells + cell"),
     "rows move, and their owners do not": ("{rows.get(row, row): owner for", "{row: owner for"),
     "own tokens without the tail": ("self.time - new.tail", "self.time"),
+    "a step too late": ("if owner.born < long", "if owner.born < long - 1"),
+    "a free place stays free": ("[exchange.get(row, row) for row", "[row for row"),
+    "one way only": ("| dict(zip(places, behind))", ""),
     "a row is free twice": ("self.free_rows, row)", "self.free_rows, row); self.free_rows.append(row)"),
 }  # fmt: skip
 
@@ -223,11 +249,11 @@ def test_a_questioner_step_of_the_defaults():
     found = estimate.estimate(case_of(128))
     assert found["decode_steps"] <= 10_500 and found["images_encoded"] == 128
     assert found["prefill_tokens"] == 128 * 1050 + 1024 * 54 <= 200_000
-    assert found["recordings"] <= 12 and found["live_share"] > 0.85
+    assert found["recordings"] <= 24 and found["live_share"] > 0.85
     assert found["asking"]["images_encoded"] == 128
     update = found["update"]
     assert (update["batches"], update["rows"], update["padded_tokens"]) == (64, 128, 242_816)
     assert {rows for rows, _ in update["shapes"]} == {2} and update["longest_row"] == 2768
     to_gpu = found["bytes"]["to_gpu"]
     assert (to_gpu["weights"], to_gpu["pixels"]) == (6 * TRAINED_3B, 4 * 64 * PIXELS)
-    assert 1800 < found["seconds"]["iteration"] <= 1.6 * 3600
+    assert 1800 < found["seconds"]["iteration"] <= 1.4 * 3600

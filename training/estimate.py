@@ -45,6 +45,7 @@ LINK = 2e10  # bytes a second between a GPU and pinned memory
 HOST = 5e10  # bytes a second of the computer's memory, where AdamW runs with --offload
 DISK = 1.5e9  # bytes a second, written and checked
 STEP_KERNELS = 18  # of a layer of a decode step (docs/speed.md)
+LONG_KERNELS = 4  # more of a layer where rows are long
 PREFILL_KERNELS = 30  # of a layer
 SAMPLING_KERNELS = 40
 SCORES = 4  # times that attention scores are read or written
@@ -73,11 +74,11 @@ class Counts:
     """The work of a rollout; does as `schedule.run` says, and only counts."""
 
     lengths: list[list[int]]  # [prompts][n] tokens of each completion
-    shapes: Counter = field(default_factory=Counter)  # (R, S, C, P, T) -> steps
+    shapes: Counter = field(default_factory=Counter)  # (R, L, S, C, P, N, T) -> steps
     images: int = 0  # encoded
     prefill_tokens: int = 0
     prefills: int = 0
-    moved: int = 0  # rows that moved up
+    moved: int = 0  # rows that changed their place
     looked: int = 0  # flags that looks have brought
     ends: dict[tuple[int, int], int] = field(default_factory=dict)  # completion -> its last token
     time: int = 0
@@ -87,6 +88,11 @@ class Counts:
     def steps(self) -> int:
         """Counts the decode steps."""
         return sum(self.shapes.values())
+
+    @property
+    def long_steps(self) -> int:
+        """Counts the decode steps in which rows are long."""
+        return sum(count for shape, count in self.shapes.items() if shape[1])
 
     @property
     def live_share(self) -> float:
@@ -123,7 +129,7 @@ class Counts:
     def leave(self, finished: list[int], owners: list[Owner]) -> None:
         """Does nothing: what a row has written is not there."""
 
-    def move_up(self, rows: dict[int, int], slots: dict[int, int]) -> None:
+    def move(self, rows: dict[int, int], slots: dict[int, int]) -> None:
         """Counts the rows."""
         self.moved += len(rows)
 
@@ -193,17 +199,23 @@ class Case:
         return self.settings.freeze_vision or self.settings.lora_rank > 0
 
 
-def rollout(case: Case, images: int, questions: int, n: int, mean: float) -> Counts:
-    """Counts a rollout of n completions of `questions` prompts about each of so many images."""
+def rollout(
+    case: Case, images: int, questions: int, n: int, mean: float, training: bool = True
+) -> Counts:
+    """Counts a rollout of n completions of `questions` prompts about each of so many images.
+
+    training: a role is in training meanwhile. Curation has its memory for the cache.
+    """
     work = case.work
     rng = random.Random(0)
     prefix = SPECIAL_TOKENS + work.image_tokens
     tail = work.prompt_tokens - work.image_tokens - SPECIAL_TOKENS
     waiting = [Waiting(i, i // questions, prefix, tail) for i in range(images * questions)]
-    moments = plan.memory_plan(
+    _, answering, _, curation, _ = plan.memory_plan(
         case.config, torch.bfloat16, int(case.card.memory), work, **case.flags
     )
-    others = sum(size for name, size in moments[1].parts.items() if name != "cache")
+    parts = answering.parts if training else curation.parts
+    others = sum(size for name, size in parts.items() if name != "cache")
     limits = find_limits(
         [questions] * images,
         prefix,
@@ -227,7 +239,8 @@ def rollout_seconds(case: Case, counts: Counts) -> dict[str, float]:
         for shape, steps in counts.shapes.items()
     )
     kernels = STEP_KERNELS * text.num_hidden_layers + SAMPLING_KERNELS
-    decode = step_bytes / (READ * case.card.bandwidth) + counts.steps * kernels * KERNEL
+    launched = kernels * counts.steps + LONG_KERNELS * text.num_hidden_layers * counts.long_steps
+    decode = step_bytes / (READ * case.card.bandwidth) + launched * KERNEL
     # A prefill multiplies each token, and each image token's four patches, with all weights.
     operations = 2 * text_weights * counts.prefill_tokens
     operations += 2 * image_weights * 4 * counts.images * case.work.image_tokens
@@ -241,11 +254,12 @@ def read_bytes(config: PreTrainedConfig, dtype: torch.dtype, shape: tuple[int, .
 
     They are the weights and the caches, and attention scores and probabilities several times.
     """
-    R, S, C, P, T = shape
+    R, L, S, C, P, N, T = shape
     text = config.text_config
     text_weights, _ = weights(config)
-    scores = 4 * SCORES * text.num_attention_heads * (S * C * P + R * T)
-    read = text_weights * dtype.itemsize + cache_token_bytes(config, dtype) * (S * P + R * T)
+    own = R * N + L * (T - N)
+    scores = 4 * SCORES * text.num_attention_heads * (S * C * P + own)
+    read = text_weights * dtype.itemsize + cache_token_bytes(config, dtype) * (S * P + own)
     return read + text.num_hidden_layers * scores + R * text.vocab_size * SAMPLING_BYTES
 
 
@@ -368,7 +382,8 @@ def estimate(case: Case) -> dict:
     ask = rollout(case, images, 1, s.group_size, QUESTION_TOKENS)
     vote = rollout(case, images, s.group_size, s.answers, ANSWER_TOKENS)
     answer = rollout(case, images, 1, s.group_size, ANSWER_TOKENS)
-    poll = rollout(case, images, 1, s.answers, ANSWER_TOKENS)
+    curate_ask = rollout(case, images, 1, 1, QUESTION_TOKENS, training=False)
+    curate_vote = rollout(case, images, 1, s.answers, ANSWER_TOKENS, training=False)
     # Parts of a Questioner step. Photographs become patches while the step before runs.
     asking = rollout_seconds(case, ask)
     parts = {f"ask: {name}": value for name, value in asking.items()}
@@ -381,8 +396,9 @@ def estimate(case: Case) -> dict:
     answered = pack_update(case, answer.lengths)
     update = sum(update_seconds(case, answered, moved_bytes(case, [answer], answered)).values())
     reasoner = sum(rollout_seconds(case, answer).values()) + update
-    batch = sum(asking.values()) + sum(rollout_seconds(case, poll).values())
-    curation = batch * s.candidates / images
+    # Curation asks a question about each image.
+    curated = [rollout_seconds(case, counts) for counts in (curate_ask, curate_vote)]
+    curation = s.candidates / images * sum(sum(each.values()) for each in curated)
     iteration = s.questioner_steps * questioner + curation + s.reasoner_steps * reasoner
     phases = dict(questioner_step=questioner, curation=curation, reasoner_step=reasoner)
     return dict(
@@ -393,7 +409,8 @@ def estimate(case: Case) -> dict:
         prefill_tokens=vote.prefill_tokens,
         prefills=vote.prefills,
         rows=max(shape[0] for shape in vote.shapes),
-        slots=max(shape[1] for shape in vote.shapes),
+        long_rows=max(shape[1] for shape in vote.shapes),
+        slots=max(shape[2] for shape in vote.shapes),
         asking=dict(
             decode_steps=ask.steps,
             live_share=ask.live_share,
