@@ -194,7 +194,9 @@ def test_every_row_is_the_plain_forwards_while_rows_come_and_go(
     assert all(
         x % b == 0 or x == limit
         for s in shapes
-        for x, b, limit in zip(s[:5] + s[6:], buckets, (limits.rows, *limits[:3], longest, tail + 14))
+        for x, b, limit in zip(
+            s[:5] + s[6:], buckets, (limits.rows, *limits[:3], longest, tail + 14)
+        )
     )
     assert {s[1] > 0 for s in shapes} >= {near < 14}, "some rows are long, all are if near is 1"
 
