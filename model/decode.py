@@ -232,12 +232,22 @@ def cache_budget(device: torch.device) -> int:
 # ---- A step ------------------------------------------------------------------------------------------------
 
 
-def step(vlm: VLM, rows: Rows, R: int, L: int, S: int, C: int, P: int, N: int, T: int) -> None:
+def step(
+    vlm: VLM,
+    rows: Rows,
+    R: int,  # rows
+    L: int,  # long rows, which stand first
+    S: int,  # slots
+    C: int,  # cells of a slot
+    P: int,  # tokens of a prefix
+    N: int,  # own tokens of a row
+    T: int,  # own tokens of a long row
+) -> None:
     """Forwards the last token of the first R rows; leaves the logits of the next in `rows.logits`.
 
     This is the transformer, a token a row: everything but attention treats the R tokens like any [R, hidden]
-    batch. It covers S slots of C cells, P tokens of a prefix, N own tokens of a row and T of the first L
-    rows (`Schedule.shape`). Idempotent, and never synchronizes with the GPU. CUDA graph capture needs both.
+    batch. R to T are those of `Schedule.shape`. Idempotent, and never synchronizes with the GPU. CUDA graph
+    capture needs both.
     """
     model = vlm.model.model.language_model
     f = rows.pieces
@@ -370,9 +380,9 @@ def capture_graph(step: Step, vlm: VLM, pool) -> Step:
     """Captures a step as a CUDA graph and returns its replay; returns the step itself where that fails.
 
     A graph is the list of kernels that a function launches, with their addresses and all numbers that Python
-    worked out (here R, L, S, C, P, N and T) frozen into it. A replay launches the list at once and runs no Python,
-    so everything that changes from step to step must be in tensors that stay where they are: hence `Rows`,
-    and a graph for each shape.
+    worked out (here R, L, S, C, P, N and T) frozen into it. A replay launches the list at once and runs no
+    Python, so everything that changes from step to step must be in tensors that stay where they are: hence
+    `Rows`, and a graph for each shape.
 
     The step runs once before its capture, because libraries set themselves up in their first call, which they
     may not do during a capture. Capturing computes nothing. All graphs take their scratch memory from one

@@ -140,9 +140,11 @@ def attend(
 ) -> Tensor:
     """Attends from q [R, key heads, query heads of each, d] to the row's prefix and to its own tokens.
 
-    The softmax over both is the mean of the two softmaxes, weighted with their sums (`merge`). So the rows with a prefix can read its keys together, as one matrix product, and none needs a
-    copy of them: queries are laid out by cell for the prefixes, and what comes of it by row again. With the
-    prefixes A and B, 2 cells a slot, and one row that reads A (see schedule.py):
+    The softmax over all is the mean of the softmaxes over parts, weighted with their sums (`merge`). So the
+    rows with a prefix can read its keys together, as one matrix product, and none needs a copy of them:
+    queries are laid out by cell for the prefixes, and what comes of it by row again. Own tokens are in two
+    parts, because only the first L rows have many. With the prefixes A and B, 2 cells a slot, and one row
+    that reads A:
 
         by row     A0  B0  B1
         by cell    A0  A0  B0  B1      A0 stands in the free cell, too, and nobody reads what comes of it

@@ -219,7 +219,7 @@ class Schedule:
         """Returns the R, L, S, C, P, N and T that the next step covers.
 
         Each is what is needed, rounded up to BUCKETS, and at most what is allocated: R rows, L
-        long ones, S slots, C cells of a slot, P tokens of a prefix, N own tokens of a row and T of a long one.
+        long ones, S slots, C cells of a slot, P tokens of a prefix, N own tokens of a row, T of a long one.
         For the first drawing above, on a CPU, with tails of 2 tokens and after 3 tokens: R = 6, L = 0, S = 3,
         C = 3, N = T = 5, and P is the longer prefix.
         """
