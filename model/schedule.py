@@ -175,10 +175,14 @@ class Schedule:
         front = set(range(len(long)))
         behind = sorted(long - front)
         places = sorted(front - long)
-        exchange = dict(zip(behind, places)) | dict(zip(places, behind))
-        # A place in front may be free; it is behind afterwards.
-        rows = {row: place for row, place in exchange.items() if row in self.owners}
-        self.free_rows = [exchange.get(row, row) for row in self.free_rows]
+        rows = {}
+        for row, place in zip(behind, places):
+            rows[row] = place
+            if place in self.owners:
+                rows[place] = row
+            else:
+                self.free_rows.remove(place)
+                self.free_rows.append(row)
         heapq.heapify(self.free_rows)
         self._move(rows, {})
         return rows, {}
@@ -211,9 +215,9 @@ class Schedule:
     @property
     def long_rows(self) -> list[int]:
         """Returns the rows that have more than NEAR tokens before rows can move again."""
-        last_step = self.time - self.time % self.check_every + self.check_every - 1
-        long = last_step - self.near  # they were born before
-        return [row for row, owner in self.owners.items() if owner.born < long]
+        looks = self.time // self.check_every
+        last_step = (looks + 1) * self.check_every - 1
+        return [row for row, owner in self.owners.items() if last_step - owner.born > self.near]
 
     def shape(self) -> tuple[int, ...]:
         """Returns the R, L, S, C, P, N and T that the next step covers.

@@ -209,8 +209,8 @@ model.decode, lora_rollout: copies that take a quarter of the cache
 + room = cache_budget(vlm.device)
 
 model.schedule, greedy_rollout: long rows are found at the look after
-- return [row for row, owner in self.owners.items() if owner.born < long]
-+ return [row for row, owner in self.owners.items() if owner.born < long - self.check_every]
+- last_step = (looks + 1) * self.check_every - 1
++ last_step = looks * self.check_every - 1
 
 model.generate, greedy_rollout: rows that change places keep their old cells
 - self.moved |= bool(rows or slots)

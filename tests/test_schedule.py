@@ -119,9 +119,9 @@ MISTAKES = {
     "cells of the width that is allocated": ("[place] * width + cell", "[place] * self.limits.cells + cell"),
     "rows move, and their owners do not": ("{rows.get(row, row): owner for", "{row: owner for"),
     "own tokens without the tail": ("self.time - new.tail", "self.time"),
-    "a step too late": ("if owner.born < long", "if owner.born < long - 1"),
-    "a free place stays free": ("[exchange.get(row, row) for row", "[row for row"),
-    "one way only": ("| dict(zip(places, behind))", ""),
+    "a step too late": ("last_step - owner.born > self.near", "last_step - owner.born > 1 + self.near"),
+    "a free place stays free": ("self.free_rows.remove(place)", "pass"),
+    "one way only": ("rows[place] = row", "pass"),
     "a row is free twice": ("self.free_rows, row)", "self.free_rows, row); self.free_rows.append(row)"),
 }  # fmt: skip
 
