@@ -201,6 +201,26 @@ def test_every_row_is_the_plain_forwards_while_rows_come_and_go(
     assert {s[1] > 0 for s in shapes} >= {near < 14}, "some rows are long, all are if near is 1"
 
 
+def test_rows_change_places_while_none_leaves(ending_vlm, monkeypatch):
+    """Prompts about two images. That of the larger one enters first; the rows of the other, with its longer
+    tail, stand behind and are long first. None leaves meanwhile, which would point rows to cells anew."""
+    vlm = ending_vlm
+    images = [vlm.patches(noise_image(60, 60 + 30 * i, seed=i)) for i in range(2)]
+    prompts = [vlm.prompt(text, image) for text, image in zip(["Why? " * 4, "Why?"], images)]
+    monkeypatch.setattr(vlm, "end_ids", [10**6])
+    want = generate(vlm, prompts, 2, 16, temperature=0.0)
+    moves, move = [], generate_module.Rollout.move
+    monkeypatch.setattr(
+        generate_module.Rollout,
+        "move",
+        lambda rollout, rows, slots: moves.append(rows) or move(rollout, rows, slots),
+    )
+    tails = [len(prompt) - split_prompt(prompt) for prompt in prompts]
+    monkeypatch.setitem(schedule_module.NEAR, "cpu", max(tails) + 3)
+    assert generate(vlm, prompts, 2, 16, temperature=0.0) == want
+    assert tails[0] > tails[1] and {2: 0, 0: 2, 3: 1, 1: 3} in moves
+
+
 def test_a_step_can_be_captured(ending_vlm, monkeypatch):
     """What a CUDA graph needs: a step done twice gives the same, and reads and writes at addresses that never
     change."""

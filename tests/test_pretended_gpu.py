@@ -212,10 +212,6 @@ model.schedule, greedy_rollout: long rows are found at the look after
 - last_step = (looks + 1) * self.check_every - 1
 + last_step = looks * self.check_every - 1
 
-model.generate, greedy_rollout: rows that change places keep their old cells
-- self.moved |= bool(rows or slots)
-+ self.moved |= bool(slots)
-
 model.fused, greedy_rollout: far tokens under the masks of other rows
 - hidden = unwritten[:long, :, near:].clamp(min=least)
 + hidden = unwritten[-long:, :, near:].clamp(min=least)
