@@ -185,8 +185,8 @@ def attend(
 def merge(one: Sequence[Tensor], other: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Merges attention to some keys and to others (Hydragen, arXiv 2402.05099).
 
-    Each is the sum, the weight and the top of `partial_attention`. Returns the sum and the weight of all
-    keys, times e^top over the sum of both e^top, which does not overflow.
+    Each is the sum, the weight and the top of `partial_attention`. Returns sum_j e^s_j v_j and sum_j e^s_j
+    over the keys of both, divided by e^one_top + e^other_top; nothing overflows.
     """
     one_sum, one_weight, one_top = one
     other_sum, other_weight, other_top = other
@@ -198,7 +198,7 @@ def merge(one: Sequence[Tensor], other: Sequence[Tensor]) -> tuple[Tensor, Tenso
 
 
 def merge_tops(one: Tensor, other: Tensor) -> Tensor:
-    """Returns log(e^one + e^other), the top of what `merge` returns.
+    """Returns log(e^one + e^other): what `merge` returns is scaled by it, as an attention by its top.
 
     Torch's own logaddexp does not compile for a GPU.
     """
