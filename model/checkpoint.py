@@ -183,6 +183,8 @@ def _find_in_hub(name: str, weights: bool, cache_dir: str) -> Path:
         config = try_to_load_from_cache(name, "config.json", cache_dir)
         if isinstance(config, str) and _is_complete(Path(config).parent, weights):
             return Path(config).parent
+        if constants.HF_HUB_OFFLINE:
+            raise ConnectionError("HF_HUB_OFFLINE is set")
         print(f"{name} is not in the local cache: asking the hub", file=sys.stderr, flush=True)
         wanted = [*SMALL, "*.safetensors"] if weights else [*SMALL]
         return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=wanted))
