@@ -32,7 +32,9 @@ class PackedForward(torch.nn.Module):
         self.checkpointing = checkpointing
         self.fallbacks = fallbacks
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            new_name = "activation_checkpointing_enable"  # transformers 5.17 has the old one
+            name = new_name if hasattr(model, new_name) else "gradient_checkpointing_enable"
+            getattr(model, name)({"use_reentrant": False})
 
     def forward(self, batch: PackedBatch, temperature: float) -> Tensor:
         """Returns log-probabilities [N], float32, of `batch.targets`; `temperature` divides the logits."""
