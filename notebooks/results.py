@@ -46,7 +46,7 @@ def read_results(wanted: Callable[[dict], bool], file: Path = FILE) -> Runs:
         more = (found.get(name) for name in ("cpu_seconds", "state_bytes", "likelihoods"))
         result = Result(found["records"], found["commit"], *more)
         runs.setdefault(found["experiment"], {})[found["seed"]] = result
-    return runs
+    return {name: dict(sorted(seeds.items())) for name, seeds in runs.items()}
 
 
 # ---- Numbers of a run -----------------------------------------------------------------------

@@ -198,7 +198,7 @@ def test_every_row_is_the_plain_forwards_while_rows_come_and_go(
             s[:5] + s[6:], buckets, (limits.rows, *limits[:3], longest, tail + 14)
         )
     )
-    assert {s[1] > 0 for s in shapes} >= {near < 14}, "some rows are long, all are if near is 1"
+    assert {s[1] > 0 for s in shapes} >= {near < 14}, "rows are long where near is small"
 
 
 def test_rows_change_places_while_none_leaves(ending_vlm, monkeypatch):
