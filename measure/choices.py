@@ -150,21 +150,23 @@ def _find_letter(text: str, menu: _Menu, *unmeant: re.Pattern) -> str | None:
     for pattern in unmeant:
         box_meant = pattern.sub(" ", box_meant)
         around_meant = pattern.sub(" ", around_meant)
+    box_masked = menu.mask(box_meant)
+    around_masked = menu.mask(around_meant)
     signs = [
-        (_find_stated, box_meant),
+        (_find_stated, box_meant, box_masked),
         (_match_whole, box),
-        (_match_beginning, box_meant),
+        (_match_beginning, box_meant, box_masked),
         (_find_text, box_meant),
-        (_find_stated, around_meant),
+        (_find_stated, around_meant, around_masked),
         (_match_whole, around),
-        (_match_beginning, around_meant),
-        (_find_lone_letter, around_meant),
+        (_match_beginning, around_meant, around_masked),
+        (_find_lone_letter, around_masked),
         (_find_text, around_meant),
     ]
     if not set("\\=") & set(box):  # the E of \Delta E is no choice
-        signs.append((_find_lone_letter, box_meant))
-    for find, where in signs:
-        if letter := find(where, menu):
+        signs.append((_find_lone_letter, box_masked))
+    for find, *where in signs:
+        if letter := find(menu, *where):
             return letter
     return None
 
@@ -186,14 +188,13 @@ def _keep_ends(text: str) -> str:
     return text if len(text) <= 1500 else text[:500] + "\n" + text[-1000:]
 
 
-# ---- The signs ----
+# ---- The signs. `masked` is the text behind menu.mask: of the same length ----
 
 
-def _find_stated(text: str, menu: _Menu) -> str | None:
+def _find_stated(menu: _Menu, text: str, masked: str) -> str | None:
     """Returns the last letter, or text of a choice, that is called the answer."""
     last_start = -1
     last = None
-    masked = menu.mask(text)
     # "the answer is B"
     for found in _STATED.finditer(text):
         start = _FILLER.match(text, found.end()).end()
@@ -224,7 +225,7 @@ def _read_letter(text: str, start: int, menu: _Menu) -> str | None:
     return None if may_be_word and not _NO_WORD.match(text, start + 1) else letter.upper()
 
 
-def _match_whole(text: str, menu: _Menu) -> str | None:
+def _match_whole(menu: _Menu, text: str) -> str | None:
     """Returns the letter of a text that is a letter, the text of a choice, or both, and nothing else."""
     plain = text.strip(" .\n*").lower()
     if len(plain) == 1 and plain.upper() in menu.letters:
@@ -241,7 +242,7 @@ def _match_whole(text: str, menu: _Menu) -> str | None:
     return same[0] if same and says_something(text) else None
 
 
-def _match_beginning(text: str, menu: _Menu) -> str | None:
+def _match_beginning(menu: _Menu, text: str, masked: str) -> str | None:
     """Returns the letter of what a text begins with, if a mark follows.
 
     It is the text of a choice, but not the 1. of a list, or a letter, but not the first of several.
@@ -251,28 +252,27 @@ def _match_beginning(text: str, menu: _Menu) -> str | None:
         after = text[mention.end() : mention.end() + 2]
         if re.match(r" ?(?:[.,;:!\n]|$)", after):
             return menu.find_letter(mention[0])
-    letter = re.match(r"\(?([A-Z])(?:[:)\n]|\.(?=\s))", menu.mask(text))
+    letter = re.match(r"\(?([A-Z])(?:[:)\n]|\.(?=\s))", masked)
     if letter and letter[1] in menu.letters and not NEXT_LETTER.search(text, letter.end()):
         return letter[1]
     return None
 
 
-def _find_lone_letter(text: str, menu: _Menu) -> str | None:
+def _find_lone_letter(menu: _Menu, masked: str) -> str | None:
     """Returns the last letter in brackets; without one, the last before a mark; else the last on its own."""
     some = f"[{menu.letters or '.'}]"
-    text = menu.mask(text)
     for pattern in (
         rf"\(({some})\)",
         rf"(?<![{_EDGE}])({some})(?:[:)]|(?<!I)\.(?=\s|$))",
         rf"(?<![{_EDGE}'])(?![AI])({some})(?![{_EDGE}'])|(?<![{_EDGE}'])(A)(?= ?(?:[^\w\s']|\n|$))",
     ):
-        letters = [found[found.lastindex] for found in re.finditer(pattern, text)]
+        letters = [found[found.lastindex] for found in re.finditer(pattern, masked)]
         if letters:
             return letters[-1] if letters[-1] in menu.letters else None
     return None
 
 
-def _find_text(text: str, menu: _Menu) -> str | None:
+def _find_text(menu: _Menu, text: str) -> str | None:
     """Returns the letter of the last text of a choice that stands somewhere without a "not" before it."""
     for found in reversed([*menu.pattern.finditer(text)]):
         before = text[max(0, found.start() - 12) : found.start()].lower()

@@ -365,6 +365,10 @@ HOSTILE = (
 ]
 
 
+# 5 ms on two quiet cores; other machines are slower, and a quadratic search takes seconds
+AT_MOST = 0.015
+
+
 def quickest(function, *args) -> float:
     """The seconds of the quickest of up to twenty calls: other processes disturb some."""
     best = float("inf")
@@ -372,21 +376,20 @@ def quickest(function, *args) -> float:
         start = time.process_time()
         function(*args)
         best = min(best, time.process_time() - start)
-        if best < 0.005:
+        if best < AT_MOST:
             break
     return best
 
 
 @pytest.mark.parametrize("piece", [piece for piece in HOSTILE if piece])
-def test_ten_thousand_hostile_characters_take_under_5_ms(piece):
+def test_ten_thousand_hostile_characters_take_milliseconds(piece):
     for before in ("", "\\boxed{", "Answer: "):
         for size in (400, 10_000):
             text = (before + piece * size)[:size]
             for function in (canonical, extract_answer, says_something, options_in, read_yes_no):
-                assert quickest(function, text) < 0.005, (function, before, size)
-            assert (
-                quickest(read_choice, text, ("a black cat", "yes", "no", "is", "1", "12")) < 0.005
-            )
+                assert quickest(function, text) < AT_MOST, (function, before, size)
+            choices = ("a black cat", "yes", "no", "is", "1", "12")
+            assert quickest(read_choice, text, choices) < AT_MOST, (before, size)
 
 
 @settings(max_examples=300, deadline=None)

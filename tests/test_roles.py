@@ -138,6 +138,8 @@ OTHERS = [
 PIECE = st.one_of(st.sampled_from(TAGS + BRACES + NUMBERS + OTHERS), st.text(max_size=20))
 RUNS = st.lists(st.tuples(PIECE, st.one_of(st.integers(1, 4), st.integers(1, 10_000))), max_size=8)
 LONGEST = 10_000
+# 5 ms on two quiet cores; other machines are slower, and a quadratic parser takes seconds
+AT_MOST = 0.015
 TEXTS = st.one_of(
     st.text(),
     RUNS.map(lambda runs: "".join((piece * times)[:LONGEST] for piece, times in runs)[:LONGEST]),
@@ -151,7 +153,7 @@ def quickest(function, *args):
         start = time.process_time()
         result = function(*args)
         best = min(best, time.process_time() - start)
-        if best < 0.005:
+        if best < AT_MOST:
             break
     return result, best
 
@@ -164,10 +166,10 @@ def quickest(function, *args):
 @given(TEXTS, st.sampled_from(["", "<type>numerical</type><question>", "\\boxed{"]), TEXTS)
 @example("<type>" * 50, "", "")
 def test_any_output_is_parsed_or_refused_at_once(text, before, other):
-    """No exception, no evaluation, and under 5 ms for 10,000 characters."""
+    """No exception, no evaluation, and within milliseconds for 10,000 characters."""
     text = (before + text)[:LONGEST]
     question, seconds = quickest(parse_question, text)
-    assert seconds < 0.005
+    assert seconds < AT_MOST
     if question is not None:
         assert question.kind in KINDS and question.text.strip() and question.answer.strip()
         blocks = (
@@ -175,15 +177,14 @@ def test_any_output_is_parsed_or_refused_at_once(text, before, other):
         )
         assert parse_question(blocks) == Question(question.kind, question.text, "3")
     answer, seconds = quickest(extract_answer, text)
-    assert seconds < 0.005 and (answer is None or (answer.strip() and answer in text))
+    assert seconds < AT_MOST and (answer is None or (answer.strip() and answer in text))
     for a, b in (
         (text, other),
         (text[:400], other[:400]),
     ):  # longer answers are compared as they stand
         same, seconds = quickest(same_answer, a, b)
-        assert seconds < 0.01 and same == same_answer(b, a) and same_answer(a, a), (
-            "two texts: 5 ms each"
-        )
+        assert seconds < 2 * AT_MOST, "two texts are read"
+        assert same == same_answer(b, a) and same_answer(a, a)
 
 
 @pytest.mark.parametrize("piece", TAGS + BRACES + NUMBERS + OTHERS + ["<type></type>"])
