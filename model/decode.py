@@ -150,15 +150,15 @@ class Rows:
         self.cell_of_row.copy_(torch.tensor(cell_of_row))
 
     def per_head(self, layer: int, R: int, L: int, S: int, P: int, N: int, T: int) -> list[Tensor]:
-        """Returns views of keys and values: of prefixes, of N own tokens of R rows, of the others of L rows.
+        """Returns views [places * heads, tokens, d] of keys and values, for `attend`.
 
-        They are [places * heads, tokens, d].
+        They are of P tokens of S prefixes, T own tokens of the L long rows, and N of the other R - L rows.
         """
         prefixes = (self.prefix_keys[layer], self.prefix_values[layer])
         own = (self.keys[layer], self.values[layer])
         views = [cache[:S, :, :P] for cache in prefixes]
-        views += [cache[:R, :, :N] for cache in own]
-        views += [cache[:L, :, N:T] for cache in own]
+        views += [cache[:L, :, :T] for cache in own]
+        views += [cache[L:R, :, :N] for cache in own]
         return [view.flatten(0, 1) for view in views]
 
     def append(self, token: Tensor) -> None:

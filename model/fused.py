@@ -129,10 +129,10 @@ def attend(
     q: Tensor,
     prefix_keys: Tensor,
     prefix_values: Tensor,
+    long_keys: Tensor,
+    long_values: Tensor,
     keys: Tensor,
     values: Tensor,
-    far_keys: Tensor,
-    far_values: Tensor,
     unseen: Tensor,
     unwritten: Tensor,
     row_of_cell: Tensor,
@@ -142,17 +142,18 @@ def attend(
 
     The softmax over all is the mean of the softmaxes over parts, weighted with their sums (`merge`). So the
     rows with a prefix can read its keys together, as one matrix product, and none needs a copy of them:
-    queries are laid out by cell for the prefixes, and what comes of it by row again. Own tokens are in two
-    parts, because only the first L rows have many. With the prefixes A and B, 2 cells a slot, and one row
-    that reads A:
+    queries are laid out by cell for the prefixes, and what comes of it by row again. With the prefixes A and
+    B, 2 cells a slot, and one row that reads A:
 
         by row     A0  B0  B1
         by cell    A0  A0  B0  B1      A0 stands in the free cell, too, and nobody reads what comes of it
 
-    prefix_keys, prefix_values: [S * key heads, P, d]; keys, values: [R * key heads, N, d], the first N of T
-    own tokens; far_keys, far_values: [L * key heads, T - N, d], the others of the first L rows, which may be
-    none. unseen: [S * key heads, 1, P], unwritten: [R * key heads, 1, T]: -inf where there is no token, else
-    0. row_of_cell: [S, cells], cell_of_row: [R]. Returns [R, heads * d].
+    Own tokens are those of the first L rows, which may have T of them, and of the others, which have N at
+    most: no short row reads cells as far as T. L or R - L may be 0.
+
+    prefix_keys, prefix_values: [S * key heads, P, d]; long_keys, long_values: [L * key heads, T, d]; keys,
+    values: [(R - L) * key heads, N, d]. unseen: [S * key heads, 1, P], unwritten: [R * key heads, 1, T]: -inf
+    where there is no token, else 0. row_of_cell: [S, cells], cell_of_row: [R]. Returns [R, heads * d].
     """
     R, kv, g, d = q.shape
     S, n = row_of_cell.shape
@@ -164,19 +165,16 @@ def attend(
         by_cell = part.view(S, kv, n, g, -1).transpose(1, 2)
         by_row = by_cell.flatten(0, 1)[cell_of_row]
         found.append(by_row)
-    # To the rows' own tokens: the first of all rows, and the others of long rows.
+    # To the rows' own tokens.
     q_own = q.flatten(0, 1)
-    near = keys.shape[1]
-    own = partial_attention(q_own, keys, values, unwritten[:, :, :near])
-    long = len(far_keys)
+    long = len(long_keys)
+    short, near = keys.shape[:2]
+    groups = []
     if long:
-        # A row may have none there: finite numbers in place of -inf give it sums that count nothing.
-        least = torch.finfo(unwritten.dtype).min
-        hidden = unwritten[:long, :, near:].clamp(min=least)
-        far = partial_attention(q_own[:long], far_keys, far_values, hidden)
-        first = [part[:long] for part in own]
-        merged = (*merge(first, far), merge_tops(first[2], far[2]))
-        own = [torch.cat([part, others[long:]]) for part, others in zip(merged, own)]
+        groups.append(partial_attention(q_own[:long], long_keys, long_values, unwritten[:long]))
+    if short:
+        groups.append(partial_attention(q_own[-short:], keys, values, unwritten[-short:, :, :near]))
+    own = [torch.cat(parts) if long and short else parts[0] for parts in zip(*groups)]
     # Together.
     total, weight = merge(found, [part.view(R, kv, g, -1) for part in own])
     return (total / weight).to(q.dtype).flatten(1)
@@ -195,15 +193,6 @@ def merge(one: Sequence[Tensor], other: Sequence[Tensor]) -> tuple[Tensor, Tenso
     total = a * one_sum + b * other_sum
     weight = a * one_weight + b * other_weight
     return total, weight
-
-
-def merge_tops(one: Tensor, other: Tensor) -> Tensor:
-    """Returns log(e^one + e^other): what `merge` returns is scaled by it, as an attention by its top.
-
-    Torch's own logaddexp does not compile for a GPU.
-    """
-    gap = (one - other).abs()
-    return torch.maximum(one, other) + torch.log1p(torch.exp(-gap))
 
 
 def partial_attention(

@@ -42,8 +42,9 @@ def arguments(dtype, R, S, n, P, T, spare, kv=2, g=3, d=16, hidden=48, mlp=70, w
     prompt = [normal((S + spare) * kv, P + spare, d)[: S * kv, :P] for _ in range(2)]
     keys, values = (normal(R + spare, kv, T + spare, d) for _ in range(2))
     near = (T + 1) // 2
-    own = [x.flatten(0, 1)[: R * kv, :near] for x in (keys, values)]
-    far = [x.flatten(0, 1)[: R // 3 * kv, near:T] for x in (keys, values)]
+    L = R // 3
+    own = [x[:L, :, :T].flatten(0, 1) for x in (keys, values)]
+    own += [x[L:R, :, :near].flatten(0, 1) for x in (keys, values)]
     unseen = fused.hide(torch.arange(P) >= 1 + numbers(P, S, 1, 1), kv)
     unwritten = fused.hide(torch.arange(T) > numbers(T, R, 1, 1), kv)
     cells, row_of_cell = torch.randperm(S * n, generator=rng)[:R], torch.zeros(S * n, dtype=long)
@@ -67,7 +68,7 @@ def arguments(dtype, R, S, n, P, T, spare, kv=2, g=3, d=16, hidden=48, mlp=70, w
             *(normal(R, 1, d), normal(R, 1, d), numbers(T, R), keys[:R], values[:R]),
         ),
         fused.attend: (
-            *(normal(R, kv, g, d), *prompt, *own, *far, unseen, unwritten),
+            *(normal(R, kv, g, d), *prompt, *own, unseen, unwritten),
             *(row_of_cell.view(S, n), cells),
         ),
         fused.swiglu: (normal(R, mlp), normal(R, mlp)),

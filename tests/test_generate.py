@@ -393,7 +393,9 @@ def test_bfloat16_attention_is_as_exact_as_torchs(size=30.0):
     hidden = [torch.zeros(rows * 2, 1, tokens) for rows, tokens in ((1, prompt), (n, own))]
     cells, scaled = torch.arange(n), (q * d**-0.5).view(n, 2, 3, d)
     none = [cache[:0] for cache in caches[2:]]
-    got = fused.attend(scaled, *caches, *none, *hidden, cells[None], cells).view(n, 6, d)
+    got = fused.attend(scaled, *caches[:2], *none, *caches[2:], *hidden, cells[None], cells).view(
+        n, 6, d
+    )
     keys, values = (
         torch.cat([caches[i].expand(n, -1, -1, -1), caches[i + 2].view(n, 2, own, d)], 2)
         for i in (0, 1)
@@ -455,7 +457,7 @@ def test_attention_in_parts_is_attention(slots, n, prompt_tokens, own_tokens, si
     unwritten = fused.hide(torch.arange(own_tokens) >= written[:, None, None], kv)
     q = normal(count, kv * groups, d) * size
     scaled, cells_of_slot = (q * d**-0.5).view(count, kv, groups, d), row_of_cell.view(slots, n)
-    parts = [own[:, :, :near] for own in owns] + [own[:long, :, near:] for own in owns]
+    parts = [own[:long] for own in owns] + [own[long:, :, :near] for own in owns]
     flat = (x.flatten(0, 1) for x in (*prompts, *parts))
     got = fused.attend(scaled, *flat, unseen, unwritten, cells_of_slot, cells)
     got = got.view(count, kv * groups, d)
