@@ -93,7 +93,7 @@ def small_buckets():
     from model import generate, schedule
 
     schedule.BUCKETS["cuda"], schedule.CHECK_EVERY["cuda"] = (4, 1, 2, 2, 16, 8), 4
-    schedule.CELLS["cuda"], schedule.NEAR["cuda"] = 3, 8
+    schedule.CELLS["cuda"], schedule.NEAR["cuda"] = 3, 16
 
     def limits(vlm, prefixes, prefix_tokens, own_tokens, n):
         cells = min(3, n * max(prefixes))

@@ -212,9 +212,9 @@ model.schedule, greedy_rollout: long rows are found at the look after
 - last_step = (looks + 1) * self.check_every - 1
 + last_step = looks * self.check_every - 1
 
-model.fused, greedy_rollout: far tokens under the masks of other rows
-- hidden = unwritten[:long, :, near:].clamp(min=least)
-+ hidden = unwritten[-long:, :, near:].clamp(min=least)
+model.fused, greedy_rollout: short rows under the masks of long ones
+- unwritten[-short:, :, :near]
++ unwritten[:short, :, :near]
 
 model.lora, lora_export: a change merged on the other device
 - change = change.to(self.weight.device)
