@@ -69,7 +69,7 @@ EXPERIMENTS: dict[str, dict] = {  # the settings that differ from `python loop.p
     "five iterations, margin": dict(iterations=5),
     "five iterations, stops early": dict(iterations=5),
     "five iterations, two Reasoners": dict(iterations=5),
-    # Remedies for language drift (notebook 06, part j).
+    # Remedies for language drift (notebook 06, section i).
     "anchor .01": dict(iterations=5, anchor_beta=0.01),
     "anchor .03": dict(iterations=5, anchor_beta=0.03),
     "anchor .1": dict(iterations=5, anchor_beta=0.1),

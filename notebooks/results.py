@@ -27,8 +27,8 @@ class Result(NamedTuple):
 
     records: list[dict]  # of metrics.jsonl
     commit: str
-    seconds: float | None  # of CPU time; None in results of an older version
-    state_bytes: int | None
+    seconds: float  # of CPU time
+    state_bytes: int
     likelihoods: list | None  # see `experiments.likelihoods`; only of some experiments
 
 
@@ -43,8 +43,8 @@ def read_results(wanted: Callable[[dict], bool], file: Path = FILE) -> Runs:
         found = json.loads(line)
         if found["short"] or not wanted(found):
             continue
-        more = (found.get(name) for name in ("cpu_seconds", "state_bytes", "likelihoods"))
-        result = Result(found["records"], found["commit"], *more)
+        names = ("records", "commit", "cpu_seconds", "state_bytes", "likelihoods")
+        result = Result(*map(found.get, names))
         runs.setdefault(found["experiment"], {})[found["seed"]] = result
     return {name: dict(sorted(seeds.items())) for name, seeds in runs.items()}
 
