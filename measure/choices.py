@@ -188,7 +188,7 @@ def _keep_ends(text: str) -> str:
     return text if len(text) <= 1500 else text[:500] + "\n" + text[-1000:]
 
 
-# ---- The signs. `masked` is the text behind menu.mask: of the same length ----
+# ---- The signs; `masked` is the text as `menu.mask` returns it ----
 
 
 def _find_stated(menu: _Menu, text: str, masked: str) -> str | None:

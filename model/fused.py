@@ -165,7 +165,7 @@ def attend(
         by_cell = part.view(S, kv, n, g, -1).transpose(1, 2)
         by_row = by_cell.flatten(0, 1)[cell_of_row]
         found.append(by_row)
-    # To the rows' own tokens.
+    # To the rows' own tokens, long rows first. `-short`: torch.compile sees that there are as many keys.
     q_own = q.flatten(0, 1)
     long = len(long_keys)
     short, near = keys.shape[:2]
