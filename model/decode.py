@@ -103,9 +103,7 @@ class Rows:
 
         # What stays the same.
         self.end_ids = torch.tensor(vlm.end_ids, device=device)
-        self.banned = zeros(text.vocab_size, dtype=torch.bool)  # [vocabulary] never sampled
-        vision_ids = torch.tensor(vlm.vision_ids, device=device)
-        self.banned[vision_ids] = True
+        self.banned = torch.tensor(vlm.vision_ids, device=device)  # tokens that are never sampled
         longest = max(limits.prefix_tokens, limits.own_tokens)
         self.count = torch.arange(longest, device=device)  # 0, 1, 2, ...
         self.pieces = fused.compiled(vlm.fallbacks) if device.type == "cuda" else fused
@@ -133,8 +131,7 @@ class Rows:
         self.first[rows] = prompt.first
         self.written[rows] = 0
         self.finished[rows] = False
-        logits = prompt.logits.masked_fill(self.banned, -torch.inf)
-        self.logits[rows] = logits
+        self.logits[rows] = prompt.logits
 
     def point(self, cells: dict[int, int]) -> None:
         """Points rows to their cells, and cells to their rows. What nobody uses points to 0.
@@ -251,12 +248,20 @@ def step(
     """
     model = vlm.model.model.language_model
     f = rows.pieces
-    # What all layers share: the rotation of the token's position, and which keys do not exist.
-    token, index, cos, sin, unseen, unwritten = f.begin(
+    # The last token of each row; h is the normalized x that a layer, or the output matrix, takes.
+    norms = [*(block.input_layernorm for block in model.layers), model.norm]
+    x, h, index = f.embed(
         rows.tokens[:R],
         rows.written[:R],
-        rows.first[:R],
         rows.tail[:R],
+        model.embed_tokens.weight,
+        *scale(norms[0]),
+    )
+    # What all layers share: the rotation of the token's position, and which keys do not exist.
+    cos, sin, unseen, unwritten = f.begin(
+        index,
+        rows.tail[:R],
+        rows.first[:R],
         rows.prefix_length[:S],
         rows.count[:P],
         rows.count[:T],
@@ -267,29 +272,23 @@ def step(
     )
     row_of_cell = rows.row_of_cell[: S * C].view(S, C)
     cell_of_row = rows.cell_of_row[:R]
-    x = model.embed_tokens(token)
-    change = torch.zeros_like(x)
     for layer, block in enumerate(model.layers):
         products = rows.products[layer]
         # Queries, keys and values; the keys and values go into the row's cache.
-        x, h = f.add_norm(x, change, *scale(block.input_layernorm))
         q, k, v = products.qkv(h)
         own = (rows.keys[layer][:R], rows.values[layer][:R])
-        norms = head_norms(block.self_attn)
-        q = f.rotate_and_write(q, k, v, cos, sin, index, *own, norms)
+        q = f.rotate_and_write(q, k, v, cos, sin, index, *own, head_norms(block.self_attn))
         # Attention to the prefix's tokens and to the row's own.
         caches = rows.per_head(layer, R, L, S, P, N, T)
         h = f.attend(q, *caches, unseen, unwritten, row_of_cell, cell_of_row)
         # The MLP.
         change = products.o(h)
         x, h = f.add_norm(x, change, *scale(block.post_attention_layernorm))
-        gate = products.gate(h)
-        up = products.up(h)
+        gate, up = products.gate_up(h)
         h = f.swiglu(gate, up)
         change = products.down(h)
-    x, h = f.add_norm(x, change, *scale(model.norm))
-    logits = fused.float_logits(h, vlm.model.lm_head.weight)
-    f.write_logits(logits, rows.banned, rows.logits[:R])
+        x, h = f.add_norm(x, change, *scale(norms[layer + 1]))
+    fused.float_logits(h, vlm.model.lm_head.weight, out=rows.logits[:R])
 
 
 def scale(norm) -> tuple[Tensor, float]:
@@ -314,8 +313,7 @@ class Products(NamedTuple):
 
     qkv: Callable[[Tensor], Sequence[Tensor]]  # queries, keys and values
     o: Product
-    gate: Product
-    up: Product
+    gate_up: Callable[[Tensor], Sequence[Tensor]]
     down: Product
 
 
@@ -324,9 +322,9 @@ def make_products(vlm: VLM) -> list[Products]:
 
     The three projections in front of an attention become one matrix, up to 6% of the weights: one product is
     faster than three. With LoRA each product would take three kernels; there all changed weights are merged,
-    W + (alpha / R) B A rounded to W's dtype, which is also what a run exports. All for the length of a
-    rollout. Copies take a fifth of the memory of the KV cache at most: a rollout with fewer rows takes more
-    steps, and soon longer (docs/speed.md).
+    W + (alpha / R) B A rounded to W's dtype, which is also what a run exports. As gate and up are copied
+    then, they become one matrix, too. All for the length of a rollout. Copies take a fifth of the memory of
+    the KV cache at most: a rollout with fewer rows takes more steps, and soon longer (docs/speed.md).
     """
     blocks = vlm.model.model.language_model.layers
     found = [_linears(block) for block in blocks]
@@ -360,17 +358,24 @@ def _products(linears: list, merge_qkv: bool, merge_change: bool) -> Products:
             return layer.cast_changes()
         return functools.partial(linear, weight=layer.merged(), bias=layer.bias)
 
-    qkv = linears[:3]
-    others = [product(layer) for layer in linears[3:]]
-    if not merge_qkv:
-        separate = [product(layer) for layer in qkv]
-        return Products(lambda h: [each(h) for each in separate], *others)
-    matrix = torch.cat([weight(each) for each in qkv])
-    bias = None
-    if qkv[0].bias is not None:
-        bias = torch.cat([each.bias for each in qkv])
-    widths = [each.out_features for each in qkv]
-    return Products(lambda h: linear(h, matrix, bias).split(widths, dim=1), *others)
+    def products_of(layers: list, joined: bool) -> Callable[[Tensor], Sequence[Tensor]]:
+        if not joined:
+            separate = [product(layer) for layer in layers]
+            return lambda h: [each(h) for each in separate]
+        matrix = torch.cat([weight(layer) for layer in layers])
+        bias = None
+        if layers[0].bias is not None:
+            bias = torch.cat([layer.bias for layer in layers])
+        widths = [layer.out_features for layer in layers]
+        return lambda h: linear(h, matrix, bias).split(widths, dim=1)
+
+    q, k, v, o, gate, up, down = linears
+    return Products(
+        qkv=products_of([q, k, v], merge_qkv),
+        o=product(o),
+        gate_up=products_of([gate, up], merge_change),
+        down=product(down),
+    )
 
 
 # ---- CUDA graphs -------------------------------------------------------------------------------------------

@@ -32,11 +32,25 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def embed(
+    tokens: Tensor, written: Tensor, tail: Tensor, words: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeds the last token of each row with the matrix `words` [vocabulary, hidden].
+
+    tokens, written, tail: those of `Rows`. Returns its vector x [R, hidden], the RMS norm of x, and the
+    token's index [R] among the row's own: with a tail of 2 and 3 tokens written it is 4.
+    """
+    most = tokens.shape[1] - 2  # behind it stands the scrap column
+    last = (written - 1).clamp(0, most)
+    token = tokens.gather(1, last[:, None])
+    x = words[token[:, 0]]
+    return x, rms_norm(x, weight, eps), tail + last
+
+
 def begin(
-    tokens: Tensor,
-    written: Tensor,
-    first: Tensor,
+    index: Tensor,
     tail: Tensor,
+    first: Tensor,
     prefix_length: Tensor,
     prefix_count: Tensor,
     own_count: Tensor,
@@ -44,22 +58,17 @@ def begin(
     scaling: float,
     heads: int,
     dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Makes once what all layers of a step need.
 
-    The tensors are those of `Rows`; the counts are 0, 1, 2, ... up to P and T. Returns the last token [R] of
-    each row, its index [R] among the row's own, cos and sin of its position, and `unseen` and `unwritten`,
-    the masks of `attend`. A row with a tail of 2 and 3 tokens written has index 4; with T = 7 it is unwritten
-    at 5 and 6.
+    index: see `embed`; tail, first and prefix_length are those of `Rows`; the counts are 0, 1, 2, ... up to P
+    and T. Returns cos and sin of the token's position, and `unseen` and `unwritten`, the masks of `attend`: a
+    row whose token has index 4 is unwritten at 5 and 6 if T is 7.
     """
-    most = tokens.shape[1] - 2  # behind it stands the scrap column
-    last = (written - 1).clamp(0, most)
-    token = tokens.gather(1, last[:, None])
-    index = tail + last
+    cos, sin = rotation(first + index - tail, inv_freq, scaling, dtype)
     unseen = hide(prefix_count >= prefix_length[:, None, None], heads)
     unwritten = hide(own_count > index[:, None, None], heads)
-    cos, sin = rotation(first + last, inv_freq, scaling, dtype)
-    return token[:, 0], index, cos, sin, unseen, unwritten
+    return cos, sin, unseen, unwritten
 
 
 def hide(hidden: Tensor, heads: int) -> Tensor:
@@ -223,19 +232,18 @@ def float_scores(q: Tensor, keys: Tensor) -> Tensor:
     return torch.bmm(q.float(), keys.float())
 
 
-def float_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+def float_logits(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """Returns the logits hidden W^T in float32, for hidden [N, hidden] and the output matrix W.
 
-    Rounded to bfloat16, log-probabilities are off by 0.03. A CPU has no kernel that keeps them in float32.
+    out: where they are written. Rounded to bfloat16, log-probabilities are off by 0.03. A CPU has no kernel
+    that keeps them in float32.
     """
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return (hidden @ weight.T).float()
-
-
-def write_logits(logits: Tensor, banned: Tensor, into: Tensor) -> None:
-    """Writes logits [R, vocabulary] where sampling reads them, in float32; -inf where banned [vocabulary]."""
-    into.copy_(logits.masked_fill(banned, -torch.inf))
+    if hidden.dtype == torch.float32:
+        return torch.mm(hidden, weight.T, out=out)
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
+    logits = (hidden @ weight.T).float()
+    return logits if out is None else out.copy_(logits)
 
 
 # ---- Sampling ----------------------------------------------------------------------------------------------
@@ -326,10 +334,10 @@ def draw_again(
 CHANGING = {
     add_norm: (0, 0),
     swiglu: (0, 0),
-    begin: ((0, 1), 0, 0, 0, 0, 0, 0),
+    embed: ((0, 1), 0, 0),
+    begin: (0, 0, 0, 0, 0, 0),
     rotate_and_write: (0, 0, 0, 0, 0, 0, (0, 2), (0, 2)),
     attend: (0, *[(0, 1)] * 6, (0, 2), (0, 2), (0, 1), 0),
-    write_logits: (0, (), 0),
     uniform_numbers: (0, 0),
     likelihoods: (0,),
     draw: (0, 0, 0),

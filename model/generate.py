@@ -203,6 +203,7 @@ class Rollout:
         seeds = rows.seeds[covered]
         uniform = functools.partial(pieces.uniform_numbers, seeds, rows.written[covered])
         logits = rows.logits[covered]
+        logits.index_fill_(1, rows.banned, -torch.inf)
         tokens = sample(
             logits,
             how.temperature,

@@ -141,7 +141,7 @@ def greedy_rollout():
         torch.cuda.empty_cache()
     assert got == want
     assert gpu.recordings > 2 and gpu.replays > 20 and gpu.stream == "main"
-    pieces = "begin add_norm rotate_and_write attend swiglu write_logits"
+    pieces = "embed begin add_norm rotate_and_write attend swiglu"
     assert gpu.compiled.keys() == set(pieces.split()) and twin.fallbacks.compile
     for free in (1 << 32, 1 << 16):  # projections are merged where there is room
         with GPU(free=free):
@@ -162,8 +162,10 @@ def lora_rollout():
     for free in (1 << 32, 1 << 12):
         with GPU(free=free) as gpu:
             twin = lent(vlm)
-            is_merged = hasattr(make_products(twin)[0].down, "keywords")
+            products = make_products(twin)[0]
+            is_merged = hasattr(products.down, "keywords")
             assert is_merged == (free == 1 << 32)
+            assert ("matrix" in products.gate_up.__code__.co_freevars) == is_merged
             assert generate(twin, prompts, 2, 24, temperature=0.0) == want
         assert gpu.replays > 20
     changed = sum(layer.weight.nbytes for _, layer in text_linears(vlm.model))

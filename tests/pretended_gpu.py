@@ -347,13 +347,15 @@ class Graph:
 
 def compute(func, args, kwargs):
     """The operation on the CPU."""
-    if func in (torch.ops.aten.bmm.dtype, torch.ops.aten.mm.dtype):
+    aten = torch.ops.aten
+    if func in (aten.bmm.dtype, aten.mm.dtype, aten.mm.dtype_out):
         (a, b, dtype), half = args, (torch.bfloat16, torch.float16)
         if a.dtype not in half or b.dtype != a.dtype or dtype not in (a.dtype, torch.float32):
             raise Refused(
                 f"{func}: out_dtype must be the dtype of the inputs, or float32 for half ones"
             )
-        return torch.matmul(a.to(dtype), b.to(dtype))
+        product = torch.matmul(a.to(dtype), b.to(dtype))
+        return kwargs["out"].copy_(product) if kwargs else product
     return func(*args, **kwargs)
 
 

@@ -50,17 +50,16 @@ def arguments(dtype, R, S, n, P, T, spare, kv=2, g=3, d=16, hidden=48, mlp=70, w
     cells, row_of_cell = torch.randperm(S * n, generator=rng)[:R], torch.zeros(S * n, dtype=long)
     row_of_cell[cells] = torch.arange(len(cells))
     count, inv_freq = torch.arange(P + T + spare), uniform(d // 2)
-    slots = (
-        numbers(9, R, T + spare + 1),
-        numbers(T, R),
-        numbers(99, R),
-        numbers(3, R),
-        1 + numbers(P, S),
-    )
+    tail = numbers(3, R)
+    slots = tail + numbers(T, R), tail, numbers(99, R), 1 + numbers(P, S)
     probs, drawn = (normal(R, words).float() * 3).softmax(dim=1), uniform(R, 1) / 100
     state = numbers(9, R, 1), numbers(2, R, 1).bool(), uniform(R, 1)
     which = torch.arange(R)[: max(1, R // 2)]
     return {
+        fused.embed: (
+            *(numbers(9, R, T + spare + 1), numbers(T, R), tail),
+            *(normal(9, hidden), normal(hidden), 1e-6),
+        ),
         fused.begin: (*slots, count[:P], count[:T], inv_freq, 1.0, kv, dtype),
         fused.add_norm: (normal(R, hidden), normal(R, hidden), normal(hidden), 1e-6),
         fused.rotate_and_write: (
@@ -72,11 +71,6 @@ def arguments(dtype, R, S, n, P, T, spare, kv=2, g=3, d=16, hidden=48, mlp=70, w
             *(row_of_cell.view(S, n), cells),
         ),
         fused.swiglu: (normal(R, mlp), normal(R, mlp)),
-        fused.write_logits: (
-            normal(R, words),
-            numbers(5, words) == 0,
-            torch.zeros(R + spare, words)[:R],
-        ),
         fused.uniform_numbers: (numbers(2**62, R), numbers(99, R), 5),
         fused.likelihoods: (normal(R, words).float(), 0.7),
         fused.draw: (probs, probs.cumsum(dim=1), state[2], 0.9),
@@ -164,6 +158,17 @@ def test_a_compiled_step_writes_the_same_tokens(monkeypatch, size):
     monkeypatch.setattr(generate, "Rows", Compiled)
     assert texts() == want and fallbacks.compile
     assert len({len(ids) for group in want[0] for ids in group}) > 2, "they end at different times"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_logits_are_written_into_their_rows_only(dtype):
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=rng).to(dtype) for n in (3, 50))
+    rows = torch.full((5, 50), torch.nan)
+    fused.float_logits(hidden, weight, out=rows[:3])
+    near = dict(atol=2e-6) if dtype == torch.float32 else dict(rtol=2**-8)  # bfloat16 has 8 bits
+    assert torch.allclose(rows[:3], hidden.float() @ weight.float().T, **near)
+    assert rows[3:].isnan().all()
 
 
 def test_what_cannot_be_compiled_goes_on_plain(monkeypatch, capsys):

@@ -152,9 +152,9 @@ def test_every_row_is_the_plain_forwards_while_rows_come_and_go(
     step = generate_module.step
 
     def watched_sample(rollout, schedule):
-        logits = rollout.rows.logits.clone()
         sampled(rollout, schedule)
         rows = rollout.rows
+        logits = rows.logits.clone()
         for row, owner in schedule.owners.items():
             token = rows.tokens[row, rows.written[row].clamp(max=rows.new_tokens + 1) - 1]
             each = drawn.setdefault((owner.prompt, owner.sample), [])

@@ -33,20 +33,20 @@ model.fused, greedy_rollout: an index made on the CPU
 + row = torch.arange(len(index))
 
 model.decode, greedy_rollout: a number asked for in the step
-- x = model.embed_tokens(token)
-+ x = model.embed_tokens(token + 0 * int(rows.prefix_length.max()))
+- model.embed_tokens.weight,
++ model.embed_tokens.weight + 0 * int(rows.prefix_length.max()),
 
 model.decode, greedy_rollout: a random number in the step
-- x = model.embed_tokens(token)
-+ x = model.embed_tokens(token) + 0 * torch.rand(1, device=token.device)
+- model.embed_tokens.weight,
++ model.embed_tokens.weight + 0 * torch.rand(1, device=vlm.device),
 
 model.decode, greedy_rollout: a list copied in the step
-- rows.banned, rows.logits[:R])
-+ torch.tensor([False] * len(rows.banned), device=x.device), rows.logits[:R])
+- out=rows.logits[:R])
++ out=rows.logits[:R]).add_(torch.tensor([0.0] * R, device=x.device)[:, None])
 
 model.decode, greedy_rollout: logits at a new address in each step
-- f.write_logits(
-+ rows.logits = rows.logits.clone(); f.write_logits(
+- fused.float_logits(
++ rows.logits = rows.logits.clone(); fused.float_logits(
 
 model.decode, greedy_rollout: a Python number that changes from step to step
 - rows.written[:R],
@@ -69,12 +69,12 @@ model.fused, greedy_rollout: a kernel that there is not
 + if q.is_cuda:
 
 model.fused, bfloat16_logits: logits rounded to bfloat16
-- if hidden.is_cuda and hidden.dtype != torch.float32:
+- if hidden.is_cuda:
 + if False:
 
 model.fused, greedy_rollout: a kernel for logits that there is not
-- if hidden.is_cuda and hidden.dtype != torch.float32:
-+ if hidden.is_cuda:
+- if hidden.dtype == torch.float32:
++ if False:
 
 model.decode, a_capture_that_fails: the stream of a broken capture stays
 - torch.cuda.set_stream(stream)

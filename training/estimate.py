@@ -47,7 +47,7 @@ DISK = 1.5e9  # bytes a second, written and checked
 STEP_KERNELS = 18  # of a layer of a decode step (docs/speed.md)
 LONG_KERNELS = 3  # more of a layer where rows are long
 PREFILL_KERNELS = 30  # of a layer
-SAMPLING_KERNELS = 40
+SAMPLING_KERNELS = 41
 SCORES = 4  # times that attention scores are read or written
 
 
