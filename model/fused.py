@@ -65,7 +65,8 @@ def begin(
     and T. Returns cos and sin of the token's position, and `unseen` and `unwritten`, the masks of `attend`: a
     row whose token has index 4 is unwritten at 5 and 6 if T is 7.
     """
-    cos, sin = rotation(first + index - tail, inv_freq, scaling, dtype)
+    position = first + index - tail
+    cos, sin = rotation(position, inv_freq, scaling, dtype)
     unseen = hide(prefix_count >= prefix_length[:, None, None], heads)
     unwritten = hide(own_count > index[:, None, None], heads)
     return cos, sin, unseen, unwritten
