@@ -1,10 +1,14 @@
 """Rollouts: `generate.generate` against transformers' `model.generate`, at equal settings.
 
     python bench/rollout.py --size small --prompt-tokens 300 --group-size 8 --new-tokens 48
+    python bench/rollout.py --prompts 1 --questions 8 --group-size 10 --prompt-tokens 1000     a vote
 
 Both sample at temperature 1 and with top-p 0.99 (the paper's) and write exactly --new-tokens tokens a row; a
-group is `num_return_sequences` there.
+group is `num_return_sequences` there. With --questions 8 there are 8 prompts about each image, with other words
+behind it; transformers gets those of one image at once.
 """
+
+import dataclasses
 
 import torch
 from shapes import arguments, compare, peak_extra_bytes, random_prompts, random_vlm, show
@@ -14,10 +18,18 @@ from model.generate import generate
 
 def main() -> None:
     """Both sides in turns, then the peak of each."""
-    args = arguments(__doc__)
+    args = arguments(__doc__, questions=1)
     vlm = random_vlm(args.size, args.device, args.dtype)
-    prompts = random_prompts(vlm, args)
-    theirs = plain(vlm, prompts, args)
+    batches = [random_prompts(vlm, args)]
+    if args.questions > 1:
+        batches = [ask(vlm, prompt, args.questions) for prompt in batches[0]]
+    prompts = [prompt for batch in batches for prompt in batch]
+    rollouts = [plain(vlm, batch, args) for batch in batches]
+
+    def theirs() -> None:
+        for rollout in rollouts:
+            rollout()
+
     rng, vlm.end_ids = torch.Generator(args.device).manual_seed(0), [-1]  # nothing ends early
 
     def ours() -> None:
@@ -32,6 +44,17 @@ def main() -> None:
         results[f"{name}_tokens_per_s"] = tokens * args.new_tokens / results[f"{name}_s"]
         results[f"{name}_peak_mb"] = peak_extra_bytes(work, args.device) / 1e6
     show("rollout", args, results)
+
+
+def ask(vlm, prompt, questions: int) -> list:
+    """Prompts about the image of one prompt."""
+    rng, prompts = torch.Generator().manual_seed(1), []
+    text = int(prompt.places[-1]) + 2  # behind the image and its end token
+    for _ in range(questions):
+        ids = prompt.ids.clone()
+        ids[text:].random_(10, vlm.model.config.text_config.vocab_size - 10, generator=rng)
+        prompts.append(dataclasses.replace(prompt, ids=ids))
+    return prompts
 
 
 def plain(vlm, prompts, args):

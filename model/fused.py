@@ -298,7 +298,7 @@ def draw(
     token = torch.searchsorted(sums, threshold, right=True)
     token = token.clamp(max=probs.shape[1] - 1)
     drawn = probs.gather(1, token)
-    likelier = torch.where(probs > drawn, probs, 0)
+    likelier = probs * (probs > drawn)
     outside = (likelier.sum(dim=1, keepdim=True) >= bound) | (drawn == 0)
     return token, drawn, outside
 

@@ -17,7 +17,7 @@ from model.families import encode_images
 SMALL = "--size tiny --prompt-tokens 60 --group-size 2 --new-tokens 4"
 SMALLEST = {
     "encoder": "--size tiny --image-tokens 64 --prompts 1 --repeats 1",
-    "rollout": f"{SMALL} --prompts 2 --repeats 1",
+    "rollout": f"{SMALL} --prompts 2 --questions 2 --repeats 1",
     "update": f"{SMALL} --prompts 2 --repeats 1",
     "iteration": f"{SMALL} --prompts 2 --answers 2",
     "scaling": f"{SMALL} --prompts 1 --repeats 1",
