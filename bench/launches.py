@@ -28,7 +28,7 @@ from model.lora import add_lora
 from model.schedule import Limits
 
 # As counted by --schedule with torch 2.13 and Triton 3.7.1; matrix products included.
-KERNELS = dict(embed=1, begin=3, add_norm=1, rotate_and_write=2, attend=8, swiglu=1)
+KERNELS = dict(embed_last=1, begin=3, add_norm=1, rotate_and_write=2, attend=8, swiglu=1)
 KERNELS |= dict(uniform_numbers=1, likelihoods=6, draw=3, likelier=1, draw_again=4)
 NO_KERNEL = {
     "empty",
@@ -98,11 +98,11 @@ def launches(
         mock.patch.object(fused, "float_scores", bmm_of_cuda),
         mock.patch.object(fused, "float_logits", mm_of_cuda),
     ):
-        products = [cache._products(cache._linears(layer), *merge) for layer in layers]
+        products = [cache._layer_products(cache._linears(layer), *merge) for layer in layers]
         rows = cache.Rows(vlm, LIMITS, 512, products)
 
         def sample() -> None:
-            rows.logits.index_fill_(1, rows.banned, -torch.inf)
+            rows.logits.index_fill_(1, rows.banned_ids, -torch.inf)
             uniform = lambda n: rows.pieces.uniform_numbers(rows.seeds, rows.written, n)  # noqa: E731
             sampling.sample(rows.logits, 1.0, 0.99, 0, uniform, rows.pieces)
 
@@ -264,7 +264,9 @@ def main() -> None:
     plain, fast = launches(False, shape=shape), launches(True, shape=shape)
     lora = dict(lora=launches(True, lora_rank=16, shape=shape))
     lora["lora, no room to merge"] = launches(True, lora_rank=16, merged=False, shape=shape)
-    arguments = fast[0].arguments | fast[1].arguments
+    # Those with LoRA: gate and up are parts of one tensor.
+    step, sampling = lora["lora"]
+    arguments = step.arguments | sampling.arguments
     known = KERNELS | dict(attend=11) if args.long else KERNELS
     kernels = scheduled(arguments) if args.schedule else known
     results = dict(kernels=kernels)

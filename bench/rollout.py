@@ -4,8 +4,8 @@
     python bench/rollout.py --prompts 1 --questions 8 --group-size 10 --prompt-tokens 1000     a vote
 
 Both sample at temperature 1 and with top-p 0.99 (the paper's) and write exactly --new-tokens tokens a row; a
-group is `num_return_sequences` there. With --questions 8 there are 8 prompts about each image, with other words
-behind it; transformers gets those of one image at once.
+group is `num_return_sequences` there. With --questions 8 each image has 8 prompts, which differ behind it;
+transformers gets those of one image at once.
 """
 
 import dataclasses
@@ -20,10 +20,11 @@ def main() -> None:
     """Both sides in turns, then the peak of each."""
     args = arguments(__doc__, questions=1)
     vlm = random_vlm(args.size, args.device, args.dtype)
-    batches = [random_prompts(vlm, args)]
+    prompts = random_prompts(vlm, args)
+    batches = [prompts]
     if args.questions > 1:
-        batches = [ask(vlm, prompt, args.questions) for prompt in batches[0]]
-    prompts = [prompt for batch in batches for prompt in batch]
+        batches = [[ask(vlm, p, seed) for seed in range(args.questions)] for p in prompts]
+        prompts = [prompt for batch in batches for prompt in batch]
     rollouts = [plain(vlm, batch, args) for batch in batches]
 
     def theirs() -> None:
@@ -46,15 +47,13 @@ def main() -> None:
     show("rollout", args, results)
 
 
-def ask(vlm, prompt, questions: int) -> list:
-    """Prompts about the image of one prompt."""
-    rng, prompts = torch.Generator().manual_seed(1), []
-    text = int(prompt.places[-1]) + 2  # behind the image and its end token
-    for _ in range(questions):
-        ids = prompt.ids.clone()
-        ids[text:].random_(10, vlm.model.config.text_config.vocab_size - 10, generator=rng)
-        prompts.append(dataclasses.replace(prompt, ids=ids))
-    return prompts
+def ask(vlm, prompt, seed: int):
+    """The prompt with other words behind its image."""
+    rng = torch.Generator().manual_seed(seed)
+    words = int(prompt.places[-1]) + 2  # behind the image and its end token
+    ids = prompt.ids.clone()
+    ids[words:].random_(10, vlm.model.config.text_config.vocab_size - 10, generator=rng)
+    return dataclasses.replace(prompt, ids=ids)
 
 
 def plain(vlm, prompts, args):

@@ -103,7 +103,7 @@ class Rows:
 
         # What stays the same.
         self.end_ids = torch.tensor(vlm.end_ids, device=device)
-        self.banned = torch.tensor(vlm.vision_ids, device=device)  # tokens that are never sampled
+        self.banned_ids = torch.tensor(vlm.vision_ids, device=device)  # never sampled
         longest = max(limits.prefix_tokens, limits.own_tokens)
         self.count = torch.arange(longest, device=device)  # 0, 1, 2, ...
         self.pieces = fused.compiled(vlm.fallbacks) if device.type == "cuda" else fused
@@ -248,20 +248,21 @@ def step(
     """
     model = vlm.model.model.language_model
     f = rows.pieces
-    # The last token of each row; h is the normalized x that a layer, or the output matrix, takes.
+    # The norms in front of each layer, and of the output matrix.
     norms = [*(block.input_layernorm for block in model.layers), model.norm]
-    x, h, index = f.embed(
+    # The last token of each row: x is the residual stream, h its norm, which the next product takes.
+    x, h, index, position = f.embed_last(
         rows.tokens[:R],
         rows.written[:R],
         rows.tail[:R],
+        rows.first[:R],
         model.embed_tokens.weight,
         *scale(norms[0]),
     )
     # What all layers share: the rotation of the token's position, and which keys do not exist.
     cos, sin, unseen, unwritten = f.begin(
         index,
-        rows.tail[:R],
-        rows.first[:R],
+        position,
         rows.prefix_length[:S],
         rows.count[:P],
         rows.count[:T],
@@ -281,8 +282,8 @@ def step(
         # Attention to the prefix's tokens and to the row's own.
         caches = rows.per_head(layer, R, L, S, P, N, T)
         h = f.attend(q, *caches, unseen, unwritten, row_of_cell, cell_of_row)
-        # The MLP.
         change = products.o(h)
+        # The MLP.
         x, h = f.add_norm(x, change, *scale(block.post_attention_layernorm))
         gate, up = products.gate_up(h)
         h = f.swiglu(gate, up)
@@ -306,37 +307,38 @@ def head_norms(attention) -> tuple[Tensor, Tensor, float] | None:
 # ---- Its matrix products -----------------------------------------------------------------------------------
 
 Product = Callable[[Tensor], Tensor]  # [R, in] -> [R, out]
+SeveralProducts = Callable[[Tensor], Sequence[Tensor]]  # of one input
 
 
 class Products(NamedTuple):
     """The matrix products of a layer."""
 
-    qkv: Callable[[Tensor], Sequence[Tensor]]  # queries, keys and values
+    qkv: SeveralProducts  # queries, keys and values
     o: Product
-    gate_up: Callable[[Tensor], Sequence[Tensor]]
+    gate_up: SeveralProducts
     down: Product
 
 
 def make_products(vlm: VLM) -> list[Products]:
     """Returns the matrix products of each layer, in few kernels where a GPU has room for copies of weights.
 
-    The three projections in front of an attention become one matrix, up to 6% of the weights: one product is
-    faster than three. With LoRA each product would take three kernels; there all changed weights are merged,
-    W + (alpha / R) B A rounded to W's dtype, which is also what a run exports. As gate and up are copied
-    then, they become one matrix, too. All for the length of a rollout. Copies take a fifth of the memory of
-    the KV cache at most: a rollout with fewer rows takes more steps, and soon longer (docs/speed.md).
+    Those of queries, keys and values are joined to one matrix, up to 6% of the weights: one product is faster
+    than three. With LoRA each product would take three kernels; there all changed weights are merged,
+    W + (alpha / R) B A rounded to W's dtype, which is also what a run exports. That copies gate and up
+    anyway, so they are joined, too. All for the length of a rollout. Copies take a fifth of the memory of the
+    KV cache at most: a rollout with fewer rows takes more steps, and soon longer (docs/speed.md).
     """
     blocks = vlm.model.model.language_model.layers
     found = [_linears(block) for block in blocks]
-    merge_qkv = merge_change = False
+    join_qkv = merge_change = False
     if vlm.device.type == "cuda":
         room = cache_budget(vlm.device) // 5
         lora = [layer for layer in chain(*found) if type(layer) is LoRALinear]
         changed = sum(layer.weight.nbytes for layer in lora)
         merge_change = 0 < changed <= room
         qkv = sum(each.weight.nbytes for layers in found for each in layers[:3])
-        merge_qkv = qkv <= room and (merge_change or not changed)
-    return [_products(layers, merge_qkv, merge_change) for layers in found]
+        join_qkv = qkv <= room and (merge_change or not changed)
+    return [_layer_products(layers, join_qkv, merge_change) for layers in found]
 
 
 def _linears(block) -> list[torch.nn.Linear]:
@@ -345,7 +347,7 @@ def _linears(block) -> list[torch.nn.Linear]:
     return [*qkv, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
-def _products(linears: list, merge_qkv: bool, merge_change: bool) -> Products:
+def _layer_products(linears: list, join_qkv: bool, merge_change: bool) -> Products:
     """Returns the products of a layer; see `make_products`."""
 
     def weight(layer) -> Tensor:
@@ -358,8 +360,8 @@ def _products(linears: list, merge_qkv: bool, merge_change: bool) -> Products:
             return layer.cast_changes()
         return functools.partial(linear, weight=layer.merged(), bias=layer.bias)
 
-    def products_of(layers: list, joined: bool) -> Callable[[Tensor], Sequence[Tensor]]:
-        if not joined:
+    def several(layers: list, join: bool) -> SeveralProducts:
+        if not join:
             separate = [product(layer) for layer in layers]
             return lambda h: [each(h) for each in separate]
         matrix = torch.cat([weight(layer) for layer in layers])
@@ -371,9 +373,9 @@ def _products(linears: list, merge_qkv: bool, merge_change: bool) -> Products:
 
     q, k, v, o, gate, up, down = linears
     return Products(
-        qkv=products_of([q, k, v], merge_qkv),
+        qkv=several([q, k, v], join_qkv),
         o=product(o),
-        gate_up=products_of([gate, up], merge_change),
+        gate_up=several([gate, up], merge_change),
         down=product(down),
     )
 

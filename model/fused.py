@@ -1,7 +1,7 @@
 """The small functions between the matrix products of a decode step, and those of sampling.
 
 Each is a few elementwise operations and sums, which as they stand launch a kernel each and read and write
-everything again. `compiled` has torch.compile make one to three kernels of each; as they stand they are what
+everything again. `compiled` has torch.compile make few kernels of each; as they stand they are what
 a CPU runs, and what a GPU runs where nothing can be compiled.
 """
 
@@ -32,25 +32,31 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def embed(
-    tokens: Tensor, written: Tensor, tail: Tensor, words: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeds the last token of each row with the matrix `words` [vocabulary, hidden].
+def embed_last(
+    tokens: Tensor,
+    written: Tensor,
+    tail: Tensor,
+    first: Tensor,
+    embeddings: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Embeds the last token of each row.
 
-    tokens, written, tail: those of `Rows`. Returns its vector x [R, hidden], the RMS norm of x, and the
-    token's index [R] among the row's own: with a tail of 2 and 3 tokens written it is 4.
+    tokens to first: those of `Rows`. embeddings: [vocabulary, hidden]. Returns its vector x [R, hidden], the
+    RMS norm of x, and the token's index [R] among the row's own and its position [R]: with a tail of 2, 3
+    tokens written and first = 7 they are 4 and 9.
     """
     most = tokens.shape[1] - 2  # behind it stands the scrap column
     last = (written - 1).clamp(0, most)
     token = tokens.gather(1, last[:, None])
-    x = words[token[:, 0]]
-    return x, rms_norm(x, weight, eps), tail + last
+    x = embeddings[token[:, 0]]
+    return x, rms_norm(x, norm_weight, eps), tail + last, first + last
 
 
 def begin(
     index: Tensor,
-    tail: Tensor,
-    first: Tensor,
+    position: Tensor,
     prefix_length: Tensor,
     prefix_count: Tensor,
     own_count: Tensor,
@@ -61,11 +67,10 @@ def begin(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Makes once what all layers of a step need.
 
-    index: see `embed`; tail, first and prefix_length are those of `Rows`; the counts are 0, 1, 2, ... up to P
-    and T. Returns cos and sin of the token's position, and `unseen` and `unwritten`, the masks of `attend`: a
-    row whose token has index 4 is unwritten at 5 and 6 if T is 7.
+    index, position: see `embed_last`. prefix_length: that of `Rows`. The counts are 0, 1, 2, ... up to P and
+    T. Returns cos and sin of the position, and `unseen` and `unwritten`, the masks of `attend`: a row whose
+    token has index 4 is unwritten at 5 and 6 if T is 7.
     """
-    position = first + index - tail
     cos, sin = rotation(position, inv_freq, scaling, dtype)
     unseen = hide(prefix_count >= prefix_length[:, None, None], heads)
     unwritten = hide(own_count > index[:, None, None], heads)
@@ -236,8 +241,8 @@ def float_scores(q: Tensor, keys: Tensor) -> Tensor:
 def float_logits(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """Returns the logits hidden W^T in float32, for hidden [N, hidden] and the output matrix W.
 
-    out: where they are written. Rounded to bfloat16, log-probabilities are off by 0.03. A CPU has no kernel
-    that keeps them in float32.
+    out: where they are written, if given. Rounded to bfloat16, log-probabilities are off by 0.03; a CPU has
+    no kernel that avoids it.
     """
     if hidden.dtype == torch.float32:
         return torch.mm(hidden, weight.T, out=out)
@@ -298,14 +303,14 @@ def draw(
     token = torch.searchsorted(sums, threshold, right=True)
     token = token.clamp(max=probs.shape[1] - 1)
     drawn = probs.gather(1, token)
-    likelier = probs * (probs > drawn)
-    outside = (likelier.sum(dim=1, keepdim=True) >= bound) | (drawn == 0)
+    share = likelier(probs, drawn).sum(dim=1, keepdim=True)
+    outside = (share >= bound) | (drawn == 0)
     return token, drawn, outside
 
 
 def likelier(probs: Tensor, drawn: Tensor) -> Tensor:
-    """Returns probabilities [K, vocabulary] without those that are no larger than what was drawn [K, 1]."""
-    return torch.where(probs <= drawn, 0, probs)
+    """Returns probabilities [R, vocabulary] with 0 for those no larger than what was drawn [R, 1]."""
+    return probs * (probs > drawn)
 
 
 def draw_again(
@@ -335,8 +340,8 @@ def draw_again(
 CHANGING = {
     add_norm: (0, 0),
     swiglu: (0, 0),
-    embed: ((0, 1), 0, 0),
-    begin: (0, 0, 0, 0, 0, 0),
+    embed_last: ((0, 1), 0, 0, 0),
+    begin: (0, 0, 0, 0, 0),
     rotate_and_write: (0, 0, 0, 0, 0, 0, (0, 2), (0, 2)),
     attend: (0, *[(0, 1)] * 6, (0, 2), (0, 2), (0, 1), 0),
     uniform_numbers: (0, 0),

@@ -203,7 +203,7 @@ class Rollout:
         seeds = rows.seeds[covered]
         uniform = functools.partial(pieces.uniform_numbers, seeds, rows.written[covered])
         logits = rows.logits[covered]
-        logits.index_fill_(1, rows.banned, -torch.inf)
+        logits.index_fill_(1, rows.banned_ids, -torch.inf)  # of image tokens
         tokens = sample(
             logits,
             how.temperature,

@@ -141,7 +141,7 @@ def greedy_rollout():
         torch.cuda.empty_cache()
     assert got == want
     assert gpu.recordings > 2 and gpu.replays > 20 and gpu.stream == "main"
-    pieces = "embed begin add_norm rotate_and_write attend swiglu"
+    pieces = "embed_last begin add_norm rotate_and_write attend swiglu"
     assert gpu.compiled.keys() == set(pieces.split()) and twin.fallbacks.compile
     for free in (1 << 32, 1 << 16):  # projections are merged where there is room
         with GPU(free=free):
@@ -214,9 +214,15 @@ def bfloat16_logits():
     want.sum().backward()
     with GPU():
         there, targets = h.to("cuda").requires_grad_(), targets.to("cuda")
-        logits = float_logits(h.to("cuda"), weight.to("cuda"))
-        assert plain(logits).dtype == torch.float32
-        assert (plain(logits) - h.double() @ weight.double().T).abs().max() < 1e-3
+        h_there, weight_there, out = (
+            h.to("cuda"),
+            weight.to("cuda"),
+            torch.empty(5, 300, device="cuda"),
+        )
+        float_logits(h_there, weight_there, out=out)
+        for logits in (float_logits(h_there, weight_there), out):
+            assert plain(logits).dtype == torch.float32
+            assert (plain(logits) - h.double() @ weight.double().T).abs().max() < 1e-3
         got = token_logprobs(there, weight.to("cuda"), targets, 1.0)
         got.sum().backward()
         assert (plain(got) - want).abs().max() < 1e-3

@@ -355,7 +355,12 @@ def compute(func, args, kwargs):
                 f"{func}: out_dtype must be the dtype of the inputs, or float32 for half ones"
             )
         product = torch.matmul(a.to(dtype), b.to(dtype))
-        return kwargs["out"].copy_(product) if kwargs else product
+        if "out" not in kwargs:
+            return product
+        out = kwargs["out"]
+        if out.dtype != dtype or out.shape != product.shape:
+            raise Refused(f"{func}: out must be {dtype}, {list(product.shape)}")
+        return out.copy_(product)
     return func(*args, **kwargs)
 
 

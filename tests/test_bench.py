@@ -17,13 +17,14 @@ from model.families import encode_images
 SMALL = "--size tiny --prompt-tokens 60 --group-size 2 --new-tokens 4"
 SMALLEST = {
     "encoder": "--size tiny --image-tokens 64 --prompts 1 --repeats 1",
-    "rollout": f"{SMALL} --prompts 2 --questions 2 --repeats 1",
+    "rollout": f"{SMALL} --prompts 2 --repeats 1",
     "update": f"{SMALL} --prompts 2 --repeats 1",
     "iteration": f"{SMALL} --prompts 2 --answers 2",
     "scaling": f"{SMALL} --prompts 1 --repeats 1",
     "tricks": f"{SMALL} --prompts 2 --repeats 1 --vocab-size 600",
     "rewards": "--questions 20 --repeats 1",
 }
+VOTE = f"{SMALL} --prompts 2 --questions 2 --repeats 1"
 PARTS = (
     "encode images",
     "prefill",
@@ -42,9 +43,9 @@ def run(name: str, *flags: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", SMALLEST)
-def test_benchmarks(name):
-    printed = json.loads(run(name, *SMALLEST[name].split(), "--json"))
+@pytest.mark.parametrize("name, flags", [*SMALLEST.items(), ("rollout", VOTE)])
+def test_benchmarks(name, flags):
+    printed = json.loads(run(name, *flags.split(), "--json"))
     results = printed["results"]
     assert printed["benchmark"] == name
     assert {"date", "device", "torch", "transformers"} <= printed["machine"].keys()
