@@ -143,10 +143,12 @@ def patch_pixels(vision: PreTrainedConfig) -> int:
 # ---- What they work on -------------------------------------------------------------------------------------
 
 
-def random_prompt(vlm: VLM, tokens: int, seed: int) -> Prompt:
-    """A prompt of exactly so many tokens, about 85% of them one image."""
+def random_prompt(vlm: VLM, tokens: int, seed: int, behind: int | None = None) -> Prompt:
+    """A prompt of exactly so many tokens, about 85% of them one image; behind: tokens behind it, at most."""
     config, rng = vlm.model.config, torch.Generator().manual_seed(seed)
     side, start = image_side(tokens), 4
+    if behind is not None:
+        start = max(start, tokens - behind - 1 - side * side)
     end = start + side * side
     ids = torch.randint(10, config.text_config.vocab_size - 10, (tokens,), generator=rng)
     ids[start - 1], ids[end] = config.vision_start_token_id, config.vision_end_token_id
