@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,9 @@ import checkpoints  # noqa: E402
 
 from model.vlm import VLM  # noqa: E402
 
+# A run collects garbage between its phases. What libraries have imported stays: it need not be searched again.
+gc.freeze()
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -37,6 +41,27 @@ def pytest_addoption(parser):
         help="Qwen3-VL at 4B's and 8B's widths, too: 20 GiB, minutes",
     )
     parser.addoption("--device", default="cpu", help="where tests/test_device.py runs: cpu or cuda")
+
+
+# The files that take longest, which begin first: so neither of two processes is alone at the end.
+LONGEST = [
+    "learning",
+    "notebooks",
+    "loop",
+    "resume",
+    "pretended_gpu",
+    "plan",
+    "preview",
+    "bench",
+    "vocabulary",
+]
+
+
+def pytest_collection_modifyitems(items):
+    files = [f"test_{name}.py" for name in LONGEST]
+    items.sort(
+        key=lambda item: files.index(item.path.name) if item.path.name in files else len(files)
+    )
 
 
 @pytest.fixture(autouse=True)
