@@ -20,7 +20,7 @@ import checkpoints  # noqa: E402
 
 from model.vlm import VLM  # noqa: E402
 
-# A run collects garbage between its phases. What libraries have imported stays: it need not be searched again.
+# A run collects garbage between its phases. What libraries have imported stays, and is not searched again.
 gc.freeze()
 
 
@@ -44,24 +44,12 @@ def pytest_addoption(parser):
 
 
 # The files that take longest, which begin first: so neither of two processes is alone at the end.
-LONGEST = [
-    "learning",
-    "notebooks",
-    "loop",
-    "resume",
-    "pretended_gpu",
-    "plan",
-    "preview",
-    "bench",
-    "vocabulary",
-]
+LONGEST = "learning notebooks loop resume pretended_gpu plan preview bench vocabulary".split()
 
 
 def pytest_collection_modifyitems(items):
-    files = [f"test_{name}.py" for name in LONGEST]
-    items.sort(
-        key=lambda item: files.index(item.path.name) if item.path.name in files else len(files)
-    )
+    ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
 @pytest.fixture(autouse=True)
