@@ -200,6 +200,9 @@ class GPU(TorchDispatchMode):
         patches += [
             mock.patch.object(torch._C, name, new, create=True) for name, new in end.items()
         ]
+        capturing = SimpleNamespace(is_capturing=lambda: self.tape is not None)
+        current = lambda device=None: capturing  # noqa: E731  torch 2.14's optimizers ask it
+        patches += [mock.patch.object(torch.accelerator, "current_stream", current)]
         patches += [mock.patch.object(torch.Tensor, "to", moved)]
         patches += [mock.patch.object(torch, "compile", self.compile)]
         for patch in patches:
