@@ -251,14 +251,9 @@ def step(
     # The norms in front of each layer, and of the output matrix.
     norms = [*(block.input_layernorm for block in model.layers), model.norm]
     # The last token of each row: x is the residual stream, h its norm, which the next product takes.
-    x, h, index, position = f.embed_last(
-        rows.tokens[:R],
-        rows.written[:R],
-        rows.tail[:R],
-        rows.first[:R],
-        model.embed_tokens.weight,
-        *scale(norms[0]),
-    )
+    state = (rows.tokens[:R], rows.written[:R], rows.tail[:R], rows.first[:R])
+    embeddings = model.embed_tokens.weight
+    x, h, index, position = f.embed_last(*state, embeddings, *scale(norms[0]))
     # What all layers share: the rotation of the token's position, and which keys do not exist.
     cos, sin, unseen, unwritten = f.begin(
         index,

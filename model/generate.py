@@ -203,7 +203,8 @@ class Rollout:
         seeds = rows.seeds[covered]
         uniform = functools.partial(pieces.uniform_numbers, seeds, rows.written[covered])
         logits = rows.logits[covered]
-        logits.index_fill_(1, rows.banned_ids, -torch.inf)  # of image tokens
+        # Tokens that stand for image data are never drawn.
+        logits.index_fill_(1, rows.banned_ids, -torch.inf)
         tokens = sample(
             logits,
             how.temperature,

@@ -214,13 +214,10 @@ def bfloat16_logits():
     want.sum().backward()
     with GPU():
         there, targets = h.to("cuda").requires_grad_(), targets.to("cuda")
-        h_there, weight_there, out = (
-            h.to("cuda"),
-            weight.to("cuda"),
-            torch.empty(5, 300, device="cuda"),
-        )
-        float_logits(h_there, weight_there, out=out)
-        for logits in (float_logits(h_there, weight_there), out):
+        arguments = h.to("cuda"), weight.to("cuda")
+        out = torch.empty(5, 300, device="cuda")
+        float_logits(*arguments, out=out)
+        for logits in (float_logits(*arguments), out):
             assert plain(logits).dtype == torch.float32
             assert (plain(logits) - h.double() @ weight.double().T).abs().max() < 1e-3
         got = token_logprobs(there, weight.to("cuda"), targets, 1.0)

@@ -1,10 +1,12 @@
 """Every benchmark runs at its smallest size and says what it should; how fast anything is, no test asks."""
 
+import importlib
 import importlib.metadata
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -205,6 +207,20 @@ def test_without_trl_its_benchmark_says_what_to_install():
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     said = "bench/trl.py needs TRL: pip install -r bench/requirements-trl.txt"
     assert done.returncode == 1 and done.stderr.strip() == said and not done.stdout
+
+
+def test_the_questions_of_a_vote_share_one_image(gpu):
+    """The same object, or nothing would be shared; the same words before it, others behind it."""
+    rollout, shapes = importlib.import_module("rollout"), importlib.import_module("shapes")
+    vlm = shapes.random_vlm("tiny", "cpu", "float32")
+    prompts = rollout.ask_about(vlm, 0, SimpleNamespace(prompt_tokens=300, questions=3))
+    first, *others = prompts
+    behind = int(first.places[-1]) + 2
+    assert len(first) == 300 and len(first) - behind == rollout.QUESTION
+    for other in others:
+        assert other.images[0] is first.images[0]
+        assert torch.equal(other.ids[:behind], first.ids[:behind])
+    assert len({tuple(prompt.ids.tolist()) for prompt in prompts}) == 3
 
 
 WRONG = ["--device mps", "--group-size 0", "--dtype int8", "--prompt-tokens 5", "--repeats x"]

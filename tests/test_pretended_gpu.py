@@ -33,12 +33,12 @@ model.fused, greedy_rollout: an index made on the CPU
 + row = torch.arange(len(index))
 
 model.decode, greedy_rollout: a number asked for in the step
-- model.embed_tokens.weight,
-+ model.embed_tokens.weight + 0 * int(rows.prefix_length.max()),
+- embeddings = model.embed_tokens.weight
++ embeddings = model.embed_tokens.weight + 0 * int(rows.prefix_length.max())
 
 model.decode, greedy_rollout: a random number in the step
-- model.embed_tokens.weight,
-+ model.embed_tokens.weight + 0 * torch.rand(1, device=vlm.device),
+- embeddings = model.embed_tokens.weight
++ embeddings = model.embed_tokens.weight + 0 * torch.rand(1, device=vlm.device)
 
 model.decode, greedy_rollout: a list copied in the step
 - out=rows.logits[:R])
